@@ -1,0 +1,431 @@
+"""``StagedViT``: a timm VisionTransformer that stops before chosen blocks and goes on with the tokens that survive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from timm.layers import Attention
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tokenprune.envs.ragged import Layout, attention, first_row_attention
+
+Execution = Literal["packed", "masked"]
+
+
+class UnsupportedBackboneError(ValueError):
+    """A model that can't be run from stage to stage on a part of its tokens; the message says why."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of B images on their way through the blocks; each image has L slots: prefix tokens, then N patches.
+
+    Attributes:
+        x: embeddings, a row a token, [S, D]. Packed: the living tokens, image after image. Masked: all B * L slots.
+        alive: bool [B, L].
+        row: int64 [B * L], the row of ``x`` that holds each slot's token; of no meaning where it is not alive.
+        layout: of the packed rows; None in masked execution.
+        attention: what the class token paid each row of ``x`` in the last block, mean over heads, [S]; None where not
+            asked for or before the first block. In a model without a class token the mean query of its prefix
+            tokens, or of all its tokens, stands in.
+        macs: multiply-accumulates spent on each image so far, int64 [B].
+    """
+
+    x: Tensor
+    alive: Tensor
+    row: Tensor
+    layout: Layout | None
+    attention: Tensor | None
+    macs: Tensor
+
+    def repeat(self, times: int) -> Tokens:
+        """Each image ``times`` times in a row. Only before anything was pruned."""
+        slots = self.alive.shape[1]
+
+        def repeated(rows: Tensor) -> Tensor:
+            return rows.unflatten(0, (-1, slots)).repeat_interleave(times, dim=0).flatten(0, 1)
+
+        return Tokens(
+            x=repeated(self.x),
+            alive=self.alive.repeat_interleave(times, dim=0),
+            row=torch.arange(self.row.numel() * times, device=self.row.device),
+            layout=None
+            if self.layout is None
+            else Layout.of(np.repeat(self.layout.lengths, times), self.layout.width, self.x.device),
+            attention=None if self.attention is None else repeated(self.attention),
+            macs=self.macs.repeat_interleave(times),
+        )
+
+
+class StagedViT(nn.Module):
+    """Runs a timm VisionTransformer from one stage to the next on the surviving tokens.
+
+    The model given is used as it is, neither changed nor copied, and must be in eval mode for packed execution.
+
+    Args:
+        model: timm ``VisionTransformer``, plain or distilled.
+        prune_before: 0-based blocks before which the stages stand, ascending; before every block but the first where
+            None.
+        execution: "packed" removes pruned tokens; "masked" carries all of them and masks attention: slower, the
+            reference, and what gradients for fine-tuning run through.
+
+    Raises:
+        UnsupportedBackboneError: the model can't be staged; the message says why.
+        ValueError: stages out of range, repeated or out of order; an unknown execution.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prune_before: Sequence[int] | None = None,
+        execution: Execution = "packed",
+    ) -> None:
+        super().__init__()
+        if execution not in get_args(Execution):
+            raise ValueError(
+                f"unknown execution {execution!r}: choose from {', '.join(get_args(Execution))}"
+            )
+        self.model = check_supported(model)
+        self.execution = execution
+        self.depth = len(self.model.blocks)
+        self.prune_before = _check_stages(prune_before, self.depth)
+        self.width: int = self.model.embed_dim
+        self.num_prefix: int = self.model.num_prefix_tokens
+        self.num_patches: int = self.model.patch_embed.num_patches
+        self.num_slots = self.num_prefix + self.num_patches
+        self.grid_size: tuple[int, int] = self.model.patch_embed.grid_size
+        self.image_shape: tuple[int, int, int] = (
+            self.model.in_chans,
+            *self.model.patch_embed.img_size,
+        )
+        self.num_classes: int = self.model.num_classes
+        # a head that reads patches alone has nothing to read once all are gone
+        self.keeps_last_patch = not _head_reads_prefix(self.model)
+        self._macs = _Macs.of(self)
+        self.dense_macs = self._macs.dense(self.num_slots)
+
+    @property
+    def num_stages(self) -> int:
+        """T, the number of points at which tokens can be pruned."""
+        return len(self.prune_before)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def begin(self, images: Tensor, with_attention: bool = True) -> Tokens:
+        """Embeds ``images`` float [B, C, H, W] and runs the blocks before the first stage."""
+        x = self._embed(images)
+        batch = len(x)
+        alive = torch.ones(batch, self.num_slots, dtype=torch.bool, device=x.device)
+        layout = None
+        if self.execution == "packed":
+            lengths = np.full(batch, self.num_slots, np.int64)
+            layout = Layout.of(lengths, _attention_width(self.model), x.device)
+        tokens = Tokens(
+            x=x.flatten(0, 1),
+            alive=alive,
+            row=torch.arange(alive.numel(), device=x.device),
+            layout=layout,
+            attention=None,
+            macs=torch.full((batch,), self._macs.embed, dtype=torch.int64, device=x.device),
+        )
+        return self._run(tokens, 0, self.prune_before[0], with_attention)
+
+    def advance(self, tokens: Tokens, keep: Tensor, stage: int, with_attention: bool = True) -> Tokens:
+        """Prunes, then runs the blocks up to the next stage, or to the end after the last one.
+
+        Args:
+            tokens: as ``begin`` or the last ``advance`` returned them.
+            keep: bool [B, N]; ignored for patches that are gone.
+            stage: 0-based, the one at which ``keep`` was decided.
+            with_attention: fill ``Tokens.attention`` for the next stage.
+        """
+        last = stage + 1 == self.num_stages
+        stop = self.depth if last else self.prune_before[stage + 1]
+        pruned = self.prune(tokens, keep)
+        return self._run(pruned, self.prune_before[stage], stop, with_attention and not last)
+
+    def prune(self, tokens: Tokens, keep: Tensor) -> Tokens:
+        """Removes the patches that ``keep`` bool [B, N] gives up; the blocks' one host sync happens here."""
+        patches = tokens.alive[:, self.num_prefix :]
+        survivors = patches & keep
+        if self.keeps_last_patch:
+            # the living patch that stands first stays where all were given up
+            spared = patches & (patches.cumsum(1) == 1)
+            survivors = torch.where(survivors.any(1, keepdim=True), survivors, spared)
+        alive = torch.cat([tokens.alive[:, : self.num_prefix], survivors], dim=1)
+        if tokens.layout is None:
+            return replace(tokens, alive=alive, attention=None)
+
+        lengths = alive.sum(1)
+        host_lengths = lengths.cpu().numpy()
+        order = np.argsort(host_lengths, kind="stable")
+        layout = Layout.of(host_lengths[order], tokens.layout.width, alive.device)
+        # slots of the survivors in packed order: images by length, tokens by position
+        place = torch.from_numpy(order).to(alive.device)
+        image, position = _nonzero(alive[place], int(host_lengths.sum()))
+        slot = place[image] * self.num_slots + position
+        row = torch.zeros_like(tokens.row)
+        row[slot] = torch.arange(len(slot), device=slot.device)
+        return Tokens(
+            x=tokens.x.index_select(0, tokens.row[slot]),
+            alive=alive,
+            row=row,
+            layout=layout,
+            attention=None,
+            macs=tokens.macs,
+        )
+
+    def finish(self, tokens: Tokens) -> Tensor:
+        """Norm, pooling over the survivors, and classifier: logits [B, classes]."""
+        rows, layout = self._rows_by_image(tokens)
+        return _head(self.model, rows, layout)
+
+    def total_macs(self, tokens: Tokens) -> Tensor:
+        """Multiply-accumulates of each image once its head has run, int64 [B]."""
+        return tokens.macs + self._macs.head(tokens.alive.sum(1))
+
+    def segment_macs(self, alive_patches: Tensor, stage: int) -> Tensor:
+        """What the blocks from ``stage`` to the next cost with so many living patches; the shape is kept, int64."""
+        last = stage + 1 == self.num_stages
+        stop = self.depth if last else self.prune_before[stage + 1]
+        return self._macs.blocks(alive_patches + self.num_prefix, self.prune_before[stage], stop)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        model = self.model
+        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+
+    def _run(self, tokens: Tokens, start: int, stop: int, with_attention: bool) -> Tokens:
+        x, paid = tokens.x, None
+        for i in range(start, stop):
+            wanted = with_attention and i == stop - 1
+            if tokens.layout is None:
+                x, paid = self._masked_block(self.model.blocks[i], x, tokens.alive, wanted)
+            else:
+                x, paid = _packed_block(self.model.blocks[i], x, tokens.layout, self._query, wanted)
+        spent = self._macs.blocks(tokens.alive.sum(1), start, stop)
+        if paid is not None:
+            spent = spent + self._macs.attention_row(tokens.alive.sum(1))
+        return replace(tokens, x=x, attention=paid, macs=tokens.macs + spent)
+
+    def _query(self, q: Tensor, layout: Layout) -> Tensor:
+        """The query of each image whose attention is observed: [S, heads, size] -> [B, heads, size]."""
+        if getattr(self.model, "cls_token", None) is not None:
+            return q[layout.first]
+        if self.num_prefix:
+            prefix = torch.arange(self.num_prefix, device=q.device)
+            return q[layout.first[:, None] + prefix].mean(1)
+        return layout.mean(q)
+
+    def _masked_block(
+        self, block: nn.Module, x: Tensor, alive: Tensor, wanted: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """timm's own block over all slots, pruned ones masked out of the keys."""
+        images = x.unflatten(0, alive.shape)
+        paid = self._masked_attention(block, images, alive) if wanted else None
+        return block(images, attn_mask=alive[:, None, None, :]).flatten(0, 1), paid
+
+    def _masked_attention(self, block: nn.Module, images: Tensor, alive: Tensor) -> Tensor:
+        attn = block.attn
+        qkv = attn.qkv(block.norm1(images)).unflatten(2, (3, attn.num_heads, attn.head_dim))
+        q, k = attn.q_norm(qkv[:, :, 0]), attn.k_norm(qkv[:, :, 1])
+        weight = alive.to(q.dtype)[..., None, None]
+        if getattr(self.model, "cls_token", None) is not None:
+            query = q[:, 0]
+        elif self.num_prefix:
+            query = q[:, : self.num_prefix].mean(1)
+        else:
+            query = (q * weight).sum(1) / weight.sum(1)
+        scores = torch.einsum("bhd,blhd->bhl", query, k) * attn.scale
+        scores = scores.masked_fill(~alive[:, None, :], -torch.inf)
+        return scores.softmax(-1).mean(1).flatten()
+
+    def _rows_by_image(self, tokens: Tokens) -> tuple[Tensor, Layout]:
+        """The living rows, images in the order of the batch, and their layout in that order."""
+        lengths = tokens.alive.sum(1).cpu().numpy()
+        slot = _nonzero(tokens.alive.flatten()[None], int(lengths.sum()))[1]
+        rows = tokens.x.index_select(0, tokens.row[slot])
+        return rows, Layout.of(lengths, _attention_width(self.model), rows.device)
+
+
+def _nonzero(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Row and column of each of the ``count`` True entries of ``mask`` [R, C], without asking the device how many."""
+    if mask.device.type == "cpu":
+        index = mask.nonzero()
+    else:
+        index = torch.nonzero_static(mask, size=count)
+    return index[:, 0], index[:, 1]
+
+
+def _packed_block(
+    block: nn.Module,
+    x: Tensor,
+    layout: Layout,
+    query: Callable[[Tensor, Layout], Tensor],
+    wanted: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """timm's ``Block`` on packed rows [S, D]; the same arithmetic in the same order."""
+    attn = block.attn
+    normed = block.norm1(x)
+    qkv = attn.qkv(normed).unflatten(1, (3, attn.num_heads, attn.head_dim))
+    q, k, v = qkv.unbind(1)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    mixed = attn.norm(attention(q, k, v, layout))
+    if getattr(attn, "gate", None) is not None:
+        mixed = mixed * attn.gate(normed).sigmoid()
+    x = x + block.ls1(attn.proj(mixed))
+    x = x + block.ls2(block.mlp(block.norm2(x)))
+    return x, first_row_attention(query(q, layout), k, layout) if wanted else None
+
+
+def _head(model: Any, rows: Tensor, layout: Layout) -> Tensor:
+    """timm's ``forward_head`` after ``norm``, over images of different lengths: rows [S, D] -> logits [B, classes]."""
+    if isinstance(model, VisionTransformerDistilled):
+        pair = torch.stack([rows[layout.first], rows[layout.first + 1]], dim=1)
+        return model.forward_head(model.norm(pair))
+    if model.global_pool == "token":
+        return model.forward_head(model.norm(rows[layout.first])[:, None])
+    rows = model.norm(rows)
+    if not model.pool_include_prefix:
+        rows, layout = layout.without_first(rows, model.num_prefix_tokens)
+    if model.global_pool == "prr":
+        pool = model.attn_pool
+        heads = pool.pre_norm(rows).unflatten(1, (pool.num_heads, pool.head_dim))
+        refined = pool.post_norm(attention(heads, heads, heads, layout))
+        pooled = refined[layout.first] if pool.pool == "token" else layout.mean(refined)
+    elif model.global_pool == "map":
+        padded, valid = layout.pad(rows)
+        pooled = model.attn_pool(padded, attn_mask=valid[:, None, None, :])
+    elif model.global_pool == "avg":
+        pooled = layout.mean(rows)
+    elif model.global_pool == "max":
+        pooled = layout.max(rows)
+    else:
+        pooled = 0.5 * (layout.max(rows) + layout.mean(rows))
+    return model.head(model.head_drop(model.fc_norm(pooled)))
+
+
+def _head_reads_prefix(model: Any) -> bool:
+    if isinstance(model, VisionTransformerDistilled) or model.global_pool == "token":
+        return True
+    return model.num_prefix_tokens > 0 and model.pool_include_prefix
+
+
+def _attention_width(model: Any) -> int:
+    attn = model.blocks[0].attn
+    return attn.num_heads * attn.head_dim
+
+
+def check_supported(model: nn.Module) -> Any:
+    """Returns ``model`` where it can be staged.
+
+    Raises:
+        UnsupportedBackboneError: it can't; the message says why.
+    """
+
+    def refuse(reason: str) -> UnsupportedBackboneError:
+        return UnsupportedBackboneError(
+            f"{type(model).__name__} can't be run on a part of its tokens: {reason}. "
+            "Supported are timm's plain VisionTransformer models (ViT, DeiT, DeiT-3, DINOv2, CLIP, SigLIP)."
+        )
+
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+        raise refuse(
+            "its forward pass is not that of timm's VisionTransformer, which is a plain sequence of blocks"
+        )
+    if not len(model.blocks):
+        raise refuse("it has no blocks")
+    for i, block in enumerate(model.blocks):
+        if type(block) is not Block:
+            raise refuse(f"block {i} is a {type(block).__name__}, not timm's Block")
+        if type(block.attn) is not Attention:
+            raise refuse(f"the attention of block {i} is a {type(block.attn).__name__}")
+    if not model.global_pool:
+        raise refuse("it has no pooling (global_pool='') and so gives no logits")
+    if model.num_classes < 1:
+        raise refuse("it has no classifier (num_classes=0) and so gives no logits")
+    return model
+
+
+def _check_stages(prune_before: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+    stages = tuple(range(1, depth)) if prune_before is None else tuple(prune_before)
+    if not stages:
+        raise ValueError(
+            "prune_before is empty: name at least one block"
+            if prune_before is not None
+            else "a model of one block has no stage between blocks: give prune_before=(0,)"
+        )
+    if any(isinstance(b, bool) or not isinstance(b, int) or not 0 <= b < depth for b in stages):
+        raise ValueError(
+            f"prune_before={stages} is out of range: the backbone's blocks are 0..{depth - 1}"
+        )
+    if any(a >= b for a, b in zip(stages, stages[1:], strict=False)):
+        raise ValueError(f"prune_before={stages} must ascend without repeats")
+    return stages
+
+
+@dataclass(frozen=True)
+class _Macs:
+    """Multiply-accumulates of a backbone's parts, in closed form, as ``torch.utils.flop_counter`` counts them."""
+
+    embed: int
+    per_token: tuple[int, ...]  # linear layers of each block
+    width: int  # attention: heads times head size
+    head_fit: tuple[int, int, int]  # constant, linear and quadratic in the number of tokens
+
+    @staticmethod
+    def of(staged: StagedViT) -> _Macs:
+        model = staged.model
+        reference = next(model.parameters())
+        blank = torch.zeros(1, *staged.image_shape, device=reference.device, dtype=reference.dtype)
+        sizes = [staged.num_prefix + n for n in (1, 2, 3)]
+        costs = []
+        for n in sizes:
+            layout = Layout.of(np.array([n]), _attention_width(model), reference.device)
+            rows = torch.zeros(n, staged.width, device=reference.device, dtype=reference.dtype)
+            costs.append(_count_macs(lambda rows=rows, layout=layout: _head(model, rows, layout)))
+        # three points fix the head's cost: attention pooling is at most quadratic in the tokens
+        quadratic = (costs[2] - 2 * costs[1] + costs[0]) // 2
+        linear = costs[1] - costs[0] - quadratic * (sizes[1] ** 2 - sizes[0] ** 2)
+        constant = costs[0] - linear * sizes[0] - quadratic * sizes[0] ** 2
+        return _Macs(
+            embed=_count_macs(lambda: staged._embed(blank)),
+            per_token=tuple(
+                sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
+                for block in model.blocks
+            ),
+            width=_attention_width(model),
+            head_fit=(constant, linear, quadratic),
+        )
+
+    def blocks(self, tokens: Any, start: int, stop: int) -> Any:
+        """Blocks ``start``..``stop - 1`` on ``tokens`` tokens an image (an int or an int64 tensor)."""
+        return tokens * sum(self.per_token[start:stop]) + tokens**2 * (2 * self.width * (stop - start))
+
+    def attention_row(self, tokens: Any) -> Any:
+        """One query against every key: the observed row of the attention matrix."""
+        return tokens * self.width
+
+    def head(self, tokens: Any) -> Any:
+        constant, linear, quadratic = self.head_fit
+        return constant + tokens * linear + tokens**2 * quadratic
+
+    def dense(self, tokens: int) -> int:
+        """The unpruned model."""
+        return self.embed + self.blocks(tokens, 0, len(self.per_token)) + self.head(tokens)
+
+
+# the counter's module hooks fail without a graph where a module takes a parameter as its input (attention pooling)
+@torch.enable_grad()
+def _count_macs(run: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() // 2
