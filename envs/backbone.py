@@ -106,6 +106,7 @@ class StagedViT(nn.Module):
             *self.model.patch_embed.img_size,
         )
         self.num_classes: int = self.model.num_classes
+        self.has_class_token = getattr(self.model, "cls_token", None) is not None
         # a head that reads patches alone has nothing to read once all are gone
         self.keeps_last_patch = not _head_reads_prefix(self.model)
         self._macs = _Macs.of(self)
@@ -218,7 +219,7 @@ class StagedViT(nn.Module):
 
     def _query(self, q: Tensor, layout: Layout) -> Tensor:
         """The query of each image whose attention is observed: [S, heads, size] -> [B, heads, size]."""
-        if getattr(self.model, "cls_token", None) is not None:
+        if self.has_class_token:
             return q[layout.first]
         if self.num_prefix:
             prefix = torch.arange(self.num_prefix, device=q.device)
@@ -238,7 +239,7 @@ class StagedViT(nn.Module):
         qkv = attn.qkv(block.norm1(images)).unflatten(2, (3, attn.num_heads, attn.head_dim))
         q, k = attn.q_norm(qkv[:, :, 0]), attn.k_norm(qkv[:, :, 1])
         weight = alive.to(q.dtype)[..., None, None]
-        if getattr(self.model, "cls_token", None) is not None:
+        if self.has_class_token:
             query = q[:, 0]
         elif self.num_prefix:
             query = q[:, : self.num_prefix].mean(1)

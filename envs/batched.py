@@ -27,6 +27,10 @@ class Observed:
     alive: Tensor
     action_mask: Tensor
 
+    def living(self) -> Tensor:
+        """Observations of the living agents alone, in the order of ``alive.nonzero()``, float32 [R, D_obs]."""
+        return self.observation[self.alive]
+
 
 @dataclass(frozen=True)
 class Transition:

@@ -1,0 +1,115 @@
+"""The networks that MAPPO trains: a shared actor, a critic, and the policy that a trained actor becomes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.envs.observations import View
+
+HIDDEN_GAIN = math.sqrt(2)
+POLICY_GAIN = 0.01  # MAPPO: a first policy that is nearly uniform
+PRIOR_FLOOR = 1e-3  # class attention times N below which the prior falls no further
+
+
+def orthogonal(layer: nn.Linear, gain: float) -> nn.Linear:
+    """Orthogonal weights, zero bias."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(inputs: int, hidden: Sequence[int], outputs: int, output_gain: float) -> nn.Sequential:
+    """LayerNorm on the input, then linear layers with GELU between them."""
+    layers: list[nn.Module] = [nn.LayerNorm(inputs)]
+    for width in hidden:
+        layers += [orthogonal(nn.Linear(inputs, width), HIDDEN_GAIN), nn.GELU()]
+        inputs = width
+    return nn.Sequential(*layers, orthogonal(nn.Linear(inputs, outputs), output_gain))
+
+
+class Actor(nn.Module):
+    """Observations [R, D_obs] -> logits of the actions [R, A]; one network for all agents."""
+
+    def __init__(self, observation_size: int, num_actions: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.net = mlp(observation_size, hidden, num_actions, POLICY_GAIN)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        return self.net(observation)
+
+
+class TokenActor(Actor):
+    """An actor for keep and prune that starts from a prior: log(class attention * N) is added to the logit of keep.
+
+    The prior's weight and a bias are learned. They learn faster than the network's weights would move them, so each is
+    kept as a product with ``PRIOR_SPEED``.
+
+    Args:
+        observation_size: D_obs.
+        hidden: widths of the hidden layers.
+        attention: where ``cls_attention`` stands in the observation; None for no prior.
+        prior_weight: the weight that learning starts from.
+        keep_bias: added to the logit of keep at the start; a positive one starts by pruning little.
+    """
+
+    PRIOR_SPEED = 10.0
+
+    def __init__(
+        self,
+        observation_size: int,
+        hidden: Sequence[int],
+        attention: int | None,
+        prior_weight: float = 1.0,
+        keep_bias: float = 0.0,
+    ) -> None:
+        super().__init__(observation_size, 2, hidden)
+        self.attention = attention
+        self.keep_bias = nn.Parameter(torch.tensor(keep_bias / self.PRIOR_SPEED))
+        self.prior_weight = nn.Parameter(
+            torch.tensor(prior_weight / self.PRIOR_SPEED), requires_grad=attention is not None
+        )
+
+    def forward(self, observation: Tensor) -> Tensor:
+        prune, keep = self.net(observation).unbind(-1)
+        keep = keep + self.keep_bias * self.PRIOR_SPEED
+        if self.attention is not None:
+            prior = observation[:, self.attention].clamp(min=PRIOR_FLOOR).log()
+            keep = keep + self.prior_weight * self.PRIOR_SPEED * prior
+        return torch.stack([prune, keep], dim=-1)
+
+
+class Critic(nn.Module):
+    """What an agent can expect: [R, D] -> [R]; D is its observation and, if central, the state behind it."""
+
+    def __init__(self, inputs: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.net = mlp(inputs, hidden, 1, 1.0)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.net(inputs).squeeze(-1)
+
+
+class LearnedPolicy(nn.Module):
+    """A trained actor as a ``Policy``: keeps a patch where keep is the likelier action.
+
+    Args:
+        actor: observations [R, D_obs] -> logits [R, 2].
+        fields: what the actor observes.
+    """
+
+    def __init__(self, actor: nn.Module, fields: Sequence[str]) -> None:
+        super().__init__()
+        self.actor = actor
+        self.fields = tuple(fields)
+        self.needs_attention = "cls_attention" in self.fields
+        self.macs_per_decision = sum(
+            layer.weight.numel() for layer in actor.modules() if isinstance(layer, nn.Linear)
+        )
+
+    def forward(self, view: View) -> Tensor:
+        logits = self.actor(view.living(self.fields))
+        return view.scatter(logits[:, 1] > logits[:, 0])

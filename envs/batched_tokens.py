@@ -1,0 +1,201 @@
+"""``BatchedTokenPrune``: the token game with its dataset behind it, as the ``BatchedEnv`` that trainers consume."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from gymnasium.spaces import Box, Discrete
+from torch import Tensor
+
+from tokenprune.envs.batched import Observed, Transition
+from tokenprune.envs.datasets import ImageSet
+from tokenprune.envs.game import Outcome, Stage, TokenGame
+from tokenprune.envs.observations import DEFAULT_FIELDS, View, field_slices, state_size
+
+PRUNE, KEEP = 0, 1
+
+
+class ViewObserved(Observed):
+    """``Observed`` over a ``View``: what nobody reads is never computed."""
+
+    def __init__(self, view: View, fields: Sequence[str]) -> None:
+        object.__setattr__(self, "view", view)
+        object.__setattr__(self, "fields", tuple(fields))
+        object.__setattr__(self, "alive", view.alive)
+
+    view: View
+    fields: tuple[str, ...]
+
+    @cached_property
+    def _living(self) -> Tensor:
+        return self.view.living(self.fields)
+
+    def living(self) -> Tensor:
+        return self._living
+
+    @cached_property
+    def observation(self) -> Tensor:  # type: ignore[override]
+        return self.view.scatter(self._living)
+
+    @cached_property
+    def state(self) -> Tensor:  # type: ignore[override]
+        return self.view.state()
+
+    @cached_property
+    def action_mask(self) -> Tensor:  # type: ignore[override]
+        return action_mask(self.alive)
+
+
+def action_mask(alive: Tensor) -> Tensor:
+    """Living agents may keep or prune, pruned ones only prune: bool [B, N] -> [B, N, 2]."""
+    return torch.stack([torch.ones_like(alive), alive], dim=-1)
+
+
+class BatchedTokenPrune:
+    """The token game on images of a dataset; a ``BatchedEnv`` whose episodes all end together.
+
+    Args:
+        game: whose ``rollouts_per_image`` episodes in a row play one image.
+        images: where the images come from.
+        num_envs: B, a multiple of ``game.rollouts_per_image``.
+        observation: fields that agents see, of ``observations.FIELDS``.
+
+    Attributes:
+        field_slices: where each field stands in an observation.
+        indices: image of each episode under way, int64 [B]; ``labels`` likewise.
+        pixels: the images themselves, once each, [B / rollouts_per_image, C, H, W] on the CPU.
+        survivors: living agents after the last step, bool [B, N].
+        outcome: of the episodes that the last step ended, else None.
+    """
+
+    def __init__(
+        self,
+        game: TokenGame,
+        images: ImageSet,
+        num_envs: int,
+        observation: Sequence[str] = DEFAULT_FIELDS,
+    ) -> None:
+        rollouts = game.rollouts_per_image
+        if num_envs < 1 or num_envs % rollouts:
+            raise ValueError(
+                f"num_envs={num_envs} must be a positive multiple of rollouts_per_image={rollouts}"
+            )
+        if num_envs // rollouts > len(images):
+            raise ValueError(
+                f"num_envs={num_envs} with rollouts_per_image={rollouts} needs {num_envs // rollouts} "
+                f"different images, the dataset has {len(images)}"
+            )
+        if images.num_classes > game.backbone.num_classes:
+            raise ValueError(
+                f"the dataset has {images.num_classes} classes, "
+                f"the backbone tells {game.backbone.num_classes} apart"
+            )
+        self.game = game
+        self.images = images
+        self.num_envs = num_envs
+        self.num_agents = game.num_agents
+        self.fields = tuple(observation)
+        self.field_slices = field_slices(game.backbone, self.fields)
+        width = max(part.stop for part in self.field_slices.values())
+        self.observation_space = Box(-float("inf"), float("inf"), (width,))
+        self.state_space = Box(-float("inf"), float("inf"), (state_size(game.backbone),))
+        self.action_space = Discrete(2)
+        self.episode_length = game.num_stages
+        self.rollouts_per_start = rollouts
+        self.device = game.backbone.device
+        self.indices: Tensor = torch.empty(0, dtype=torch.int64)
+        self.labels: Tensor = torch.empty(0, dtype=torch.int64)
+        self.pixels: Tensor = torch.empty(0)
+        self.survivors: Tensor = torch.empty(0, dtype=torch.bool)
+        self.outcome: Outcome | None = None
+        self._generator = torch.Generator()
+        self._generator.seed()
+
+    def reset(
+        self, seed: int | None = None, indices: Sequence[int] | Tensor | None = None
+    ) -> Observed:
+        """Begins episodes on images drawn without repeats, or on those named.
+
+        Args:
+            seed: draws the images; where None the environment's own generator goes on.
+            indices: images to play instead, num_envs / rollouts_per_image of them.
+
+        Raises:
+            ValueError: a wrong number of indices, or one that the dataset doesn't have.
+        """
+        count = self.num_envs // self.rollouts_per_start
+        if seed is not None:
+            self._generator.manual_seed(seed)
+        if indices is None:
+            chosen = torch.randperm(len(self.images), generator=self._generator)[:count]
+        else:
+            chosen = torch.as_tensor(indices, dtype=torch.int64)
+            if chosen.shape != (count,):
+                raise ValueError(f"{count} image indices are needed: got {list(chosen.shape)}")
+            if ((chosen < 0) | (chosen >= len(self.images))).any():
+                raise ValueError(
+                    f"image indices {chosen.tolist()}: the dataset has 0..{len(self.images) - 1}"
+                )
+        pixels, labels = self.images.load(chosen)
+        stage = self.game.reset(pixels, labels)
+        times = self.rollouts_per_start
+        self.indices = chosen.repeat_interleave(times).to(self.device)
+        self.labels = labels.repeat_interleave(times).to(self.device)
+        self.pixels = pixels
+        self.outcome = None
+        return self._observed(stage)
+
+    def step(self, actions: Tensor) -> Transition:
+        """Takes actions int64 [B, N]: 1 keeps, 0 prunes; those of pruned agents are ignored.
+
+        Raises:
+            GameError: no episode is under way.
+            ValueError: actions of another shape, type or value.
+        """
+        if actions.shape != (self.num_envs, self.num_agents) or actions.dtype != torch.int64:
+            raise ValueError(
+                f"actions must be int64 [{self.num_envs}, {self.num_agents}]: "
+                f"got {actions.dtype} {list(actions.shape)}"
+            )
+        # comparing on the host would make it wait for the device once more
+        if actions.device.type == "cpu" and ((actions != KEEP) & (actions != PRUNE)).any():
+            raise ValueError("actions must be 0 (prune) or 1 (keep)")
+        stage = self.game.step(actions.to(self.device) == KEEP)
+        self.outcome, self.survivors = stage.outcome, stage.alive
+        over = stage.outcome is not None
+        flags = torch.full((self.num_envs,), over, device=self.device)
+        return Transition(
+            observed=self._ended(stage) if over else self._observed(stage),
+            reward=stage.reward,
+            terminated=flags,
+            truncated=torch.zeros_like(flags),
+            metrics={} if stage.outcome is None else self._metrics(stage.outcome),
+        )
+
+    def close(self) -> None:
+        """Frees the episode's tensors; the backbone belongs to whoever made it."""
+        self.game.abandon()
+
+    def _observed(self, stage: Stage) -> Observed:
+        assert stage.view is not None
+        return ViewObserved(stage.view, self.fields)
+
+    def _ended(self, stage: Stage) -> Observed:
+        """Nothing is seen after the end: zeros that take no memory."""
+        alive = torch.zeros_like(stage.alive)
+        zero = torch.zeros(1, device=self.device)
+        return Observed(
+            observation=zero.expand(*alive.shape, *self.observation_space.shape),
+            state=zero.expand(self.num_envs, *self.state_space.shape),
+            alive=alive,
+            action_mask=action_mask(alive),
+        )
+
+    def _metrics(self, outcome: Outcome) -> dict[str, Tensor]:
+        return {
+            "accuracy": outcome.correct.float(),
+            "gmacs": outcome.gmacs,
+            "keep_ratio": outcome.kept.float().mean(1) / self.num_agents,
+        }

@@ -1,0 +1,197 @@
+"""What can be seen at a stage: fields of each living patch, and the global state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokenprune.envs.backbone import StagedViT, Tokens
+
+FIELDS = ("token", "cls", "stage", "position", "cls_attention", "alive_fraction", "budget")
+DEFAULT_FIELDS = ("token", "cls", "stage", "cls_attention")
+POSITION_OCTAVES = 2
+
+
+def field_size(backbone: StagedViT, field: str) -> int:
+    """Numbers that ``field`` adds to an observation."""
+    return {
+        "token": backbone.width,
+        "cls": backbone.width,
+        "stage": backbone.num_stages,
+        "position": 2 + 4 * POSITION_OCTAVES,
+        "cls_attention": 1,
+        "alive_fraction": 1,
+        "budget": 1,
+    }[field]
+
+
+def field_slices(backbone: StagedViT, fields: Sequence[str]) -> dict[str, slice]:
+    """Where each of ``fields`` stands in an observation made of them, in this order.
+
+    Raises:
+        ValueError: a field is unknown or named twice, or there is none.
+    """
+    unknown = [field for field in fields if field not in FIELDS]
+    if unknown or not fields or len(set(fields)) < len(fields):
+        raise ValueError(
+            f"observation fields {tuple(fields)}: name one or more of {', '.join(FIELDS)}, each once"
+        )
+    slices, start = {}, 0
+    for field in fields:
+        slices[field] = slice(start, start + field_size(backbone, field))
+        start = slices[field].stop
+    return slices
+
+
+def state_size(backbone: StagedViT) -> int:
+    """D_state."""
+    return 2 * backbone.width + backbone.num_stages + 1
+
+
+class View:
+    """The living patches of B images at one stage; fields are computed when asked for.
+
+    R living patches stand in the order of the batch, within an image by position, whatever the order of packed rows.
+
+    Args:
+        backbone: whose tokens they are.
+        tokens: the tokens.
+        stage: 0-based.
+        budget: price of compute of each episode, float32 [B].
+
+    Attributes:
+        alive: bool [B, N].
+        image: index of the image that each living patch belongs to, int64 [R].
+        patch: index of each living patch in its image, 0..N-1, int64 [R].
+        count: living patches of each image, int64 [B].
+    """
+
+    def __init__(self, backbone: StagedViT, tokens: Tokens, stage: int, budget: Tensor) -> None:
+        self.backbone = backbone
+        self.stage = stage
+        self.budget = budget
+        self._tokens = tokens
+        self.alive = tokens.alive[:, backbone.num_prefix :]
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """Flat index of each living patch in [B, N], ascending, int64 [R]."""
+        flat = self.alive.flatten()
+        layout = self._tokens.layout
+        if layout is None or flat.device.type == "cpu":
+            return flat.nonzero().squeeze(1)
+        # the layout knows how many: the device need not be asked
+        count = int(layout.lengths.sum()) - len(self.alive) * self.backbone.num_prefix
+        return torch.nonzero_static(flat, size=count).squeeze(1)
+
+    @cached_property
+    def image(self) -> Tensor:
+        return self._places // self.backbone.num_patches
+
+    @cached_property
+    def patch(self) -> Tensor:
+        return self._places % self.backbone.num_patches
+
+    @cached_property
+    def count(self) -> Tensor:
+        return self.alive.sum(1)
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        """Row of the backbone's tokens that holds each living patch, int64 [R]."""
+        return self._tokens.row[
+            self.image * self.backbone.num_slots + self.backbone.num_prefix + self.patch
+        ]
+
+    @cached_property
+    def token(self) -> Tensor:
+        """Embeddings of the living patches, [R, D]."""
+        return self._tokens.x.index_select(0, self._rows).float()
+
+    @cached_property
+    def cls(self) -> Tensor:
+        """Class token of each image [B, D]; the mean of the prefix or patch tokens where the model has none."""
+        prefix = self.backbone.num_prefix
+        if not prefix:
+            return self.mean_token
+        count = 1 if self.backbone.has_class_token else prefix
+        batch = len(self.alive)
+        rows = self._tokens.row.view(batch, -1)[:, :count]
+        return self._tokens.x.index_select(0, rows.flatten()).view(batch, count, -1).mean(1).float()
+
+    @cached_property
+    def mean_token(self) -> Tensor:
+        """Mean of the living patches of each image [B, D]; zeros where none lives."""
+        total = self.token.new_zeros(len(self.alive), self.token.shape[1])
+        return total.index_add_(0, self.image, self.token) / self.count.clamp(min=1)[:, None]
+
+    @cached_property
+    def cls_attention(self) -> Tensor:
+        """Attention that the class token paid each living patch in the last block, times N, [R].
+
+        1 is an even share among all patches of the image. 1 everywhere before the first block.
+        """
+        paid = self._tokens.attention
+        if paid is None:
+            return torch.ones(len(self._places), device=self.alive.device)
+        return paid[self._rows].float() * self.backbone.num_patches
+
+    @cached_property
+    def alive_fraction(self) -> Tensor:
+        """Living share of each image's patches, float32 [B]."""
+        return self.count.float() / self.backbone.num_patches
+
+    @cached_property
+    def stage_one_hot(self) -> Tensor:
+        """float32 [T]."""
+        index = torch.tensor(self.stage, device=self.alive.device)
+        return F.one_hot(index, self.backbone.num_stages).float()
+
+    def field(self, name: str) -> Tensor:
+        """One field of every living patch, float32 [R, size]."""
+        if name == "token":
+            return self.token
+        if name == "cls":
+            return self.cls.index_select(0, self.image)
+        if name == "stage":
+            return self.stage_one_hot.expand(len(self._places), -1)
+        if name == "position":
+            return patch_positions(self.backbone).to(self.alive.device)[self.patch]
+        if name == "cls_attention":
+            return self.cls_attention[:, None]
+        if name == "alive_fraction":
+            return self.alive_fraction[self.image][:, None]
+        if name == "budget":
+            return self.budget[self.image][:, None]
+        raise ValueError(f"unknown observation field {name!r}: choose from {', '.join(FIELDS)}")
+
+    def living(self, fields: Sequence[str]) -> Tensor:
+        """Observations of the living patches, float32 [R, D_obs]."""
+        return torch.cat([self.field(name) for name in fields], dim=1)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Values of the living patches [R, ...] at their places in [B, N, ...], zeros (False) elsewhere."""
+        dense = values.new_zeros(self.alive.numel(), *values.shape[1:])
+        dense[self._places] = values
+        return dense.unflatten(0, self.alive.shape)
+
+    def state(self) -> Tensor:
+        """Global state: class token, mean living token, stage, living share; float32 [B, D_state]."""
+        stage = self.stage_one_hot.expand(len(self.alive), -1)
+        return torch.cat([self.cls, self.mean_token, stage, self.alive_fraction[:, None]], dim=1)
+
+
+def patch_positions(backbone: StagedViT) -> Tensor:
+    """Row and column in -1..1 and their sines and cosines at ``POSITION_OCTAVES`` frequencies, float32 [N, size]."""
+    rows, columns = backbone.grid_size
+    row, column = torch.meshgrid(
+        torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij"
+    )
+    place = torch.stack([row.flatten(), column.flatten()], dim=1)
+    waves = [place * math.pi * 2**octave for octave in range(POSITION_OCTAVES)]
+    return torch.cat([place] + [wave for w in waves for wave in (w.sin(), w.cos())], dim=1)

@@ -1,0 +1,42 @@
+"""Pictures of a game: an image once a stage, pruned patches whited out."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+GAP = 2  # white pixels between pictures
+FADE = 0.85  # how far a pruned patch is turned towards white
+
+
+def stage_strip(pixels: Tensor, alive: Tensor, grid: tuple[int, int]) -> NDArray[np.uint8]:
+    """One image side by side, once for each row of ``alive``.
+
+    Args:
+        pixels: values 0..1, [C, H, W], C 1 or 3.
+        alive: bool [K, N], patches in row-major order.
+        grid: rows and columns of patches.
+
+    Returns:
+        uint8 [H, K * W + (K - 1) * GAP, 3].
+    """
+    channels, height, width = pixels.shape
+    colour = pixels.expand(3, -1, -1) if channels == 1 else pixels[:3]
+    pictures = []
+    for patches in alive:
+        mask = patches.float().view(1, 1, *grid)
+        shown = F.interpolate(mask, size=(height, width), mode="nearest")[0]
+        pictures.append(colour * (1 - FADE * (1 - shown)) + FADE * (1 - shown))
+        pictures.append(torch.ones(3, height, GAP))
+    strip = torch.cat(pictures[:-1], dim=2).clamp(0, 1)
+    return (strip.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+
+
+def denormalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Undoes a dataset's normalisation: [..., C, H, W] -> values 0..1."""
+    shape = (-1, 1, 1)
+    shifted = pixels * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+    return shifted.clamp(0, 1)

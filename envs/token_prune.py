@@ -1,0 +1,333 @@
+"""``TokenPruneEnv``: token pruning as a PettingZoo ``ParallelEnv``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from gymnasium.spaces import Box, Discrete
+from numpy.typing import NDArray
+from pettingzoo import ParallelEnv
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from tokenprune.envs.backbone import Execution, StagedViT
+from tokenprune.envs.batched import Observed
+from tokenprune.envs.batched_tokens import KEEP, PRUNE, BatchedTokenPrune
+from tokenprune.envs.datasets import DIGITS, ImageSet, open_images
+from tokenprune.envs.digits import Split
+from tokenprune.envs.game import GameError, TokenGame
+from tokenprune.envs.models import DIGITS_VIT, create_backbone
+from tokenprune.envs.observations import DEFAULT_FIELDS
+from tokenprune.envs.rendering import denormalise, stage_strip
+from tokenprune.envs.rewards import Reward, make_reward
+
+PrunedAgents = Literal["leave", "stay"]
+RENDER_MODES = ("rgb_array", "human")
+
+
+def pick_device(device: str | torch.device = "auto") -> torch.device:
+    """The device named; for "auto" CUDA, else MPS, else the CPU.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(device)!r} can't be used here: {error}") from error
+    return chosen
+
+
+class TokenPruneEnv(ParallelEnv):
+    """Each patch token of an image an agent that keeps (1) or prunes (0) itself before each stage's block.
+
+    ``TokenPruneEnv()`` plays on real scanned digits in clutter with a small trained ViT that the package brings.
+
+    Args:
+        backbone: a name for ``models.create_backbone``, or a timm VisionTransformer.
+        dataset: a name for ``datasets.open_images``, or an ``ImageSet``.
+        split: which part of a named dataset.
+        prune_before: 0-based blocks before which stages stand; before every block but the first where None.
+        reward: a name of ``rewards.REWARDS``, or a ``Reward``.
+        observation: fields that an agent sees, of ``observations.FIELDS``.
+        num_envs: None plays one image an episode, with numpy values. A number plays so many images at once: every
+            value is a tensor with that leading dimension on the game's device, a view of the game's own.
+        pruned_agents: "leave": a pruned agent terminates with that step's reward and is gone. "stay": it remains,
+            observes zeros, may only prune, is still paid, and all agents terminate together. With ``num_envs`` always
+            "stay".
+        device: "auto" takes CUDA, MPS or the CPU, whichever is there first.
+        execution: "packed" removes tokens, "masked" is the slow reference.
+        render_mode: "rgb_array" or "human".
+
+    Infos hold the same keys from ``reset`` on: ``index`` and ``label`` of the image, ``action_mask`` int8 [2], and what
+    is zero until the end: ``logits`` [classes], ``correct``, ``gmacs`` (policy not included), and ``unpaid``
+    [N]: what the reward owes agents that had left before it fell due.
+
+    Raises:
+        ValueError: an argument of an unknown name or a wrong value; the message says which would be right.
+        UnsupportedBackboneError: the backbone can't be staged.
+        DatasetError: the dataset is unknown or damaged.
+    """
+
+    metadata: dict[str, Any] = {  # noqa: RUF012 - PettingZoo's own declaration
+        "name": "token_prune_v0",
+        "render_modes": list(RENDER_MODES),
+        "render_fps": 2,
+        "is_parallelizable": True,
+    }
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = DIGITS_VIT,
+        dataset: str | ImageSet = DIGITS,
+        split: Split = "train",
+        prune_before: Sequence[int] | None = None,
+        reward: str | Reward = "team",
+        observation: Sequence[str] = DEFAULT_FIELDS,
+        num_envs: int | None = None,
+        pruned_agents: PrunedAgents = "leave",
+        device: str | torch.device = "auto",
+        execution: Execution = "packed",
+        render_mode: str | None = None,
+    ) -> None:
+        if pruned_agents not in get_args(PrunedAgents):
+            raise ValueError(f"pruned_agents={pruned_agents!r}: choose from leave, stay")
+        if render_mode is not None and render_mode not in RENDER_MODES:
+            raise ValueError(f"render_mode={render_mode!r}: choose from {', '.join(RENDER_MODES)}")
+        model = create_backbone(backbone) if isinstance(backbone, str) else backbone
+        config = resolve_model_data_config(model)
+        images = open_images(dataset, split, config) if isinstance(dataset, str) else dataset
+        staged = StagedViT(model.to(pick_device(device)).eval(), prune_before, execution)
+        game = TokenGame(staged, make_reward(reward) if isinstance(reward, str) else reward)
+        self.batched = BatchedTokenPrune(game, images, num_envs or 1, observation)
+        self.num_envs = num_envs
+        self.pruned_agents = "stay" if num_envs is not None else pruned_agents
+        self.render_mode = render_mode
+        self.possible_agents = [f"token_{i}" for i in range(game.num_agents)]
+        self.agents: list[str] = []
+        self.state_space = self.batched.state_space
+        self._place = {agent: i for i, agent in enumerate(self.possible_agents)}
+        self._action_spaces = {agent: Discrete(2) for agent in self.possible_agents}
+        self._normalisation = (tuple(config["mean"]), tuple(config["std"]))
+        self._observed: Observed | None = None
+        self._history: list[Tensor] = []
+        self._unpaid = torch.zeros(0)
+
+    def observation_space(self, agent: str) -> Box:
+        return self.batched.observation_space
+
+    def action_space(self, agent: str) -> Discrete:
+        return self._action_spaces[agent]
+
+    def reset(
+        self, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        """Begins an episode on images that ``seed`` draws, or on ``options["indices"]``.
+
+        Raises:
+            ValueError: a wrong number of indices, or one that the dataset doesn't have.
+        """
+        unknown = set(options or {}) - {"indices"}
+        if unknown:
+            # PettingZoo's own test passes options that mean nothing, so this can't be an error
+            warnings.warn(
+                f"reset ignores the options {sorted(unknown)}: there is only 'indices'",
+                stacklevel=2,
+            )
+        self._observed = self.batched.reset(seed, indices=(options or {}).get("indices"))
+        self.agents = list(self.possible_agents)
+        self._history = [self._observed.alive]
+        self._unpaid = torch.zeros_like(self._observed.alive, dtype=torch.float32)
+        return self._by_agent(self._observed.observation, self.agents), self._infos(self.agents)
+
+    def step(
+        self, actions: Mapping[str, Any]
+    ) -> tuple[
+        dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any], dict[str, dict[str, Any]]
+    ]:
+        """Takes one action for each of ``self.agents``: 0 prunes, 1 keeps.
+
+        Returns:
+            Observations, rewards, terminations, truncations and infos of the agents that took part.
+
+        Raises:
+            GameError: before ``reset``, or after the episode's end.
+            ValueError: agents unknown, missing or gone, or an action that is not 0 or 1.
+        """
+        if not self.agents:
+            raise GameError("no episode to step in: call reset first (also after an episode's end)")
+        acting, was_alive = self.agents, self._history[-1]
+        transition = self.batched.step(self._joint_action(actions))
+        self._observed = transition.observed
+        over = bool(transition.terminated[0])
+        self._record(over, transition.observed)
+        reward = transition.reward
+        gone = ~was_alive
+        self._unpaid = self._unpaid + reward * gone
+
+        leaving = self.pruned_agents == "leave"
+        survivors = self._history[-1]
+        if leaving and not over and not survivors.any():
+            # nobody is left to act, but the image is still on its way to a prediction
+            over = True
+            self._unpaid = self._unpaid + self._play_out()
+        ended = torch.full_like(survivors, over) | (~survivors if leaving else False)
+        observations = self._by_agent(self._observed.observation, acting)
+        rewards = self._by_agent(reward, acting)
+        terminations = self._by_agent(ended, acting)
+        truncations = self._by_agent(torch.zeros_like(ended), acting)
+        infos = self._infos(acting)
+        if over:
+            self.agents = []
+        elif leaving:
+            alive = survivors[0].tolist()
+            self.agents = [agent for agent in acting if alive[self._place[agent]]]
+        if self.render_mode == "human":
+            self.render()
+        return observations, rewards, terminations, truncations, infos
+
+    def state(self) -> NDArray[np.float32] | Tensor:
+        """The global state [D_state], or a tensor [num_envs, D_state]; zeros after the end."""
+        if self._observed is None:
+            raise GameError("no state before reset")
+        state = self._observed.state
+        return state if self.num_envs is not None else state[0].cpu().numpy()
+
+    def render(self) -> NDArray[np.uint8] | None:
+        """The image before the first and after each stage so far, pruned patches whited out.
+
+        Returns:
+            uint8 [H, W, 3], images of a batch below each other; None in mode "human", which shows it in a window.
+        """
+        if self.render_mode is None:
+            raise ValueError("give render_mode='rgb_array' or 'human' when the environment is made")
+        if not self._history:
+            raise GameError("nothing to render before reset")
+        pixels = denormalise(self.batched.pixels.float().cpu(), *self._normalisation)
+        alive = torch.stack(self._history, dim=1).cpu()  # [B, stages so far + 1, N]
+        grid = self.batched.game.backbone.grid_size
+        strips = [stage_strip(p, a, grid) for p, a in zip(pixels, alive, strict=True)]
+        picture = np.concatenate(strips)
+        if self.render_mode == "rgb_array":
+            return picture
+        import matplotlib.pyplot as plt
+
+        figure = plt.figure("token_prune", clear=True)
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.imshow(picture)
+        axes.set_axis_off()
+        plt.pause(1 / self.metadata["render_fps"])
+        return None
+
+    def close(self) -> None:
+        self.batched.close()
+        if self.render_mode == "human":
+            import matplotlib.pyplot as plt
+
+            plt.close("token_prune")
+
+    def _joint_action(self, actions: Mapping[str, Any]) -> Tensor:
+        missing = [agent for agent in self.agents if agent not in actions]
+        surplus = [agent for agent in actions if agent not in self._place]
+        gone = set(actions) - set(self.agents) - set(surplus)
+        if missing or surplus or gone:
+            raise ValueError(
+                f"actions must be for exactly the {len(self.agents)} agents that live: "
+                f"missing {_some(missing)}, unknown {_some(surplus)}, gone {_some(sorted(gone))}"
+            )
+        device = self.batched.device
+        shape = () if self.num_envs is None else (self.num_envs,)
+        joint = torch.zeros(self.batched.num_envs, self.batched.num_agents, dtype=torch.int64)
+        if self.num_envs is None:
+            for agent, action in actions.items():
+                # an array of one number, as policies return, is a number too
+                number = np.asarray(action)
+                if number.size != 1 or number.item() not in (PRUNE, KEEP):
+                    raise ValueError(f"action {action!r} of {agent}: choose 0 (prune) or 1 (keep)")
+                joint[0, self._place[agent]] = int(number.item())
+            return joint
+        columns = [torch.as_tensor(actions[agent], device=device) for agent in self.agents]
+        for agent, column in zip(self.agents, columns, strict=True):
+            if column.shape != shape or column.is_floating_point() or column.is_complex():
+                raise ValueError(
+                    f"action of {agent} must be integers {list(shape)}: "
+                    f"got {column.dtype} {list(column.shape)}"
+                )
+        joint = torch.stack(columns, dim=1).long()
+        if ((joint != PRUNE) & (joint != KEEP)).any():
+            raise ValueError("actions must be 0 (prune) or 1 (keep)")
+        return joint
+
+    def _record(self, over: bool, observed: Observed) -> None:
+        last = self.batched.survivors if over else observed.alive
+        self._history.append(last)
+
+    def _play_out(self) -> Tensor:
+        """Runs the rest of an episode whose agents have all left; what it pays them, [1, N]."""
+        nobody = torch.zeros(1, self.batched.num_agents, dtype=torch.int64)
+        paid = torch.zeros_like(self._unpaid)
+        over = False
+        while not over:
+            transition = self.batched.step(nobody)
+            self._observed = transition.observed
+            paid = paid + transition.reward
+            over = bool(transition.terminated[0])
+        return paid
+
+    def _by_agent(self, values: Tensor, agents: Sequence[str]) -> dict[str, Any]:
+        """Columns of [B, N, ...] by agent: tensor views, or numpy values of the one image."""
+        if self.num_envs is not None:
+            return dict(zip(self.possible_agents, values.unbind(1), strict=True))
+        rows = values[0].cpu()
+        if rows.dim() == 1:
+            listed = rows.tolist()
+            return {agent: listed[self._place[agent]] for agent in agents}
+        array = rows.numpy()
+        return {agent: array[self._place[agent]] for agent in agents}
+
+    def _infos(self, agents: Sequence[str]) -> dict[str, dict[str, Any]]:
+        batched, outcome = self.batched, self.batched.outcome
+        assert self._observed is not None
+        classes = batched.game.backbone.num_classes
+        if self.num_envs is not None:
+            shared = {
+                "index": batched.indices,
+                "label": batched.labels,
+                "logits": outcome.logits
+                if outcome
+                else torch.zeros(1, device=batched.device).expand(self.num_envs, classes),
+                "correct": outcome.correct if outcome else torch.zeros_like(batched.labels).bool(),
+                "gmacs": outcome.gmacs if outcome else torch.zeros_like(batched.labels).float(),
+                "unpaid": self._unpaid,
+            }
+            masks = self._observed.action_mask.to(torch.int8)
+            return {
+                agent: {**shared, "action_mask": mask}
+                for agent, mask in zip(self.possible_agents, masks.unbind(1), strict=True)
+            }
+        single = {
+            "index": int(batched.indices[0]),
+            "label": int(batched.labels[0]),
+            "logits": outcome.logits[0].float().cpu().numpy()
+            if outcome
+            else np.zeros(classes, np.float32),
+            "correct": bool(outcome.correct[0]) if outcome else False,
+            "gmacs": float(outcome.gmacs[0]) if outcome else 0.0,
+            "unpaid": self._unpaid[0].cpu().numpy(),
+        }
+        all_masks = self._observed.action_mask[0].to(torch.int8).cpu().numpy()
+        return {agent: {**single, "action_mask": all_masks[self._place[agent]]} for agent in agents}
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    shown = ", ".join(map(str, names[:most])) or "none"
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
