@@ -1,11 +1,13 @@
-"""Scanned digits in clutter: the data behind the default game, made from a seed and never downloaded.
+"""Scanned digits in clutter: the data behind the default game, from a seed and never downloaded.
 
-One real handwritten digit (``sklearn.datasets.load_digits``, 8x8 scans) is enlarged to 14..46 pixels and put somewhere
-on a textured background among fragments of other digits that are drawn in the same range of brightness. How many
-patches matter, and where they are, differs from image to image; brightness says nothing about either.
+One real handwritten digit (``sklearn.datasets.load_digits``, 8x8 scans) is enlarged to 14..46
+pixels and put somewhere on a textured background among fragments of other digits that are drawn in
+the same range of brightness. How many patches matter, and where they are, differs from image to
+image; brightness says nothing about either.
 
-Every pixel is a sum of integers below 2**24, scaled by powers of two: exact in float32, whatever the order of the sum.
-With a random stream that NumPy has frozen (``RandomState``), a seed means the same images on every machine.
+Every pixel is a sum of integers up to 2**24, scaled by powers of two: exact in float32, whatever
+the order of the sum. With a random stream that NumPy has frozen (``RandomState``), a seed means the
+same images on every machine.
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ IMAGE_SIZE = 64
 SCAN_SIZE = 8
 SCAN_MAX = 16  # load_digits counts inked sub-pixels: 0..16
 SIZES = (14, 46)  # smallest and largest side of a digit, pixels
-FRAGMENTS = 14
+FRAGMENTS = 20
 FRAGMENT_SCANS = (3, 4)  # side of the window cut out of another digit's scan, in scan pixels
 FRAGMENT_MARGIN = 8  # how far a fragment may start beyond the canvas's edge, pixels
 OFFSET_MARGIN = SIZES[1] + FRAGMENT_MARGIN
 BRIGHTNESS = (170, 255)  # ink of digits and fragments
 BACKGROUND = (20, 80)  # range of a background's mean level
-OCTAVES = ((4, 40), (8, 20), (16, 10), (32, 5))  # cells per side, amplitude: amplitude falls as 1/frequency
+# cells per side, amplitude: amplitude falls as 1/frequency
+OCTAVES = ((4, 40), (8, 20), (16, 10), (32, 5))
 WEIGHT = 64  # interpolation weights are integers that sum to this
 CHUNK = 100  # images that are drawn at once: bounds the memory
 SHARES: dict[Split, tuple[float, float]] = {
@@ -52,7 +55,7 @@ def _scans() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
 
 @lru_cache(maxsize=8)
 def scan_indices(split: Split) -> NDArray[np.int64]:
-    """Which scans stand behind the images of ``split``: the splits share none, and each has its part of every class."""
+    """The scans behind ``split``: splits share none, and each has its part of every class."""
     _, labels = _scans()
     shuffled = np.random.RandomState(0).permutation(len(labels))
     low, high = SHARES[split]
@@ -68,9 +71,9 @@ def _interpolation() -> NDArray[np.float32]:
     """Bilinear weights that enlarge a scan's side, for every size and place.
 
     Returns:
-        Integers 0..WEIGHT as float32, [size - SIZES[0], offset + OFFSET_MARGIN, IMAGE_SIZE, SCAN_SIZE]: row p holds the
-        weights of the scan's samples at pixel p when the scan covers ``size`` pixels from pixel ``offset`` on; zero
-        where it does not cover p.
+        Integers 0..WEIGHT as float32, [size - SIZES[0], offset + OFFSET_MARGIN, IMAGE_SIZE,
+        SCAN_SIZE]: row p holds the weights of the scan's samples at pixel p when the scan covers
+        ``size`` pixels from pixel ``offset`` on; zero where it does not cover p.
     """
     size = np.arange(SIZES[0], SIZES[1] + 1)[:, None, None]
     offset = np.arange(-OFFSET_MARGIN, IMAGE_SIZE)[None, :, None]
@@ -84,15 +87,24 @@ def _interpolation() -> NDArray[np.float32]:
 
 
 def _enlarge(
-    scans: NDArray[np.float32], size: NDArray[np.int64], top: NDArray[np.int64], left: NDArray[np.int64]
+    scans: NDArray[np.float32],
+    size: NDArray[np.int64],
+    top: NDArray[np.int64],
+    left: NDArray[np.int64],
 ) -> NDArray[np.float32]:
-    """Draws ``scans`` [n, SCAN_SIZE, SCAN_SIZE] on empty canvases, times WEIGHT**2, [n, IMAGE_SIZE, IMAGE_SIZE]."""
-    rows, columns = (_interpolation()[size - SIZES[0], place + OFFSET_MARGIN] for place in (top, left))
-    return rows @ scans @ columns.transpose(0, 2, 1)
+    """Draws ``scans`` [n, SCAN_SIZE, SCAN_SIZE] on empty canvases.
+
+    Returns:
+        ink times WEIGHT**2, [n, IMAGE_SIZE, IMAGE_SIZE].
+    """
+    rows, columns = (
+        _interpolation()[size - SIZES[0], place + OFFSET_MARGIN] for place in (top, left)
+    )
+    return np.matmul(np.matmul(rows, scans), columns.transpose(0, 2, 1))
 
 
 def _background(random: np.random.RandomState, n: int) -> NDArray[np.float32]:
-    """1/f texture: value noise, octaves of bilinearly enlarged random grids, [n, IMAGE_SIZE, IMAGE_SIZE]."""
+    """1/f texture: octaves of bilinearly enlarged random grids, [n, IMAGE_SIZE, IMAGE_SIZE]."""
     level = random.randint(BACKGROUND[0], BACKGROUND[1] + 1, size=(n, 1, 1)).astype(np.float32)
     total = np.zeros((n, IMAGE_SIZE, IMAGE_SIZE), np.float32)
     for cells, amplitude in OCTAVES:
@@ -124,7 +136,8 @@ def _draw(
     light = _enlarge(inked(chosen), size, top, left)
 
     row, column = (
-        (np.arange(IMAGE_SIZE) >= start[:, None]) & (np.arange(IMAGE_SIZE) < (start + size)[:, None])
+        (np.arange(IMAGE_SIZE) >= start[:, None])
+        & (np.arange(IMAGE_SIZE) < (start + size)[:, None])
         for start in (top, left)
     )
     beside_digit = ~(row[:, :, None] & column[:, None, :])
@@ -137,11 +150,14 @@ def _draw(
         corner = random.randint(0, SCAN_SIZE - window + 1)
         cut = (samples >= corner[..., None]) & (samples < (corner + window)[..., None])
         # the window, not the scan it was cut from, is spread evenly over the canvas
-        place = random.randint(-FRAGMENT_MARGIN, IMAGE_SIZE, size=(2, n)) - corner * scale // SCAN_SIZE
+        place = (
+            random.randint(-FRAGMENT_MARGIN, IMAGE_SIZE, size=(2, n)) - corner * scale // SCAN_SIZE
+        )
         cropped = fragment * cut[0][:, :, None] * cut[1][:, None, :]
         np.maximum(clutter, _enlarge(cropped, scale, *place), out=clutter)
-    light = np.maximum(light, clutter * beside_digit) / np.float32(SCAN_MAX * WEIGHT * WEIGHT)
-    return np.clip(np.maximum(_background(random, n), light), 0, 255).astype(np.uint8), labels[chosen]
+    ink = np.maximum(light, clutter * beside_digit)
+    pixels = np.maximum(_background(random, n), ink / np.float32(SCAN_MAX * WEIGHT * WEIGHT))
+    return np.clip(pixels, 0, 255).astype(np.uint8), labels[chosen]
 
 
 def draw_digits(split: Split, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -150,7 +166,7 @@ def draw_digits(split: Split, size: int, seed: int = 0) -> tuple[Tensor, Tensor]
     Args:
         split: "train", "validation" or "test"; the scans behind them are disjoint.
         size: number of images.
-        seed: the same seed gives the same images, and a longer draw starts with the shorter one's whole chunks.
+        seed: 0 or more; the same seed gives the same images, a longer draw begins with the shorter.
 
     Returns:
         images uint8 [size, 1, IMAGE_SIZE, IMAGE_SIZE] and labels int64 [size].
