@@ -98,6 +98,7 @@ class BatchedPettingZoo:
         self.state_space = _unbounded(self._now.state.shape[-1])
         self._index = {agent: i for i, agent in enumerate(self._layout.agents)}
         self._acting: list[list[str]] = [[] for _ in range(num_envs)]
+        self._ended: list[set[str]] = [set() for _ in range(num_envs)]
         self._returns = np.zeros((num_envs, self.num_agents))
         self._lengths = np.zeros(num_envs, dtype=np.int64)
         self._seeds: np.random.SeedSequence | None = None
@@ -136,7 +137,8 @@ class BatchedPettingZoo:
 
         Raises:
             RuntimeError: there was no ``reset``, or none since an error; an agent's flags
-                contradict ``env.agents``; or an environment has no agents after its reset.
+                contradict ``env.agents``, or it comes back after it ended; or an environment has no
+                agents after its reset.
             ValueError: actions of another type or shape, or one that a living agent may not take;
                 an observation, state or mask that does not fit its space; or one of them or a
                 reward that is missing or not finite.
@@ -165,6 +167,7 @@ class BatchedPettingZoo:
             self._lengths[row] += 1
             self._acting[row] = self._living(row)
             self._check_flags(row, acting, terminations, truncations)
+            self._ended[row].update(agent for agent in acting if agent not in self._acting[row])
             if self._acting[row]:
                 self._now.write(row, env, self._acting[row], observations, infos)
                 continue
@@ -207,6 +210,7 @@ class BatchedPettingZoo:
         seed = int(seeds.generate_state(1)[0]) % SEED_LIMIT
         self._episodes[row] += 1
         observations, infos = self._envs[row].reset(seed=seed)
+        self._ended[row].clear()
         self._acting[row] = self._living(row)
         if not self._acting[row]:
             raise RuntimeError(
@@ -224,6 +228,11 @@ class BatchedPettingZoo:
             raise RuntimeError(
                 f"environment {row} has agents {unknown} that are not among its "
                 f"possible_agents {list(self._layout.agents)}"
+            )
+        if returned := self._ended[row].intersection(agents):
+            raise RuntimeError(
+                f"environment {row} brought back agents {sorted(returned)} that had ended; "
+                f"advantages run along one life of an agent, and PettingZoo allows no second one"
             )
         return agents
 

@@ -706,6 +706,22 @@ def test_masks_must_fit_and_allow_something(mask):
         batched({}, of=Misfit).reset(seed=0)
 
 
+def test_agents_have_one_life():
+    class Revives(Scripted):
+        def step(self, actions):
+            result = super().step(actions)
+            if self.t == 3:
+                self.agents = [*self.agents, "b"]
+            return result
+
+    env = batched({1: {"b": TERMINATED}}, of=Revives)
+    env.reset(seed=0)
+    steps(env, 2)
+    with pytest.raises(RuntimeError, match=r"environment 0 brought back agents \['b'\]"):
+        env.step(zeros(env))
+    assert env.reset(seed=0).alive.all()
+
+
 def test_environments_must_keep_their_agents_straight():
     class NeverBack(Scripted):
         def reset(self, seed=None, options=None):
