@@ -58,7 +58,8 @@ class ConvStem(nn.Module):
         self.patch_size = (patch_size, patch_size)
         self.grid_size = (img_size // patch_size, img_size // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
-        # one wide stride of 4, then halvings: few, small feature maps, since the stem is what no policy can prune
+        # one wide stride of 4, then halvings: few and small feature maps, since the stem is what
+        # no policy can prune
         halvings = patch_size.bit_length() - 3
         layers: list[nn.Module] = []
         channels = in_chans
