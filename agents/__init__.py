@@ -1,0 +1,8 @@
+"""Who decides: policies, and the backbone pruned by one."""
+
+from tokenprune.agents.actor_critic import LearnedPolicy, TokenActor
+from tokenprune.agents.heuristics import KeepAll, TopK
+from tokenprune.agents.policy import Policy
+from tokenprune.agents.pruned_vit import PrunedViT
+
+__all__ = ["KeepAll", "LearnedPolicy", "Policy", "PrunedViT", "TokenActor", "TopK"]

@@ -1,4 +1,6 @@
-"""The networks that MAPPO trains: a shared actor, a critic, and the policy that a trained actor becomes."""
+"""The networks that MAPPO trains: a shared actor, a critic, and the policy that a trained actor
+becomes.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +45,11 @@ class Actor(nn.Module):
 
 
 class TokenActor(Actor):
-    """An actor for keep and prune that starts from a prior: log(class attention * N) is added to the logit of keep.
+    """An actor for keep and prune that starts from a prior: log(class attention * N) is added to
+    the logit of keep.
 
-    The prior's weight and a bias are learned. They learn faster than the network's weights would move them, so each is
-    kept as a product with ``PRIOR_SPEED``.
+    The prior's weight and a bias are learned. They learn faster than the network's weights would
+    move them, so each is kept as a product with ``PRIOR_SPEED``.
 
     Args:
         observation_size: D_obs.
@@ -83,7 +86,9 @@ class TokenActor(Actor):
 
 
 class Critic(nn.Module):
-    """What an agent can expect: [R, D] -> [R]; D is its observation and, if central, the state behind it."""
+    """What an agent can expect: [R, D] -> [R]; D is its observation and, if central, the state
+    behind it.
+    """
 
     def __init__(self, inputs: int, hidden: Sequence[int]) -> None:
         super().__init__()

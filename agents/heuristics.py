@@ -28,8 +28,8 @@ class TopK:
 
     Args:
         tokens: k for each stage.
-        score: "attention": class-token attention in the block before, the criterion of EViT (arXiv 2202.07800).
-            "norm": length of the embedding. "random": no criterion.
+        score: "attention": class-token attention in the block before, the criterion of EViT (arXiv
+            2202.07800). "norm": length of the embedding. "random": no criterion.
         seed: of the random scores.
     """
 

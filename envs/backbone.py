@@ -1,9 +1,13 @@
-"""``StagedViT``: a timm VisionTransformer that stops before chosen blocks and goes on with the tokens that survive."""
+"""``StagedViT``: a timm VisionTransformer that stops before chosen blocks and goes on with the
+tokens that survive.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,21 +24,26 @@ Execution = Literal["packed", "masked"]
 
 
 class UnsupportedBackboneError(ValueError):
-    """A model that can't be run from stage to stage on a part of its tokens; the message says why."""
+    """A model that can't be run from stage to stage on a part of its tokens; the message says
+    why.
+    """
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of B images on their way through the blocks; each image has L slots: prefix tokens, then N patches.
+    """The tokens of B images on their way through the blocks; each image has L slots: prefix
+    tokens, then N patches.
 
     Attributes:
-        x: embeddings, a row a token, [S, D]. Packed: the living tokens, image after image. Masked: all B * L slots.
+        x: embeddings, a row a token, [S, D]. Packed: the living tokens, image after image. Masked:
+            all B * L slots.
         alive: bool [B, L].
-        row: int64 [B * L], the row of ``x`` that holds each slot's token; of no meaning where it is not alive.
+        row: int64 [B * L], the row of ``x`` that holds each slot's token; of no meaning where it is
+            not alive.
         layout: of the packed rows; None in masked execution.
-        attention: what the class token paid each row of ``x`` in the last block, mean over heads, [S]; None where not
-            asked for or before the first block. In a model without a class token the mean query of its prefix
-            tokens, or of all its tokens, stands in.
+        attention: what the class token paid each row of ``x`` in the last block, mean over heads,
+            [S]; None where not asked for or before the first block. In a model without a class
+            token the mean query of its prefix tokens, or of all its tokens, stands in.
         macs: multiply-accumulates spent on each image so far, int64 [B].
     """
 
@@ -67,14 +76,15 @@ class Tokens:
 class StagedViT(nn.Module):
     """Runs a timm VisionTransformer from one stage to the next on the surviving tokens.
 
-    The model given is used as it is, neither changed nor copied, and must be in eval mode for packed execution.
+    The model given is used as it is, neither changed nor copied, and must be in eval mode for
+    packed execution.
 
     Args:
         model: timm ``VisionTransformer``, plain or distilled.
-        prune_before: 0-based blocks before which the stages stand, ascending; before every block but the first where
-            None.
-        execution: "packed" removes pruned tokens; "masked" carries all of them and masks attention: slower, the
-            reference, and what gradients for fine-tuning run through.
+        prune_before: 0-based blocks before which the stages stand, ascending; before every block
+            but the first where None.
+        execution: "packed" removes pruned tokens; "masked" carries all of them and masks attention:
+            slower, the reference, and what gradients for fine-tuning run through.
 
     Raises:
         UnsupportedBackboneError: the model can't be staged; the message says why.
@@ -140,7 +150,9 @@ class StagedViT(nn.Module):
         )
         return self._run(tokens, 0, self.prune_before[0], with_attention)
 
-    def advance(self, tokens: Tokens, keep: Tensor, stage: int, with_attention: bool = True) -> Tokens:
+    def advance(
+        self, tokens: Tokens, keep: Tensor, stage: int, with_attention: bool = True
+    ) -> Tokens:
         """Prunes, then runs the blocks up to the next stage, or to the end after the last one.
 
         Args:
@@ -155,7 +167,9 @@ class StagedViT(nn.Module):
         return self._run(pruned, self.prune_before[stage], stop, with_attention and not last)
 
     def prune(self, tokens: Tokens, keep: Tensor) -> Tokens:
-        """Removes the patches that ``keep`` bool [B, N] gives up; the blocks' one host sync happens here."""
+        """Removes the patches that ``keep`` bool [B, N] gives up; the blocks' one host sync happens
+        here.
+        """
         patches = tokens.alive[:, self.num_prefix :]
         survivors = patches & keep
         if self.keeps_last_patch:
@@ -194,8 +208,22 @@ class StagedViT(nn.Module):
         """Multiply-accumulates of each image once its head has run, int64 [B]."""
         return tokens.macs + self._macs.head(tokens.alive.sum(1))
 
+    def uniform_macs(self, tokens: Sequence[int], with_attention: bool = True) -> int:
+        """Multiply-accumulates of an image that keeps ``tokens[t]`` patches at stage t."""
+        edges = (0, *self.prune_before, self.depth)
+        alive = [self.num_slots, *(self.num_prefix + kept for kept in tokens)]
+        spent = self._macs.embed + self._macs.head(alive[-1])
+        for stage, count in enumerate(alive):
+            start, stop = edges[stage], edges[stage + 1]
+            spent += self._macs.blocks(count, start, stop)
+            if with_attention and stop > start and stop < self.depth:
+                spent += self._macs.attention_row(count)
+        return spent
+
     def segment_macs(self, alive_patches: Tensor, stage: int) -> Tensor:
-        """What the blocks from ``stage`` to the next cost with so many living patches; the shape is kept, int64."""
+        """What the blocks from ``stage`` to the next cost with so many living patches; the shape is
+        kept, int64.
+        """
         last = stage + 1 == self.num_stages
         stop = self.depth if last else self.prune_before[stage + 1]
         return self._macs.blocks(alive_patches + self.num_prefix, self.prune_before[stage], stop)
@@ -218,7 +246,9 @@ class StagedViT(nn.Module):
         return replace(tokens, x=x, attention=paid, macs=tokens.macs + spent)
 
     def _query(self, q: Tensor, layout: Layout) -> Tensor:
-        """The query of each image whose attention is observed: [S, heads, size] -> [B, heads, size]."""
+        """The query of each image whose attention is observed: [S, heads, size] -> [B, heads,
+        size].
+        """
         if self.has_class_token:
             return q[layout.first]
         if self.num_prefix:
@@ -234,7 +264,7 @@ class StagedViT(nn.Module):
         paid = self._masked_attention(block, images, alive) if wanted else None
         return block(images, attn_mask=alive[:, None, None, :]).flatten(0, 1), paid
 
-    def _masked_attention(self, block: nn.Module, images: Tensor, alive: Tensor) -> Tensor:
+    def _masked_attention(self, block: Any, images: Tensor, alive: Tensor) -> Tensor:
         attn = block.attn
         qkv = attn.qkv(block.norm1(images)).unflatten(2, (3, attn.num_heads, attn.head_dim))
         q, k = attn.q_norm(qkv[:, :, 0]), attn.k_norm(qkv[:, :, 1])
@@ -258,16 +288,16 @@ class StagedViT(nn.Module):
 
 
 def _nonzero(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Row and column of each of the ``count`` True entries of ``mask`` [R, C], without asking the device how many."""
-    if mask.device.type == "cpu":
-        index = mask.nonzero()
-    else:
-        index = torch.nonzero_static(mask, size=count)
+    """Row and column of each of the ``count`` True entries of ``mask`` [R, C], without asking the
+    device how many.
+    """
+    on_host = mask.device.type == "cpu"
+    index = mask.nonzero() if on_host else torch.nonzero_static(mask, size=count)
     return index[:, 0], index[:, 1]
 
 
 def _packed_block(
-    block: nn.Module,
+    block: Any,
     x: Tensor,
     layout: Layout,
     query: Callable[[Tensor, Layout], Tensor],
@@ -288,7 +318,9 @@ def _packed_block(
 
 
 def _head(model: Any, rows: Tensor, layout: Layout) -> Tensor:
-    """timm's ``forward_head`` after ``norm``, over images of different lengths: rows [S, D] -> logits [B, classes]."""
+    """timm's ``forward_head`` after ``norm``, over images of different lengths: rows [S, D] ->
+    logits [B, classes].
+    """
     if isinstance(model, VisionTransformerDistilled):
         pair = torch.stack([rows[layout.first], rows[layout.first + 1]], dim=1)
         return model.forward_head(model.norm(pair))
@@ -325,7 +357,7 @@ def _attention_width(model: Any) -> int:
     return attn.num_heads * attn.head_dim
 
 
-def check_supported(model: nn.Module) -> Any:
+def check_supported(model: Any) -> Any:
     """Returns ``model`` where it can be staged.
 
     Raises:
@@ -335,12 +367,14 @@ def check_supported(model: nn.Module) -> Any:
     def refuse(reason: str) -> UnsupportedBackboneError:
         return UnsupportedBackboneError(
             f"{type(model).__name__} can't be run on a part of its tokens: {reason}. "
-            "Supported are timm's plain VisionTransformer models (ViT, DeiT, DeiT-3, DINOv2, CLIP, SigLIP)."
+            "Supported are timm's plain VisionTransformer models (ViT, DeiT, DeiT-3, "
+            "DINOv2, CLIP, SigLIP)."
         )
 
     if type(model) not in (VisionTransformer, VisionTransformerDistilled):
         raise refuse(
-            "its forward pass is not that of timm's VisionTransformer, which is a plain sequence of blocks"
+            "its forward pass is not that of timm's VisionTransformer, "
+            "which is a plain sequence of blocks"
         )
     if not len(model.blocks):
         raise refuse("it has no blocks")
@@ -368,14 +402,16 @@ def _check_stages(prune_before: Sequence[int] | None, depth: int) -> tuple[int, 
         raise ValueError(
             f"prune_before={stages} is out of range: the backbone's blocks are 0..{depth - 1}"
         )
-    if any(a >= b for a, b in zip(stages, stages[1:], strict=False)):
+    if any(a >= b for a, b in pairwise(stages)):
         raise ValueError(f"prune_before={stages} must ascend without repeats")
     return stages
 
 
 @dataclass(frozen=True)
 class _Macs:
-    """Multiply-accumulates of a backbone's parts, in closed form, as ``torch.utils.flop_counter`` counts them."""
+    """Multiply-accumulates of a backbone's parts, in closed form, as ``torch.utils.flop_counter``
+    counts them.
+    """
 
     embed: int
     per_token: tuple[int, ...]  # linear layers of each block
@@ -392,7 +428,7 @@ class _Macs:
         for n in sizes:
             layout = Layout.of(np.array([n]), _attention_width(model), reference.device)
             rows = torch.zeros(n, staged.width, device=reference.device, dtype=reference.dtype)
-            costs.append(_count_macs(lambda rows=rows, layout=layout: _head(model, rows, layout)))
+            costs.append(_count_macs(partial(_head, model, rows, layout)))
         # three points fix the head's cost: attention pooling is at most quadratic in the tokens
         quadratic = (costs[2] - 2 * costs[1] + costs[0]) // 2
         linear = costs[1] - costs[0] - quadratic * (sizes[1] ** 2 - sizes[0] ** 2)
@@ -408,8 +444,12 @@ class _Macs:
         )
 
     def blocks(self, tokens: Any, start: int, stop: int) -> Any:
-        """Blocks ``start``..``stop - 1`` on ``tokens`` tokens an image (an int or an int64 tensor)."""
-        return tokens * sum(self.per_token[start:stop]) + tokens**2 * (2 * self.width * (stop - start))
+        """Blocks ``start``..``stop - 1`` on ``tokens`` tokens an image (an int or an int64
+        tensor).
+        """
+        return tokens * sum(self.per_token[start:stop]) + tokens**2 * (
+            2 * self.width * (stop - start)
+        )
 
     def attention_row(self, tokens: Any) -> Any:
         """One query against every key: the observed row of the attention matrix."""
@@ -424,7 +464,8 @@ class _Macs:
         return self.embed + self.blocks(tokens, 0, len(self.per_token)) + self.head(tokens)
 
 
-# the counter's module hooks fail without a graph where a module takes a parameter as its input (attention pooling)
+# the counter's module hooks fail without a graph where a module takes a parameter as its input
+# (attention pooling)
 @torch.enable_grad()
 def _count_macs(run: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False) as counter:

@@ -18,7 +18,8 @@ class Observed:
     Attributes:
         observation: float32 [B, N, D_obs]; zeros for an agent that is not alive.
         state: float32 [B, D_state], the global state that a central critic may see.
-        alive: bool [B, N]; an agent that is not alive takes no part in a loss and its action is ignored.
+        alive: bool [B, N]; an agent that is not alive takes no part in a loss and its action is
+            ignored.
         action_mask: bool [B, N, A], True where an action is allowed; every row allows at least one.
     """
 
@@ -28,7 +29,9 @@ class Observed:
     action_mask: Tensor
 
     def living(self) -> Tensor:
-        """Observations of the living agents alone, in the order of ``alive.nonzero()``, float32 [R, D_obs]."""
+        """Observations of the living agents alone, in the order of ``alive.nonzero()``, float32 [R,
+        D_obs].
+        """
         return self.observation[self.alive]
 
 
@@ -37,12 +40,15 @@ class Transition:
     """What one joint action brought.
 
     Attributes:
-        observed: what the agents see next; in an environment that reset itself, the new episode's beginning.
-        reward: float32 [B, N], paid to the living and, where the game says so, to those that have gone.
-        terminated: bool [B], the episode ended by its own rules: nothing follows, nothing is bootstrapped.
+        observed: what the agents see next; in an environment that reset itself, the new episode's
+            beginning.
+        reward: float32 [B, N], paid to the living and, where the game says so, to those that have
+            gone.
+        terminated: bool [B], the episode ended by its own rules: nothing follows, nothing is
+            bootstrapped.
         truncated: bool [B], the episode was cut off: its value goes on in ``final``.
-        final: where any environment was truncated, what its agents saw last, [B, ...] with rows of meaning only there;
-            else None.
+        final: where any environment was truncated, what its agents saw last, [B, ...] with rows of
+            meaning only there; else None.
         metrics: named float32 [B] of episodes that ended in this step, NaN elsewhere.
     """
 
@@ -64,10 +70,11 @@ class BatchedEnv(Protocol):
         observation_space: of one agent, a flat float32 Box [D_obs].
         state_space: a flat float32 Box [D_state].
         action_space: of one agent.
-        episode_length: the common number of steps of all episodes, which then end together, after which the caller
-            calls ``reset``; None where lengths vary: each environment then resets itself inside ``step``.
-        rollouts_per_start: so many consecutive environments begin every episode in the same state, so that their
-            returns can be compared with each other; 1 where starts are independent.
+        episode_length: the common number of steps of all episodes, which then end together, after
+            which the caller calls ``reset``; None where lengths vary: each environment then resets
+            itself inside ``step``.
+        rollouts_per_start: so many consecutive environments begin every episode in the same state,
+            so that their returns can be compared with each other; 1 where starts are independent.
         device: of every tensor.
     """
 

@@ -1,4 +1,6 @@
-"""``BatchedTokenPrune``: the token game with its dataset behind it, as the ``BatchedEnv`` that trainers consume."""
+"""``BatchedTokenPrune``: the token game with its dataset behind it, as the ``BatchedEnv`` that
+trainers consume.
+"""
 
 from __future__ import annotations
 
@@ -36,15 +38,15 @@ class ViewObserved(Observed):
         return self._living
 
     @cached_property
-    def observation(self) -> Tensor:  # type: ignore[override]
+    def observation(self) -> Tensor:
         return self.view.scatter(self._living)
 
     @cached_property
-    def state(self) -> Tensor:  # type: ignore[override]
+    def state(self) -> Tensor:
         return self.view.state()
 
     @cached_property
-    def action_mask(self) -> Tensor:  # type: ignore[override]
+    def action_mask(self) -> Tensor:
         return action_mask(self.alive)
 
 
@@ -84,8 +86,8 @@ class BatchedTokenPrune:
             )
         if num_envs // rollouts > len(images):
             raise ValueError(
-                f"num_envs={num_envs} with rollouts_per_image={rollouts} needs {num_envs // rollouts} "
-                f"different images, the dataset has {len(images)}"
+                f"num_envs={num_envs} with rollouts_per_image={rollouts} needs "
+                f"{num_envs // rollouts} different images, the dataset has {len(images)}"
             )
         if images.num_classes > game.backbone.num_classes:
             raise ValueError(

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from timm.data import create_transform
+from torch import Tensor
+from torch.nn import functional as F
+
 from tokenprune.envs import digits
 from tokenprune.envs.digits import Split
 from tokenprune.envs.image_sources import DatasetError, ImageSource, Openers, folder_openers
 from tokenprune.envs.timm_sources import TIMM_PREFIXES, timm_openers
-from torch import Tensor
-from torch.nn import functional as F
 
 __all__ = ["DatasetError", "DigitsInClutter", "ImageSet", "Photographs", "Split", "open_images"]
 

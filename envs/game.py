@@ -23,8 +23,8 @@ class Outcome:
     Attributes:
         logits: [B, classes].
         correct: bool [B].
-        gmacs: 1e9 multiply-accumulates spent on each image, the observed attention included, the policy's own cost
-            not, float32 [B].
+        gmacs: 1e9 multiply-accumulates spent on each image, the observed attention included, the
+            policy's own cost not, float32 [B].
         kept: survivors of each stage, int64 [B, T].
         decisions: how often a living agent was asked, int64 [B].
     """
@@ -58,13 +58,15 @@ class Stage:
 class TokenGame:
     """Each patch token an agent, each stage a joint decision who stays.
 
-    All episodes of a batch have the same T stages and end together. Everything stays on the backbone's device; the host
-    waits for it once in ``reset`` (to refuse bad images) and once in each ``step`` (the ragged layout's lengths).
+    All episodes of a batch have the same T stages and end together. Everything stays on the
+    backbone's device; the host waits for it once in ``reset`` (to refuse bad images) and once in
+    each ``step`` (the ragged layout's lengths).
 
     Args:
         backbone: the staged ViT; its weights are not changed.
         reward: who is paid what; ``TeamReward()`` where None.
-        rollouts_per_image: so many episodes in a row play the same image. What runs before the first stage, runs once.
+        rollouts_per_image: so many episodes in a row play the same image. What runs before the
+            first stage, runs once.
     """
 
     def __init__(
@@ -90,13 +92,15 @@ class TokenGame:
         """Begins episodes.
 
         Args:
-            images: floating point [n, C, H, W], normalised for the backbone; B = n * rollouts_per_image.
+            images: floating point [n, C, H, W], normalised for the backbone; B = n *
+                rollouts_per_image.
             labels: int64 [n].
-            alpha: the price of compute of each episode, float [B]; the reward's own where None. Agents that observe
-                ``budget`` see it.
+            alpha: the price of compute of each episode, float [B]; the reward's own where None.
+                Agents that observe ``budget`` see it.
 
         Raises:
-            ValueError: images of a wrong size, type or channels, or not finite; labels outside the classes.
+            ValueError: images of a wrong size, type or channels, or not finite; labels outside the
+                classes.
         """
         images, labels = self._checked(images, labels)
         tokens = self.backbone.begin(images)
@@ -105,12 +109,16 @@ class TokenGame:
         if times > 1:
             tokens = tokens.repeat(times)
             labels = labels.repeat_interleave(times)
-            dense_logits = None if dense_logits is None else dense_logits.repeat_interleave(times, 0)
+            dense_logits = (
+                None if dense_logits is None else dense_logits.repeat_interleave(times, 0)
+            )
         batch = len(labels)
         if alpha is None:
             alpha = torch.full((batch,), self.reward.alpha, device=labels.device)
         elif alpha.shape != (batch,):
-            raise ValueError(f"alpha of shape {tuple(alpha.shape)}, one for each of {batch} episodes")
+            raise ValueError(
+                f"alpha of shape {tuple(alpha.shape)}, one for each of {batch} episodes"
+            )
         alpha = alpha.to(labels.device, torch.float32)
         self._episode = _Episode(0, tokens, labels, dense_logits, alpha, ())
         alive = torch.ones(batch, self.num_agents, dtype=torch.bool, device=labels.device)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from timm.data.readers import get_img_extensions
 from timm.utils import natural_key
+
 from tokenprune.envs.digits import Split
 
 # the names that a dataset may give to each split, the preferred one first

@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer
-from tokenprune.envs import digits
 from torch import Tensor, nn
+
+from tokenprune.envs import digits
 
 ASSETS = Path(__file__).parent / "assets"
 DIGITS_VIT = "digits_vit"

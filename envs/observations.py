@@ -39,7 +39,8 @@ def field_slices(backbone: StagedViT, fields: Sequence[str]) -> dict[str, slice]
     unknown = [field for field in fields if field not in FIELDS]
     if unknown or not fields or len(set(fields)) < len(fields):
         raise ValueError(
-            f"observation fields {tuple(fields)}: name one or more of {', '.join(FIELDS)}, each once"
+            f"observation fields {tuple(fields)}: "
+            f"name one or more of {', '.join(FIELDS)}, each once"
         )
     slices, start = {}, 0
     for field in fields:
@@ -56,7 +57,8 @@ def state_size(backbone: StagedViT) -> int:
 class View:
     """The living patches of B images at one stage; fields are computed when asked for.
 
-    R living patches stand in the order of the batch, within an image by position, whatever the order of packed rows.
+    R living patches stand in the order of the batch, within an image by position, whatever the
+    order of packed rows.
 
     Args:
         backbone: whose tokens they are.
@@ -115,7 +117,9 @@ class View:
 
     @cached_property
     def cls(self) -> Tensor:
-        """Class token of each image [B, D]; the mean of the prefix or patch tokens where the model has none."""
+        """Class token of each image [B, D]; the mean of the prefix or patch tokens where the model
+        has none.
+        """
         prefix = self.backbone.num_prefix
         if not prefix:
             return self.mean_token
@@ -175,19 +179,25 @@ class View:
         return torch.cat([self.field(name) for name in fields], dim=1)
 
     def scatter(self, values: Tensor) -> Tensor:
-        """Values of the living patches [R, ...] at their places in [B, N, ...], zeros (False) elsewhere."""
+        """Values of the living patches [R, ...] at their places in [B, N, ...], zeros (False)
+        elsewhere.
+        """
         dense = values.new_zeros(self.alive.numel(), *values.shape[1:])
         dense[self._places] = values
         return dense.unflatten(0, self.alive.shape)
 
     def state(self) -> Tensor:
-        """Global state: class token, mean living token, stage, living share; float32 [B, D_state]."""
+        """Global state: class token, mean living token, stage, living share; float32 [B,
+        D_state].
+        """
         stage = self.stage_one_hot.expand(len(self.alive), -1)
         return torch.cat([self.cls, self.mean_token, stage, self.alive_fraction[:, None]], dim=1)
 
 
 def patch_positions(backbone: StagedViT) -> Tensor:
-    """Row and column in -1..1 and their sines and cosines at ``POSITION_OCTAVES`` frequencies, float32 [N, size]."""
+    """Row and column in -1..1 and their sines and cosines at ``POSITION_OCTAVES`` frequencies,
+    float32 [N, size].
+    """
     rows, columns = backbone.grid_size
     row, column = torch.meshgrid(
         torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij"

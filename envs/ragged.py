@@ -1,12 +1,14 @@
 """Rows of different length packed in one tensor, and attention over them.
 
-B images with ``lengths`` tokens each lie one after the other, without gaps, in a tensor of ``S = sum(lengths)`` rows.
+B images with ``lengths`` tokens each lie one after the other, without gaps, in a tensor of
+``S = sum(lengths)`` rows.
 Row-wise layers (linear, norm, MLP) need nothing more; only attention must know where an image ends.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -14,11 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-# Images are padded to the longest of their bucket; buckets are ranges of length this many tokens wide. Width 1 pads
-# nothing: images of one length share a call.
+# Images are padded to the longest of their bucket; buckets are ranges of length this many tokens
+# wide. Width 1 pads nothing: images of one length share a call.
 BUCKET_WIDTHS = (1, 2, 4, 8, 16, 32, 1 << 30)
-# What decides between them on a CPU, fitted to one core (x86, AVX-512): the fixed cost of a call, a call's cost per
-# multiply-accumulate, and the cost per number of gathering padded rows and their results.
+# What decides between them on a CPU, fitted to one core (x86, AVX-512): the fixed cost of a call, a
+# call's cost per multiply-accumulate, and the cost per number of gathering padded rows and their
+# results.
 CALL_SECONDS = 25e-6
 MAC_SECONDS = 1 / 20e9
 GATHER_SECONDS = 1 / 1.5e9
@@ -33,8 +36,8 @@ class Bucket:
         stop: one past the last packed row.
         images: how many images.
         length: the longest of them.
-        index: int64 [images * length], the row (from ``start``) that stands at each padded place; None where all are
-            of one length and nothing is padded.
+        index: int64 [images * length], the row (from ``start``) that stands at each padded place;
+            None where all are of one length and nothing is padded.
         valid: bool [images, 1, 1, length], False where padded; None likewise.
         unpad: int64 [stop - start], the padded place of each row; None likewise.
     """
@@ -50,7 +53,8 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the images of a packed tensor begin and end; made once a stage, used by every layer of it.
+    """Where the images of a packed tensor begin and end; made once a stage, used by every layer of
+    it.
 
     Attributes:
         lengths: rows of each image in packed order, int64 [B], on the host.
@@ -91,7 +95,9 @@ class Layout:
         return lowest.scatter_reduce(0, index, rows, "amax")
 
     def pad(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [S, D] -> [B, longest, D], zeros behind an image's last row, and bool [B, longest], True on rows."""
+        """Rows [S, D] -> [B, longest, D], zeros behind an image's last row, and bool [B, longest],
+        True on rows.
+        """
         longest = int(self.lengths.max(initial=0))
         valid = torch.from_numpy(np.arange(longest) < self.lengths[:, None]).to(rows.device)
         padded = rows.new_zeros(*valid.shape, rows.shape[1])
@@ -102,7 +108,9 @@ class Layout:
         """Drops the first ``count`` rows of every image."""
         if not count:
             return rows, self
-        place = np.arange(len(rows)) - np.repeat(np.cumsum(self.lengths) - self.lengths, self.lengths)
+        place = np.arange(len(rows)) - np.repeat(
+            np.cumsum(self.lengths) - self.lengths, self.lengths
+        )
         kept = torch.from_numpy(np.flatnonzero(place >= count)).to(rows.device)
         return rows.index_select(0, kept), Layout.of(self.lengths - count, self.width, rows.device)
 
@@ -111,19 +119,22 @@ def _buckets(lengths: NDArray[np.int64], width: int, device: torch.device) -> tu
     if not len(lengths):
         return ()
     if device.type == "cpu":
-        edges = min((_edges(lengths, w) for w in BUCKET_WIDTHS), key=lambda e: _seconds(lengths, e, width))
+        edges = min(
+            (_edges(lengths, w) for w in BUCKET_WIDTHS), key=lambda e: _seconds(lengths, e, width)
+        )
     else:
         # a GPU is short of work, not of arithmetic: one call
         edges = np.array([0, len(lengths)])
     starts = np.concatenate([[0], np.cumsum(lengths)])
     return tuple(
-        _bucket(lengths[low:high], int(starts[low]), device)
-        for low, high in zip(edges[:-1], edges[1:], strict=True)
+        _bucket(lengths[low:high], int(starts[low]), device) for low, high in pairwise(edges)
     )
 
 
 def _edges(lengths: NDArray[np.int64], bucket_width: int) -> NDArray[np.int64]:
-    """Where buckets begin, and the end: ``lengths`` is cut wherever (length - 1) // bucket_width changes."""
+    """Where buckets begin, and the end: ``lengths`` is cut wherever (length - 1) // bucket_width
+    changes.
+    """
     cuts = np.flatnonzero(np.diff((lengths - 1) // bucket_width)) + 1
     return np.concatenate([[0], cuts, [len(lengths)]])
 
@@ -192,7 +203,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket) -> Tensor:
 
 
 def first_row_attention(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
-    """What each image's first row pays to every row of its image: one row of the attention matrix, mean over heads.
+    """What each image's first row pays to every row of its image: one row of the attention matrix,
+    mean over heads.
 
     Args:
         q: queries of the first rows [B, heads, head_dim].

@@ -20,7 +20,8 @@ class StageFacts:
         stage: 0-based.
         alive: bool [B, N], before the decision.
         kept: bool [B, N], the survivors.
-        cost: what the blocks up to the next stage cost, as a share of the dense model's compute, float32 [B].
+        cost: what the blocks up to the next stage cost, as a share of the dense model's compute,
+            float32 [B].
         token_cost: one token's part of it, float32 [B].
         alpha: the episode's price of compute, float32 [B].
     """
@@ -58,8 +59,11 @@ class Reward(Protocol):
         needs_dense: whether ``terminal`` reads the dense model's logits, which cost a forward pass.
     """
 
-    alpha: float
-    needs_dense: bool
+    @property
+    def alpha(self) -> float: ...
+
+    @property
+    def needs_dense(self) -> bool: ...
 
     def stage(self, facts: StageFacts) -> Tensor:
         """Paid at once for a decision, float32 [B, N]."""
@@ -102,10 +106,11 @@ def _check(accuracy: str, **numbers: float) -> None:
 
 @dataclass(frozen=True)
 class TeamReward:
-    """One scalar for all agents, living or pruned: beta * accuracy - alpha * share of the dense compute.
+    """One scalar for all agents, living or pruned: beta * accuracy - alpha * share of the dense
+    compute.
 
-    The compute is paid stage by stage as it is spent, the accuracy at the end. What runs before the first stage is
-    nobody's choice and costs nothing.
+    The compute is paid stage by stage as it is spent, the accuracy at the end. What runs before the
+    first stage is nobody's choice and costs nothing.
     """
 
     alpha: float = 1.0
@@ -129,11 +134,12 @@ class TeamReward:
 
 @dataclass(frozen=True)
 class MarkovGameReward:
-    """The idea of RL4EViT (arXiv 2503.23459): survivors compete for a pot that a right answer fills.
+    """The idea of RL4EViT (arXiv 2503.23459): survivors compete for a pot that a right answer
+    fills.
 
-    A kept token pays alpha * its share of the dense compute for the blocks up to the next stage; at the end the n
-    survivors of an image get beta * accuracy / n each. The paper's own equations were not at hand: this is its idea as
-    far as its text and its released code show it.
+    A kept token pays alpha * its share of the dense compute for the blocks up to the next stage; at
+    the end the n survivors of an image get beta * accuracy / n each. The paper's own equations were
+    not at hand: this is its idea as far as its text and its released code show it.
     """
 
     alpha: float = 1.0
@@ -160,9 +166,10 @@ class MarkovGameReward:
 class ReleasedCodeReward:
     """What the released RL4EViT code computes.
 
-    At stage j, with d = (survivors / N) - keep**(j + 1): -exp(d) to each kept token where d > 0, else -exp(-d) to each
-    token pruned there. For every stage j that a token survived, it also gets pot / n_j where the final answer is right
-    (n_j survivors): known at the end only, so paid there.
+    At stage j, with d = (survivors / N) - keep**(j + 1): -exp(d) to each kept token where d > 0,
+    else -exp(-d) to each
+    token pruned there. For every stage j that a token survived, it also gets pot / n_j where the
+    final answer is right (n_j survivors): known at the end only, so paid there.
     """
 
     pot: float = 24.0

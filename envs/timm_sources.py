@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data import create_dataset
+from torch.utils.data import IterableDataset
+
 from tokenprune.envs.digits import Split
 from tokenprune.envs.image_sources import (
     SPLIT_NAMES,
@@ -21,7 +23,6 @@ from tokenprune.envs.image_sources import (
     decode,
     folder_openers,
 )
-from torch.utils.data import IterableDataset
 
 TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 # timm falls back to another split where one is absent, so what torchvision has is named here

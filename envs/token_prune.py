@@ -48,32 +48,38 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
 
 
 class TokenPruneEnv(ParallelEnv):
-    """Each patch token of an image an agent that keeps (1) or prunes (0) itself before each stage's block.
+    """Each patch token of an image an agent that keeps (1) or prunes (0) itself before each stage's
+    block.
 
-    ``TokenPruneEnv()`` plays on real scanned digits in clutter with a small trained ViT that the package brings.
+    ``TokenPruneEnv()`` plays on real scanned digits in clutter with a small trained ViT that the
+    package brings.
 
     Args:
         backbone: a name for ``models.create_backbone``, or a timm VisionTransformer.
         dataset: a name for ``datasets.open_images``, or an ``ImageSet``.
         split: which part of a named dataset.
-        prune_before: 0-based blocks before which stages stand; before every block but the first where None.
+        prune_before: 0-based blocks before which stages stand; before every block but the first
+            where None.
         reward: a name of ``rewards.REWARDS``, or a ``Reward``.
         observation: fields that an agent sees, of ``observations.FIELDS``.
-        num_envs: None plays one image an episode, with numpy values. A number plays so many images at once: every
-            value is a tensor with that leading dimension on the game's device, a view of the game's own.
-        pruned_agents: "leave": a pruned agent terminates with that step's reward and is gone. "stay": it remains,
-            observes zeros, may only prune, is still paid, and all agents terminate together. With ``num_envs`` always
-            "stay".
+        num_envs: None plays one image an episode, with numpy values. A number plays so many images
+            at once: every value is a tensor with that leading dimension on the game's device, a
+            view of the game's own.
+        pruned_agents: "leave": a pruned agent terminates with that step's reward and is gone.
+            "stay": it remains, observes zeros, may only prune, is still paid, and all agents
+            terminate together. With ``num_envs`` always "stay".
         device: "auto" takes CUDA, MPS or the CPU, whichever is there first.
         execution: "packed" removes tokens, "masked" is the slow reference.
         render_mode: "rgb_array" or "human".
 
-    Infos hold the same keys from ``reset`` on: ``index`` and ``label`` of the image, ``action_mask`` int8 [2], and what
-    is zero until the end: ``logits`` [classes], ``correct``, ``gmacs`` (policy not included), and ``unpaid``
-    [N]: what the reward owes agents that had left before it fell due.
+    Infos hold the same keys from ``reset`` on: ``index`` and ``label`` of the image,
+    ``action_mask`` int8 [2], and what is zero until the end: ``logits`` [classes], ``correct``,
+    ``gmacs`` (policy not included), and ``unpaid`` [N]: what the reward owes agents that had left
+    before it fell due.
 
     Raises:
-        ValueError: an argument of an unknown name or a wrong value; the message says which would be right.
+        ValueError: an argument of an unknown name or a wrong value; the message says which would be
+            right.
         UnsupportedBackboneError: the backbone can't be staged.
         DatasetError: the dataset is unknown or damaged.
     """
@@ -206,7 +212,8 @@ class TokenPruneEnv(ParallelEnv):
         """The image before the first and after each stage so far, pruned patches whited out.
 
         Returns:
-            uint8 [H, W, 3], images of a batch below each other; None in mode "human", which shows it in a window.
+            uint8 [H, W, 3], images of a batch below each other; None in mode "human", which shows
+            it in a window.
         """
         if self.render_mode is None:
             raise ValueError("give render_mode='rgb_array' or 'human' when the environment is made")

@@ -23,6 +23,10 @@ import tyro
 from timm.data import Mixup, resolve_model_data_config
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
 from tokenprune.envs.datasets import DatasetError, ImageSet, open_images, read_class_names
 from tokenprune.envs.models import BackboneError, create_backbone, sha256
 from tokenprune.envs.token_prune import pick_device
@@ -35,9 +39,6 @@ from tokenprune.trainers.backbone_run import (
     open_run,
 )
 from tokenprune.trainers.checkpoint import CheckpointError, write_json
-from torch import Tensor, nn
-from torch.nn import functional as F
-from tqdm import tqdm
 
 EVALUATION_BATCH = 250
 MAX_GRAD_NORM = 1.0

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from torch import Tensor
+
 from tokenprune.envs.models import write_weights
 from tokenprune.trainers.checkpoint import (
     CheckpointError,
@@ -19,7 +21,6 @@ from tokenprune.trainers.checkpoint import (
     write_json,
     write_text,
 )
-from torch import Tensor
 
 MAX_SEED = 4_000_000  # the seeds of its epochs stay below 2**32, which NumPy asks for
 OWN_OPTIONS = ("pretrained", "checkpoint", "num_classes", "untrained")  # not for model_kwargs
@@ -73,7 +74,7 @@ class BackboneConfig:
     """Alpha of mixup; 0 turns it off."""
     cutmix: float = 0.0
     """Alpha of CutMix; 0 turns it off. With mixup as well, each batch gets one of them."""
-    epochs: int = 24
+    epochs: int = 8
     """Passes over epoch_size images."""
     epoch_size: int = 30_000
     """Images an epoch: as many digits are drawn anew; of photographs a new random part is taken,

@@ -1,0 +1,208 @@
+"""What can be set from the command line, with defaults for each kind of game."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenprune.trainers.backbone_run import JsonObject
+
+TOKEN_PRUNE = "token-prune"
+PETTINGZOO_PREFIX = "pettingzoo:"
+
+CriticKind = Literal["central", "local", "none"]
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass
+class MappoConfig:
+    """MAPPO on the token-pruning game, or on any PettingZoo ParallelEnv with like agents."""
+
+    env: str = TOKEN_PRUNE
+    """token-prune, or pettingzoo:MODULE (as in pettingzoo:mpe2.simple_spread_v3)."""
+    env_kwargs: JsonObject = field(default_factory=dict)
+    """Arguments of a PettingZoo environment, as {"N": 5}."""
+    backbone: str = "digits_vit"
+    """token-prune: digits_vit (trained, comes with the package) or any timm model name."""
+    model_kwargs: JsonObject = field(default_factory=dict)
+    """Arguments of the backbone, as {"img_size": 32, "patch_size": 4}."""
+    pretrained: bool = False
+    """Download the timm model's weights."""
+    checkpoint: Path | None = None
+    """A file with the backbone's weights (safetensors, or a state dict of torch.save)."""
+    dataset: str = "digits"
+    """token-prune: digits, folder:PATH, or a name that timm.data.create_dataset takes."""
+    prune_before: tuple[int, ...] | None = None
+    """Blocks, 0-based, before which tokens can be pruned; before every block but the first if not
+    given.
+    """
+    observation: tuple[str, ...] = ("token", "cls", "stage", "cls_attention")
+    """What an agent sees: token cls stage position cls_attention alive_fraction budget."""
+    reward: str = "team"
+    """team, markov-game (the paper's) or released-code (what its code computes)."""
+    alpha: float | None = None
+    """Price of the dense model's whole compute; the reward's own default if not given."""
+    beta: float | None = None
+    """Worth of accuracy; the reward's own default if not given."""
+    accuracy: str | None = None
+    """What counts as accuracy: correct, confidence, agreement or kl; the reward's own default if
+    not given.
+    """
+    rollouts_per_image: int = 8
+    """Episodes that play the same image and are compared with each other; 1 compares nothing."""
+    attention_prior: bool = True
+    """Let the actor start from log(class attention), with a weight that it learns."""
+    keep_bias: float = 2.0
+    """Logit of keep that the actor starts from; positive prunes little at first."""
+    num_envs: int = 256
+    """Episodes that are played at once."""
+    rollout_steps: int = 128
+    """Steps an iteration where episodes vary in length; a game of fixed length is played to its end
+    instead.
+    """
+    iterations: int = 200
+    """Rounds of playing and learning."""
+    hidden: tuple[int, ...] = (32,)
+    """Widths of the actor's hidden layers."""
+    critic: CriticKind = "none"
+    """central sees observation and state, local the observation alone (IPPO), none leaves it to the
+    rollouts.
+    """
+    critic_hidden: tuple[int, ...] = (64,)
+    """Widths of the critic's hidden layers."""
+    epochs: int = 3
+    """Passes over an iteration's decisions."""
+    minibatches: int = 4
+    """Parts of a pass; each is a step of the optimizer."""
+    lr: float = 2e-3
+    """Adam's learning rate at the start."""
+    lr_schedule: Schedule = "cosine"
+    """How the learning rate falls to zero over the iterations."""
+    gamma: float = 1.0
+    """Discount."""
+    gae_lambda: float = 0.95
+    """GAE's lambda; without a critic it is 1."""
+    clip: float = 0.2
+    """PPO's clipping range, of policy and value."""
+    entropy: float = 0.0
+    """Weight of the policy's entropy."""
+    value_weight: float = 1.0
+    """Weight of the value loss."""
+    huber_delta: float = 10.0
+    """Where the value loss turns from squared to linear, in normalised units."""
+    max_grad_norm: float = 10.0
+    """Gradients are clipped to this norm."""
+    eval_every: int = 25
+    """Iterations between two greedy evaluations on validation."""
+    eval_size: int = 1_000
+    """Validation images (episodes, for PettingZoo) of each such evaluation."""
+    checkpoint_every: int = 25
+    """Iterations between two checkpoints."""
+    seed: int = 0
+    """Seeds weights, images, actions and the order of learning."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    threads: int | None = None
+    """CPU threads; torch's own choice if not given."""
+    run_name: str | None = None
+    """The run is written to runs/RUN_NAME; a name made of game, seed and time if not given."""
+    resume: Path | None = None
+    """A run folder to go on with, under the configuration it was started with."""
+
+    def __post_init__(self) -> None:
+        self._check_positive(
+            "num_envs", "rollout_steps", "iterations", "rollouts_per_image", "epochs",
+            "minibatches", "eval_every", "eval_size", "checkpoint_every", "lr", "clip",
+            "huber_delta", "max_grad_norm",
+        )  # fmt: skip
+        self._check_share("gamma", "gae_lambda")
+        for name in ("entropy", "value_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be a number of at least 0")
+        for name in ("hidden", "critic_hidden"):
+            if any(width < 1 for width in getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)}: widths must be at least 1")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads={self.threads} must be at least 1")
+        if self.critic == "none" and self.is_token_prune and self.rollouts_per_image < 2:
+            raise ValueError(
+                "without a critic an image's rollouts are the only baseline: "
+                "give --rollouts-per-image 2 or more, or --critic central"
+            )
+        if self.critic == "none" and not self.is_token_prune:
+            raise ValueError(
+                f"{self.env} starts every episode elsewhere: it needs a critic, central or local"
+            )
+        if not self.is_token_prune and not self.env.startswith(PETTINGZOO_PREFIX):
+            raise ValueError(
+                f"unknown env {self.env!r}: choose {TOKEN_PRUNE} or {PETTINGZOO_PREFIX}MODULE, "
+                f"as in {PETTINGZOO_PREFIX}mpe2.simple_spread_v3"
+            )
+
+    @property
+    def is_token_prune(self) -> bool:
+        return self.env == TOKEN_PRUNE
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+
+    def _check_share(self, *names: str) -> None:
+        for name in names:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in 0..1")
+
+    def to_json(self) -> dict[str, object]:
+        """All settings as JSON values."""
+        return {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+    @staticmethod
+    def from_json(values: dict[str, object]) -> MappoConfig:
+        """Settings as ``to_json`` wrote them.
+
+        Raises:
+            ValueError: a setting that this version doesn't have, or lacks.
+        """
+        known = {f.name: f for f in dataclasses.fields(MappoConfig)}
+        strange = sorted(set(values) ^ set(known))
+        if strange:
+            raise ValueError(f"the settings {', '.join(strange)} belong to another version")
+        read: dict[str, Any] = {}
+        for key, value in values.items():
+            if isinstance(value, list):
+                read[key] = tuple(value)
+            elif value is not None and "Path" in str(known[key].type):
+                read[key] = Path(str(value))
+            else:
+                read[key] = value
+        return MappoConfig(**read)  # type: ignore[arg-type]
+
+
+def defaults_for(env: str) -> MappoConfig:
+    """The defaults of a kind of game: what MAPPO's authors recommend, for all but the token
+    game.
+    """
+    if not env.startswith(PETTINGZOO_PREFIX):
+        return MappoConfig()
+    return MappoConfig(
+        env=env,
+        rollouts_per_image=1,
+        num_envs=16,
+        iterations=150,
+        hidden=(64, 64),
+        critic="central",
+        critic_hidden=(64, 64),
+        epochs=10,
+        minibatches=1,
+        lr=7e-4,
+        lr_schedule="linear",
+        gamma=0.99,
+        entropy=0.01,
+        eval_size=64,
+    )

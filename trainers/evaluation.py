@@ -1,0 +1,149 @@
+"""How good, how cheap and how fast a pruned ViT is on given images."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenprune.agents.heuristics import Score, TopK
+from tokenprune.agents.pruned_vit import PrunedViT
+from tokenprune.envs.backbone import StagedViT
+from tokenprune.envs.datasets import ImageSet
+
+BATCH_SIZE = 250
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model did on a set of images.
+
+    Attributes:
+        accuracy: share of right answers.
+        gmacs: mean 1e9 multiply-accumulates an image, the policy's included.
+        kept: mean share of the patches that survived each stage.
+    """
+
+    accuracy: float
+    gmacs: float
+    kept: tuple[float, ...]
+
+
+@torch.inference_mode()
+def evaluate(model: PrunedViT, images: ImageSet, size: int | None = None) -> Evaluation:
+    """Runs ``model`` over the first ``size`` images (all where None)."""
+    count = len(images) if size is None else min(size, len(images))
+    device = model.backbone.device
+    right, macs, kept = 0, 0, torch.zeros(model.backbone.num_stages)
+    for start in range(0, count, BATCH_SIZE):
+        pixels, labels = images.load(range(start, min(start + BATCH_SIZE, count)))
+        trace = model.trace(pixels.to(device))
+        right += int((trace.logits.argmax(1).cpu() == labels).sum())
+        macs += int(trace.macs.sum())
+        kept += trace.alive.float().mean(2).sum(0).cpu()
+    return Evaluation(right / count, macs / count / 1e9, tuple((kept / count).tolist()))
+
+
+def schedules_at(backbone: StagedViT, gmacs: float, kept: Sequence[float]) -> list[list[int]]:
+    """Ways to spend at least ``gmacs`` an image with the same number of tokens for every image.
+
+    Three kinds, each with as few tokens as reach the cost: the shape of ``kept`` scaled, a constant
+    share from stage to stage, and one cut at each stage after which nothing more is pruned.
+
+    Args:
+        backbone: the staged ViT.
+        gmacs: 1e9 multiply-accumulates, attention observed.
+        kept: share of patches after each stage, of the policy to be matched.
+
+    Returns:
+        Tokens to keep at each stage, a list for each way.
+    """
+    patches, stages = backbone.num_patches, backbone.num_stages
+
+    def shape_scaled(scale: float) -> list[float]:
+        return [min(1.0, share * scale) for share in kept]
+
+    def geometric(scale: float) -> list[float]:
+        return [scale ** (stage + 1) for stage in range(stages)]
+
+    def one_cut(first: int) -> Callable[[float], list[float]]:
+        return lambda scale: [1.0 if stage < first else scale for stage in range(stages)]
+
+    found = []
+    for shape, most in [
+        (shape_scaled, 1 / max(min(kept), 1 / patches)),
+        (geometric, 1.0),
+        *((one_cut(first), 1.0) for first in range(stages)),
+    ]:
+        for scale in np.linspace(0, most, 400):
+            tokens = [round(share * patches) for share in shape(float(scale))]
+            if backbone.uniform_macs(tokens) / 1e9 >= gmacs:
+                if tokens not in found:
+                    found.append(tokens)
+                break
+    # a policy whose own cost eats up all that it saves is matched by no pruning at all
+    return found or [[patches] * stages]
+
+
+def best_topk(
+    backbone: StagedViT,
+    images: ImageSet,
+    gmacs: float,
+    kept: Sequence[float],
+    score: Score,
+    size: int | None = None,
+) -> list[int]:
+    """The schedule of ``schedules_at`` with which a top-k by ``score`` is most accurate on
+    ``images``.
+    """
+    candidates = schedules_at(backbone, gmacs, kept)
+    return max(
+        candidates,
+        key=lambda tokens: (
+            evaluate(PrunedViT(backbone, TopK(tokens, score)), images, size).accuracy
+        ),
+    )
+
+
+@torch.inference_mode()
+def images_per_second(
+    models: Mapping[str, Callable[[Tensor], Tensor]],
+    images: Tensor,
+    batch_size: int = 64,
+    rounds: int = 7,
+) -> dict[str, float]:
+    """Median speed of each model, all of them interleaved in every round.
+
+    Args:
+        models: images [B, C, H, W] -> logits.
+        images: on the models' device, a multiple of ``batch_size``.
+        batch_size: of a call.
+        rounds: timed passes over ``images``, after one that is not counted.
+
+    Returns:
+        Images a second by name.
+    """
+    batches = images.split(batch_size)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(rounds + 1):
+        for name, model in models.items():
+            _wait(images.device)
+            start = time.perf_counter()
+            for batch in batches:
+                model(batch)
+            _wait(images.device)
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: len(images) / statistics.median(times) for name, times in seconds.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,352 @@
+"""Multi-Agent PPO (Yu et al. 2022, arXiv 2103.01955) on any ``BatchedEnv``: ``python -m
+trainers.mappo``.
+
+From top to bottom: play, advantages, loss, step, train. What is played, comes from ``tasks``; files
+are written by ``runs``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokenprune.agents.actor_critic import Critic
+from tokenprune.envs.batched import BatchedEnv, Observed
+from tokenprune.trainers.config import MappoConfig
+from tokenprune.trainers.gae import gae, leave_one_out
+from tokenprune.trainers.value_norm import ValueNorm
+
+ADAM_EPS = 1e-5
+MASKED_LOGIT = -1e9
+
+
+class Learner(nn.Module):
+    """All that learns, and how: actor, critic, value normalisation, optimizer.
+
+    Args:
+        actor: observations [R, D_obs] -> logits [R, A].
+        env: the game, for its sizes.
+        config: the settings.
+    """
+
+    def __init__(self, actor: nn.Module, env: BatchedEnv, config: MappoConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.actor = actor.to(env.device)
+        self.critic: Critic | None = None
+        if config.critic != "none":
+            inputs = env.observation_space.shape[0]
+            if config.critic == "central":
+                inputs += env.state_space.shape[0]
+            self.critic = Critic(inputs, config.critic_hidden).to(env.device)
+        self.value_norm = ValueNorm().to(env.device)
+        learned = [p for p in self.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(learned, lr=config.lr, eps=ADAM_EPS)
+
+    def log_probs(self, observation: Tensor, mask: Tensor) -> Tensor:
+        """Log-probabilities of the actions, those not allowed at nearly -inf: [R, D_obs], [R, A] ->
+        [R, A].
+        """
+        return self.actor(observation).masked_fill(~mask, MASKED_LOGIT).log_softmax(-1)
+
+    def critic_inputs(self, observed: Observed) -> Tensor:
+        """What the critic sees of each living agent, [R, D]."""
+        living = observed.living()
+        if self.config.critic == "local":
+            return living
+        return torch.cat([living, observed.state[observed.alive.nonzero()[:, 0]]], dim=1)
+
+    @torch.no_grad()
+    def values(self, observed: Observed) -> Tensor:
+        """V of every agent [B, N], zero for those that are not alive and where there is no
+        critic.
+        """
+        dense = torch.zeros(observed.alive.shape, device=observed.alive.device)
+        if self.critic is not None:
+            normed = self.critic(self.critic_inputs(observed))
+            dense[observed.alive] = self.value_norm.denormalise(normed)
+        return dense
+
+
+@dataclass
+class Rollout:
+    """T steps of B environments; lists hold one entry a step, rows are living agents."""
+
+    observed: list[Observed] = field(default_factory=list)
+    action: list[Tensor] = field(default_factory=list)  # int64 [R]
+    log_prob: list[Tensor] = field(default_factory=list)  # of the action taken, [R]
+    value: list[Tensor] = field(default_factory=list)  # [B, N]
+    next_value: list[Tensor] = field(default_factory=list)  # [B, N]
+    next_alive: list[Tensor] = field(default_factory=list)  # bool [B, N]
+    reward: list[Tensor] = field(default_factory=list)  # [B, N]
+    ended: list[Tensor] = field(default_factory=list)  # bool [B]
+    metrics: dict[str, list[Tensor]] = field(default_factory=dict)  # of ended episodes
+
+
+@torch.no_grad()
+def play(
+    env: BatchedEnv, learner: Learner, observed: Observed, steps: int, generator: torch.Generator
+) -> tuple[Rollout, Observed]:
+    """Plays ``steps`` steps with sampled actions; returns them and what is seen next."""
+    rollout = Rollout()
+    value = learner.values(observed)
+    for _ in range(steps):
+        log_probs = learner.log_probs(observed.living(), observed.action_mask[observed.alive])
+        action = sample(log_probs, generator)
+        joint = torch.zeros(observed.alive.shape, dtype=torch.int64, device=env.device)
+        joint[observed.alive] = action
+        transition = env.step(joint)
+
+        following = learner.values(transition.observed)
+        next_value, next_alive = following, transition.observed.alive
+        if transition.final is not None:
+            # a truncated episode would have gone on from its own last observation, not from the
+            # next one's first
+            cut = transition.truncated[:, None]
+            next_value = torch.where(cut, learner.values(transition.final), next_value)
+            next_alive = torch.where(cut, transition.final.alive, next_alive)
+        rollout.observed.append(observed)
+        rollout.action.append(action)
+        rollout.log_prob.append(log_probs.gather(1, action[:, None]).squeeze(1))
+        rollout.value.append(value)
+        rollout.next_value.append(next_value)
+        rollout.next_alive.append(next_alive & ~transition.terminated[:, None])
+        rollout.reward.append(transition.reward)
+        rollout.ended.append(transition.terminated | transition.truncated)
+        for name, metric in transition.metrics.items():
+            rollout.metrics.setdefault(name, []).append(metric)
+        observed, value = transition.observed, following
+    return rollout, observed
+
+
+def sample(log_probs: Tensor, generator: torch.Generator) -> Tensor:
+    """One action a row, drawn from its distribution (Gumbel-max): [R, A] -> int64 [R]."""
+    uniform = torch.rand(log_probs.shape, generator=generator, device=log_probs.device)
+    return (log_probs - (-uniform.clamp(min=1e-10).log()).log()).argmax(-1)
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """All decisions of an iteration, one row for each time a living agent was asked.
+
+    Attributes:
+        observation: [R, D_obs].
+        critic_input: [R, D]; empty without a critic.
+        mask: bool [R, A].
+        action: int64 [R].
+        log_prob: of the action when it was taken, [R].
+        value: V when it was taken, in returns' units, [R].
+        returns: targets of the critic, [R].
+        advantage: normalised, [R].
+    """
+
+    observation: Tensor
+    critic_input: Tensor
+    mask: Tensor
+    action: Tensor
+    log_prob: Tensor
+    value: Tensor
+    returns: Tensor
+    advantage: Tensor
+
+    def rows(self, index: Tensor) -> Decisions:
+        """A selection of the decisions."""
+        return Decisions(**{name: part[index] for name, part in vars(self).items()})
+
+
+def judge(rollout: Rollout, learner: Learner, env: BatchedEnv) -> Decisions:
+    """Advantages: GAE, compared among rollouts of one start, normalised over the decisions of
+    living agents.
+    """
+    config = learner.config
+    alive = torch.stack([observed.alive for observed in rollout.observed])
+    value = torch.stack(rollout.value)
+    advantage = gae(
+        torch.stack(rollout.reward),
+        value,
+        torch.stack(rollout.next_value),
+        alive,
+        torch.stack(rollout.next_alive),
+        torch.stack(rollout.ended),
+        config.gamma,
+        1.0 if learner.critic is None else config.gae_lambda,
+    )
+    returns = (advantage + value)[alive]
+    if env.rollouts_per_start > 1:
+        advantage = leave_one_out(advantage, env.rollouts_per_start)
+    observation = torch.cat([observed.living() for observed in rollout.observed])
+    return Decisions(
+        observation=observation,
+        critic_input=observation[:, :0]
+        if learner.critic is None
+        else torch.cat([learner.critic_inputs(observed) for observed in rollout.observed]),
+        mask=torch.cat([observed.action_mask[observed.alive] for observed in rollout.observed]),
+        action=torch.cat(rollout.action),
+        log_prob=torch.cat(rollout.log_prob),
+        value=value[alive],
+        returns=returns,
+        advantage=normalised(advantage[alive]),
+    )
+
+
+def normalised(advantage: Tensor) -> Tensor:
+    """Zero mean and unit spread; fewer than two are left alone."""
+    if advantage.numel() < 2:
+        return advantage
+    return (advantage - advantage.mean()) / (advantage.std() + 1e-5)
+
+
+def policy_loss(log_prob: Tensor, batch: Decisions, clip: float) -> Tensor:
+    """PPO's clipped surrogate (arXiv 1707.06347, eq. 7), negated."""
+    ratio = (log_prob - batch.log_prob).exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return -mean(torch.minimum(ratio * batch.advantage, clipped * batch.advantage))
+
+
+def value_loss(
+    value: Tensor, batch: Decisions, norm: ValueNorm, clip: float, delta: float
+) -> Tensor:
+    """Huber loss on normalised returns, the larger of the clipped and the plain one (MAPPO, eq.
+    8).
+    """
+    target, old = norm.normalise(batch.returns), norm.normalise(batch.value)
+    clipped = old + (value - old).clamp(-clip, clip)
+    plain, cautious = (
+        F.huber_loss(v, target, reduction="none", delta=delta) for v in (value, clipped)
+    )
+    return mean(torch.maximum(plain, cautious))
+
+
+def mean(rows: Tensor) -> Tensor:
+    """Mean over rows; zero where nobody lived to decide."""
+    return rows.sum() / max(len(rows), 1)
+
+
+def minibatches(rows: int, parts: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Random disjoint index sets that cover all rows."""
+    order = torch.randperm(rows, generator=generator, device=generator.device)
+    yield from order.chunk(parts)
+
+
+def learn(learner: Learner, decisions: Decisions, generator: torch.Generator) -> dict[str, float]:
+    """One iteration's optimizer steps; the losses' means."""
+    config, optimizer = learner.config, learner.optimizer
+    if learner.critic is not None:
+        learner.value_norm.update(decisions.returns)
+    sums: dict[str, Tensor] = {}
+    steps = 0
+    for _ in range(config.epochs):
+        for index in minibatches(len(decisions.action), config.minibatches, generator):
+            batch = decisions.rows(index)
+            log_probs = learner.log_probs(batch.observation, batch.mask)
+            log_prob = log_probs.gather(1, batch.action[:, None]).squeeze(1)
+            entropy = mean(-(log_probs.exp() * log_probs).sum(-1))
+            terms = {"policy_loss": policy_loss(log_prob, batch, config.clip), "entropy": entropy}
+            loss = terms["policy_loss"] - config.entropy * entropy
+            if learner.critic is not None:
+                value = learner.critic(batch.critic_input)
+                terms["value_loss"] = value_loss(
+                    value, batch, learner.value_norm, config.clip, config.huber_delta
+                )
+                loss = loss + config.value_weight * terms["value_loss"]
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            terms["grad_norm"] = nn.utils.clip_grad_norm_(
+                (p for group in optimizer.param_groups for p in group["params"]),
+                config.max_grad_norm,
+            )
+            optimizer.step()
+            terms["kl"] = mean(batch.log_prob - log_prob)
+            steps += 1
+            for name, term in terms.items():
+                sums[name] = sums.get(name, torch.zeros_like(term)) + term.detach()
+    return {name: float(total) / steps for name, total in sums.items()}
+
+
+def learning_rate(config: MappoConfig, iteration: int) -> float:
+    """The schedule: from ``config.lr`` to zero after the last iteration."""
+    done = iteration / config.iterations
+    if config.lr_schedule == "linear":
+        return config.lr * (1 - done)
+    if config.lr_schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+    return config.lr
+
+
+def iteration_seed(config: MappoConfig, iteration: int) -> int:
+    """A seed of its own for every iteration, so that a resumed run needs no generator's state."""
+    return config.seed * 1_000_003 + iteration
+
+
+class Trainer:
+    """Iterations of play and learning; what a resumed run must know stands in ``state_dict``.
+
+    Args:
+        env: the game.
+        actor: its logits [R, D_obs] -> [R, A].
+        config: the settings.
+    """
+
+    def __init__(self, env: BatchedEnv, actor: nn.Module, config: MappoConfig) -> None:
+        self.env = env
+        self.config = config
+        self.learner = Learner(actor, env, config)
+        self.iteration = 0
+        self._observed: Observed | None = None
+
+    def iterate(self) -> dict[str, float]:
+        """Plays and learns once; returns what there is to log."""
+        config, env, learner = self.config, self.env, self.learner
+        seed = iteration_seed(config, self.iteration)
+        generator = torch.Generator(env.device).manual_seed(seed)
+        for group in learner.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.iteration)
+        fixed = env.episode_length
+        # Where episodes run on over iterations, they are begun anew after each checkpoint, killed
+        # or not: a run that was resumed there can't tell an environment where it stood.
+        if fixed is not None or self._observed is None or self._begins_anew():
+            self._observed = env.reset(seed)
+        rollout, following = play(
+            env, learner, self._observed, fixed or config.rollout_steps, generator
+        )
+        self._observed = following
+        losses = learn(learner, judge(rollout, learner, env), generator)
+        self.iteration += 1
+        return losses | {
+            "reward": float(torch.stack(rollout.reward).sum(0).mean()),
+            "lr": learning_rate(config, self.iteration - 1),
+            **{
+                name: float(torch.stack(values).nanmean())
+                for name, values in rollout.metrics.items()
+            },
+        }
+
+    def _begins_anew(self) -> bool:
+        return self.iteration % self.config.checkpoint_every == 0
+
+    def state_dict(self) -> dict[str, object]:
+        """All that the next iteration depends on."""
+        return {
+            "iteration": self.iteration,
+            "learner": self.learner.state_dict(),
+            "optimizer": self.learner.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where ``state`` was taken."""
+        self.learner.load_state_dict(state["learner"])
+        self.learner.optimizer.load_state_dict(state["optimizer"])
+        self.iteration = state["iteration"]
+        self._observed = None
+
+
+if __name__ == "__main__":
+    # the installed module, so that its classes are the ones that everybody else imports
+    from tokenprune.trainers.runs import main
+
+    main()

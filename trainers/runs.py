@@ -1,0 +1,226 @@
+"""A run of ``trainers.mappo`` from its command line to its report: the folder, the log,
+resuming.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from tokenprune.trainers.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+    write_json,
+    write_text,
+)
+from tokenprune.trainers.config import MappoConfig, defaults_for
+from tokenprune.trainers.mappo import Trainer
+from tokenprune.trainers.tasks import Task, make_task
+
+RUNS = Path("runs")
+
+
+class RunError(RuntimeError):
+    """A run that can't begin, or can't go on; the message says why."""
+
+
+class Run:
+    """The files of one run.
+
+    Args:
+        folder: runs/NAME.
+        config: its settings.
+    """
+
+    def __init__(self, folder: Path, config: MappoConfig) -> None:
+        self.folder = folder
+        self.config = config
+        self.checkpoint = folder / "checkpoint.safetensors"
+        self._metrics = folder / "metrics.jsonl"
+        self.records: list[dict[str, float]] = []
+
+    def save(self, trainer: Trainer, seconds: float) -> None:
+        """Writes metrics and checkpoint: killed in between, the records beyond the checkpoint are
+        dropped later.
+        """
+        write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in self.records))
+        save_checkpoint(self.checkpoint, {"seconds": seconds, **trainer.state_dict()})
+
+    def restore(self, trainer: Trainer) -> float:
+        """Puts ``trainer`` where the checkpoint stands; returns the seconds spent until then."""
+        if not self.checkpoint.exists():
+            return 0.0
+        state = load_checkpoint(self.checkpoint)
+        try:
+            trainer.load_state_dict(state)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.checkpoint} doesn't fit the run in {self.folder / 'config.json'}: {error}"
+            ) from error
+        lines = self._metrics.read_text(encoding="utf-8").splitlines()
+        self.records = [json.loads(line) for line in lines[: trainer.iteration]]
+        return state["seconds"]
+
+    def write_networks(self, trainer: Trainer) -> None:
+        """Writes actor and critic as safetensors."""
+        learner = trainer.learner
+        networks: dict[str, nn.Module | None] = {"policy": learner.actor, "critic": learner.critic}
+        for name, network in networks.items():
+            if network is not None:
+                weights = {k: v.detach().cpu() for k, v in network.state_dict().items()}
+                write_atomically(
+                    self.folder / f"{name}.safetensors",
+                    partial(save_file, weights),
+                )
+
+
+def open_run(config: MappoConfig) -> Run:
+    """The run to begin, or to go on with.
+
+    Raises:
+        RunError: the folder exists and is not to be resumed, or settings go with ``resume``.
+        CheckpointError: there is nothing to resume, or its configuration is damaged.
+    """
+    if config.resume is not None:
+        file = config.resume / "config.json"
+        if not file.is_file():
+            raise CheckpointError(f"{config.resume} is no run: it has no config.json")
+        try:
+            saved = MappoConfig.from_json(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{file} is damaged or of another version: {error}") from error
+        default = defaults_for(config.env).to_json()
+        changed = [
+            name
+            for name, value in config.to_json().items()
+            if value != default[name] and name not in ("resume", "env")
+        ]
+        if changed:
+            raise RunError(
+                f"--resume goes on under the run's own settings: leave out {', '.join(changed)}"
+            )
+        return Run(config.resume, saved)
+    kind = config.env.split(":")[-1]
+    name = config.run_name or f"{kind}-seed{config.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = RUNS / name
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(
+            f"{folder} exists: go on with it by --resume {folder}, or give another --run-name"
+        )
+    return Run(folder, config)
+
+
+def execute(config: MappoConfig) -> dict[str, Any]:
+    """Trains and reports, in the run's folder.
+
+    Raises:
+        RunError: the run can't begin.
+        CheckpointError: the run to be resumed is missing or damaged.
+        ValueError: settings that don't go together, an unknown name, a bad image; the message says
+            which.
+        OSError: the disk is full or not writable; the last checkpoint is left as it was.
+    """
+    run = open_run(config)
+    config = run.config
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    start = time.monotonic()
+    task = make_task(config)
+    trainer = Trainer(task.env, task.make_actor(), config)
+    resumed = config_is_written(run)
+    if not resumed:
+        write_json(run.folder / "config.json", config.to_json())
+    start -= run.restore(trainer)
+    train(run, task, trainer, start)
+    run.write_networks(trainer)
+    report = task.report(trainer.learner.actor, run.folder)
+    report |= {"seconds": time.monotonic() - start, "seed": config.seed}
+    write_json(run.folder / "report.json", report)
+    task.env.close()
+    return report
+
+
+def config_is_written(run: Run) -> bool:
+    """Whether the run was begun before."""
+    return (run.folder / "config.json").exists()
+
+
+def train(run: Run, task: Task, trainer: Trainer, start: float) -> None:
+    """Iterates to the end, logs, evaluates and writes checkpoints on the way."""
+    config = run.config
+    board = SummaryWriter(str(run.folder), purge_step=trainer.iteration + 1)
+    bar = tqdm(
+        total=config.iterations, initial=trainer.iteration, disable=None, desc=run.folder.name
+    )
+    with board, bar:
+        while trainer.iteration < config.iterations:
+            record = trainer.iterate()
+            iteration = trainer.iteration
+            last = iteration == config.iterations
+            bar.update()
+            bar.set_postfix_str(task.progress(record))
+            if iteration % config.eval_every == 0 or last:
+                record |= task.evaluate(trainer.learner.actor)
+                shown = {k: v for k, v in record.items() if k.startswith("validation_")}
+                text = " ".join(
+                    f"{k.removeprefix('validation_')} {v:.4f}" for k, v in shown.items()
+                )
+                bar.write(f"iteration {iteration}: validation {text}")
+            for name, value in record.items():
+                board.add_scalar(name, value, iteration)
+            record |= {"iteration": iteration, "seconds": time.monotonic() - start}
+            run.records.append(record)
+            if iteration % config.checkpoint_every == 0 or last:
+                run.save(trainer, time.monotonic() - start)
+
+
+def parse(arguments: list[str]) -> MappoConfig:
+    """The command line; defaults depend on the kind of game, so ``--env`` is read first."""
+    env = MappoConfig.env
+    for i, argument in enumerate(arguments):
+        if argument == "--env" and i + 1 < len(arguments):
+            env = arguments[i + 1]
+        elif argument.startswith("--env="):
+            env = argument.removeprefix("--env=")
+    return tyro.cli(
+        MappoConfig, args=arguments, default=defaults_for(env), prog="python -m trainers.mappo"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """``python -m trainers.mappo``."""
+    try:
+        config = parse(sys.argv[1:] if arguments is None else arguments)
+        report = execute(config)
+    except (RunError, CheckpointError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(format_report(report))
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """What the end of a run prints."""
+    from tokenprune.trainers.report import table
+
+    if "dense" in report["policies"]:
+        text = table(report)
+    else:
+        text = "\n".join(
+            f"{name}: " + " ".join(f"{k} {v:.3f}" for k, v in row.items())
+            for name, row in report["policies"].items()
+        )
+    return f"{text}\n{report['seconds']:.0f} s, seed {report['seed']}"

@@ -1,0 +1,178 @@
+"""What can be trained on: a game, the actor that fits it, and how to tell whether it learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from tokenprune.agents.actor_critic import Actor, LearnedPolicy, TokenActor
+from tokenprune.agents.pruned_vit import PrunedViT
+from tokenprune.envs.backbone import StagedViT
+from tokenprune.envs.batched import BatchedEnv
+from tokenprune.envs.batched_pettingzoo import BatchedPettingZoo, make_pettingzoo
+from tokenprune.envs.batched_tokens import BatchedTokenPrune
+from tokenprune.envs.datasets import DIGITS, open_images, read_class_names
+from tokenprune.envs.game import TokenGame
+from tokenprune.envs.models import create_backbone
+from tokenprune.envs.rewards import make_reward
+from tokenprune.envs.token_prune import pick_device
+from tokenprune.trainers.config import PETTINGZOO_PREFIX, MappoConfig
+from tokenprune.trainers.evaluation import evaluate
+
+EVALUATION_SEED = 987_654_321
+
+
+class Task(Protocol):
+    """A game to train on.
+
+    Attributes:
+        env: what the trainer plays.
+    """
+
+    @property
+    def env(self) -> BatchedEnv: ...
+
+    def make_actor(self) -> nn.Module:
+        """A fresh actor for the game."""
+        ...
+
+    def evaluate(self, actor: nn.Module) -> dict[str, float]:
+        """How the greedy policy does on validation, by name; every name begins with
+        ``validation_``.
+        """
+        ...
+
+    def progress(self, record: dict[str, float]) -> str:
+        """What of an iteration's record a progress bar shows."""
+        ...
+
+    def report(self, actor: nn.Module, folder: Path) -> dict[str, Any]:
+        """Judges the trained actor once and for all, draws the pictures, and returns what to write
+        down.
+        """
+        ...
+
+
+class TokenPruneTask:
+    """Token pruning on a backbone and a dataset."""
+
+    def __init__(self, config: MappoConfig) -> None:
+        self.config = config
+        fits_data = not config.pretrained and config.checkpoint is None and config.dataset != DIGITS
+        model = create_backbone(
+            config.backbone,
+            pretrained=config.pretrained,
+            checkpoint=config.checkpoint,
+            num_classes=len(read_class_names(config.dataset)) if fits_data else None,
+            **config.model_kwargs,
+        )
+        self.model = model.to(pick_device(config.device)).requires_grad_(False)
+        self.data_config = resolve_model_data_config(model)
+        self.backbone = StagedViT(self.model, config.prune_before)
+        options = {
+            name: getattr(config, name)
+            for name in ("alpha", "beta", "accuracy")
+            if getattr(config, name) is not None
+        }
+        game = TokenGame(
+            self.backbone, make_reward(config.reward, **options), config.rollouts_per_image
+        )
+        self.env = BatchedTokenPrune(
+            game,
+            open_images(config.dataset, "train", self.data_config),
+            config.num_envs,
+            config.observation,
+        )
+        self.validation = open_images(config.dataset, "validation", self.data_config)
+
+    def make_actor(self) -> nn.Module:
+        attention = None
+        if self.config.attention_prior:
+            if "cls_attention" not in self.config.observation:
+                raise ValueError(
+                    "the attention prior reads cls_attention: add it to --observation, "
+                    "or give --no-attention-prior"
+                )
+            attention = self.env.field_slices["cls_attention"].start
+        size = self.env.observation_space.shape[0]
+        return TokenActor(size, self.config.hidden, attention, keep_bias=self.config.keep_bias)
+
+    def pruned(self, actor: nn.Module) -> PrunedViT:
+        """The backbone pruned by ``actor``, greedily."""
+        return PrunedViT(self.backbone, LearnedPolicy(actor, self.config.observation))
+
+    def evaluate(self, actor: nn.Module) -> dict[str, float]:
+        result = evaluate(self.pruned(actor), self.validation, self.config.eval_size)
+        return {
+            "validation_accuracy": result.accuracy,
+            "validation_gmacs": result.gmacs,
+            "validation_keep_ratio": sum(result.kept) / len(result.kept),
+        }
+
+    def progress(self, record: dict[str, float]) -> str:
+        return (
+            f"accuracy {record['accuracy']:.3f} kept {record['keep_ratio']:.3f} "
+            f"reward {record['reward']:.3f}"
+        )
+
+    def report(self, actor: nn.Module, folder: Path) -> dict[str, Any]:
+        from tokenprune.trainers.report import report_pruning
+
+        return report_pruning(self, actor, folder)
+
+
+class PettingZooTask:
+    """Any PettingZoo ``ParallelEnv`` with like agents and discrete actions."""
+
+    def __init__(self, config: MappoConfig) -> None:
+        self.config = config
+        self._make = make_pettingzoo(
+            config.env.removeprefix(PETTINGZOO_PREFIX), **config.env_kwargs
+        )
+        device = str(pick_device(config.device))
+        self.env: BatchedEnv = BatchedPettingZoo(self._make, config.num_envs, device)
+
+    def make_actor(self) -> nn.Module:
+        return Actor(
+            self.env.observation_space.shape[0], int(self.env.action_space.n), self.config.hidden
+        )
+
+    @torch.no_grad()
+    def evaluate(self, actor: nn.Module) -> dict[str, float]:
+        env = BatchedPettingZoo(self._make, self.config.num_envs, str(self.env.device))
+        try:
+            return {"validation_episode_return": self._mean_return(env, actor)}
+        finally:
+            env.close()
+
+    def _mean_return(self, env: BatchedEnv, actor: nn.Module) -> float:
+        observed, returns = env.reset(EVALUATION_SEED), list[float]()
+        while len(returns) < self.config.eval_size:
+            logits = actor(observed.living())
+            allowed = observed.action_mask[observed.alive]
+            actions = torch.zeros(observed.alive.shape, dtype=torch.int64, device=env.device)
+            actions[observed.alive] = logits.masked_fill(~allowed, -torch.inf).argmax(-1)
+            transition = env.step(actions)
+            ended = transition.terminated | transition.truncated
+            if ended.any():
+                returns += transition.metrics["episode_return"][ended].tolist()
+            observed = transition.observed
+        return sum(returns) / len(returns)
+
+    def progress(self, record: dict[str, float]) -> str:
+        return f"return {record.get('episode_return', float('nan')):.2f}"
+
+    def report(self, actor: nn.Module, folder: Path) -> dict[str, Any]:
+        from tokenprune.trainers.report import draw_curve
+
+        draw_curve(folder)
+        return {"policies": {"learned": self.evaluate(actor)}}
+
+
+def make_task(config: MappoConfig) -> Task:
+    """The game that ``config`` names."""
+    return TokenPruneTask(config) if config.is_token_prune else PettingZooTask(config)
