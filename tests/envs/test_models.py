@@ -30,11 +30,15 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
-@pytest.fixture
-def assets(tmp_path, monkeypatch):
-    """Weights of the right shape in the place of those that are shipped; returns them."""
+@pytest.fixture(scope="module")
+def weights():
     torch.manual_seed(7)
-    weights = build_digits_vit().state_dict()
+    return build_digits_vit().state_dict()
+
+
+@pytest.fixture
+def assets(weights, tmp_path, monkeypatch):
+    """Weights of the right shape in the place of those that are shipped; returns them."""
     file = tmp_path / "digits_vit.safetensors"
     write_weights(file, weights, "digits_vit", 10, {})
     (tmp_path / "digits_vit.json").write_text(json.dumps({"sha256": sha256(file)}))

@@ -1,0 +1,493 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from tokenprune.envs import datasets
+from tokenprune.envs.datasets import DatasetError, open_images
+from tokenprune.envs.models import BackboneError, create_backbone, sha256
+from tokenprune.trainers import backbone, backbone_run
+from tokenprune.trainers.backbone import accuracy, batches, learning_rate, main, train
+from tokenprune.trainers.backbone_run import BackboneConfig, TrainingError
+from tokenprune.trainers.checkpoint import CheckpointError
+
+VIT = "vit_tiny_patch16_224"
+# dropout, stochastic depth and mixup draw from generators that a resumed run has to find again
+DRAWING = {"proj_drop_rate": 0.1, "drop_path_rate": 0.1}
+MODEL = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2} | DRAWING
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Dark and bright images, JPEGs of 20x20 pixels; training, test."""
+    root = tmp_path_factory.mktemp("photographs")
+    noise = np.random.RandomState(0)
+    for split, count in (("train", 50), ("test", 20)):
+        for name, level in (("dark", 60), ("bright", 190)):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = noise.randint(level - 50, level + 50, (20, 20, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    return f"folder:{root}"
+
+
+@pytest.fixture
+def config(photographs, tmp_path, monkeypatch):
+    """A run of a second, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    return BackboneConfig(
+        backbone=VIT,
+        model_kwargs=MODEL,
+        dataset=photographs,
+        augmentation={"auto_augment": "rand-m5-mstd0.5", "scale": [0.5, 1]},
+        epochs=3,
+        batch_size=16,
+        lr=5e-3,
+        ema_decay=0.9,
+        device="cpu",
+        run_name="r",
+    )
+
+
+def read_metrics(run):
+    lines = (Path("runs") / run / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def same_run(a, b):
+    files = [Path("runs") / run / "backbone.safetensors" for run in (a, b)]
+    reports = [json.loads((file.parent / "report.json").read_text()) for file in files]
+    return (
+        files[0].read_bytes() == files[1].read_bytes()
+        and read_metrics(a) == read_metrics(b)
+        and reports[0]["test_accuracy"] == reports[1]["test_accuracy"]
+    )
+
+
+# --- what is computed ---
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    config = BackboneConfig(lr=2.0, warmup=0.1)
+    rates = [learning_rate(config, step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert rates[10] == 2.0
+    assert rates[55] == pytest.approx(1.0)
+    assert rates[99] < 0.01
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert learning_rate(config, 0, 1) == 2.0
+
+
+class Numbers:
+    num_classes = 10
+    class_names = tuple("0123456789")
+
+    def __len__(self):
+        return 605
+
+    def load(self, indices):
+        index = torch.as_tensor(indices)
+        return index[:, None].float(), index % 10
+
+
+def test_batches_are_whole_and_shuffled_by_the_seed():
+    seen = [images[:, 0] for images, _ in batches(Numbers(), 100, seed=1)]
+    assert [len(part) for part in seen] == [100] * 6
+    order = torch.cat(seen)
+    assert len(order.unique()) == 600
+    assert not torch.equal(order, order.sort().values)
+    again = torch.cat([images[:, 0] for images, _ in batches(Numbers(), 100, seed=1)])
+    other = torch.cat([images[:, 0] for images, _ in batches(Numbers(), 100, seed=2)])
+    assert torch.equal(order, again)
+    assert not torch.equal(order, other)
+
+
+def test_accuracy_counts_every_image_once():
+    class SaysSeven(nn.Module):
+        def forward(self, images):
+            answers = torch.where(images[:, 0] < 600, images[:, 0].long() % 10, 9)
+            return torch.nn.functional.one_hot(answers, 10).float()
+
+    assert accuracy(SaysSeven(), Numbers(), torch.device("cpu")) == 600 / 605
+
+
+def test_the_recipe_of_the_shipped_weights(tmp_path, monkeypatch):
+    """The default run, cut short, against the same recipe written out once more."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "DEFAULT_SIZES", {"validation": 20, "test": 20})
+    config = BackboneConfig(epochs=3, epoch_size=130, device="cpu")
+    train(config)
+
+    torch.manual_seed(0)
+    model = create_backbone(untrained=True).train().to(memory_format=torch.channels_last)
+    ema = ModelEmaV3(model, decay=0.999, use_warmup=True)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=2e-3, weight_decay=0.05)
+    for step, (draw, rate) in enumerate([(1, 2e-3), (2, 2e-3), (3, 1e-3)]):
+        images = open_images("digits", "train", {}, size=130, seed=draw, augment=True)
+        order = torch.randperm(130, generator=torch.Generator().manual_seed(draw))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        inputs, labels = images.load(order[:128])
+        logits = model(inputs.to(memory_format=torch.channels_last))
+        loss = nn.functional.cross_entropy(logits, labels, label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        ema.update(model, step=step)
+    trained = load_file("runs/backbone/backbone.safetensors")
+    expected = ema.module.state_dict()
+    assert trained.keys() == expected.keys()
+    assert all(torch.equal(trained[key], expected[key]) for key in trained)
+
+
+@pytest.mark.parametrize("mixing", [{}, {"mixup": 0.2, "cutmix": 1.0}])
+def test_it_learns(config, mixing):
+    report = train(replace(config, epochs=8, augmentation={}, **mixing))
+    losses = [record["loss"] for record in read_metrics("r")]
+    assert losses[-1] < losses[0] - 0.1
+    assert report["test_accuracy"] > 0.9
+
+
+# --- what is written ---
+
+
+def test_a_run_tells_all_about_itself(config):
+    report = train(config)
+    folder = Path("runs/r")
+    assert json.loads((folder / "report.json").read_text()) == report
+    described = json.loads((folder / "backbone.json").read_text())
+    weights = folder / "backbone.safetensors"
+    assert described["sha256"] == sha256(weights)
+    assert described["class_names"] == ["bright", "dark"]
+    for facts in (report, described):
+        assert facts["seed"] == 0
+        assert facts["config"]["model_kwargs"] == MODEL
+        assert facts["config"]["dataset"] == config.dataset
+        assert facts["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert report["seconds"] > 0
+    assert read_metrics("r")[-1]["validation_accuracy"] == report["validation_accuracy"]
+    model = create_backbone(VIT, checkpoint=weights)
+    test = open_images(config.dataset, "test", resolve_model_data_config(model))
+    assert accuracy(model, test, torch.device("cpu")) == report["test_accuracy"]
+    assert not list(folder.glob(".*"))
+
+
+def test_the_test_split_is_read_once_at_the_end(config, monkeypatch):
+    reads = []
+
+    class Watched:
+        def __init__(self, split, images):
+            self.split, self.images = split, images
+            self.num_classes, self.class_names = images.num_classes, images.class_names
+
+        def __len__(self):
+            return len(self.images)
+
+        def load(self, indices):
+            reads.append(self.split)
+            return self.images.load(indices)
+
+    monkeypatch.setattr(
+        backbone,
+        "open_images",
+        lambda dataset, split, *args, **kwargs: Watched(
+            split, open_images(dataset, split, *args, **kwargs)
+        ),
+    )
+    train(config)
+    assert reads == (["train"] * 5 + ["validation"]) * 3 + ["test"]
+
+
+def test_another_seed_is_another_run(config):
+    train(config)
+    train(replace(config, seed=1, run_name="other"))
+    train(replace(config, run_name="again"))
+    assert same_run("r", "again")
+    assert not same_run("r", "other")
+
+
+def test_a_checkpoint_is_where_training_begins(config):
+    train(config)
+    start = Path("runs/r/backbone.safetensors")
+    train(replace(config, checkpoint=start, lr=1e-12, epochs=1, run_name="tuned"))
+    before, after = load_file(start), load_file("runs/tuned/backbone.safetensors")
+    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
+
+
+# --- to be resumed ---
+
+
+def kill_at_step(config, step, tmp_path):
+    """Runs ``config`` in another process, which SIGKILLs itself in the midst of an epoch."""
+    code = (
+        "import os, signal, sys\n"
+        "from tokenprune.trainers import backbone\n"
+        "import torch\n"
+        "torch.set_num_threads(1)\n"
+        "learn = backbone.Learner.learn\n"
+        "def learn_or_die(self, inputs, targets, step):\n"
+        f"    if step == {step}:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return learn(self, inputs, targets, step)\n"
+        "backbone.Learner.learn = learn_or_die\n"
+        "backbone.main()\n"
+    )
+    values = backbone_run.describe(config)
+    arguments = [
+        part
+        for name, value in values.items()
+        if value not in (None, False)
+        for part in (
+            f"--{name.replace('_', '-')}",
+            json.dumps(value) if isinstance(value, dict) else str(value),
+        )
+    ]
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, check=False)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(config, tmp_path):
+    config = replace(
+        config, mixup=0.2, cutmix=1.0, model_kwargs=MODEL | {"embed_layer": "conv_stem"}
+    )
+    train(replace(config, run_name="whole"))
+    steps_an_epoch = 5
+    killed = kill_at_step(config, 2 * steps_an_epoch + 3, tmp_path)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(read_metrics("r")) == 2
+    assert not Path("runs/r/report.json").exists()
+    train(BackboneConfig(resume=Path("runs/r")))
+    assert same_run("whole", "r")
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "checkpoint.safetensors", "backbone.json"])
+def test_a_run_whose_disk_is_full_can_be_resumed(config, monkeypatch, file):
+    train(replace(config, run_name="whole"))
+    replace_file = Path.replace
+
+    def fail(path, target):
+        written.append(target.name)
+        if target.name == file and written.count(file) == (1 if file == "backbone.json" else 2):
+            raise OSError(28, "No space left on device")
+        return replace_file(path, target)
+
+    written = []
+    with monkeypatch.context() as context:
+        context.setattr(Path, "replace", fail)
+        with pytest.raises(OSError, match="No space left on device"):
+            train(config)
+    train(BackboneConfig(resume=Path("runs/r")))
+    assert same_run("whole", "r")
+
+
+def test_a_run_that_never_ended_an_epoch_begins_anew(config, monkeypatch):
+    train(replace(config, run_name="whole"))
+    with monkeypatch.context() as context:
+        context.setattr(backbone, "train_epoch", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config)
+    train(BackboneConfig(resume=Path("runs/r")))
+    assert same_run("whole", "r")
+
+
+def test_a_finished_run_can_be_finished_again(config):
+    train(config)
+    before = Path("runs/r/backbone.json").read_text()
+    seconds = json.loads(Path("runs/r/report.json").read_text())["seconds"]
+    report = train(BackboneConfig(resume=Path("runs/r")))
+    assert Path("runs/r/backbone.json").read_text() == before
+    assert len(read_metrics("r")) == 3
+    assert report["seconds"] > 0.5 * seconds
+
+
+def test_a_run_is_not_overwritten(config):
+    Path("runs/r").mkdir(parents=True)
+    Path("runs/r/mine.txt").write_text("mine")
+    with pytest.raises(TrainingError, match=r"runs/r exists.*--resume runs/r"):
+        train(config)
+    assert [path.name for path in Path("runs/r").iterdir()] == ["mine.txt"]
+
+
+def test_other_options_do_not_go_with_resume(config):
+    with pytest.raises(TrainingError, match="leave out epochs, lr"):
+        train(BackboneConfig(resume=Path("runs/r"), lr=0.1, epochs=2))
+
+
+def test_what_can_not_be_resumed_is_named(config):
+    resume = BackboneConfig(resume=Path("runs/r"))
+    with pytest.raises(CheckpointError, match=r"runs/r is no run"):
+        train(resume)
+    train(replace(config, epochs=1))
+    folder = Path("runs/r")
+    contents = {file.name: file.read_bytes() for file in folder.iterdir()}
+    described = json.loads(contents["config.json"])
+    other = json.dumps(described | {"model_kwargs": MODEL | {"depth": 1}}).encode()
+    for name, content, message in (
+        ("config.json", b'{"epochs": ', "damaged or of another version"),
+        ("config.json", b'{"epoques": 3}', "epoques"),
+        ("config.json", b'{"epochs": -3}', "epochs can't be -3"),
+        ("config.json", other, r"another backbone.*blocks\.1"),
+        ("checkpoint.safetensors", contents["checkpoint.safetensors"][:-9], "damaged"),
+        ("metrics.jsonl", b"", "lacks epochs"),
+        ("metrics.jsonl", b"{", "can't be resumed"),
+    ):
+        (folder / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=message):
+            train(resume)
+        (folder / name).write_bytes(contents[name])
+    train(resume)
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"backbone": "vit_tiny_patch61_224"}, BackboneError, "vit_tiny_patch16_224"),
+        ({"model_kwargs": {"depht": 3}}, BackboneError, "depht"),
+        ({"checkpoint": Path("w.safetensors")}, BackboneError, r"no checkpoint w\.safetensors"),
+        ({"dataset": "digit"}, DatasetError, "unknown dataset 'digit'"),
+        ({"dataset": "digits", "augmentation": {}}, DatasetError, "1x64x64.*3x16x16"),
+        ({"augmentation": {"flip": 1}}, DatasetError, "flip"),
+        ({"batch_size": 91}, TrainingError, "90 training images.*91"),
+        ({"epoch_size": 9}, TrainingError, "9 training images.*16"),
+        ({"device": "abacus"}, TrainingError, "abacus"),
+        ({"lr": 1e30, "epochs": 1}, TrainingError, "not finite"),
+    ],
+)
+def test_bad_input_is_named_at_once(config, change, error, message):
+    with pytest.raises(error, match=message):
+        train(replace(config, **change))
+    if "lr" not in change:
+        assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epochs": 0},
+        {"epoch_size": 0},
+        {"batch_size": 0},
+        {"lr": 0.0},
+        {"warmup": 1.5},
+        {"weight_decay": -1.0},
+        {"label_smoothing": 1.0},
+        {"ema_decay": 1.0},
+        {"mixup": -1.0},
+        {"cutmix": -1.0},
+        {"cutmix": 1.0, "batch_size": 15},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"run_name": ""},
+        {"model_kwargs": {"num_classes": 3}},
+    ],
+)
+def test_values_that_make_no_sense_are_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        BackboneConfig(**change)
+
+
+def test_a_training_without_a_finite_loss_keeps_the_last_epoch(config, monkeypatch):
+    learn = backbone.Learner.learn
+    monkeypatch.setattr(
+        backbone.Learner,
+        "learn",
+        lambda self, inputs, targets, step: (
+            learn(self, inputs, targets, step) * (math.nan if step == 7 else 1)
+        ),
+    )
+    with pytest.raises(TrainingError, match="not finite"):
+        train(config)
+    assert len(read_metrics("r")) == 1
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["backbone", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return stopped.value.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "nope"], "error: unknown dataset 'nope'"),
+        (["--backbone", "nope"], "error: unknown backbone 'nope'"),
+        (["--resume", "runs/nope"], "error: runs/nope is no run"),
+        (["--resume", "runs/nope", "--epochs", "3"], "error: --resume goes on"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong_in_a_line(config, monkeypatch, arguments, message):
+    code = run_main(monkeypatch, *arguments)
+    assert code.startswith(message)
+    assert "\n" not in code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model-kwargs", "{"], "--model-kwargs"),
+        (["--augmentation", "3"], "expected a JSON object"),
+        (["--epochs", "0"], "epochs can't be 0"),
+        (["--colour", "red"], "--colour"),
+    ],
+)
+def test_the_command_line_refuses_what_it_can_not_read(monkeypatch, capsys, arguments, message):
+    assert run_main(monkeypatch, *arguments) == 2
+    output = capsys.readouterr()
+    assert message in output.err + output.out
+
+
+def test_the_command_line_trains(config, monkeypatch, capsys):
+    options = {
+        "--backbone": VIT,
+        "--model-kwargs": json.dumps(MODEL),
+        "--dataset": config.dataset,
+        "--epochs": "1",
+        "--batch-size": "32",
+        "--run-name": "by-hand",
+    }
+    arguments = [part for option in options.items() for part in option]
+    monkeypatch.setattr(sys, "argv", ["backbone", *arguments])
+    main()
+    assert "test accuracy" in capsys.readouterr().out
+    assert Path("runs/by-hand/report.json").exists()
+
+
+def test_it_runs_as_a_module_in_the_checkout(tmp_path):
+    checkout = Path(__file__).parents[2]
+    finished = subprocess.run(
+        [sys.executable, "-m", "trainers.backbone", "--dataset", "nope"],
+        cwd=checkout,
+        env=os.environ | {"PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("error: unknown dataset 'nope'")
+    assert "Traceback" not in finished.stderr
