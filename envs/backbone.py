@@ -55,20 +55,18 @@ class Tokens:
     macs: Tensor
 
     def repeat(self, times: int) -> Tokens:
-        """Each image ``times`` times in a row. Only before anything was pruned."""
+        """Each image ``times`` times in a row, on the same rows of ``x``; packed ones can only be pruned next."""
         slots = self.alive.shape[1]
-
-        def repeated(rows: Tensor) -> Tensor:
-            return rows.unflatten(0, (-1, slots)).repeat_interleave(times, dim=0).flatten(0, 1)
-
-        return Tokens(
-            x=repeated(self.x),
+        row = self.row.unflatten(0, (-1, slots)).repeat_interleave(times, dim=0).flatten()
+        shared = self.layout is not None
+        return replace(
+            self,
+            x=self.x if shared else self.x[row],
             alive=self.alive.repeat_interleave(times, dim=0),
-            row=torch.arange(self.row.numel() * times, device=self.row.device),
-            layout=None
-            if self.layout is None
-            else Layout.of(np.repeat(self.layout.lengths, times), self.layout.width, self.x.device),
-            attention=None if self.attention is None else repeated(self.attention),
+            row=row if shared else torch.arange(len(row), device=row.device),
+            attention=self.attention
+            if shared or self.attention is None
+            else self.attention[row],
             macs=self.macs.repeat_interleave(times),
         )
 
@@ -211,7 +209,8 @@ class StagedViT(nn.Module):
     def uniform_macs(self, tokens: Sequence[int], with_attention: bool = True) -> int:
         """Multiply-accumulates of an image that keeps ``tokens[t]`` patches at stage t."""
         edges = (0, *self.prune_before, self.depth)
-        alive = [self.num_slots, *(self.num_prefix + kept for kept in tokens)]
+        least = int(self.keeps_last_patch)
+        alive = [self.num_slots, *(self.num_prefix + max(kept, least) for kept in tokens)]
         spent = self._macs.embed + self._macs.head(alive[-1])
         for stage, count in enumerate(alive):
             start, stop = edges[stage], edges[stage + 1]
