@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from operator import index
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -390,14 +391,18 @@ def check_supported(model: Any) -> Any:
 
 
 def _check_stages(prune_before: Sequence[int] | None, depth: int) -> tuple[int, ...]:
-    stages = tuple(range(1, depth)) if prune_before is None else tuple(prune_before)
+    wanted = range(1, depth) if prune_before is None else prune_before
+    try:
+        stages = tuple(index(b) for b in wanted)  # numpy's integers too
+    except TypeError as error:
+        raise ValueError(f"prune_before={wanted!r} must be a sequence of whole numbers") from error
     if not stages:
         raise ValueError(
             "prune_before is empty: name at least one block"
             if prune_before is not None
             else "a model of one block has no stage between blocks: give prune_before=(0,)"
         )
-    if any(isinstance(b, bool) or not isinstance(b, int) or not 0 <= b < depth for b in stages):
+    if any(isinstance(b, bool) or not 0 <= b < depth for b in stages):
         raise ValueError(
             f"prune_before={stages} is out of range: the backbone's blocks are 0..{depth - 1}"
         )
