@@ -4,7 +4,8 @@ tokens that survive.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -402,7 +403,7 @@ def _check_stages(prune_before: Sequence[int] | None, depth: int) -> tuple[int, 
             if prune_before is not None
             else "a model of one block has no stage between blocks: give prune_before=(0,)"
         )
-    if any(isinstance(b, bool) or not 0 <= b < depth for b in stages):
+    if any(not 0 <= b < depth for b in stages):
         raise ValueError(
             f"prune_before={stages} is out of range: the backbone's blocks are 0..{depth - 1}"
         )
@@ -429,16 +430,18 @@ class _Macs:
         blank = torch.zeros(1, *staged.image_shape, device=reference.device, dtype=reference.dtype)
         sizes = [staged.num_prefix + n for n in (1, 2, 3)]
         costs = []
-        for n in sizes:
-            layout = Layout.of(np.array([n]), _attention_width(model), reference.device)
-            rows = torch.zeros(n, staged.width, device=reference.device, dtype=reference.dtype)
-            costs.append(_count_macs(partial(_head, model, rows, layout)))
+        with _in_eval_mode(model):
+            embed = _count_macs(lambda: staged._embed(blank))
+            for n in sizes:
+                layout = Layout.of(np.array([n]), _attention_width(model), reference.device)
+                rows = torch.zeros(n, staged.width, device=reference.device, dtype=reference.dtype)
+                costs.append(_count_macs(partial(_head, model, rows, layout)))
         # three points fix the head's cost: attention pooling is at most quadratic in the tokens
         quadratic = (costs[2] - 2 * costs[1] + costs[0]) // 2
         linear = costs[1] - costs[0] - quadratic * (sizes[1] ** 2 - sizes[0] ** 2)
         constant = costs[0] - linear * sizes[0] - quadratic * sizes[0] ** 2
         return _Macs(
-            embed=_count_macs(lambda: staged._embed(blank)),
+            embed=embed,
             per_token=tuple(
                 sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
                 for block in model.blocks
@@ -466,6 +469,20 @@ class _Macs:
     def dense(self, tokens: int) -> int:
         """The unpruned model."""
         return self.embed + self.blocks(tokens, 0, len(self.per_token)) + self.head(tokens)
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """In training mode a forward pass would move batch statistics, drop patches and draw random
+    numbers.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 # the counter's module hooks fail without a graph where a module takes a parameter as its input
