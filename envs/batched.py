@@ -34,6 +34,15 @@ class Observed:
         """
         return self.observation[self.alive]
 
+    def distinct(self) -> tuple[Tensor, Tensor]:
+        """``living`` without repetitions that the environment knows of.
+
+        Returns:
+            observations float32 [U, D_obs], and which of them each living agent sees, int64 [R].
+        """
+        living = self.living()
+        return living, torch.arange(len(living), device=living.device)
+
 
 @dataclass(frozen=True)
 class Transition:

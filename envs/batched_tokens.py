@@ -37,6 +37,13 @@ class ViewObserved(Observed):
     def living(self) -> Tensor:
         return self._living
 
+    def distinct(self) -> tuple[Tensor, Tensor]:
+        return self._distinct
+
+    @cached_property
+    def _distinct(self) -> tuple[Tensor, Tensor]:
+        return self.view.distinct(self.fields)
+
     @cached_property
     def observation(self) -> Tensor:
         return self.view.scatter(self._living)

@@ -106,6 +106,7 @@ class TokenGame:
         tokens = self.backbone.begin(images)
         dense_logits = self._dense_logits(tokens) if self.reward.needs_dense else None
         times = self.rollouts_per_image
+        beginnings = tokens
         if times > 1:
             tokens = tokens.repeat(times)
             labels = labels.repeat_interleave(times)
@@ -122,7 +123,8 @@ class TokenGame:
         alpha = alpha.to(labels.device, torch.float32)
         self._episode = _Episode(0, tokens, labels, dense_logits, alpha, ())
         alive = torch.ones(batch, self.num_agents, dtype=torch.bool, device=labels.device)
-        view = View(self.backbone, tokens, 0, alpha)
+        start = View(self.backbone, beginnings, 0, alpha[::times]) if times > 1 else None
+        view = View(self.backbone, tokens, 0, alpha, start)
         return Stage(0, alive, torch.zeros(alive.shape, device=labels.device), view)
 
     @torch.no_grad()

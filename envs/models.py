@@ -31,7 +31,7 @@ class BackboneError(ValueError):
 
 
 class ConvStem(nn.Module):
-    """Patch embedding by strided, overlapping convolutions.
+    """Patch embedding by strided 3x3 convolutions.
 
     After "Early Convolutions Help Transformers See Better" (arXiv 2106.14881). Takes the place of
     timm's ``PatchEmbed`` as ``embed_layer``: [B, C, H, W] -> [B, patches, embed_dim].
@@ -48,9 +48,9 @@ class ConvStem(nn.Module):
         **factory: Any,
     ) -> None:
         super().__init__()
-        if patch_size < 4 or patch_size & (patch_size - 1) or img_size % patch_size:
+        if patch_size & (patch_size - 1) or img_size % patch_size:
             raise ValueError(
-                f"ConvStem needs a patch size of 4, 8, 16, ... that divides the image: "
+                f"ConvStem needs a patch size that is a power of two and divides the image: "
                 f"got patch_size={patch_size}, img_size={img_size}"
             )
         if dynamic_img_pad:
@@ -59,16 +59,13 @@ class ConvStem(nn.Module):
         self.patch_size = (patch_size, patch_size)
         self.grid_size = (img_size // patch_size, img_size // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
-        # one wide stride of 4, then halvings: few and small feature maps, since the stem is what
-        # no policy can prune
-        halvings = patch_size.bit_length() - 3
+        halvings = patch_size.bit_length() - 1
         layers: list[nn.Module] = []
         channels = in_chans
-        for i in range(halvings + 1):
-            width = 3 * embed_dim // 4 // 2 ** (halvings - i)
-            kernel, stride = (3, 2) if i else (7, 4)
+        for i in range(halvings):
+            width = 3 * embed_dim // 4 // 2 ** (halvings - 1 - i)
             layers += [
-                nn.Conv2d(channels, width, kernel, stride, kernel // 2, bias=False, **factory),
+                nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False, **factory),
                 nn.BatchNorm2d(width, **factory),
                 nn.GELU(),
             ]

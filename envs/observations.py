@@ -65,6 +65,8 @@ class View:
         tokens: the tokens.
         stage: 0-based.
         budget: price of compute of each episode, float32 [B].
+        start: where so many consecutive episodes begin alike, the view of their beginnings, one of
+            each; None where they differ.
 
     Attributes:
         alive: bool [B, N].
@@ -73,8 +75,16 @@ class View:
         count: living patches of each image, int64 [B].
     """
 
-    def __init__(self, backbone: StagedViT, tokens: Tokens, stage: int, budget: Tensor) -> None:
+    def __init__(
+        self,
+        backbone: StagedViT,
+        tokens: Tokens,
+        stage: int,
+        budget: Tensor,
+        start: View | None = None,
+    ) -> None:
         self.backbone = backbone
+        self._start = start
         self.stage = stage
         self.budget = budget
         self._tokens = tokens
@@ -177,6 +187,18 @@ class View:
     def living(self, fields: Sequence[str]) -> Tensor:
         """Observations of the living patches, float32 [R, D_obs]."""
         return torch.cat([self.field(name) for name in fields], dim=1)
+
+    def distinct(self, fields: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """``living`` without what episodes that begin alike repeat.
+
+        Returns:
+            observations float32 [U, D_obs], and which of them each living patch sees, int64 [R].
+        """
+        if self._start is None or "budget" in fields:
+            return self.living(fields), torch.arange(len(self._places), device=self.alive.device)
+        times = len(self.alive) // len(self._start.alive)
+        seen = self.image // times * self.backbone.num_patches + self.patch
+        return self._start.living(fields), seen
 
     def scatter(self, values: Tensor) -> Tensor:
         """Values of the living patches [R, ...] at their places in [B, N, ...], zeros (False)

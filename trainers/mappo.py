@@ -7,6 +7,7 @@ are written by ``runs``.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -48,11 +49,19 @@ class Learner(nn.Module):
         learned = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(learned, lr=config.lr, eps=ADAM_EPS)
 
-    def log_probs(self, observation: Tensor, mask: Tensor) -> Tensor:
-        """Log-probabilities of the actions, those not allowed at nearly -inf: [R, D_obs], [R, A] ->
-        [R, A].
+    def log_probs(self, observation: Tensor, seen: Tensor, mask: Tensor) -> Tensor:
+        """Log-probabilities of the actions, those not allowed at nearly -inf.
+
+        Args:
+            observation: what there is to see, each thing once, [U, D_obs].
+            seen: which of it each agent sees, int64 [R].
+            mask: actions allowed, bool [R, A].
+
+        Returns:
+            [R, A].
         """
-        return self.actor(observation).masked_fill(~mask, MASKED_LOGIT).log_softmax(-1)
+        logits = self.actor(observation).index_select(0, seen)
+        return logits.masked_fill(~mask, MASKED_LOGIT).log_softmax(-1)
 
     def critic_inputs(self, observed: Observed) -> Tensor:
         """What the critic sees of each living agent, [R, D]."""
@@ -96,7 +105,8 @@ def play(
     rollout = Rollout()
     value = learner.values(observed)
     for _ in range(steps):
-        log_probs = learner.log_probs(observed.living(), observed.action_mask[observed.alive])
+        mask = observed.action_mask[observed.alive]
+        log_probs = learner.log_probs(*observed.distinct(), mask)
         action = sample(log_probs, generator)
         joint = torch.zeros(observed.alive.shape, dtype=torch.int64, device=env.device)
         joint[observed.alive] = action
@@ -135,7 +145,8 @@ class Decisions:
     """All decisions of an iteration, one row for each time a living agent was asked.
 
     Attributes:
-        observation: [R, D_obs].
+        observation: what there was to see, each thing once, [U, D_obs].
+        seen: which of it was seen, int64 [R].
         critic_input: [R, D]; empty without a critic.
         mask: bool [R, A].
         action: int64 [R].
@@ -146,6 +157,7 @@ class Decisions:
     """
 
     observation: Tensor
+    seen: Tensor
     critic_input: Tensor
     mask: Tensor
     action: Tensor
@@ -156,7 +168,10 @@ class Decisions:
 
     def rows(self, index: Tensor) -> Decisions:
         """A selection of the decisions."""
-        return Decisions(**{name: part[index] for name, part in vars(self).items()})
+        chosen = {name: part[index] for name, part in vars(self).items() if name != "observation"}
+        observation = self.observation[chosen["seen"]]
+        chosen["seen"] = torch.arange(len(observation), device=observation.device)
+        return Decisions(observation=observation, **chosen)
 
 
 def judge(rollout: Rollout, learner: Learner, env: BatchedEnv) -> Decisions:
@@ -179,10 +194,13 @@ def judge(rollout: Rollout, learner: Learner, env: BatchedEnv) -> Decisions:
     returns = (advantage + value)[alive]
     if env.rollouts_per_start > 1:
         advantage = leave_one_out(advantage, env.rollouts_per_start)
-    observation = torch.cat([observed.living() for observed in rollout.observed])
+    distinct = [observed.distinct() for observed in rollout.observed]
+    before = itertools.accumulate((len(rows) for rows, _ in distinct), initial=0)
+    seen = torch.cat([seen + start for (_, seen), start in zip(distinct, before, strict=False)])
     return Decisions(
-        observation=observation,
-        critic_input=observation[:, :0]
+        observation=torch.cat([rows for rows, _ in distinct]),
+        seen=seen,
+        critic_input=advantage.new_empty(len(seen), 0)
         if learner.critic is None
         else torch.cat([learner.critic_inputs(observed) for observed in rollout.observed]),
         mask=torch.cat([observed.action_mask[observed.alive] for observed in rollout.observed]),
@@ -227,10 +245,16 @@ def mean(rows: Tensor) -> Tensor:
     return rows.sum() / max(len(rows), 1)
 
 
-def minibatches(rows: int, parts: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Random disjoint index sets that cover all rows."""
-    order = torch.randperm(rows, generator=generator, device=generator.device)
-    yield from order.chunk(parts)
+def minibatches(
+    decisions: Decisions, parts: int, generator: torch.Generator
+) -> Iterator[Decisions]:
+    """A random partition of the decisions; a single part needs no order."""
+    if parts == 1:
+        yield decisions
+        return
+    order = torch.randperm(len(decisions.action), generator=generator, device=generator.device)
+    for index in order.chunk(parts):
+        yield decisions.rows(index)
 
 
 def learn(learner: Learner, decisions: Decisions, generator: torch.Generator) -> dict[str, float]:
@@ -241,9 +265,8 @@ def learn(learner: Learner, decisions: Decisions, generator: torch.Generator) ->
     sums: dict[str, Tensor] = {}
     steps = 0
     for _ in range(config.epochs):
-        for index in minibatches(len(decisions.action), config.minibatches, generator):
-            batch = decisions.rows(index)
-            log_probs = learner.log_probs(batch.observation, batch.mask)
+        for batch in minibatches(decisions, config.minibatches, generator):
+            log_probs = learner.log_probs(batch.observation, batch.seen, batch.mask)
             log_prob = log_probs.gather(1, batch.action[:, None]).squeeze(1)
             entropy = mean(-(log_probs.exp() * log_probs).sum(-1))
             terms = {"policy_loss": policy_loss(log_prob, batch, config.clip), "entropy": entropy}
