@@ -1,7 +1,7 @@
 """How fast the game is: ``python -m benchmarks.env_speed``.
 
-Prints images/s and agent decisions/s of the tensor path, its time over that of a bare packed forward
-pass of the same tokens, and its speed over that of the per-agent dict API.
+Prints images/s and agent decisions/s of the tensor path, its time over that of a bare packed
+forward pass of the same tokens, and its speed over that of the per-agent dict API.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def random_keeps(env: BatchedTokenPrune, keep: float, seed: int) -> list[Tensor]
     shape = (env.num_envs, env.num_agents)
     return [
         (torch.rand(shape, generator=generator) < keep).long().to(env.device)
-        for _ in range(env.episode_length)
+        for _ in range(env.game.num_stages)
     ]
 
 
@@ -115,7 +115,7 @@ def measure(config: EnvSpeedConfig) -> dict[str, Any]:
     keeps = random_keeps(env, config.keep, seed=0)
 
     observed = env.reset(indices=indices)
-    rollout, _ = play(env, learner, observed, env.episode_length, _generator(device))
+    rollout, _ = play(env, learner, observed, game.num_stages, _generator(device))
     # what the policy itself chose, so that the bare passes run the same tokens
     played = []
     for seen, action in zip(rollout.observed, rollout.action, strict=True):
@@ -131,7 +131,7 @@ def measure(config: EnvSpeedConfig) -> dict[str, Any]:
     dict_decisions = play_dicts(single, keeps, config.dict_episodes)
 
     def whole_rollout() -> None:
-        play(env, learner, env.reset(indices=indices), env.episode_length, _generator(device))
+        play(env, learner, env.reset(indices=indices), game.num_stages, _generator(device))
 
     variants: dict[str, Callable[[], object]] = {
         "forward, random": lambda: bare_forward(env, pixels, keeps),

@@ -57,7 +57,10 @@ class Tokens:
     macs: Tensor
 
     def repeat(self, times: int) -> Tokens:
-        """Each image ``times`` times in a row, on the same rows of ``x``; packed ones can only be pruned next."""
+        """Each image ``times`` times in a row.
+
+        Packed ones go on sharing their rows of ``x``, and can only be pruned next.
+        """
         slots = self.alive.shape[1]
         row = self.row.unflatten(0, (-1, slots)).repeat_interleave(times, dim=0).flatten()
         shared = self.layout is not None
@@ -66,9 +69,7 @@ class Tokens:
             x=self.x if shared else self.x[row],
             alive=self.alive.repeat_interleave(times, dim=0),
             row=row if shared else torch.arange(len(row), device=row.device),
-            attention=self.attention
-            if shared or self.attention is None
-            else self.attention[row],
+            attention=self.attention if shared or self.attention is None else self.attention[row],
             macs=self.macs.repeat_interleave(times),
         )
 

@@ -108,10 +108,10 @@ class BatchedTokenPrune:
         self.fields = tuple(observation)
         self.field_slices = field_slices(game.backbone, self.fields)
         width = max(part.stop for part in self.field_slices.values())
-        self.observation_space = Box(-float("inf"), float("inf"), (width,))
-        self.state_space = Box(-float("inf"), float("inf"), (state_size(game.backbone),))
-        self.action_space = Discrete(2)
-        self.episode_length = game.num_stages
+        self.observation_space: Box = Box(-float("inf"), float("inf"), (width,))
+        self.state_space: Box = Box(-float("inf"), float("inf"), (state_size(game.backbone),))
+        self.action_space: Discrete = Discrete(2)
+        self.episode_length: int | None = game.num_stages
         self.rollouts_per_start = rollouts
         self.device = game.backbone.device
         self.indices: Tensor = torch.empty(0, dtype=torch.int64)

@@ -181,7 +181,7 @@ class MappoConfig:
                 read[key] = Path(str(value))
             else:
                 read[key] = value
-        return MappoConfig(**read)  # type: ignore[arg-type]
+        return MappoConfig(**read)
 
 
 def defaults_for(env: str) -> MappoConfig:
