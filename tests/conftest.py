@@ -1,0 +1,103 @@
+"""What several test files share: small ViTs in which every parameter matters, and a few images."""
+
+import pytest
+import timm
+import torch
+from timm.layers import Attention
+
+from tokenprune.envs.backbone import StagedViT
+
+VIT = "vit_tiny_patch16_224"
+SMALL = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 4,
+    "num_heads": 2,
+    "num_classes": 5,
+}
+IMAGE_SHAPE = (3, 32, 32)
+
+
+def build_vit(name=VIT, seed=0, attention=None, **kwargs):
+    """A timm ViT of 16 patches, 4 blocks and 5 classes; random, and far from its initialisation:
+    there, norms and scales are ones, biases zeros, and whoever forgets them gets away with it.
+
+    ``attention`` are arguments of timm's Attention that its models don't pass on.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = timm.create_model(name, **(SMALL | kwargs)).eval()
+        for block in model.blocks if attention else ():
+            block.attn = Attention(model.embed_dim, model.blocks[0].attn.num_heads, **attention)
+        for parameter in model.parameters():
+            if parameter.dim() <= 1 or parameter.shape[0] == 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+            else:
+                torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    return model
+
+
+class SomeImages:
+    """An ``ImageSet`` of noise."""
+
+    num_classes = 5
+    class_names = ("a", "b", "c", "d", "e")
+
+    def __init__(self, count=12, shape=IMAGE_SHAPE, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.images = torch.randn(count, *shape, generator=generator)
+        self.labels = torch.randint(self.num_classes, (count,), generator=generator)
+
+    def __len__(self):
+        return len(self.images)
+
+    def load(self, indices):
+        index = torch.as_tensor(indices)
+        return self.images[index], self.labels[index]
+
+
+@pytest.fixture(scope="session")
+def make_vit():
+    """``build_vit``: what it returns may be changed."""
+    return build_vit
+
+
+@pytest.fixture(scope="session")
+def make_images():
+    """``SomeImages``."""
+    return SomeImages
+
+
+@pytest.fixture(scope="session")
+def vit():
+    """A ViT with a class token; not to be changed."""
+    return build_vit()
+
+
+@pytest.fixture(scope="session")
+def some_images():
+    return SomeImages()
+
+
+@pytest.fixture
+def staged(vit):
+    """Packed, stages before blocks 1, 2 and 3."""
+    return StagedViT(vit)
+
+
+@pytest.fixture
+def keeps():
+    """``keeps(B, T, N, ...)``: random joint actions, bool [T, B, N]. In the first stage and again
+    in the second some image is emptied and the next kept whole.
+    """
+
+    def draw(batch, stages, agents, seed=0, ratio=0.7):
+        generator = torch.Generator().manual_seed(seed)
+        keep = torch.rand(stages, batch, agents, generator=generator) < ratio
+        for stage in range(min(stages, 2, batch - 1)):
+            keep[stage, stage] = False
+            keep[: stage + 1, stage + 1] = True
+        return keep
+
+    return draw
