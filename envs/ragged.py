@@ -72,7 +72,9 @@ class Layout:
 
     @staticmethod
     def of(lengths: NDArray[np.int64], width: int, device: torch.device) -> Layout:
-        """Lays out images of ``lengths`` rows; ascending lengths make the best buckets."""
+        """Lays out images of ``lengths`` rows, at least one each; ascending lengths make the best
+        buckets.
+        """
         on_device = torch.from_numpy(lengths).to(device)
         return Layout(
             lengths=lengths,
