@@ -95,6 +95,16 @@ def test_augmented_digits_differ_each_time_and_repeat_with_the_seed():
     assert not torch.equal(first, plain)
 
 
+def test_the_augmentation_of_digits_has_the_seed_too(monkeypatch):
+    drawn = digits.draw_digits("train", 8)
+    monkeypatch.setattr(digits, "draw_digits", lambda *_: drawn)
+    one, other = (
+        open_images("digits", "train", DIGITS_CONFIG, size=8, seed=seed, augment=True).load([0])[0]
+        for seed in (1, 2)
+    )
+    assert not torch.equal(one, other)
+
+
 @pytest.mark.parametrize("shape", [(3, 64, 64), (1, 32, 32), (3, 224, 224)])
 def test_digits_are_refused_for_a_backbone_of_other_images(shape):
     with pytest.raises(DatasetError, match=f"1x64x64.*{'x'.join(map(str, shape))}"):
@@ -124,12 +134,14 @@ def test_three_folders_are_three_splits(tmp_path):
 
 @pytest.mark.parametrize("held_out", ["test", "val", "validation"])
 def test_one_held_out_folder_is_the_test_split(tmp_path, held_out):
-    dataset = make_folder(tmp_path, train=15, **{held_out: 2})
+    dataset = make_folder(tmp_path, train=50, **{held_out: 2})
     assert len(open_images(dataset, "test", CONFIG)) == 4
     train = numbers(open_images(dataset, "train", CONFIG))
     validation = numbers(open_images(dataset, "validation", CONFIG))
-    assert len(validation) == 30 * datasets.VALIDATION_SHARE
-    assert sorted(train + validation) == list(range(30))
+    assert len(validation) == 100 * datasets.VALIDATION_SHARE
+    assert sorted(train + validation) == list(range(100))
+    # of both classes, which lie in files one after the other
+    assert 2 < sum(number < 50 for number in validation) < 8
     other_seed = open_images(dataset, "validation", CONFIG, seed=7)
     assert numbers(other_seed) == validation
 
