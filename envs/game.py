@@ -100,7 +100,7 @@ class TokenGame:
 
         Raises:
             ValueError: images of a wrong size, type or channels, or not finite; labels outside the
-                classes.
+                classes; prices of a wrong number, not finite, or negative.
         """
         images, labels = self._checked(images, labels)
         tokens = self.backbone.begin(images)
@@ -120,6 +120,8 @@ class TokenGame:
             raise ValueError(
                 f"alpha of shape {tuple(alpha.shape)}, one for each of {batch} episodes"
             )
+        elif not (alpha.isfinite() & (alpha >= 0)).all():
+            raise ValueError(f"alpha={alpha.tolist()}: prices are finite numbers of at least 0")
         alpha = alpha.to(labels.device, torch.float32)
         self._episode = _Episode(0, tokens, labels, dense_logits, alpha, ())
         alive = torch.ones(batch, self.num_agents, dtype=torch.bool, device=labels.device)
