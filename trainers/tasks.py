@@ -22,6 +22,7 @@ from tokenprune.envs.rewards import make_reward
 from tokenprune.envs.token_prune import pick_device
 from tokenprune.trainers.config import PETTINGZOO_PREFIX, MappoConfig
 from tokenprune.trainers.evaluation import evaluate
+from tokenprune.trainers.mappo import MASKED_LOGIT, sample
 
 EVALUATION_SEED = 987_654_321
 
@@ -145,23 +146,32 @@ class PettingZooTask:
     def evaluate(self, actor: nn.Module) -> dict[str, float]:
         env = BatchedPettingZoo(self._make, self.config.num_envs, str(self.env.device))
         try:
-            return {"validation_episode_return": self._mean_return(env, actor)}
+            return {
+                "validation_episode_return": self._mean_return(env, actor, greedy=True),
+                "validation_sampled_return": self._mean_return(env, actor, greedy=False),
+            }
         finally:
             env.close()
 
-    def _mean_return(self, env: BatchedEnv, actor: nn.Module) -> float:
-        observed, returns = env.reset(EVALUATION_SEED), list[float]()
-        while len(returns) < self.config.eval_size:
+    def _mean_return(self, env: BatchedEnv, actor: nn.Module, greedy: bool) -> float:
+        """Mean over the first episodes of each copy: as many of each, or short ones would count more."""
+        observed = env.reset(EVALUATION_SEED)
+        generator = torch.Generator(env.device).manual_seed(EVALUATION_SEED)
+        wanted = -(-self.config.eval_size // env.num_envs)
+        returns: list[list[float]] = [[] for _ in range(env.num_envs)]
+        while any(len(mine) < wanted for mine in returns):
             logits = actor(observed.living())
             allowed = observed.action_mask[observed.alive]
+            log_probs = logits.masked_fill(~allowed, MASKED_LOGIT).log_softmax(-1)
             actions = torch.zeros(observed.alive.shape, dtype=torch.int64, device=env.device)
-            actions[observed.alive] = logits.masked_fill(~allowed, -torch.inf).argmax(-1)
+            chosen = log_probs.argmax(-1) if greedy else sample(log_probs, generator)
+            actions[observed.alive] = chosen
             transition = env.step(actions)
-            ended = transition.terminated | transition.truncated
-            if ended.any():
-                returns += transition.metrics["episode_return"][ended].tolist()
+            for copy in (transition.terminated | transition.truncated).nonzero().flatten().tolist():
+                if len(returns[copy]) < wanted:
+                    returns[copy].append(float(transition.metrics["episode_return"][copy]))
             observed = transition.observed
-        return sum(returns) / len(returns)
+        return sum(map(sum, returns)) / (wanted * env.num_envs)
 
     def progress(self, record: dict[str, float]) -> str:
         return f"return {record.get('episode_return', float('nan')):.2f}"
