@@ -154,7 +154,7 @@ class PettingZooTask:
             env.close()
 
     def _mean_return(self, env: BatchedEnv, actor: nn.Module, greedy: bool) -> float:
-        """Mean over the first episodes of each copy: as many of each, or short ones would count more."""
+        """Mean over as many episodes of every copy: otherwise short ones would count more."""
         observed = env.reset(EVALUATION_SEED)
         generator = torch.Generator(env.device).manual_seed(EVALUATION_SEED)
         wanted = -(-self.config.eval_size // env.num_envs)

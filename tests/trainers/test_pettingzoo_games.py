@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from tokenprune.agents.actor_critic import Actor
 from tokenprune.trainers.config import defaults_for
 from tokenprune.trainers.mappo import Trainer
