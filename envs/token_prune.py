@@ -114,7 +114,8 @@ class TokenPruneEnv(ParallelEnv):
         images = open_images(dataset, split, config) if isinstance(dataset, str) else dataset
         staged = StagedViT(model.to(pick_device(device)).eval(), prune_before, execution)
         game = TokenGame(staged, make_reward(reward) if isinstance(reward, str) else reward)
-        self.batched = BatchedTokenPrune(game, images, num_envs or 1, observation)
+        episodes = 1 if num_envs is None else num_envs
+        self.batched = BatchedTokenPrune(game, images, episodes, observation)
         self.num_envs = num_envs
         self.pruned_agents = "stay" if num_envs is not None else pruned_agents
         self.render_mode = render_mode
