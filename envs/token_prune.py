@@ -172,17 +172,17 @@ class TokenPruneEnv(ParallelEnv):
         """
         if not self.agents:
             raise GameError("no episode to step in: call reset first (also after an episode's end)")
-        acting, was_alive = self.agents, self._history[-1]
+        acting, gone = self.agents, ~self._history[-1]
         transition = self.batched.step(self._joint_action(actions))
         self._observed = transition.observed
         over = bool(transition.terminated[0])
         self._record(over, transition.observed)
         reward = transition.reward
-        gone = ~was_alive
-        self._unpaid = self._unpaid + reward * gone
 
         leaving = self.pruned_agents == "leave"
         survivors = self._history[-1]
+        if leaving:
+            self._unpaid = self._unpaid + reward * gone
         if leaving and not over and not survivors.any():
             # nobody is left to act, but the image is still on its way to a prediction
             over = True
