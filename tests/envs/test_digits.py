@@ -10,7 +10,7 @@ from tokenprune.envs import digits
 SPLITS = ("train", "validation", "test")
 # of the first 100 training images and labels of seed 0; it changes with the recipe of the images,
 # and with it the weights that are shipped have to be trained again
-FIRST_HUNDRED = "562d50c9ce573ad831688bde7986c5972812e0da1d65fc107e30f3e3c28504bf"
+FIRST_HUNDRED = "9c1c88b4b01a6d7e26b40be26cdeb661ee3e8970b34a379af4ede25c0f17ea22"
 
 
 def digest(drawn):

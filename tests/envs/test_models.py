@@ -124,7 +124,6 @@ def test_the_stem_makes_a_token_a_patch(patch_size):
     ("arguments", "message"),
     [
         ({"patch_size": 6}, "patch_size=6"),
-        ({"patch_size": 2}, "patch_size=2"),
         ({"img_size": 60}, "img_size=60"),
         ({"dynamic_img_pad": True}, "dynamic_img_pad"),
     ],
