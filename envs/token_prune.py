@@ -295,7 +295,8 @@ class TokenPruneEnv(ParallelEnv):
         """Columns of [B, N, ...] by agent: tensor views, or numpy values of the one image."""
         if self.num_envs is not None:
             return dict(zip(self.possible_agents, values.unbind(1), strict=True))
-        rows = values[0].cpu()
+        # the zeros after the end are one number in memory; numpy's are the caller's to write on
+        rows = values[0].cpu().contiguous()
         if rows.dim() == 1:
             listed = rows.tolist()
             return {agent: listed[self._place[agent]] for agent in agents}
