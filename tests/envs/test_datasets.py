@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import IterableDataset
+
 from tokenprune.envs import datasets, digits, timm_sources
 from tokenprune.envs.datasets import DatasetError, open_images, read_class_names
-from torch.utils.data import IterableDataset
 
 SIZE = 16
 CONFIG = {

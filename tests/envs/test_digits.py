@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from threadpoolctl import threadpool_limits
+
 from tokenprune.envs import digits
 
 SPLITS = ("train", "validation", "test")

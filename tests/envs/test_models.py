@@ -4,6 +4,7 @@ import socket
 import pytest
 import torch
 from timm.data import resolve_model_data_config
+
 from tokenprune.envs import digits, models
 from tokenprune.envs.datasets import open_images
 from tokenprune.envs.models import (

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from tokenprune.trainers import checkpoint
 from tokenprune.trainers.checkpoint import (
     FORMAT,
