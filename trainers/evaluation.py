@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.datasets import ImageSet
 
 BATCH_SIZE = 250
+HALVINGS = 50  # of the scale of a schedule: far below what a single token makes
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ def evaluate(model: PrunedViT, images: ImageSet, size: int | None = None) -> Eva
     return Evaluation(right / count, macs / count / 1e9, tuple((kept / count).tolist()))
 
 
-def schedules_at(backbone: StagedViT, gmacs: float, kept: Sequence[float]) -> list[list[int]]:
+def schedules_at(
+    backbone: StagedViT, gmacs: float, kept: Sequence[float], with_attention: bool = True
+) -> list[list[int]]:
     """Ways to spend at least ``gmacs`` an image with the same number of tokens for every image.
 
     Three kinds, each with as few tokens as reach the cost: the shape of ``kept`` scaled, a constant
@@ -57,8 +59,9 @@ def schedules_at(backbone: StagedViT, gmacs: float, kept: Sequence[float]) -> li
 
     Args:
         backbone: the staged ViT.
-        gmacs: 1e9 multiply-accumulates, attention observed.
+        gmacs: 1e9 multiply-accumulates.
         kept: share of patches after each stage, of the policy to be matched.
+        with_attention: whether whoever follows the schedule observes attention, and pays for it.
 
     Returns:
         Tokens to keep at each stage, a list for each way.
@@ -74,18 +77,27 @@ def schedules_at(backbone: StagedViT, gmacs: float, kept: Sequence[float]) -> li
     def one_cut(first: int) -> Callable[[float], list[float]]:
         return lambda scale: [1.0 if stage < first else scale for stage in range(stages)]
 
-    found = []
+    def tokens_of(shares: Sequence[float]) -> list[int]:
+        return [round(share * patches) for share in shares]
+
+    def reaches(shares: Sequence[float]) -> bool:
+        return backbone.uniform_macs(tokens_of(shares), with_attention) / 1e9 >= gmacs
+
+    found: list[list[int]] = []
     for shape, most in [
         (shape_scaled, 1 / max(min(kept), 1 / patches)),
         (geometric, 1.0),
         *((one_cut(first), 1.0) for first in range(stages)),
     ]:
-        for scale in np.linspace(0, most, 400):
-            tokens = [round(share * patches) for share in shape(float(scale))]
-            if backbone.uniform_macs(tokens) / 1e9 >= gmacs:
-                if tokens not in found:
-                    found.append(tokens)
-                break
+        if not reaches(shape(most)):
+            continue
+        # the cost never falls as the scale grows: halve what lies around the least that reaches it
+        low, high = 0.0, most
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if reaches(shape(middle)) else (middle, high)
+        if (tokens := tokens_of(shape(high))) not in found:
+            found.append(tokens)
     # a policy whose own cost eats up all that it saves is matched by no pruning at all
     return found or [[patches] * stages]
 
@@ -101,7 +113,7 @@ def best_topk(
     """The schedule of ``schedules_at`` with which a top-k by ``score`` is most accurate on
     ``images``.
     """
-    candidates = schedules_at(backbone, gmacs, kept)
+    candidates = schedules_at(backbone, gmacs, kept, with_attention=score == "attention")
     return max(
         candidates,
         key=lambda tokens: (
