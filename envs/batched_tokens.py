@@ -62,6 +62,18 @@ def action_mask(alive: Tensor) -> Tensor:
     return torch.stack([torch.ones_like(alive), alive], dim=-1)
 
 
+def _whole_numbers(indices: Sequence[int] | Tensor) -> Tensor:
+    try:
+        numbers = torch.as_tensor(indices)
+        if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
+            raise TypeError(f"they are {numbers.dtype}")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"image indices must be whole numbers: got {indices!r} ({error})"
+        ) from error
+    return numbers.to("cpu", torch.int64)
+
+
 class BatchedTokenPrune:
     """The token game on images of a dataset; a ``BatchedEnv`` whose episodes all end together.
 
@@ -140,7 +152,7 @@ class BatchedTokenPrune:
         if indices is None:
             chosen = torch.randperm(len(self.images), generator=self._generator)[:count]
         else:
-            chosen = torch.as_tensor(indices, dtype=torch.int64)
+            chosen = _whole_numbers(indices)
             if chosen.shape != (count,):
                 raise ValueError(f"{count} image indices are needed: got {list(chosen.shape)}")
             if ((chosen < 0) | (chosen >= len(self.images))).any():
