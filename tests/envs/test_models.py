@@ -18,8 +18,6 @@ from tokenprune.envs.models import (
 
 VIT = "vit_tiny_patch16_224"
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
-FACTS = models.ASSETS / "digits_vit.json"
-SHIPPED = json.loads(FACTS.read_text()) if FACTS.exists() else {}
 
 
 @pytest.fixture
@@ -89,16 +87,16 @@ def test_damaged_or_missing_shipped_weights_are_named(assets, tmp_path):
     assert create_backbone(untrained=True)
 
 
-@pytest.mark.skipif("test_accuracy" not in SHIPPED, reason="no final weights are shipped yet")
 def test_shipped_weights_are_as_good_as_they_say():
     model = create_backbone()
-    images = open_images("digits", "test", resolve_model_data_config(model), size=500)
-    inputs, labels = images.load(range(500))
+    images = open_images("digits", "test", resolve_model_data_config(model), size=400)
+    inputs, labels = images.load(range(400))
     with torch.no_grad():
         accuracy = (model(inputs).argmax(1) == labels).float().mean()
-    # the standard error over 500 images is 1.1%
-    assert abs(accuracy - SHIPPED["test_accuracy"]) < 0.04
-    assert SHIPPED["test_accuracy"] >= 0.93
+    facts = json.loads((models.ASSETS / "digits_vit.json").read_text())
+    assert facts["test_accuracy"] >= 0.93
+    # the standard error over 400 images is 1.1%
+    assert abs(accuracy - facts["test_accuracy"]) < 0.04
     assert (models.ASSETS / "digits_vit.safetensors").stat().st_size < 6_000_000
 
 
