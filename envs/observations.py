@@ -135,8 +135,9 @@ class View:
             return self.mean_token
         count = 1 if self.backbone.has_class_token else prefix
         batch = len(self.alive)
-        rows = self._tokens.row.view(batch, -1)[:, :count]
-        return self._tokens.x.index_select(0, rows.flatten()).view(batch, count, -1).mean(1).float()
+        rows = self._tokens.row.view(batch, self.backbone.num_slots)[:, :count]
+        prefixes = self._tokens.x.index_select(0, rows.flatten())
+        return prefixes.view(batch, count, self.backbone.width).mean(1).float()
 
     @cached_property
     def mean_token(self) -> Tensor:
