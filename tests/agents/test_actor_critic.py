@@ -1,0 +1,157 @@
+"""The networks: where they start, and what their prior and bias mean."""
+
+import math
+
+import pytest
+import torch
+
+from tokenprune.agents import LearnedPolicy, Policy, TokenActor
+from tokenprune.agents.actor_critic import POLICY_GAIN, PRIOR_FLOOR, Actor, Critic, mlp
+from tokenprune.envs.backbone import StagedViT
+from tokenprune.envs.observations import View
+
+SIZE, ATTENTION = 6, 4
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def observe(*attention):
+    observation = torch.randn(len(attention), SIZE, generator=torch.Generator().manual_seed(1))
+    observation[:, ATTENTION] = torch.tensor(attention)
+    return observation
+
+
+def silence(actor):
+    """Leaves the prior and the bias alone."""
+    torch.nn.init.zeros_(actor.net[-1].weight)
+    return actor
+
+
+def advantage(logits):
+    """How much likelier keep is than prune."""
+    return logits[:, 1] - logits[:, 0]
+
+
+# --- networks ---
+
+
+def test_layers_are_orthogonal_between_a_norm_and_the_output():
+    net = mlp(6, (8, 5), 3, output_gain=0.5)
+    kinds = [type(layer).__name__ for layer in net]
+    assert kinds == ["LayerNorm", "Linear", "GELU", "Linear", "GELU", "Linear"]
+    for layer, gain in zip(
+        (net[1], net[3], net[5]), (math.sqrt(2), math.sqrt(2), 0.5), strict=True
+    ):
+        weight = layer.weight.detach()
+        assert not layer.bias.any()
+        small = min(weight.shape)
+        product = weight @ weight.T if len(weight) == small else weight.T @ weight
+        torch.testing.assert_close(product, gain**2 * torch.eye(small), rtol=0, atol=1e-5)
+
+
+def test_the_first_policy_is_nearly_uniform():
+    logits = Actor(SIZE, 3, (8, 8))(observe(*range(50)))
+    assert logits.shape == (50, 3)
+    assert (logits.softmax(1) - 1 / 3).abs().max() < 5 * POLICY_GAIN
+
+
+def test_a_critic_gives_a_number_to_each():
+    assert Critic(SIZE, (8,))(observe(1, 2, 3)).shape == (3,)
+    assert Critic(SIZE, (8,))(observe()[:0]).shape == (0,)
+
+
+# --- the prior ---
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.25, 0.0])
+def test_the_prior_is_the_logarithm_of_attention(weight):
+    """Of attention times N: who gets the average share is kept as likely as not."""
+    actor = silence(TokenActor(SIZE, (8,), ATTENTION, prior_weight=weight))
+    shares = (0.1, 1.0, 1.0, 3.0, 16.0)
+    logits = actor(observe(*shares))
+    expected = torch.tensor([weight * math.log(share) for share in shares])
+    torch.testing.assert_close(advantage(logits), expected)
+    assert not logits[:, 0].any()  # it moves keep alone
+
+
+def test_the_prior_falls_no_further_than_its_floor():
+    actor = silence(TokenActor(SIZE, (8,), ATTENTION))
+    lowest = advantage(actor(observe(0.0, 1e-9, PRIOR_FLOOR)))
+    torch.testing.assert_close(lowest, torch.full((3,), math.log(PRIOR_FLOOR)))
+
+
+@pytest.mark.parametrize("bias", [0.0, 2.5, -1.0])
+@pytest.mark.parametrize("attention", [None, ATTENTION])
+def test_the_bias_is_added_to_keep(attention, bias):
+    actor = silence(TokenActor(SIZE, (8,), attention, keep_bias=bias))
+    logits = actor(observe(1.0, 1.0))
+    torch.testing.assert_close(logits, torch.tensor([[0.0, bias]] * 2))
+
+
+def test_without_attention_there_is_no_prior():
+    actor = silence(TokenActor(SIZE, (8,), None))
+    assert not actor(observe(0.0, 1.0, 9.0)).any()
+    assert not actor.prior_weight.requires_grad
+
+
+def test_the_network_adds_to_prior_and_bias():
+    actor = TokenActor(SIZE, (8,), ATTENTION, prior_weight=0.5, keep_bias=1.0)
+    torch.nn.init.normal_(actor.net[-1].weight)
+    observation = observe(0.5, 2.0)
+    expected = actor.net(observation)
+    expected[:, 1] += 0.5 * observation[:, ATTENTION].log() + 1.0
+    torch.testing.assert_close(actor(observation), expected)
+
+
+def test_prior_and_bias_learn_and_faster_than_weights():
+    actor = TokenActor(SIZE, (8,), ATTENTION, prior_weight=1.0, keep_bias=0.5)
+    observation = observe(2.0, 3.0)
+    before = advantage(actor(observation)).detach()
+    optimizer = torch.optim.SGD([actor.prior_weight, actor.keep_bias], lr=1.0)
+    advantage(actor(observation)).sum().backward()
+    speed = TokenActor.PRIOR_SPEED
+    assert actor.keep_bias.grad.item() == pytest.approx(2 * speed)
+    assert actor.prior_weight.grad.item() == pytest.approx(speed * math.log(6.0))
+    optimizer.step()
+    assert (advantage(actor(observation)) < before).all()
+
+
+# --- the policy ---
+
+
+@pytest.fixture
+def views(vit, some_images, keeps):
+    backbone = StagedViT(vit, (1, 3))
+    tokens = backbone.begin(some_images.load(range(4))[0])
+    after = backbone.advance(tokens, keeps(4, 2, 16)[0], 0)
+    return [View(backbone, t, stage, torch.zeros(4)) for stage, t in enumerate((tokens, after))]
+
+
+@pytest.mark.parametrize("fields", [("cls_attention",), ("position", "cls_attention", "stage")])
+@torch.no_grad()
+def test_a_policy_keeps_where_keep_is_likelier(views, fields):
+    """A prior alone keeps whoever gets more than the average share."""
+    size = {1: 1, 3: 10 + 1 + 2}[len(fields)]
+    place = {1: 0, 3: 10}[len(fields)]
+    policy = LearnedPolicy(silence(TokenActor(size, (8,), place)), fields)
+    assert isinstance(policy, Policy)
+    assert policy.needs_attention
+    for view in views:
+        keep = policy(view)
+        assert keep.dtype == torch.bool
+        assert torch.equal(keep, view.scatter(view.cls_attention > 1))
+        assert 0 < keep.sum() < view.alive.sum()
+
+
+@torch.no_grad()
+def test_a_policy_only_needs_what_it_observes(views):
+    policy = LearnedPolicy(TokenActor(2, (8,), None, keep_bias=3.0), ("stage",))
+    assert not policy.needs_attention
+    assert policy.macs_per_decision == 2 * 8 + 8 * 2
+    for view in views:
+        assert torch.equal(policy(view), view.alive)  # the pruned are not kept
