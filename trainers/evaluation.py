@@ -89,7 +89,8 @@ def schedules_at(
         (geometric, 1.0),
         *((one_cut(first), 1.0) for first in range(stages)),
     ]:
-        if not reaches(shape(most)):
+        # nor is it as much where the cost is higher even with nobody kept
+        if not reaches(shape(most)) or reaches(shape(0.0)):
             continue
         # the cost never falls as the scale grows: halve what lies around the least that reaches it
         low, high = 0.0, most

@@ -5,6 +5,7 @@ resuming.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from datetime import datetime
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 import tyro
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -32,6 +33,7 @@ from tokenprune.trainers.mappo import Trainer
 from tokenprune.trainers.tasks import Task, make_task
 
 RUNS = Path("runs")
+LOSSES = ("policy_loss", "value_loss", "grad_norm")
 
 
 class RunError(RuntimeError):
@@ -67,13 +69,27 @@ class Run:
         state = load_checkpoint(self.checkpoint)
         try:
             trainer.load_state_dict(state)
-        except (RuntimeError, KeyError, ValueError) as error:
+            seconds = float(state["seconds"])
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
             raise CheckpointError(
                 f"{self.checkpoint} doesn't fit the run in {self.folder / 'config.json'}: {error}"
             ) from error
-        lines = self._metrics.read_text(encoding="utf-8").splitlines()
-        self.records = [json.loads(line) for line in lines[: trainer.iteration]]
-        return state["seconds"]
+        self.records = self._read_records(trainer.iteration)
+        return seconds
+
+    def _read_records(self, count: int) -> list[dict[str, float]]:
+        """The records of the first ``count`` iterations."""
+        try:
+            lines = self._metrics.read_text(encoding="utf-8").splitlines()[:count]
+            records = [json.loads(line) for line in lines]
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self._metrics} can't be resumed: {error}") from error
+        if len(records) < count:
+            raise CheckpointError(
+                f"{self._metrics} lacks iterations: it has {len(records)} of the checkpoint's "
+                f"{count}"
+            )
+        return records
 
     def write_networks(self, trainer: Trainer) -> None:
         """Writes actor and critic as safetensors."""
@@ -82,10 +98,9 @@ class Run:
         for name, network in networks.items():
             if network is not None:
                 weights = {k: v.detach().cpu() for k, v in network.state_dict().items()}
-                write_atomically(
-                    self.folder / f"{name}.safetensors",
-                    partial(save_file, weights),
-                )
+                # safetensors' own save_file has another error for a full disk
+                write = partial(Path.write_bytes, data=save(weights))
+                write_atomically(self.folder / f"{name}.safetensors", write)
 
 
 def open_run(config: MappoConfig) -> Run:
@@ -109,6 +124,9 @@ def open_run(config: MappoConfig) -> Run:
             for name, value in config.to_json().items()
             if value != default[name] and name not in ("resume", "env")
         ]
+        # naming the run's own game is no change
+        if config.env not in (MappoConfig.env, saved.env):
+            changed.insert(0, "env")
         if changed:
             raise RunError(
                 f"--resume goes on under the run's own settings: leave out {', '.join(changed)}"
@@ -171,6 +189,12 @@ def train(run: Run, task: Task, trainer: Trainer, start: float) -> None:
         while trainer.iteration < config.iterations:
             record = trainer.iterate()
             iteration = trainer.iteration
+            if not all(math.isfinite(record.get(name, 0.0)) for name in LOSSES):
+                raise RunError(
+                    f"the losses of iteration {iteration} are not finite: try a smaller --lr"
+                )
+            # a mean over the episodes that ended, where none did
+            record = {name: value for name, value in record.items() if not math.isnan(value)}
             last = iteration == config.iterations
             bar.update()
             bar.set_postfix_str(task.progress(record))
@@ -208,7 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = parse(sys.argv[1:] if arguments is None else arguments)
         report = execute(config)
     except (RunError, CheckpointError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())}")
     print(format_report(report))
 
 

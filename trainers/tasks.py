@@ -131,11 +131,15 @@ class PettingZooTask:
 
     def __init__(self, config: MappoConfig) -> None:
         self.config = config
-        self._make = make_pettingzoo(
-            config.env.removeprefix(PETTINGZOO_PREFIX), **config.env_kwargs
-        )
         device = str(pick_device(config.device))
-        self.env: BatchedEnv = BatchedPettingZoo(self._make, config.num_envs, device)
+        try:
+            self._make = make_pettingzoo(
+                config.env.removeprefix(PETTINGZOO_PREFIX), **config.env_kwargs
+            )
+            self.env: BatchedEnv = BatchedPettingZoo(self._make, config.num_envs, device)
+        # a module that is missing, arguments that the environment doesn't take, no ParallelEnv
+        except (ImportError, TypeError, AssertionError) as error:
+            raise ValueError(f"{config.env} can't be made: {error}") from error
 
     def make_actor(self) -> nn.Module:
         return Actor(
