@@ -12,7 +12,7 @@ from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 
 from tokenprune.envs.batched import Observed, Transition
-from tokenprune.envs.datasets import ImageSet
+from tokenprune.envs.datasets import ImageSet, Reseedable
 from tokenprune.envs.game import Outcome, Stage, TokenGame
 from tokenprune.envs.observations import DEFAULT_FIELDS, View, field_slices, state_size
 
@@ -149,6 +149,8 @@ class BatchedTokenPrune:
         count = self.num_envs // self.rollouts_per_start
         if seed is not None:
             self._generator.manual_seed(seed)
+            if isinstance(self.images, Reseedable):
+                self.images.reseed(seed)
         if indices is None:
             chosen = torch.randperm(len(self.images), generator=self._generator)[:count]
         else:

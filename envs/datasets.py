@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -60,6 +60,15 @@ class ImageSet(Protocol):
         ...
 
 
+@runtime_checkable
+class Reseedable(Protocol):
+    """An ``ImageSet`` that draws something anew when images are loaded, as augmentation does."""
+
+    def reseed(self, seed: int) -> None:
+        """From here on the same loads give the same images."""
+        ...
+
+
 class DigitsInClutter:
     """``digits.draw_digits`` as an ``ImageSet``; the images are drawn when first asked for.
 
@@ -84,6 +93,10 @@ class DigitsInClutter:
 
     def __len__(self) -> int:
         return self._size
+
+    def reseed(self, seed: int) -> None:
+        if self._augmentation is not None:
+            self._augmentation.manual_seed(seed)
 
     def load(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         if self._drawn is None:
@@ -159,6 +172,10 @@ class Photographs:
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    def reseed(self, seed: int) -> None:
+        if self._random is not None:
+            self._random.manual_seed(seed)
 
     def load(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         chosen = [int(self._indices[int(i)]) for i in indices]

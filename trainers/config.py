@@ -34,6 +34,8 @@ class MappoConfig:
     """A file with the backbone's weights (safetensors, or a state dict of torch.save)."""
     dataset: str = "digits"
     """token-prune: digits, folder:PATH, or a name that timm.data.create_dataset takes."""
+    augment: bool = True
+    """Vary training images each time they are played (photographs: timm's training transform)."""
     prune_before: tuple[int, ...] | None = None
     """Blocks, 0-based, before which tokens can be pruned; before every block but the first if not
     given.

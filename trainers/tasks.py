@@ -84,7 +84,7 @@ class TokenPruneTask:
         )
         self.env = BatchedTokenPrune(
             game,
-            open_images(config.dataset, "train", self.data_config),
+            open_images(config.dataset, "train", self.data_config, augment=config.augment),
             config.num_envs,
             config.observation,
         )

@@ -6,7 +6,9 @@ import torch
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.batched import BatchedEnv, Observed
 from tokenprune.envs.batched_tokens import BatchedTokenPrune, action_mask
+from tokenprune.envs.datasets import DigitsInClutter
 from tokenprune.envs.game import GameError, TokenGame
+from tokenprune.envs.models import create_backbone
 from tokenprune.envs.observations import DEFAULT_FIELDS, FIELDS, field_slices
 
 PATCHES, STAGES = 16, (1, 3)
@@ -242,3 +244,15 @@ def test_steps_out_of_turn(make_env):
     env.close()
     with pytest.raises(GameError, match="reset"):
         env.step(ONES)
+
+
+def test_a_seed_repeats_the_augmentation_too():
+    game = TokenGame(StagedViT(create_backbone(untrained=True)))
+    env = BatchedTokenPrune(game, DigitsInClutter("train", 40, augment=True), 8)
+    env.reset(seed=5)
+    first = env.pixels
+    env.reset(seed=6)
+    other = env.pixels
+    env.reset(seed=5)
+    assert torch.equal(env.pixels, first)
+    assert not torch.equal(other, first)
