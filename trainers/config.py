@@ -54,9 +54,9 @@ class MappoConfig:
     """
     rollouts_per_image: int = 8
     """Episodes that play the same image and are compared with each other; 1 compares nothing."""
-    attention_prior: bool = True
-    """Let the actor start from log(class attention), with a weight that it learns."""
-    keep_bias: float = 2.0
+    attention_prior: float = 0.5
+    """Weight of log(class attention) that the actor starts from, then learns; 0 uses none."""
+    keep_bias: float = 3.0
     """Logit of keep that the actor starts from; positive prunes little at first."""
     num_envs: int = 256
     """Episodes that are played at once."""
@@ -64,7 +64,7 @@ class MappoConfig:
     """Steps an iteration where episodes vary in length; a game of fixed length is played to its end
     instead.
     """
-    iterations: int = 200
+    iterations: int = 500
     """Rounds of playing and learning."""
     hidden: tuple[int, ...] = (32,)
     """Widths of the actor's hidden layers."""
@@ -74,11 +74,11 @@ class MappoConfig:
     """
     critic_hidden: tuple[int, ...] = (64,)
     """Widths of the critic's hidden layers."""
-    epochs: int = 3
+    epochs: int = 4
     """Passes over an iteration's decisions."""
-    minibatches: int = 4
+    minibatches: int = 1
     """Parts of a pass; each is a step of the optimizer."""
-    lr: float = 2e-3
+    lr: float = 3e-3
     """Adam's learning rate at the start."""
     lr_schedule: Schedule = "cosine"
     """How the learning rate falls to zero over the iterations."""
@@ -88,7 +88,7 @@ class MappoConfig:
     """GAE's lambda; without a critic it is 1."""
     clip: float = 0.2
     """PPO's clipping range, of policy and value."""
-    entropy: float = 0.0
+    entropy: float = 0.003
     """Weight of the policy's entropy."""
     value_weight: float = 1.0
     """Weight of the value loss."""
@@ -96,11 +96,11 @@ class MappoConfig:
     """Where the value loss turns from squared to linear, in normalised units."""
     max_grad_norm: float = 10.0
     """Gradients are clipped to this norm."""
-    eval_every: int = 25
+    eval_every: int = 100
     """Iterations between two greedy evaluations on validation."""
     eval_size: int = 1_000
     """Validation images (episodes, for PettingZoo) of each such evaluation."""
-    checkpoint_every: int = 25
+    checkpoint_every: int = 50
     """Iterations between two checkpoints."""
     seed: int = 0
     """Seeds weights, images, actions and the order of learning."""
@@ -120,7 +120,7 @@ class MappoConfig:
             "huber_delta", "max_grad_norm",
         )  # fmt: skip
         self._check_share("gamma", "gae_lambda")
-        for name in ("entropy", "value_weight"):
+        for name in ("entropy", "value_weight", "attention_prior"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be a number of at least 0")
         for name in ("hidden", "critic_hidden"):

@@ -96,11 +96,17 @@ class TokenPruneTask:
             if "cls_attention" not in self.config.observation:
                 raise ValueError(
                     "the attention prior reads cls_attention: add it to --observation, "
-                    "or give --no-attention-prior"
+                    "or give --attention-prior 0"
                 )
             attention = self.env.field_slices["cls_attention"].start
         size = self.env.observation_space.shape[0]
-        return TokenActor(size, self.config.hidden, attention, keep_bias=self.config.keep_bias)
+        return TokenActor(
+            size,
+            self.config.hidden,
+            attention,
+            prior_weight=self.config.attention_prior,
+            keep_bias=self.config.keep_bias,
+        )
 
     def pruned(self, actor: nn.Module) -> PrunedViT:
         """The backbone pruned by ``actor``, greedily."""

@@ -33,13 +33,13 @@ def test_every_flag_of_the_issue_is_there():
     line = (
         "--env token-prune --backbone vit --checkpoint w.pt --dataset folder:x --prune-before 1 3 "
         "--reward markov-game --alpha 0.5 --beta 2 --rollouts-per-image 4 --num-envs 8 "
-        "--iterations 9 --seed 3 --device cpu --run-name r --critic local --no-attention-prior "
+        "--iterations 9 --seed 3 --device cpu --run-name r --critic local --attention-prior 0 "
         '--model-kwargs {"depth":3}'
     )
     expected = MappoConfig(
         backbone="vit", checkpoint=Path("w.pt"), dataset="folder:x", prune_before=(1, 3),
         reward="markov-game", alpha=0.5, beta=2.0, rollouts_per_image=4, num_envs=8, iterations=9,
-        seed=3, device="cpu", run_name="r", critic="local", attention_prior=False,
+        seed=3, device="cpu", run_name="r", critic="local", attention_prior=0.0,
         model_kwargs={"depth": 3},
     )  # fmt: skip
     assert parse(line.split()) == expected
@@ -82,7 +82,7 @@ UNUSUAL = MappoConfig(
     observation=("token", "stage"),
     hidden=(),
     alpha=0.25,
-    attention_prior=False,
+    attention_prior=0.0,
     threads=2,
 )
 
