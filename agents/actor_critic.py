@@ -77,12 +77,65 @@ class TokenActor(Actor):
         )
 
     def forward(self, observation: Tensor) -> Tensor:
-        prune, keep = self.net(observation).unbind(-1)
+        prior = None if self.attention is None else observation[:, self.attention]
+        return self._with_prior(self.net(observation), prior)
+
+    def _with_prior(self, logits: Tensor, attention: Tensor | None) -> Tensor:
+        prune, keep = logits.unbind(-1)
         keep = keep + self.keep_bias * self.PRIOR_SPEED
-        if self.attention is not None:
-            prior = observation[:, self.attention].clamp(min=PRIOR_FLOOR).log()
+        if attention is not None:
+            prior = attention.clamp(min=PRIOR_FLOOR).log()
             keep = keep + self.prior_weight * self.PRIOR_SPEED * prior
         return torch.stack([prune, keep], dim=-1)
+
+    def logits_of_sources(
+        self, sources: Sequence[tuple[Tensor, Tensor | None]], rows: int
+    ) -> Tensor:
+        """As ``forward`` on the concatenated fields, which are never concatenated.
+
+        LayerNorm and a linear layer after it are linear in the fields, but for each row's mean and
+        spread, and those are sums over the fields: what all patches of an image share (its class
+        token, the stage) is multiplied once an image.
+
+        Args:
+            sources: values [U, size] and index [R] of each field, as ``View.source`` gives them.
+            rows: R.
+
+        Returns:
+            [R, 2].
+        """
+        norm, first = self.net[0], self.net[1]
+        assert isinstance(norm, nn.LayerNorm)
+        assert isinstance(first, nn.Linear)
+        weight = first.weight * norm.weight
+        summing = torch.cat([weight, torch.ones_like(weight[:1])])  # the last output is the sum
+        total = weight.new_zeros(rows, len(summing) + 1)
+        start = 0
+        for values, seen in sources:
+            part = summing[:, start : start + values.shape[1]]
+            start += values.shape[1]
+            squares = torch.linalg.vector_norm(values, dim=1, keepdim=True).square()
+            sums = torch.cat([values @ part.T, squares], dim=1)
+            total += sums if seen is None else sums.index_select(0, seen)
+        projected, mean, square = total.split([len(weight), 1, 1], dim=1)
+        mean, square = mean / start, square / start
+        spread = (square - mean**2).clamp(min=0).add(norm.eps).rsqrt()
+        bias = first.bias + first.weight @ norm.bias
+        hidden = (projected - mean * weight.sum(1)) * spread + bias
+        prior = None
+        if self.attention is not None:
+            prior = _column(sources, self.attention)
+        return self._with_prior(self.net[2:](hidden), prior)
+
+
+def _column(sources: Sequence[tuple[Tensor, Tensor | None]], index: int) -> Tensor:
+    """One column of the concatenated fields, [R] or [1]."""
+    for values, seen in sources:
+        if index < values.shape[1]:
+            column = values[:, index]
+            return column if seen is None else column.index_select(0, seen)
+        index -= values.shape[1]
+    raise IndexError(f"the fields end before column {index}")
 
 
 class Critic(nn.Module):
@@ -116,5 +169,13 @@ class LearnedPolicy(nn.Module):
         )
 
     def forward(self, view: View) -> Tensor:
-        logits = self.actor(view.living(self.fields))
+        logits = self.logits(view)
         return view.scatter(logits[:, 1] > logits[:, 0])
+
+    def logits(self, view: View) -> Tensor:
+        """The actor's logits for the living patches, [R, 2]."""
+        if isinstance(self.actor, TokenActor):
+            return self.actor.logits_of_sources(
+                [view.source(name) for name in self.fields], len(view.image)
+            )
+        return self.actor(view.living(self.fields))

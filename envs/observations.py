@@ -167,23 +167,41 @@ class View:
         index = torch.tensor(self.stage, device=self.alive.device)
         return F.one_hot(index, self.backbone.num_stages).float()
 
+    def source(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Where a field comes from, each value once: per token, per image, per place or per stage.
+
+        Returns:
+            values [U, size], and which of them each living patch sees, int64 [R]; None where U is 1
+            and all see the same.
+
+        Raises:
+            ValueError: there is no such field.
+        """
+        if name == "token":
+            return self._tokens.x.float(), self._rows
+        if name == "cls":
+            return self.cls, self.image
+        if name == "stage":
+            return self.stage_one_hot[None], None
+        if name == "position":
+            return patch_positions(self.backbone).to(self.alive.device), self.patch
+        if name == "cls_attention":
+            paid = self._tokens.attention
+            if paid is None:
+                return torch.ones(1, 1, device=self.alive.device), None
+            return paid[:, None].float() * self.backbone.num_patches, self._rows
+        if name == "alive_fraction":
+            return self.alive_fraction[:, None], self.image
+        if name == "budget":
+            return self.budget[:, None], self.image
+        raise ValueError(f"unknown observation field {name!r}: choose from {', '.join(FIELDS)}")
+
     def field(self, name: str) -> Tensor:
         """One field of every living patch, float32 [R, size]."""
-        if name == "token":
-            return self.token
-        if name == "cls":
-            return self.cls.index_select(0, self.image)
-        if name == "stage":
-            return self.stage_one_hot.expand(len(self._places), -1)
-        if name == "position":
-            return patch_positions(self.backbone).to(self.alive.device)[self.patch]
-        if name == "cls_attention":
-            return self.cls_attention[:, None]
-        if name == "alive_fraction":
-            return self.alive_fraction[self.image][:, None]
-        if name == "budget":
-            return self.budget[self.image][:, None]
-        raise ValueError(f"unknown observation field {name!r}: choose from {', '.join(FIELDS)}")
+        values, seen = self.source(name)
+        if seen is None:
+            return values.expand(len(self._places), -1)
+        return values.index_select(0, seen)
 
     def living(self, fields: Sequence[str]) -> Tensor:
         """Observations of the living patches, float32 [R, D_obs]."""

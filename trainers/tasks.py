@@ -27,6 +27,12 @@ from tokenprune.trainers.mappo import MASKED_LOGIT, sample
 EVALUATION_SEED = 987_654_321
 
 
+def first_half(model: nn.Module) -> tuple[int, ...] | None:
+    """Stages before the blocks of the first half but block 0: later ones save less than they cost."""
+    depth = len(getattr(model, "blocks", ()))
+    return tuple(range(1, depth // 2 + 1)) or None
+
+
 class Task(Protocol):
     """A game to train on.
 
@@ -71,9 +77,12 @@ class TokenPruneTask:
             num_classes=len(read_class_names(config.dataset)) if fits_data else None,
             **config.model_kwargs,
         )
-        self.model = model.to(pick_device(config.device)).requires_grad_(False)
+        # convolutional stems run faster on this layout; nothing else depends on it
+        self.model = model.to(
+            pick_device(config.device), memory_format=torch.channels_last
+        ).requires_grad_(False)
         self.data_config = resolve_model_data_config(model)
-        self.backbone = StagedViT(self.model, config.prune_before)
+        self.backbone = StagedViT(self.model, config.prune_before or first_half(self.model))
         options = {
             name: getattr(config, name)
             for name in ("alpha", "beta", "accuracy")
