@@ -37,7 +37,7 @@ class MappoConfig:
     augment: bool = True
     """Vary training images each time they are played (photographs: timm's training transform)."""
     prune_before: tuple[int, ...] | None = None
-    """Blocks, 0-based, before which tokens can be pruned; the first half but block 0 if not given."""
+    """Blocks, 0-based, before which tokens can be pruned; blocks 1 to depth / 2 if not given."""
     observation: tuple[str, ...] = ("token", "cls", "stage", "cls_attention")
     """What an agent sees: token cls stage position cls_attention alive_fraction budget."""
     reward: str = "team"

@@ -28,7 +28,7 @@ EVALUATION_SEED = 987_654_321
 
 
 def first_half(model: nn.Module) -> tuple[int, ...] | None:
-    """Stages before the blocks of the first half but block 0: later ones save less than they cost."""
+    """Stages before blocks 1 to depth / 2: later ones save less than they cost."""
     depth = len(getattr(model, "blocks", ()))
     return tuple(range(1, depth // 2 + 1)) or None
 
