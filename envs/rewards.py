@@ -113,7 +113,7 @@ class TeamReward:
     first stage is nobody's choice and costs nothing.
     """
 
-    alpha: float = 0.07
+    alpha: float = 0.05
     beta: float = 1.0
     accuracy: Accuracy = "confidence"
 
@@ -141,7 +141,7 @@ class DifferenceReward:
     agent does (a difference reward, Wolpert & Tumer 2002): the same optimum with less noise.
     """
 
-    alpha: float = 0.07
+    alpha: float = 0.05
     beta: float = 1.0
     accuracy: Accuracy = "confidence"
 

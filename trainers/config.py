@@ -62,7 +62,7 @@ class MappoConfig:
     """Steps an iteration where episodes vary in length; a game of fixed length is played to its end
     instead.
     """
-    iterations: int = 500
+    iterations: int = 700
     """Rounds of playing and learning."""
     hidden: tuple[int, ...] = (32,)
     """Widths of the actor's hidden layers."""
