@@ -113,7 +113,7 @@ class TeamReward:
     first stage is nobody's choice and costs nothing.
     """
 
-    alpha: float = 0.05
+    alpha: float = 0.04
     beta: float = 1.0
     accuracy: Accuracy = "confidence"
 
@@ -126,34 +126,6 @@ class TeamReward:
 
     def stage(self, facts: StageFacts) -> Tensor:
         return (-facts.alpha * facts.cost)[:, None].expand(facts.kept.shape)
-
-    def terminal(self, facts: EndFacts) -> Tensor:
-        pay = self.beta * accuracy_of(self.accuracy, facts)
-        return pay[:, None].expand(facts.kept.shape[1:])
-
-
-@dataclass(frozen=True)
-class DifferenceReward:
-    """A right answer is everyone's, compute is one's own: beta * accuracy to all agents, living or
-    pruned; a kept token pays alpha * its share of the dense compute up to the next stage.
-
-    To each agent it says what ``TeamReward`` says, less what the others' compute adds whatever the
-    agent does (a difference reward, Wolpert & Tumer 2002): the same optimum with less noise.
-    """
-
-    alpha: float = 0.05
-    beta: float = 1.0
-    accuracy: Accuracy = "confidence"
-
-    def __post_init__(self) -> None:
-        _check(self.accuracy, alpha=self.alpha, beta=self.beta)
-
-    @property
-    def needs_dense(self) -> bool:
-        return self.accuracy in ("agreement", "kl")
-
-    def stage(self, facts: StageFacts) -> Tensor:
-        return -(facts.alpha * facts.token_cost)[:, None] * facts.kept
 
     def terminal(self, facts: EndFacts) -> Tensor:
         pay = self.beta * accuracy_of(self.accuracy, facts)
@@ -223,7 +195,6 @@ class ReleasedCodeReward:
 
 REWARDS: dict[str, type] = {
     "team": TeamReward,
-    "difference": DifferenceReward,
     "markov-game": MarkovGameReward,
     "released-code": ReleasedCodeReward,
 }

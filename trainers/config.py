@@ -62,7 +62,7 @@ class MappoConfig:
     """Steps an iteration where episodes vary in length; a game of fixed length is played to its end
     instead.
     """
-    iterations: int = 700
+    iterations: int = 400
     """Rounds of playing and learning."""
     hidden: tuple[int, ...] = (32,)
     """Widths of the actor's hidden layers."""
@@ -112,6 +112,11 @@ class MappoConfig:
     """A run folder to go on with, under the configuration it was started with."""
 
     def __post_init__(self) -> None:
+        if not self.is_token_prune and not self.env.startswith(PETTINGZOO_PREFIX):
+            raise ValueError(
+                f"unknown env {self.env!r}: choose {TOKEN_PRUNE} or {PETTINGZOO_PREFIX}MODULE, "
+                f"as in {PETTINGZOO_PREFIX}mpe2.simple_spread_v3"
+            )
         self._check_positive(
             "num_envs", "rollout_steps", "iterations", "rollouts_per_image", "epochs",
             "minibatches", "eval_every", "eval_size", "checkpoint_every", "lr", "clip",
@@ -134,11 +139,6 @@ class MappoConfig:
         if self.critic == "none" and not self.is_token_prune:
             raise ValueError(
                 f"{self.env} starts every episode elsewhere: it needs a critic, central or local"
-            )
-        if not self.is_token_prune and not self.env.startswith(PETTINGZOO_PREFIX):
-            raise ValueError(
-                f"unknown env {self.env!r}: choose {TOKEN_PRUNE} or {PETTINGZOO_PREFIX}MODULE, "
-                f"as in {PETTINGZOO_PREFIX}mpe2.simple_spread_v3"
             )
 
     @property

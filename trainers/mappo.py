@@ -151,7 +151,7 @@ class Decisions:
         mask: bool [R, A].
         action: int64 [R].
         log_prob: of the action when it was taken, [R].
-        value: V when it was taken, in returns' units, [R].
+        value: what the critic said when it was taken, normalised as it was then, [R].
         returns: targets of the critic, [R].
         advantage: normalised, [R].
     """
@@ -206,7 +206,7 @@ def judge(rollout: Rollout, learner: Learner, env: BatchedEnv) -> Decisions:
         mask=torch.cat([observed.action_mask[observed.alive] for observed in rollout.observed]),
         action=torch.cat(rollout.action),
         log_prob=torch.cat(rollout.log_prob),
-        value=value[alive],
+        value=learner.value_norm.normalise(value[alive]),
         returns=returns,
         advantage=normalised(advantage[alive]),
     )
@@ -232,7 +232,7 @@ def value_loss(
     """Huber loss on normalised returns, the larger of the clipped and the plain one (MAPPO, eq.
     8).
     """
-    target, old = norm.normalise(batch.returns), norm.normalise(batch.value)
+    target, old = norm.normalise(batch.returns), batch.value
     clipped = old + (value - old).clamp(-clip, clip)
     plain, cautious = (
         F.huber_loss(v, target, reduction="none", delta=delta) for v in (value, clipped)

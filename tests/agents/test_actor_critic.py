@@ -8,7 +8,7 @@ import torch
 from tokenprune.agents import LearnedPolicy, Policy, TokenActor
 from tokenprune.agents.actor_critic import POLICY_GAIN, PRIOR_FLOOR, Actor, Critic, mlp
 from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.observations import View
+from tokenprune.envs.observations import View, field_slices
 
 SIZE, ATTENTION = 6, 4
 
@@ -146,6 +146,25 @@ def test_a_policy_keeps_where_keep_is_likelier(views, fields):
         assert keep.dtype == torch.bool
         assert torch.equal(keep, view.scatter(view.cls_attention > 1))
         assert 0 < keep.sum() < view.alive.sum()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ("token", "cls", "stage", "cls_attention"),
+        ("cls_attention", "alive_fraction", "position", "token", "budget"),
+    ],
+)
+def test_a_policy_never_joins_the_fields_and_decides_as_if_it_did(views, fields):
+    for view in views:
+        slices = field_slices(view.backbone, fields)
+        size = max(part.stop for part in slices.values())
+        actor = TokenActor(size, (8,), slices["cls_attention"].start, prior_weight=0.7)
+        for parameter in actor.parameters():
+            torch.nn.init.normal_(parameter)
+        logits = LearnedPolicy(actor, fields).logits(view)
+        torch.testing.assert_close(logits, actor(view.living(fields)), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -103,11 +103,6 @@ def test_settings_of_another_version_are_named():
 
 # --- bad values ---
 
-CHECKED_TOO_LATE = pytest.mark.xfail(
-    strict=True, reason="the critic is checked before the env's name: config.py"
-)
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -151,7 +146,7 @@ def test_an_unknown_env_is_told_what_exists():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(["--env", "chess"], "unknown env 'chess'", marks=CHECKED_TOO_LATE),
+        (["--env", "chess"], "unknown env 'chess'"),
         (["--iterations", "0"], "iterations=0 must be positive"),
         (["--critic", "best"], "central"),
         (["--lr", "fast"], "--lr"),

@@ -492,9 +492,6 @@ def test_it_learns_to_value():
     assert distance < 0.5 * (expected - expected.mean()).abs().mean()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the first clip range stands around V in the old statistics: mappo.py"
-)
 def test_the_critic_learns_from_the_first_iteration_on():
     trainer = make_trainer(paid=100.0, critic="central")
     before = [parameter.clone() for parameter in trainer.learner.critic.parameters()]

@@ -1,0 +1,164 @@
+"""What is installed: names, commands, types and weights."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tokenprune.trainers.config import MappoConfig
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("envs", "agents", "trainers", "benchmarks")
+IN_CHECKOUT = pytest.mark.skipif(not (ROOT / "setup.cfg").is_file(), reason="needs the checkout")
+
+
+def python(*arguments, cwd):
+    # help as wide as its longest line
+    environment = os.environ | {"COLUMNS": "300"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def check(ended):
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+# --- names ---
+
+
+def test_both_names_in_the_checkout_are_the_same_classes():
+    code = (
+        "import envs, agents, trainers, benchmarks\n"
+        "import tokenprune.agents, tokenprune.envs\n"
+        "from envs import TokenPruneEnv\n"
+        "from tokenprune.envs import TokenPruneEnv as Installed\n"
+        "assert TokenPruneEnv is Installed\n"
+        "for folder, package in ((envs, tokenprune.envs), (agents, tokenprune.agents)):\n"
+        "    assert folder.__all__ == package.__all__\n"
+        "    for name in folder.__all__:\n"
+        "        assert getattr(folder, name) is getattr(package, name), name\n"
+        "print('same')\n"
+    )
+    assert check(python("-c", code, cwd=ROOT)) == "same\n"
+
+
+def test_the_installed_names_do_not_collide_with_foreign_folders(tmp_path):
+    for name in PACKAGES:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"mine = 'my own {name}'\n")
+    code = (
+        "from tokenprune.envs import TokenPruneEnv, TokenGame\n"
+        "from tokenprune.agents import PrunedViT\n"
+        "from tokenprune.trainers.config import MappoConfig\n"
+        "import tokenprune.benchmarks\n"
+        "import agents, benchmarks, envs, trainers\n"
+        "assert not hasattr(envs, 'TokenPruneEnv')\n"
+        "assert TokenPruneEnv.__module__.startswith('tokenprune.envs')\n"
+        "print(agents.mine, benchmarks.mine, envs.mine, trainers.mine, sep='\\n')\n"
+    )
+    shown = check(python("-c", code, cwd=tmp_path)).splitlines()
+    assert shown == [f"my own {name}" for name in sorted(PACKAGES)]
+
+
+def imports(file):
+    """Modules that ``file`` imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file} imports relatively"
+            yield node.module
+
+
+def sources():
+    for package in PACKAGES:
+        for file in sorted((ROOT / package).rglob("*.py")):
+            yield package, file
+
+
+@IN_CHECKOUT
+def test_code_imports_by_the_installed_names_and_one_way_only():
+    assert {package for package, _ in sources()} == set(PACKAGES)
+    for package, file in sources():
+        for module in imports(file):
+            top, _, rest = module.partition(".")
+            assert top not in PACKAGES, f"{file} imports {module}"
+            if top == "tokenprune":
+                imported = rest.partition(".")[0]
+                # benchmarks -> trainers -> agents -> envs
+                assert PACKAGES.index(imported) <= PACKAGES.index(package), f"{file}: {module}"
+
+
+# --- commands ---
+
+
+def default_of(name, text):
+    return re.search(rf" --{name} .*?\(default: (.*?)\)", " ".join(text.split()))[1]
+
+
+@IN_CHECKOUT
+def test_both_ways_to_call_the_main_command_are_one(tmp_path):
+    in_checkout = check(python("-m", "trainers.mappo", "--help", cwd=ROOT))
+    installed = check(python("-m", "tokenprune.trainers.mappo", "--help", cwd=tmp_path))
+    assert in_checkout == installed
+    assert installed.startswith("usage: python -m trainers.mappo")
+    for name in ("env", "critic", "iterations", "gamma", "lr"):
+        assert default_of(name, installed) == str(getattr(MappoConfig(), name))
+
+
+# --- what lies in the package ---
+
+
+@IN_CHECKOUT
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_package_is_typed(package):
+    assert (ROOT / package / "py.typed").is_file()
+
+
+@IN_CHECKOUT
+def test_nothing_unpickles():
+    """A file of weights from somewhere must not run code."""
+    pickles = re.compile(r"\b(pickle|dill|joblib|cloudpickle|torch|np|numpy)\.(load|loads)\((.*)")
+    for _, file in sources():
+        text = file.read_text(encoding="utf-8")
+        assert "allow_pickle=True" not in text, file
+        for found in pickles.finditer(text):
+            safe = found[1] == "torch" and "weights_only=True" in found[3]
+            assert safe or found[1] in ("np", "numpy"), f"{file}: {found[0]}"
+        # timm's reader of weights
+        for found in re.finditer(r"\bload_state_dict\(str\((.*)", text):
+            assert "weights_only=True" in found[0], f"{file}: {found[0]}"
+
+
+@IN_CHECKOUT
+@pytest.mark.slow
+def test_a_wheel_brings_types_and_weights(tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    source = tmp_path / "source"
+    source.mkdir()
+    # a copy: a build leaves things behind
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for package in PACKAGES:
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / package, source / package, ignore=ignored)
+    arguments = ["--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", str(tmp_path)]
+    check(python("-m", "pip", "wheel", *arguments, str(source), cwd=tmp_path))
+    (wheel,) = tmp_path.glob("tokenprune-*.whl")
+    files = set(zipfile.ZipFile(wheel).namelist())
+    expected = {f"tokenprune/{package}/py.typed" for package in PACKAGES}
+    expected |= {f"tokenprune/{file.relative_to(ROOT)}" for _, file in sources()}
+    expected |= {f"tokenprune/envs/assets/digits_vit.{kind}" for kind in ("json", "safetensors")}
+    assert expected <= files
+    assert any(file.endswith("/LICENSE") for file in files)
+    top = {file.split("/")[0] for file in files}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"tokenprune"}
