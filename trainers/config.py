@@ -37,7 +37,7 @@ class MappoConfig:
     augment: bool = True
     """Vary training images each time they are played (photographs: timm's training transform)."""
     prune_before: tuple[int, ...] | None = None
-    """Blocks, 0-based, before which tokens can be pruned; blocks 1 to depth / 2 if not given."""
+    """Blocks, 0-based, before which tokens can be pruned; all but the first if not given."""
     observation: tuple[str, ...] = ("token", "cls", "stage", "cls_attention")
     """What an agent sees: token cls stage position cls_attention alive_fraction budget."""
     reward: str = "team"
@@ -62,7 +62,7 @@ class MappoConfig:
     """Steps an iteration where episodes vary in length; a game of fixed length is played to its end
     instead.
     """
-    iterations: int = 400
+    iterations: int = 500
     """Rounds of playing and learning."""
     hidden: tuple[int, ...] = (32,)
     """Widths of the actor's hidden layers."""

@@ -27,12 +27,6 @@ from tokenprune.trainers.mappo import MASKED_LOGIT, sample
 EVALUATION_SEED = 987_654_321
 
 
-def first_half(model: nn.Module) -> tuple[int, ...] | None:
-    """Stages before blocks 1 to depth / 2: later ones save less than they cost."""
-    depth = len(getattr(model, "blocks", ()))
-    return tuple(range(1, depth // 2 + 1)) or None
-
-
 class Task(Protocol):
     """A game to train on.
 
@@ -82,7 +76,7 @@ class TokenPruneTask:
             pick_device(config.device), memory_format=torch.channels_last
         ).requires_grad_(False)
         self.data_config = resolve_model_data_config(model)
-        self.backbone = StagedViT(self.model, config.prune_before or first_half(self.model))
+        self.backbone = StagedViT(self.model, config.prune_before)
         options = {
             name: getattr(config, name)
             for name in ("alpha", "beta", "accuracy")

@@ -103,6 +103,7 @@ def test_settings_of_another_version_are_named():
 
 # --- bad values ---
 
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -16,7 +16,7 @@ from tokenprune.trainers.evaluation import evaluate
 from tokenprune.trainers.report import draw_curve, draw_pruned, report_pruning, table
 from tokenprune.trainers.tasks import TokenPruneTask
 
-TINY = {"patch_size": 16, "embed_dim": 16, "depth": 4, "num_heads": 2, "mlp_ratio": 2.0}
+TINY = {"patch_size": 16, "embed_dim": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0}
 SIZES = {"train": 16, "validation": 20, "test": 30}
 
 

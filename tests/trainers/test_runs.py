@@ -20,7 +20,7 @@ from tokenprune.trainers import mappo, runs
 from tokenprune.trainers.config import MappoConfig, defaults_for
 
 SPREAD = "pettingzoo:mpe2.simple_spread_v3"
-TINY = {"patch_size": 16, "embed_dim": 16, "depth": 4, "num_heads": 2, "mlp_ratio": 2.0}
+TINY = {"patch_size": 16, "embed_dim": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0}
 POLICIES = ("dense", "learned", "random", "attention")
 
 
@@ -469,7 +469,7 @@ def test_an_error_is_one_line_and_exit_code_1():
         ({"device": "abacus"}, ["device 'abacus' can't be used here"]),
         ({"num_envs": 18}, ["num_envs=18", "rollouts_per_image=4"]),
         ({"num_envs": 400}, ["100 different images, the dataset has 36"]),
-        ({"prune_before": (1, 4)}, ["prune_before=(1, 4) is out of range", "0..3"]),
+        ({"prune_before": (1, 3)}, ["prune_before=(1, 3) is out of range", "0..2"]),
         ({"prune_before": (2, 1)}, ["must ascend"]),
     ],
 )
