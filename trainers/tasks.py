@@ -72,9 +72,8 @@ class TokenPruneTask:
             **config.model_kwargs,
         )
         # convolutional stems run faster on this layout; nothing else depends on it
-        self.model = model.to(
-            pick_device(config.device), memory_format=torch.channels_last
-        ).requires_grad_(False)
+        device = pick_device(config.device)
+        self.model = model.to(device).to(memory_format=torch.channels_last).requires_grad_(False)
         self.data_config = resolve_model_data_config(model)
         self.backbone = StagedViT(self.model, config.prune_before)
         options = {
