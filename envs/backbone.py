@@ -4,31 +4,31 @@ tokens that survive.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from operator import index
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from timm.layers import Attention
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from tokenprune.envs.ragged import Layout, attention, first_row_attention
+from tokenprune.envs.macs import Macs
+from tokenprune.envs.ragged import Layout
+from tokenprune.envs.vit_parts import (
+    UnsupportedBackboneError,
+    attention_width,
+    check_supported,
+    classify,
+    embed,
+    head_reads_prefix,
+    packed_block,
+)
+
+__all__ = ["Execution", "StagedViT", "Tokens", "UnsupportedBackboneError"]
 
 Execution = Literal["packed", "masked"]
-
-
-class UnsupportedBackboneError(ValueError):
-    """A model that can't be run from stage to stage on a part of its tokens; the message says
-    why.
-    """
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ class StagedViT(nn.Module):
         self.num_classes: int = self.model.num_classes
         self.has_class_token = getattr(self.model, "cls_token", None) is not None
         # a head that reads patches alone has nothing to read once all are gone
-        self.keeps_last_patch = not _head_reads_prefix(self.model)
-        self._macs = _Macs.of(self)
+        self.keeps_last_patch = not head_reads_prefix(self.model)
+        self._macs = Macs.of(self.model, self.image_shape)
         self.dense_macs = self._macs.dense(self.num_slots)
 
     @property
@@ -132,15 +132,23 @@ class StagedViT(nn.Module):
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def begin(self, images: Tensor, with_attention: bool = True) -> Tokens:
-        """Embeds ``images`` float [B, C, H, W] and runs the blocks before the first stage."""
-        x = self._embed(images)
+    def begin(
+        self, images: Tensor, with_attention: bool = True, execution: Execution | None = None
+    ) -> Tokens:
+        """Embeds ``images`` float [B, C, H, W] and runs the blocks before the first stage.
+
+        Args:
+            images: what to classify.
+            with_attention: fill ``Tokens.attention`` for the first stage.
+            execution: of these images, from here to the end; the module's own where None.
+        """
+        x = embed(self.model, images)
         batch = len(x)
         alive = torch.ones(batch, self.num_slots, dtype=torch.bool, device=x.device)
         layout = None
-        if self.execution == "packed":
+        if (execution or self.execution) == "packed":
             lengths = np.full(batch, self.num_slots, np.int64)
-            layout = Layout.of(lengths, _attention_width(self.model), x.device)
+            layout = Layout.of(lengths, attention_width(self.model), x.device)
         tokens = Tokens(
             x=x.flatten(0, 1),
             alive=alive,
@@ -183,6 +191,9 @@ class StagedViT(nn.Module):
 
         lengths = alive.sum(1)
         host_lengths = lengths.cpu().numpy()
+        before = tokens.layout.lengths
+        if len(host_lengths) == len(before) and host_lengths.sum() == before.sum():
+            return replace(tokens, attention=None)  # nothing was pruned
         order = np.argsort(host_lengths, kind="stable")
         layout = Layout.of(host_lengths[order], tokens.layout.width, alive.device)
         # slots of the survivors in packed order: images by length, tokens by position
@@ -203,7 +214,7 @@ class StagedViT(nn.Module):
     def finish(self, tokens: Tokens) -> Tensor:
         """Norm, pooling over the survivors, and classifier: logits [B, classes]."""
         rows, layout = self._rows_by_image(tokens)
-        return _head(self.model, rows, layout)
+        return classify(self.model, rows, layout)
 
     def total_macs(self, tokens: Tokens) -> Tensor:
         """Multiply-accumulates of each image once its head has run, int64 [B]."""
@@ -230,10 +241,6 @@ class StagedViT(nn.Module):
         stop = self.depth if last else self.prune_before[stage + 1]
         return self._macs.blocks(alive_patches + self.num_prefix, self.prune_before[stage], stop)
 
-    def _embed(self, images: Tensor) -> Tensor:
-        model = self.model
-        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-
     def _run(self, tokens: Tokens, start: int, stop: int, with_attention: bool) -> Tokens:
         x, paid = tokens.x, None
         for i in range(start, stop):
@@ -241,7 +248,7 @@ class StagedViT(nn.Module):
             if tokens.layout is None:
                 x, paid = self._masked_block(self.model.blocks[i], x, tokens.alive, wanted)
             else:
-                x, paid = _packed_block(self.model.blocks[i], x, tokens.layout, self._query, wanted)
+                x, paid = packed_block(self.model.blocks[i], x, tokens.layout, self._query, wanted)
         spent = self._macs.blocks(tokens.alive.sum(1), start, stop)
         if paid is not None:
             spent = spent + self._macs.attention_row(tokens.alive.sum(1))
@@ -286,7 +293,7 @@ class StagedViT(nn.Module):
         lengths = tokens.alive.sum(1).cpu().numpy()
         slot = _nonzero(tokens.alive.flatten()[None], int(lengths.sum()))[1]
         rows = tokens.x.index_select(0, tokens.row[slot])
-        return rows, Layout.of(lengths, _attention_width(self.model), rows.device)
+        return rows, Layout.of(lengths, attention_width(self.model), rows.device)
 
 
 def _nonzero(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -296,100 +303,6 @@ def _nonzero(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
     on_host = mask.device.type == "cpu"
     index = mask.nonzero() if on_host else torch.nonzero_static(mask, size=count)
     return index[:, 0], index[:, 1]
-
-
-def _packed_block(
-    block: Any,
-    x: Tensor,
-    layout: Layout,
-    query: Callable[[Tensor, Layout], Tensor],
-    wanted: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """timm's ``Block`` on packed rows [S, D]; the same arithmetic in the same order."""
-    attn = block.attn
-    normed = block.norm1(x)
-    qkv = attn.qkv(normed).unflatten(1, (3, attn.num_heads, attn.head_dim))
-    q, k, v = qkv.unbind(1)
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    mixed = attn.norm(attention(q, k, v, layout))
-    if getattr(attn, "gate", None) is not None:
-        mixed = mixed * attn.gate(normed).sigmoid()
-    x = x + block.ls1(attn.proj(mixed))
-    x = x + block.ls2(block.mlp(block.norm2(x)))
-    return x, first_row_attention(query(q, layout), k, layout) if wanted else None
-
-
-def _head(model: Any, rows: Tensor, layout: Layout) -> Tensor:
-    """timm's ``forward_head`` after ``norm``, over images of different lengths: rows [S, D] ->
-    logits [B, classes].
-    """
-    if isinstance(model, VisionTransformerDistilled):
-        pair = torch.stack([rows[layout.first], rows[layout.first + 1]], dim=1)
-        return model.forward_head(model.norm(pair))
-    if model.global_pool == "token":
-        return model.forward_head(model.norm(rows[layout.first])[:, None])
-    rows = model.norm(rows)
-    if not model.pool_include_prefix:
-        rows, layout = layout.without_first(rows, model.num_prefix_tokens)
-    if model.global_pool == "prr":
-        pool = model.attn_pool
-        heads = pool.pre_norm(rows).unflatten(1, (pool.num_heads, pool.head_dim))
-        refined = pool.post_norm(attention(heads, heads, heads, layout))
-        pooled = refined[layout.first] if pool.pool == "token" else layout.mean(refined)
-    elif model.global_pool == "map":
-        padded, valid = layout.pad(rows)
-        pooled = model.attn_pool(padded, attn_mask=valid[:, None, None, :])
-    elif model.global_pool == "avg":
-        pooled = layout.mean(rows)
-    elif model.global_pool == "max":
-        pooled = layout.max(rows)
-    else:
-        pooled = 0.5 * (layout.max(rows) + layout.mean(rows))
-    return model.head(model.head_drop(model.fc_norm(pooled)))
-
-
-def _head_reads_prefix(model: Any) -> bool:
-    if isinstance(model, VisionTransformerDistilled) or model.global_pool == "token":
-        return True
-    return model.num_prefix_tokens > 0 and model.pool_include_prefix
-
-
-def _attention_width(model: Any) -> int:
-    attn = model.blocks[0].attn
-    return attn.num_heads * attn.head_dim
-
-
-def check_supported(model: Any) -> Any:
-    """Returns ``model`` where it can be staged.
-
-    Raises:
-        UnsupportedBackboneError: it can't; the message says why.
-    """
-
-    def refuse(reason: str) -> UnsupportedBackboneError:
-        return UnsupportedBackboneError(
-            f"{type(model).__name__} can't be run on a part of its tokens: {reason}. "
-            "Supported are timm's plain VisionTransformer models (ViT, DeiT, DeiT-3, "
-            "DINOv2, CLIP, SigLIP)."
-        )
-
-    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
-        raise refuse(
-            "its forward pass is not that of timm's VisionTransformer, "
-            "which is a plain sequence of blocks"
-        )
-    if not len(model.blocks):
-        raise refuse("it has no blocks")
-    for i, block in enumerate(model.blocks):
-        if type(block) is not Block:
-            raise refuse(f"block {i} is a {type(block).__name__}, not timm's Block")
-        if type(block.attn) is not Attention:
-            raise refuse(f"the attention of block {i} is a {type(block.attn).__name__}")
-    if not model.global_pool:
-        raise refuse("it has no pooling (global_pool='') and so gives no logits")
-    if model.num_classes < 1:
-        raise refuse("it has no classifier (num_classes=0) and so gives no logits")
-    return model
 
 
 def _check_stages(prune_before: Sequence[int] | None, depth: int) -> tuple[int, ...]:
@@ -411,85 +324,3 @@ def _check_stages(prune_before: Sequence[int] | None, depth: int) -> tuple[int, 
     if any(a >= b for a, b in pairwise(stages)):
         raise ValueError(f"prune_before={stages} must ascend without repeats")
     return stages
-
-
-@dataclass(frozen=True)
-class _Macs:
-    """Multiply-accumulates of a backbone's parts, in closed form, as ``torch.utils.flop_counter``
-    counts them.
-    """
-
-    embed: int
-    per_token: tuple[int, ...]  # linear layers of each block
-    width: int  # attention: heads times head size
-    head_fit: tuple[int, int, int]  # constant, linear and quadratic in the number of tokens
-
-    @staticmethod
-    def of(staged: StagedViT) -> _Macs:
-        model = staged.model
-        reference = next(model.parameters())
-        blank = torch.zeros(1, *staged.image_shape, device=reference.device, dtype=reference.dtype)
-        sizes = [staged.num_prefix + n for n in (1, 2, 3)]
-        costs = []
-        with _in_eval_mode(model):
-            embed = _count_macs(lambda: staged._embed(blank))
-            for n in sizes:
-                layout = Layout.of(np.array([n]), _attention_width(model), reference.device)
-                rows = torch.zeros(n, staged.width, device=reference.device, dtype=reference.dtype)
-                costs.append(_count_macs(partial(_head, model, rows, layout)))
-        # three points fix the head's cost: attention pooling is at most quadratic in the tokens
-        quadratic = (costs[2] - 2 * costs[1] + costs[0]) // 2
-        linear = costs[1] - costs[0] - quadratic * (sizes[1] ** 2 - sizes[0] ** 2)
-        constant = costs[0] - linear * sizes[0] - quadratic * sizes[0] ** 2
-        return _Macs(
-            embed=embed,
-            per_token=tuple(
-                sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
-                for block in model.blocks
-            ),
-            width=_attention_width(model),
-            head_fit=(constant, linear, quadratic),
-        )
-
-    def blocks(self, tokens: Any, start: int, stop: int) -> Any:
-        """Blocks ``start``..``stop - 1`` on ``tokens`` tokens an image (an int or an int64
-        tensor).
-        """
-        return tokens * sum(self.per_token[start:stop]) + tokens**2 * (
-            2 * self.width * (stop - start)
-        )
-
-    def attention_row(self, tokens: Any) -> Any:
-        """One query against every key: the observed row of the attention matrix."""
-        return tokens * self.width
-
-    def head(self, tokens: Any) -> Any:
-        constant, linear, quadratic = self.head_fit
-        return constant + tokens * linear + tokens**2 * quadratic
-
-    def dense(self, tokens: int) -> int:
-        """The unpruned model."""
-        return self.embed + self.blocks(tokens, 0, len(self.per_token)) + self.head(tokens)
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """In training mode a forward pass would move batch statistics, drop patches and draw random
-    numbers.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-# the counter's module hooks fail without a graph where a module takes a parameter as its input
-# (attention pooling)
-@torch.enable_grad()
-def _count_macs(run: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops() // 2

@@ -16,6 +16,7 @@ from safetensors.torch import save
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tokenprune.envs import digits
 
@@ -78,7 +79,22 @@ class ConvStem(nn.Module):
             raise ValueError(
                 f"images of {tuple(images.shape[-2:])} pixels, the model takes {self.img_size}"
             )
-        return self.layers(images).flatten(2).transpose(1, 2)
+        if self.training:
+            return self.layers(images).flatten(2).transpose(1, 2)
+        features = images
+        for i in range(0, len(self.layers) - 1, 3):
+            conv, norm, activation = self.layers[i : i + 3]
+            features = activation(_conv_with_norm(features, conv, norm))
+        return self.layers[-1](features).flatten(2).transpose(1, 2)
+
+
+def _conv_with_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+    """``norm(conv(x))`` with fixed statistics, as one convolution: scaling its few weights costs
+    less than another pass over its large output.
+    """
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    weight, bias = conv.weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding)
 
 
 def build_digits_vit(num_classes: int = 10, **kwargs: Any) -> VisionTransformer:

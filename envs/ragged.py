@@ -8,7 +8,6 @@ Row-wise layers (linear, norm, MLP) need nothing more; only attention must know 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -25,30 +24,22 @@ BUCKET_WIDTHS = (1, 4, 16, 1 << 30)
 CALL_SECONDS = 25e-6
 MAC_SECONDS = 1 / 20e9
 GATHER_SECONDS = 1 / 1.5e9
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """Consecutive images that attention handles in one call.
+class Padding:
+    """Cells: the rows again, in buckets of images that are padded to the longest among them.
 
     Attributes:
-        start: first packed row.
-        stop: one past the last packed row.
-        images: how many images.
-        length: the longest of them.
-        index: int64 [images * length], the row (from ``start``) that stands at each padded place;
-            None where all are of one length and nothing is padded.
-        valid: bool [images, 1, 1, length], False where padded; None likewise.
-        unpad: int64 [stop - start], the padded place of each row; None likewise.
+        row: the row that stands in each cell, int64 [cells].
+        cell: the cell of each row, int64 [S].
+        bias: float32 [cells], 0 on rows and -inf where padded.
     """
 
-    start: int
-    stop: int
-    images: int
-    length: int
-    index: Tensor | None = None
-    valid: Tensor | None = None
-    unpad: Tensor | None = None
+    row: Tensor
+    cell: Tensor
+    bias: Tensor
 
 
 @dataclass(frozen=True)
@@ -61,27 +52,44 @@ class Layout:
         first: row at which each image begins, int64 [B].
         image: packed place of the image that each row belongs to, int64 [S].
         width: numbers that attention handles a row (heads times head size).
-        buckets: how attention goes through the images.
+        equal: rows of every image, where all have as many; else None.
+        buckets: how attention goes through the cells, int64 [buckets, 3] on the host: images,
+            cells of an image, and whether some of these are padding.
+        padding: the cells; None where they are the rows themselves.
+        bounds: int32 [B + 1], where images begin, and the end: what variable-length kernels take.
+        longest: rows of the longest image.
     """
 
     lengths: NDArray[np.int64]
     first: Tensor
     image: Tensor
     width: int
-    buckets: tuple[Bucket, ...]
+    equal: int | None
+    buckets: Tensor
+    padding: Padding | None
+    bounds: Tensor
+    longest: int
 
     @staticmethod
     def of(lengths: NDArray[np.int64], width: int, device: torch.device) -> Layout:
         """Lays out images of ``lengths`` rows, at least one each; ascending lengths make the best
         buckets.
         """
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
         on_device = torch.from_numpy(lengths).to(device)
+        longest = int(lengths.max(initial=0))
+        equal = len(lengths) > 0 and int(lengths.min()) == longest
+        edges = _edges(lengths, width, device)
         return Layout(
             lengths=lengths,
-            first=on_device.cumsum(0) - on_device,
-            image=torch.repeat_interleave(on_device, output_size=int(lengths.sum())),
+            first=torch.from_numpy(bounds[:-1]).to(device),
+            image=torch.repeat_interleave(on_device, output_size=int(bounds[-1])),
             width=width,
-            buckets=_buckets(lengths, width, device),
+            equal=longest if equal else None,
+            buckets=torch.from_numpy(_buckets(lengths, edges)),
+            padding=_pad(lengths, edges, device),
+            bounds=torch.from_numpy(bounds.astype(np.int32)).to(device),
+            longest=longest,
         )
 
     def mean(self, rows: Tensor) -> Tensor:
@@ -100,8 +108,7 @@ class Layout:
         """Rows [S, D] -> [B, longest, D], zeros behind an image's last row, and bool [B, longest],
         True on rows.
         """
-        longest = int(self.lengths.max(initial=0))
-        valid = torch.from_numpy(np.arange(longest) < self.lengths[:, None]).to(rows.device)
+        valid = torch.from_numpy(np.arange(self.longest) < self.lengths[:, None]).to(rows.device)
         padded = rows.new_zeros(*valid.shape, rows.shape[1])
         place = torch.arange(len(rows), device=rows.device) - self.first[self.image]
         return padded.index_put((self.image, place), rows), valid
@@ -117,58 +124,59 @@ class Layout:
         return rows.index_select(0, kept), Layout.of(self.lengths - count, self.width, rows.device)
 
 
-def _buckets(lengths: NDArray[np.int64], width: int, device: torch.device) -> tuple[Bucket, ...]:
-    if not len(lengths):
-        return ()
-    if device.type == "cpu":
-        edges = min(
-            (_edges(lengths, w) for w in BUCKET_WIDTHS), key=lambda e: _seconds(lengths, e, width)
-        )
-    else:
-        # a GPU is short of work, not of arithmetic: one call
-        edges = np.array([0, len(lengths)])
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    return tuple(
-        _bucket(lengths[low:high], int(starts[low]), device) for low, high in pairwise(edges)
-    )
+def _edges(lengths: NDArray[np.int64], width: int, device: torch.device) -> NDArray[np.int64]:
+    """Images at which buckets begin, and the end."""
+    if device.type == "cpu" and len(lengths):
+        ways = [_cut(lengths, bucket_width) for bucket_width in BUCKET_WIDTHS]
+        return min(ways, key=lambda edges: _seconds(lengths, edges, width))
+    # a GPU is short of work, not of arithmetic: one call
+    return np.unique([0, len(lengths)])
 
 
-def _edges(lengths: NDArray[np.int64], bucket_width: int) -> NDArray[np.int64]:
-    """Where buckets begin, and the end: ``lengths`` is cut wherever (length - 1) // bucket_width
-    changes.
-    """
+def _cut(lengths: NDArray[np.int64], bucket_width: int) -> NDArray[np.int64]:
+    """Edges wherever (length - 1) // bucket_width changes."""
     cuts = np.flatnonzero(np.diff((lengths - 1) // bucket_width)) + 1
     return np.concatenate([[0], cuts, [len(lengths)]])
 
 
 def _seconds(lengths: NDArray[np.int64], edges: NDArray[np.int64], width: int) -> float:
-    images = np.diff(edges)
-    longest = np.maximum.reduceat(lengths, edges[:-1])
-    padded = np.minimum.reduceat(lengths, edges[:-1]) < longest
+    images, longest, padded = _buckets(lengths, edges).T
+    cells = int((images * longest).sum())
+    gathering = 4 * GATHER_SECONDS * width * cells + 4 * CALL_SECONDS
     return float(
         CALL_SECONDS * len(images)
         + MAC_SECONDS * (2 * images * longest**2 * width).sum()
-        + ((4 * GATHER_SECONDS * width * images * longest + 2 * CALL_SECONDS) * padded).sum()
+        + gathering * padded.any()
     )
 
 
-def _bucket(lengths: NDArray[np.int64], start: int, device: torch.device) -> Bucket:
-    images, longest, rows = len(lengths), int(lengths.max()), int(lengths.sum())
-    if lengths.min() == longest:
-        return Bucket(start, start + rows, images, longest)
-    place = np.arange(longest)
-    valid = place < lengths[:, None]
+def _buckets(lengths: NDArray[np.int64], edges: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``Layout.buckets``."""
+    if not len(lengths):
+        return np.zeros((0, 3), np.int64)
+    longest = np.maximum.reduceat(lengths, edges[:-1])
+    padded = np.minimum.reduceat(lengths, edges[:-1]) < longest
+    return np.stack([np.diff(edges), longest, padded], axis=1)
+
+
+def _pad(
+    lengths: NDArray[np.int64], edges: NDArray[np.int64], device: torch.device
+) -> Padding | None:
+    images, longest, padded = _buckets(lengths, edges).T
+    if not padded.any():
+        return None
+    cells = np.repeat(longest, images)  # of each image
+    end = np.cumsum(cells)
+    place = np.arange(end[-1]) - np.repeat(end - cells, cells)
+    length, first = (
+        np.repeat(of_image, cells) for of_image in (lengths, np.cumsum(lengths) - lengths)
+    )
+    valid = place < length
     # padding repeats an image's last row: any row does, it is masked
-    first = np.cumsum(lengths) - lengths
-    index = first[:, None] + np.minimum(place, lengths[:, None] - 1)
-    return Bucket(
-        start,
-        start + rows,
-        images,
-        longest,
-        index=torch.from_numpy(index.reshape(-1)).to(device),
-        valid=torch.from_numpy(valid[:, None, None, :]).to(device),
-        unpad=torch.from_numpy(np.flatnonzero(valid)).to(device),
+    row = first + np.minimum(place, length - 1)
+    bias = np.where(valid, np.float32(0), np.float32(-np.inf))
+    return Padding(
+        *(torch.from_numpy(part).to(device) for part in (row, np.flatnonzero(valid), bias))
     )
 
 
@@ -184,24 +192,37 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     Returns:
         [S, heads * head_dim].
     """
-    parts = [_attend(q, k, v, bucket) for bucket in layout.buckets]
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat(parts) if parts else q.flatten(1)
+    if q.device.type == "cuda" and q.dtype in HALF_PRECISION:
+        from torch.nn.attention.varlen import varlen_attn
+
+        bounds, longest = layout.bounds, layout.longest
+        return varlen_attn(q, k, v, bounds, bounds, longest, longest).flatten(1)
+    padding = layout.padding
+    if padding is None:
+        return _attend(q, k, v, layout.buckets, None)
+    q, k, v = (rows.index_select(0, padding.row) for rows in (q, k, v))
+    return _attend(q, k, v, layout.buckets, padding.bias).index_select(0, padding.cell)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket) -> Tensor:
-    def heads_first(rows: Tensor) -> Tensor:
-        rows = rows[bucket.start : bucket.stop]
-        if bucket.index is not None:
-            rows = rows.index_select(0, bucket.index)
-        return rows.unflatten(0, (bucket.images, bucket.length)).transpose(1, 2)
-
-    out = F.scaled_dot_product_attention(
-        heads_first(q), heads_first(k), heads_first(v), attn_mask=bucket.valid
-    )
-    rows = out.transpose(1, 2).reshape(bucket.images * bucket.length, -1)
-    return rows if bucket.unpad is None else rows.index_select(0, bucket.unpad)
+def _attend(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention over cells, a call a bucket: [cells, heads, head_dim] -> [cells, heads *
+    head_dim].
+    """
+    mixed, start = [], 0
+    for images, length, padded in buckets.tolist():
+        stop = start + images * length
+        mask = None
+        if padded and bias is not None:
+            mask = bias[start:stop].view(images, 1, 1, length).to(q.dtype)
+        heads_first = (
+            rows[start:stop].unflatten(0, (images, length)).transpose(1, 2) for rows in (q, k, v)
+        )
+        out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask)
+        mixed.append(out.transpose(1, 2).reshape(images * length, -1))
+        start = stop
+    if len(mixed) == 1:
+        return mixed[0]
+    return torch.cat(mixed) if mixed else q.flatten(1)
 
 
 def first_row_attention(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
@@ -217,9 +238,9 @@ def first_row_attention(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
         [S]; sums to 1 over each image.
     """
     scale = q.shape[-1] ** -0.5
-    if len(layout.buckets) == 1 and layout.buckets[0].index is None:
+    if layout.equal is not None:
         # images of one length need no gathering
-        images = k.unflatten(0, (layout.buckets[0].images, layout.buckets[0].length))
+        images = k.unflatten(0, (-1, layout.equal))
         return ((images * q[:, None]).sum(-1) * scale).softmax(1).mean(-1).flatten()
     scores = (q[layout.image] * k).sum(-1) * scale  # [S, heads]
     index = layout.image[:, None].expand_as(scores)

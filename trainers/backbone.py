@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import tyro
 from timm.data import Mixup, resolve_model_data_config
+from timm.layers import PatchDropout
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ from tokenprune.trainers.checkpoint import CheckpointError, write_json
 
 EVALUATION_BATCH = 250
 MAX_GRAD_NORM = 1.0
+PATCH_DROPOUTS = 4  # that take turns, from none to the most
 SEEDS_A_RUN = 1_000  # for its epochs: another run seed doesn't see the draws of this one
 PACKAGES = ("tokenprune", "torch", "timm", "numpy")
 
@@ -64,6 +66,11 @@ def accuracy(model: nn.Module, images: ImageSet, device: torch.device) -> float:
     return correct / len(images)
 
 
+def patch_dropout(config: BackboneConfig, step: int) -> float:
+    """Share of the patches that step number ``step`` leaves out."""
+    return config.patch_dropout * (step % PATCH_DROPOUTS) / (PATCH_DROPOUTS - 1)
+
+
 def learning_rate(config: BackboneConfig, step: int, steps: int) -> float:
     """Linear warm-up, then a cosine to zero."""
     warmup = max(1, int(config.warmup * steps))
@@ -79,9 +86,19 @@ class Learner:
         model: what to train, on its device.
         config: how.
         steps: of the whole training, all epochs together.
+
+    Raises:
+        TrainingError: patches shall be left out, and the model has no place for it.
     """
 
     def __init__(self, model: nn.Module, config: BackboneConfig, steps: int) -> None:
+        if config.patch_dropout:
+            if not isinstance(getattr(model, "patch_drop", None), nn.Identity | PatchDropout):
+                raise TrainingError(f"{config.backbone} has no patch dropout: give 0")
+            # arXiv 2208.07220; not among the model's arguments, which the weights are stored with
+            model.patch_drop = PatchDropout(
+                config.patch_dropout, num_prefix_tokens=model.num_prefix_tokens
+            )
         self.model = model.train()
         self.ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
         self.optimizer = create_optimizer_v2(
@@ -103,6 +120,8 @@ class Learner:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step, self.steps)
+        if self.config.patch_dropout:
+            self.model.patch_drop.prob = patch_dropout(self.config, step)
         logits = self.model(inputs.to(memory_format=torch.channels_last))
         smoothing = self.config.label_smoothing if targets.ndim == 1 else 0.0
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)

@@ -178,18 +178,15 @@ def test_rollouts_are_the_image_played_so_often(vit, batch, keeps, reward, execu
     assert_same(shared, play(TokenGame(backbone, reward), *repeated, keep, alpha), atol=1e-6)
 
 
-def test_rollouts_run_the_beginning_once(vit, batch, monkeypatch):
+def test_rollouts_run_the_beginning_once(vit, batch):
     images, labels = batch
     embedded = []
-    embed = StagedViT._embed
-    monkeypatch.setattr(
-        StagedViT,
-        "_embed",
-        lambda self, images: embedded.append(len(images)) or embed(self, images),
+    game = TokenGame(StagedViT(vit, STAGES), rollouts_per_image=4)
+    hook = vit.patch_embed.register_forward_hook(
+        lambda module, inputs, output: embedded.append(len(inputs[0]))
     )
-    backbone = StagedViT(vit, STAGES)
-    embedded.clear()
-    TokenGame(backbone, rollouts_per_image=4).reset(images, labels)
+    game.reset(images, labels)
+    hook.remove()
     assert embedded == [BATCH]
 
 

@@ -49,37 +49,54 @@ def test_a_layout_tells_whose_rows_they_are(lengths):
 
 @each_lengths
 @pytest.mark.parametrize("width", BUCKET_WIDTHS)
-def test_buckets_hold_every_image_once(monkeypatch, lengths, width):
+def test_cells_hold_every_row_once(monkeypatch, lengths, width):
     monkeypatch.setattr(ragged, "BUCKET_WIDTHS", (width,))
-    buckets = layout_of(lengths).buckets
-    assert sum(bucket.images for bucket in buckets) == len(lengths)
-    stops = [0, *(bucket.stop for bucket in buckets)]
-    assert [bucket.start for bucket in buckets] == stops[:-1]
-    assert stops[-1] == sum(lengths)
-    image = 0
-    for bucket in buckets:
-        held = lengths[image : image + bucket.images]
-        image += bucket.images
-        assert bucket.length == max(held)
-        assert bucket.length - min(held) < width
-        assert (bucket.index is None) == (min(held) == max(held))
-        if width == 1:
-            assert bucket.index is None
+    layout = layout_of(lengths)
+    image, cell = 0, 0
+    for images, longest, padded in layout.buckets.tolist():
+        held = lengths[image : image + images]
+        assert longest == max(held)
+        assert longest - min(held) < width
+        assert padded == (min(held) < max(held))
+        for length in held:
+            start = sum(lengths[:image])
+            if layout.padding is not None:
+                rows = layout.padding.row[cell : cell + longest].tolist()
+                assert rows[:length] == list(range(start, start + length))
+                assert set(rows[length:]) <= set(rows[:length])
+                bias = layout.padding.bias[cell : cell + longest]
+                assert (bias == 0).tolist() == [place < length for place in range(longest)]
+                assert torch.isneginf(bias[length:]).all()
+                assert layout.padding.cell[start] == cell
+            image, cell = image + 1, cell + longest
+    assert image == len(lengths)
+    padded = layout.padding is not None
+    assert padded == (cell > sum(lengths))
+    if padded:
+        assert len(layout.padding.row) == cell
+        assert torch.equal(layout.padding.row[layout.padding.cell], torch.arange(sum(lengths)))
 
 
 def test_buckets_are_those_that_should_take_the_least_time():
     """Few long images are worth a call each, many short ones are padded to share it."""
-    assert all(bucket.index is None for bucket in layout_of([400, 500, 600]).buckets)
-    short = layout_of([2, 3, 4] * 100).buckets
-    assert [bucket.images for bucket in short] == [300]
+    assert layout_of([400, 500, 600]).padding is None
+    assert layout_of([2, 3, 4] * 100).buckets.tolist() == [[300, 4, 1]]
     for lengths in LENGTHS.values():
         layout = layout_of(lengths)
         if not lengths:
             continue
-        edges = [ragged._edges(layout.lengths, width).tolist() for width in BUCKET_WIDTHS]
+        edges = [ragged._cut(layout.lengths, width).tolist() for width in BUCKET_WIDTHS]
         costs = [ragged._seconds(layout.lengths, np.array(e), HEADS * SIZE) for e in edges]
-        chosen = np.cumsum([0, *(bucket.images for bucket in layout.buckets)]).tolist()
+        chosen = np.cumsum([0, *layout.buckets[:, 0].tolist()]).tolist()
         assert chosen == edges[int(np.argmin(costs))]
+
+
+@each_lengths
+def test_a_layout_knows_images_of_one_length(lengths):
+    layout = layout_of(lengths)
+    assert layout.equal == (lengths[0] if len(set(lengths)) == 1 else None)
+    assert layout.longest == max(lengths, default=0)
+    assert layout.bounds.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
 
 
 # --- attention ---
