@@ -21,9 +21,11 @@ from tokenprune.envs.vit_parts import (
     attention_width,
     check_supported,
     classify,
+    classify_normed,
     embed,
     head_reads_prefix,
     packed_block,
+    pools_tokens,
 )
 
 __all__ = ["Execution", "StagedViT", "Tokens", "UnsupportedBackboneError"]
@@ -215,6 +217,30 @@ class StagedViT(nn.Module):
         """Norm, pooling over the survivors, and classifier: logits [B, classes]."""
         rows, layout = self._rows_by_image(tokens)
         return classify(self.model, rows, layout)
+
+    def features(self, tokens: Tokens) -> Tensor:
+        """The survivors after timm's last norm, each in its slot, zeros where pruned: [B, L, D]."""
+        slot = tokens.alive.flatten().nonzero().squeeze(1)
+        normed = self.model.norm(tokens.x.index_select(0, tokens.row[slot]))
+        dense = normed.new_zeros(tokens.alive.numel(), normed.shape[1])
+        return dense.index_copy(0, slot, normed).unflatten(0, tokens.alive.shape)
+
+    def classify(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """timm's ``forward_head`` on what ``features`` returned [B, L, D].
+
+        Args:
+            features: a slot that is zero throughout is taken as pruned.
+            pre_logits: stop before the classifier.
+
+        Returns:
+            logits [B, classes], or what the classifier reads.
+        """
+        if not pools_tokens(self.model):
+            return self.model.forward_head(features, pre_logits=pre_logits)
+        alive = features.ne(0).any(2)
+        lengths = alive.sum(1).cpu().numpy()
+        layout = Layout.of(lengths, attention_width(self.model), features.device)
+        return classify_normed(self.model, features[alive], layout, pre_logits)
 
     def total_macs(self, tokens: Tokens) -> Tensor:
         """Multiply-accumulates of each image once its head has run, int64 [B]."""

@@ -100,9 +100,9 @@ def classify(model: Any, rows: Tensor, layout: Layout) -> Tensor:
     return classify_normed(model, model.norm(rows), layout)
 
 
-def classify_normed(model: Any, rows: Tensor, layout: Layout) -> Tensor:
+def classify_normed(model: Any, rows: Tensor, layout: Layout, pre_logits: bool = False) -> Tensor:
     """timm's ``forward_head`` of a model that pools over its tokens: normed rows [S, D] -> logits
-    [B, classes].
+    [B, classes], or what the classifier reads.
     """
     if not model.pool_include_prefix:
         rows, layout = layout.without_first(rows, model.num_prefix_tokens)
@@ -120,7 +120,8 @@ def classify_normed(model: Any, rows: Tensor, layout: Layout) -> Tensor:
         pooled = layout.max(rows)
     else:
         pooled = 0.5 * (layout.max(rows) + layout.mean(rows))
-    return model.head(model.head_drop(model.fc_norm(pooled)))
+    pooled = model.head_drop(model.fc_norm(pooled))
+    return pooled if pre_logits else model.head(pooled)
 
 
 def pools_tokens(model: Any) -> bool:
