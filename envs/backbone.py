@@ -1,5 +1,5 @@
-"""``StagedViT``: a timm VisionTransformer that stops before chosen blocks and goes on with the
-tokens that survive.
+"""``StagedViT``: a timm ViT that stops before chosen blocks and goes on with the tokens that
+survive.
 """
 
 from __future__ import annotations
@@ -8,25 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import index
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tokenprune.envs.blocks import packed_block
+from tokenprune.envs.families import UnsupportedBackboneError, attention_width, family_of
+from tokenprune.envs.heads import classify, classify_normed, head_reads_prefix, pools_tokens
 from tokenprune.envs.macs import Macs
 from tokenprune.envs.ragged import Layout
-from tokenprune.envs.vit_parts import (
-    UnsupportedBackboneError,
-    attention_width,
-    check_supported,
-    classify,
-    classify_normed,
-    embed,
-    head_reads_prefix,
-    packed_block,
-    pools_tokens,
-)
+from tokenprune.envs.rotary import Rotary
 
 __all__ = ["Execution", "StagedViT", "Tokens", "UnsupportedBackboneError"]
 
@@ -49,6 +42,7 @@ class Tokens:
             [S]; None where not asked for or before the first block. In a model without a class
             token the mean query of its prefix tokens, or of all its tokens, stands in.
         macs: multiply-accumulates spent on each image so far, int64 [B].
+        rotary: where the model has rotary positions, those of the rows of ``x``.
     """
 
     x: Tensor
@@ -57,6 +51,7 @@ class Tokens:
     layout: Layout | None
     attention: Tensor | None
     macs: Tensor
+    rotary: Rotary | None = None
 
     def repeat(self, times: int) -> Tokens:
         """Each image ``times`` times in a row.
@@ -77,13 +72,13 @@ class Tokens:
 
 
 class StagedViT(nn.Module):
-    """Runs a timm VisionTransformer from one stage to the next on the surviving tokens.
+    """Runs a timm VisionTransformer or Eva from one stage to the next on the surviving tokens.
 
     The model given is used as it is, neither changed nor copied, and must be in eval mode for
     packed execution.
 
     Args:
-        model: timm ``VisionTransformer``, plain or distilled.
+        model: timm ``VisionTransformer``, plain or distilled, or ``Eva``.
         prune_before: 0-based blocks before which the stages stand, ascending; before every block
             but the first where None.
         execution: "packed" removes pruned tokens; "masked" carries all of them and masks attention:
@@ -105,7 +100,8 @@ class StagedViT(nn.Module):
             raise ValueError(
                 f"unknown execution {execution!r}: choose from {', '.join(get_args(Execution))}"
             )
-        self.model = check_supported(model)
+        self._family = family_of(model)
+        self.model = cast(Any, model)
         self.execution = execution
         self.depth = len(self.model.blocks)
         self.prune_before = _check_stages(prune_before, self.depth)
@@ -144,7 +140,7 @@ class StagedViT(nn.Module):
             with_attention: fill ``Tokens.attention`` for the first stage.
             execution: of these images, from here to the end; the module's own where None.
         """
-        x = embed(self.model, images)
+        x, rotary = self._family.embed(self.model, images)
         batch = len(x)
         alive = torch.ones(batch, self.num_slots, dtype=torch.bool, device=x.device)
         layout = None
@@ -158,6 +154,7 @@ class StagedViT(nn.Module):
             layout=layout,
             attention=None,
             macs=torch.full((batch,), self._macs.embed, dtype=torch.int64, device=x.device),
+            rotary=rotary,
         )
         return self._run(tokens, 0, self.prune_before[0], with_attention)
 
@@ -211,6 +208,7 @@ class StagedViT(nn.Module):
             layout=layout,
             attention=None,
             macs=tokens.macs,
+            rotary=tokens.rotary.take(position) if tokens.rotary else None,
         )
 
     def finish(self, tokens: Tokens) -> Tensor:
@@ -271,10 +269,13 @@ class StagedViT(nn.Module):
         x, paid = tokens.x, None
         for i in range(start, stop):
             wanted = with_attention and i == stop - 1
+            block = self.model.blocks[i]
             if tokens.layout is None:
-                x, paid = self._masked_block(self.model.blocks[i], x, tokens.alive, wanted)
+                x, paid = self._masked_block(block, i, x, tokens, wanted)
             else:
-                x, paid = packed_block(self.model.blocks[i], x, tokens.layout, self._query, wanted)
+                x, paid = packed_block(
+                    self._family, block, i, x, tokens.layout, tokens.rotary, self._query, wanted
+                )
         spent = self._macs.blocks(tokens.alive.sum(1), start, stop)
         if paid is not None:
             spent = spent + self._macs.attention_row(tokens.alive.sum(1))
@@ -292,17 +293,24 @@ class StagedViT(nn.Module):
         return layout.mean(q)
 
     def _masked_block(
-        self, block: nn.Module, x: Tensor, alive: Tensor, wanted: bool
+        self, block: nn.Module, index: int, x: Tensor, tokens: Tokens, wanted: bool
     ) -> tuple[Tensor, Tensor | None]:
         """timm's own block over all slots, pruned ones masked out of the keys."""
+        alive, rotary = tokens.alive, tokens.rotary
         images = x.unflatten(0, alive.shape)
-        paid = self._masked_attention(block, images, alive) if wanted else None
-        return block(images, attn_mask=alive[:, None, None, :]).flatten(0, 1), paid
+        paid = None
+        if wanted:
+            turn = rotary.slots(index) if rotary else None
+            paid = self._masked_attention(block, images, alive, turn)
+        turn = rotary.patches(index, len(images)) if rotary else None
+        mask = alive[:, None, None, :]
+        return self._family.whole(block, images, mask, turn).flatten(0, 1), paid
 
-    def _masked_attention(self, block: Any, images: Tensor, alive: Tensor) -> Tensor:
-        attn = block.attn
-        qkv = attn.qkv(block.norm1(images)).unflatten(2, (3, attn.num_heads, attn.head_dim))
-        q, k = attn.q_norm(qkv[:, :, 0]), attn.k_norm(qkv[:, :, 1])
+    def _masked_attention(
+        self, block: Any, images: Tensor, alive: Tensor, turn: Tensor | None
+    ) -> Tensor:
+        source = self._family.blocks[type(block)].enter(block, images)
+        q, k, _ = self._family.project(block, source, turn)
         weight = alive.to(q.dtype)[..., None, None]
         if self.has_class_token:
             query = q[:, 0]
@@ -310,7 +318,7 @@ class StagedViT(nn.Module):
             query = q[:, : self.num_prefix].mean(1)
         else:
             query = (q * weight).sum(1) / weight.sum(1)
-        scores = torch.einsum("bhd,blhd->bhl", query, k) * attn.scale
+        scores = torch.einsum("bhd,blhd->bhl", query, k) * block.attn.scale
         scores = scores.masked_fill(~alive[:, None, :], -torch.inf)
         return scores.softmax(-1).mean(1).flatten()
 

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tokenprune.envs.families import attention_width, family_of
+from tokenprune.envs.heads import classify
 from tokenprune.envs.ragged import Layout
-from tokenprune.envs.vit_parts import attention_width, classify, embed
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Macs:
         sizes = [model.num_prefix_tokens + n for n in (1, 2, 3)]
         costs = []
         with _in_eval_mode(model):
-            embedding = _count_macs(partial(embed, model, blank))
+            embedding = _count_macs(partial(family_of(model).embed, model, blank))
             for n in sizes:
                 layout = Layout.of(np.array([n]), attention_width(model), blank.device)
                 rows = blank.new_zeros(n, model.embed_dim)

@@ -474,9 +474,9 @@ def refused(model, reason):
             "not that of timm's VisionTransformer",
         ),
         (
-            "eva02_tiny_patch14_224",
-            {"depth": 1, "embed_dim": 48, "img_size": 28},
-            "not that of timm's VisionTransformer",
+            "beit_base_patch16_224",
+            {"depth": 1, "embed_dim": 48, "num_heads": 2, "img_size": 32},
+            "a bias for each pair of places",
         ),
     ],
 )
@@ -492,6 +492,7 @@ def test_models_of_another_kind_are_refused(name, kwargs, reason):
         ({"num_classes": 0}, "no classifier"),
         ({"global_pool": ""}, "no pooling"),
         ({"depth": 0}, "no blocks"),
+        ({"img_size": 20, "dynamic_img_size": True, "dynamic_img_pad": True}, "pads images"),
     ],
 )
 def test_vits_that_are_not_plain_are_refused(make_vit, kwargs, reason):
