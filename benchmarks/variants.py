@@ -64,7 +64,7 @@ def make_plan(workload: Workload, with_merges: bool = True) -> Plan:
     """
     backbone, keep = workload.packed, workload.keep
     if keep is None:
-        model = PrunedViT(backbone, workload.decider)
+        model = PrunedViT(backbone, workload.decider).eval()
         keep = model.trace(workload.images).alive.cpu().numpy()
     macs = packed_macs(workload, keep)
     return Plan(
@@ -115,8 +115,10 @@ def calls(variant: Variant, workload: Workload, plan: Plan, batch_size: int) -> 
     """One call for each batch of the images; each returns logits."""
     batches = workload.images.split(batch_size)
     keep = torch.from_numpy(plan.keep).to(workload.images.device).split(batch_size)
-    models: list[nn.Module] = [
-        _model(variant, workload, plan, DrawnPolicy(workload.decider, drawn)) for drawn in keep
+    # in training mode ours would mask
+    models = [
+        _model(variant, workload, plan, DrawnPolicy(workload.decider, drawn)).eval()
+        for drawn in keep
     ]
     return [partial(model, batch) for model, batch in zip(models, batches, strict=True)]
 

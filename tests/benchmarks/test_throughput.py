@@ -112,7 +112,7 @@ def test_padded_decides_as_packed_does(make_vit, kwargs, score):
     workload = make_workload(make_vit(img_size=64, **kwargs))
     policy = TopK((40, 20, 7), score)
     padded = PaddedViT(workload.packed, policy)(workload.images)
-    packed = PrunedViT(workload.packed, policy)(workload.images)
+    packed = PrunedViT(workload.packed, policy).eval()(workload.images)
     torch.testing.assert_close(padded, packed, rtol=0, atol=1e-4)
 
 
@@ -130,7 +130,7 @@ def test_padded_pays_attention_to_living_tokens_alone(make_vit, kwargs):
 
     keep = torch.from_numpy(workload.keep)
     for model in (PaddedViT, PrunedViT):
-        model(workload.packed, Noting(workload.decider, keep))(workload.images)
+        model(workload.packed, Noting(workload.decider, keep)).eval()(workload.images)
     assert set(seen) == {0, 1, 2}
     for padded, packed in seen.values():
         torch.testing.assert_close(padded, packed, rtol=1e-4, atol=1e-5)
@@ -172,26 +172,35 @@ def test_our_cost_is_what_a_pass_says_it_was(make_vit, kwargs):
     keep[0, 1:] = False
     workload = make_workload(make_vit(img_size=64, **kwargs), keep)
     policy = DrawnPolicy(workload.decider, torch.from_numpy(keep))
-    trace = PrunedViT(workload.packed, policy).trace(workload.images)
+    trace = PrunedViT(workload.packed, policy).eval().trace(workload.images)
     assert trace.macs.double().mean().item() == packed_macs(workload, keep)
     assert torch.equal(trace.alive[1:], torch.from_numpy(keep[1:]))
     assert workload.decider.macs_per_decision > 0
 
 
-@pytest.mark.parametrize("variant", ["dense", "padded", "tome", "uniform"])
-def test_costs_are_what_pytorch_counts(workload, plan, variant):
+@pytest.mark.parametrize(
+    ("variant", "tolerance"),
+    [
+        ("dense", 1e-6),
+        ("packed", 0.02),  # attention over images of like length may be padded a little
+        ("masked", 0.15),  # computes queries and keys once more for the attention it observes
+        ("padded", 1e-6),
+        ("tome", 1e-6),
+        ("uniform", 1e-6),
+    ],
+)
+def test_costs_are_what_pytorch_counts(workload, plan, variant, tolerance):
     """The policy apart: it multiplies what patches share only once, and is charged in full."""
-    decider = workload.decider
     with FlopCounterMode(display=False) as counter:
         workload.decider.forward = lambda view: view.alive
         for call in calls(variant, workload, plan, BATCH):
             call()
     counted = counter.get_total_flops() / 2 / IMAGES
     charged = gmacs(variant, workload, plan, BATCH) * 1e9
-    if variant == "padded":
+    if variant in PATTERNED:
         decisions = 64 + plan.keep[:, :-1].sum((1, 2)).mean()
-        charged -= decisions * decider.macs_per_decision
-    assert charged == pytest.approx(counted, rel=1e-6)
+        charged -= decisions * workload.decider.macs_per_decision
+    assert charged == pytest.approx(counted, rel=tolerance)
 
 
 def test_masked_and_padded_pay_for_what_they_carry(workload, plan):
@@ -206,7 +215,7 @@ def test_masked_and_padded_pay_for_what_they_carry(workload, plan):
 
 def test_a_policy_is_asked_where_nothing_was_drawn(workload):
     asked = make_plan(replace(workload, keep=None), with_merges=False)
-    alive = PrunedViT(workload.packed, workload.decider).trace(workload.images).alive
+    alive = PrunedViT(workload.packed, workload.decider).eval().trace(workload.images).alive
     assert np.array_equal(asked.keep, alive.numpy())
     assert asked.merges == ()
 
@@ -220,7 +229,7 @@ def test_a_run_brings_its_backbone_policy_and_images(tmp_path, monkeypatch):
 
     def from_run(folder):
         asked.append(folder)
-        return PrunedViT(backbone, policy)
+        return PrunedViT(backbone, policy).eval()
 
     monkeypatch.setattr(PrunedViT, "from_run", from_run)
     (tmp_path / "config.json").write_text(json.dumps({"dataset": "digits"}))
