@@ -3,6 +3,6 @@
 from tokenprune.agents.actor_critic import LearnedPolicy, TokenActor
 from tokenprune.agents.heuristics import KeepAll, TopK
 from tokenprune.agents.policy import Policy
-from tokenprune.agents.pruned_vit import PrunedViT
+from tokenprune.agents.pruned_vit import PrunedViT, prune
 
-__all__ = ["KeepAll", "LearnedPolicy", "Policy", "PrunedViT", "TokenActor", "TopK"]
+__all__ = ["KeepAll", "LearnedPolicy", "Policy", "PrunedViT", "TokenActor", "TopK", "prune"]

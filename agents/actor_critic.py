@@ -5,12 +5,13 @@ becomes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune.envs.observations import View
+from tokenprune.envs.backbone import StagedViT
+from tokenprune.envs.observations import View, field_size
 
 HIDDEN_GAIN = math.sqrt(2)
 POLICY_GAIN = 0.01  # MAPPO: a first policy that is nearly uniform
@@ -70,6 +71,7 @@ class TokenActor(Actor):
         keep_bias: float = 0.0,
     ) -> None:
         super().__init__(observation_size, 2, hidden)
+        self.hidden = tuple(hidden)
         self.attention = attention
         self.keep_bias = nn.Parameter(torch.tensor(keep_bias / self.PRIOR_SPEED))
         self.prior_weight = nn.Parameter(
@@ -168,8 +170,27 @@ class LearnedPolicy(nn.Module):
             layer.weight.numel() for layer in actor.modules() if isinstance(layer, nn.Linear)
         )
 
+    def check_fits(self, backbone: StagedViT) -> None:
+        """Raises ValueError where ``backbone`` shows agents more or less than the actor reads."""
+        shown = {name: field_size(backbone, name) for name in self.fields}
+        first = next(layer for layer in self.actor.modules() if isinstance(layer, nn.Linear))
+        if first.in_features != sum(shown.values()):
+            raise ValueError(
+                f"the policy reads {first.in_features} numbers an agent, the backbone of width "
+                f"{backbone.width} with {backbone.num_stages} stages shows {sum(shown.values())}: "
+                f"{shown}"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedPolicy:
+        """Moves with the backbone, but stays in float32: it is tiny, and rounding moves its
+        decisions.
+        """
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
     def forward(self, view: View) -> Tensor:
         logits = self.logits(view)
+        if not torch.isfinite(logits).all():
+            raise ValueError("the policy's logits are not finite: check its weights and the images")
         return view.scatter(logits[:, 1] > logits[:, 0])
 
     def logits(self, view: View) -> Tensor:

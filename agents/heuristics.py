@@ -43,7 +43,7 @@ class TopK:
         self.tokens = tuple(tokens)
         self.score = score
         self.needs_attention = score == "attention"
-        self._seed = seed
+        self.seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def __call__(self, view: View) -> Tensor:
@@ -64,5 +64,5 @@ class TopK:
             return view.token.norm(dim=1)
         device = view.alive.device
         if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+            self._generators[device] = torch.Generator(device).manual_seed(self.seed)
         return torch.rand(len(view.image), generator=self._generators[device], device=device)

@@ -1,14 +1,21 @@
-"""``PrunedViT``: a backbone and a policy as one module, the thing people deploy."""
+"""``prune`` and ``PrunedViT``: a backbone and a policy as one module, the thing people deploy."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, overload
 
 import torch
+from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
+from tokenprune.agents import saved
+from tokenprune.agents.actor_critic import LearnedPolicy
 from tokenprune.agents.policy import Policy
-from tokenprune.envs.backbone import StagedViT
+from tokenprune.envs.backbone import StagedViT, Tokens
 from tokenprune.envs.observations import View
 
 
@@ -27,36 +34,192 @@ class Trace:
     macs: Tensor
 
 
-class PrunedViT(nn.Module):
-    """Classifies images with the tokens that its policy keeps; a pass leaves nothing on the module.
+class PrunedViT(
+    nn.Module,
+    ModelHubMixin,
+    library_name="tokenprune",
+    license="apache-2.0",
+    tags=["vision-transformer", "token-pruning"],
+):
+    """Classifies images with the tokens that its policy keeps, in the place of the timm model.
+
+    A pass leaves nothing on the module. In training mode pruned tokens are masked, not removed: so
+    gradients and timm's regularisers are those of the whole model.
 
     Args:
-        backbone: the staged ViT.
+        backbone: the staged ViT; used as it is. ``prune`` makes one of a copy.
         policy: who stays.
+        model_kwargs: arguments beyond the name that ``create_backbone`` needs to build the backbone
+            anew from what ``save_pretrained`` writes.
+
+    Raises:
+        ValueError: the policy is of another backbone.
     """
 
-    def __init__(self, backbone: StagedViT, policy: Policy) -> None:
+    def __init__(
+        self,
+        backbone: StagedViT,
+        policy: Policy,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
+        if isinstance(policy, LearnedPolicy):
+            policy.check_fits(backbone)
         self.backbone = backbone
         self.policy = policy
+        self.model_kwargs = dict(model_kwargs or {})
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, classes] of images [B, C, H, W]."""
-        return self.trace(images).logits
+    @overload
+    def forward(self, images: Tensor, return_keep: Literal[False] = ...) -> Tensor: ...
+    @overload
+    def forward(self, images: Tensor, return_keep: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    def forward(self, images: Tensor, return_keep: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Classifies images.
+
+        Args:
+            images: float [B, C, H, W].
+            return_keep: also tell who survived each stage.
+
+        Returns:
+            logits [B, classes]; with them, where asked for, bool [B, T, N].
+
+        Raises:
+            ValueError: images of another size or number of channels, or a policy whose answer is
+                not bool [B, N] or not a number.
+        """
+        tokens, alive, _ = self._run(images)
+        logits = self.backbone.finish(tokens)
+        return (logits, alive) if return_keep else logits
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """timm's: tokens after the last norm, each in its slot, zeros where pruned: [B, L, D]."""
+        return self.backbone.features(self._run(images)[0])
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """timm's, on what ``forward_features`` returned: logits [B, classes]."""
+        return self.backbone.classify(features, pre_logits)
 
     def trace(self, images: Tensor) -> Trace:
         """As ``forward``, with what was pruned and what it cost."""
+        tokens, alive, decisions = self._run(images)
+        return Trace(
+            logits=self.backbone.finish(tokens),
+            alive=alive,
+            macs=self.backbone.total_macs(tokens) + decisions * self.policy.macs_per_decision,
+        )
+
+    def _run(self, images: Tensor) -> tuple[Tokens, Tensor, Tensor]:
+        """All blocks; the last tokens, who survived each stage [B, T, N], and decisions [B]."""
         backbone, policy = self.backbone, self.policy
-        tokens = backbone.begin(images, policy.needs_attention)
+        self._check_images(images)
+        execution = "masked" if self.training else backbone.execution
+        tokens = backbone.begin(images, policy.needs_attention, execution)
         budget = torch.zeros(len(images), device=images.device)
         alive, decisions = [], torch.zeros_like(tokens.macs)
         for stage in range(backbone.num_stages):
             view = View(backbone, tokens, stage, budget)
             decisions = decisions + view.count
-            tokens = backbone.advance(tokens, policy(view), stage, policy.needs_attention)
+            tokens = backbone.advance(tokens, self._decide(view), stage, policy.needs_attention)
             alive.append(tokens.alive[:, backbone.num_prefix :])
-        return Trace(
-            logits=backbone.finish(tokens),
-            alive=torch.stack(alive, dim=1),
-            macs=backbone.total_macs(tokens) + decisions * policy.macs_per_decision,
+        return tokens, torch.stack(alive, dim=1), decisions
+
+    @torch.no_grad()
+    def _decide(self, view: View) -> Tensor:
+        keep = self.policy(view)
+        if keep.dtype != torch.bool or keep.shape != view.alive.shape:
+            raise ValueError(
+                f"the policy must answer bool {list(view.alive.shape)}: "
+                f"got {keep.dtype} {list(keep.shape)}"
+            )
+        return keep
+
+    def _check_images(self, images: Tensor) -> None:
+        wanted = self.backbone.image_shape
+        if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
+            raise ValueError(
+                f"the backbone takes images [B, {', '.join(map(str, wanted))}]: "
+                f"got {list(images.shape)}"
+            )
+
+    # what code written for timm models asks them
+
+    @property
+    def num_classes(self) -> int:
+        return self.backbone.num_classes
+
+    @property
+    def num_features(self) -> int:
+        return self.backbone.width
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        # timm leaves input_size as it was where a model is built for another
+        return dict(self.backbone.model.pretrained_cfg) | {"input_size": self.backbone.image_shape}
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        return self.pretrained_cfg
+
+    # files
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        saved.write(
+            save_directory, self.backbone, self.policy, self.model_kwargs, self.state_dict()
         )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **hub_options: Any
+    ) -> PrunedViT:
+        """Reads what ``save_pretrained`` wrote, in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a name on the hub.
+            hub_options: of ``ModelHubMixin.from_pretrained``, as ``revision`` or ``token``.
+
+        Raises:
+            SavedModelError: files are missing, damaged or of another version, or the hub can't be
+                reached.
+        """
+        config, weights = saved.locate(str(pretrained_model_name_or_path), hub_options)
+        backbone, policy, model_kwargs = saved.rebuild(config)
+        model = cls(backbone, policy, model_kwargs)
+        saved.load_weights(model, weights)
+        return model.eval()
+
+    @classmethod
+    def from_run(cls, folder: str | Path) -> PrunedViT:
+        """The model that a finished run of ``trainers.mappo`` learned, in evaluation mode.
+
+        Raises:
+            SavedModelError: the folder holds no finished run of the token game, its files are
+                damaged, or its backbone's weights were random and are gone.
+            BackboneError: the backbone can't be built or loaded.
+        """
+        backbone, policy, model_kwargs = saved.read_run(Path(folder))
+        return cls(backbone, policy, model_kwargs).eval()
+
+
+def prune(
+    vit: nn.Module,
+    policy: Policy,
+    prune_before: Sequence[int] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> PrunedViT:
+    """Makes a timm ViT drop tokens.
+
+    Args:
+        vit: timm's model; it is copied, not changed.
+        policy: who stays; copied likewise.
+        prune_before: 0-based blocks before which tokens are dropped, ascending; before every block
+            but the first where None.
+        model_kwargs: what ``vit`` was built with beside its name, where that is not to be seen on
+            it (``depth``, ``embed_dim``, ...); only ``save_pretrained`` needs it.
+
+    Raises:
+        UnsupportedBackboneError: the model can't be run on a part of its tokens.
+        ValueError: stages out of range, or a policy of another backbone.
+    """
+    backbone = StagedViT(copy.deepcopy(vit), prune_before)
+    model = PrunedViT(backbone, copy.deepcopy(policy), model_kwargs)
+    return model.train(vit.training)

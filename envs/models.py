@@ -84,6 +84,8 @@ class ConvStem(nn.Module):
         features = images
         for i in range(0, len(self.layers) - 1, 3):
             conv, norm, activation = self.layers[i : i + 3]
+            assert isinstance(conv, nn.Conv2d)
+            assert isinstance(norm, nn.BatchNorm2d)
             features = activation(_conv_with_norm(features, conv, norm))
         return self.layers[-1](features).flatten(2).transpose(1, 2)
 
@@ -92,6 +94,8 @@ def _conv_with_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     """``norm(conv(x))`` with fixed statistics, as one convolution: scaling its few weights costs
     less than another pass over its large output.
     """
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     weight, bias = conv.weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
     return F.conv2d(x, weight, bias, conv.stride, conv.padding)
@@ -155,7 +159,7 @@ def create_backbone(
     file = None if checkpoint is None else Path(checkpoint)
     if name == DIGITS_VIT and file is None and not untrained:
         file = _shipped_weights()
-    described = {} if file is None else _describe(file, name)
+    described = {} if file is None else read_description(file, name)
     kwargs = described.get("model_kwargs", {}) | kwargs
     if num_classes is None:
         num_classes = described.get("num_classes")
@@ -207,8 +211,12 @@ def _shipped_weights() -> Path:
     return weights
 
 
-def _describe(path: Path, name: str) -> dict[str, Any]:
-    """What ``write_weights`` noted beside the weights; empty for a file of another origin."""
+def read_description(path: Path, name: str) -> dict[str, Any]:
+    """What ``write_weights`` noted beside the weights; empty for a file of another origin.
+
+    Raises:
+        BackboneError: there is no such file, it is damaged, or of another backbone than ``name``.
+    """
     if not path.is_file():
         raise BackboneError(f"no checkpoint {path}")
     if path.suffix != ".safetensors":

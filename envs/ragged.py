@@ -196,7 +196,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
         bounds, longest = layout.bounds, layout.longest
-        return varlen_attn(q, k, v, bounds, bounds, longest, longest).flatten(1)
+        mixed = varlen_attn(q, k, v, bounds, bounds, longest, longest)
+        assert isinstance(mixed, Tensor)  # without return_aux
+        return mixed.flatten(1)
     padding = layout.padding
     if padding is None:
         return _attend(q, k, v, layout.buckets, None)
@@ -214,10 +216,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, bias: Tensor | Non
         mask = None
         if padded and bias is not None:
             mask = bias[start:stop].view(images, 1, 1, length).to(q.dtype)
-        heads_first = (
+        queries, keys, values = (
             rows[start:stop].unflatten(0, (images, length)).transpose(1, 2) for rows in (q, k, v)
         )
-        out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask)
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         mixed.append(out.transpose(1, 2).reshape(images * length, -1))
         start = stop
     if len(mixed) == 1:

@@ -96,9 +96,8 @@ class Learner:
             if not isinstance(getattr(model, "patch_drop", None), nn.Identity | PatchDropout):
                 raise TrainingError(f"{config.backbone} has no patch dropout: give 0")
             # arXiv 2208.07220; not among the model's arguments, which the weights are stored with
-            model.patch_drop = PatchDropout(
-                config.patch_dropout, num_prefix_tokens=model.num_prefix_tokens
-            )
+            prefix: Any = model.num_prefix_tokens
+            model.patch_drop = self._patch_drop = PatchDropout(num_prefix_tokens=prefix)
         self.model = model.train()
         self.ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
         self.optimizer = create_optimizer_v2(
@@ -121,7 +120,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step, self.steps)
         if self.config.patch_dropout:
-            self.model.patch_drop.prob = patch_dropout(self.config, step)
+            self._patch_drop.prob = patch_dropout(self.config, step)
         logits = self.model(inputs.to(memory_format=torch.channels_last))
         smoothing = self.config.label_smoothing if targets.ndim == 1 else 0.0
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)

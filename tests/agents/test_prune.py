@@ -1,0 +1,412 @@
+"""``prune`` makes a model that takes the timm model's place, and survives being saved."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.data import resolve_model_data_config
+
+from tokenprune.agents import KeepAll, LearnedPolicy, PrunedViT, TopK, prune
+from tokenprune.agents.saved import SavedModelError, learned_policy
+from tokenprune.envs.backbone import StagedViT, UnsupportedBackboneError
+from tokenprune.envs.models import create_backbone, write_weights
+from tokenprune.envs.observations import DEFAULT_FIELDS
+from tokenprune.trainers.runs import main as mappo
+
+BATCH, PATCHES, STAGES = 5, 16, (1, 3)
+SHAPE = {"depth": 4, "embed_dim": 32, "num_heads": 2, "patch_size": 8}  # not to be seen on a model
+POOLINGS = {
+    "token": {},
+    "avg": {"global_pool": "avg"},
+    "avgmax without class token": {"class_token": False, "global_pool": "avgmax"},
+    "map": {"class_token": False, "global_pool": "map"},
+}
+
+
+def random_policy(backbone, fields=DEFAULT_FIELDS):
+    """Its random decisions are not all the same."""
+    policy = learned_policy(backbone, list(fields), [8], "cls_attention" in fields)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for layer in (policy.actor.net[1], policy.actor.net[-1]):
+            torch.nn.init.normal_(layer.weight)
+    return policy
+
+
+class Draw:
+    """Random decisions: the first image loses all patches, the last none."""
+
+    needs_attention, macs_per_decision = False, 0
+
+    def __call__(self, view):
+        generator = torch.Generator().manual_seed(view.stage)
+        share = torch.linspace(0, 1, len(view.alive))[:, None]
+        return torch.rand(view.alive.shape, generator=generator) < share
+
+
+def pruned(vit, policy=None):
+    policy = policy or random_policy(StagedViT(vit, STAGES))
+    return prune(vit, policy, STAGES, model_kwargs=SHAPE).eval()
+
+
+def data_config(vit):
+    """Of a model that was built for images of 32 pixels, which timm doesn't note."""
+    return resolve_model_data_config(vit) | {"input_size": (3, 32, 32)}
+
+
+@pytest.fixture
+def images(some_images):
+    return some_images.load(range(BATCH))[0]
+
+
+# --- in the place of the timm model ---
+
+
+@torch.no_grad()
+def test_a_policy_that_keeps_all_changes_nothing(make_vit, images):
+    for kwargs in POOLINGS.values():
+        vit = make_vit(**kwargs)
+        model = pruned(vit, KeepAll())
+        torch.testing.assert_close(model(images), vit(images), rtol=0, atol=1e-5)
+        features = model.forward_features(images)
+        torch.testing.assert_close(features, vit.forward_features(images), rtol=0, atol=1e-5)
+        for pre_logits in (False, True):
+            torch.testing.assert_close(
+                model.forward_head(features, pre_logits),
+                vit.forward_head(features, pre_logits),
+                rtol=0,
+                atol=1e-5,
+            )
+
+
+@pytest.mark.parametrize("kwargs", POOLINGS.values(), ids=POOLINGS)
+@torch.no_grad()
+def test_features_and_head_are_the_forward_pass(make_vit, images, kwargs):
+    model = pruned(make_vit(**kwargs), Draw())
+    logits, keep = model(images, return_keep=True)
+    assert torch.equal(logits, model(images))
+    assert keep.shape == (BATCH, len(STAGES), PATCHES)
+    assert keep.dtype == torch.bool
+    prefix = model.backbone.num_prefix
+    assert keep[0].sum() == model.backbone.keeps_last_patch * len(STAGES)
+    assert keep[-1].all()
+    features = model.forward_features(images)
+    assert torch.equal(features[:, prefix:].ne(0).any(2), keep[:, -1])
+    torch.testing.assert_close(model.forward_head(features), logits, rtol=0, atol=1e-5)
+    with_head_apart = model.backbone.model.get_classifier()(model.forward_head(features, True))
+    torch.testing.assert_close(with_head_apart, logits, rtol=0, atol=1e-5)
+
+
+def test_the_given_model_and_policy_stay_as_they_are(make_vit, images):
+    vit = make_vit()
+    policy = random_policy(StagedViT(vit, STAGES))
+    before = {key: value.clone() for key, value in vit.state_dict().items()}
+    model = prune(vit, policy, STAGES).train().to(torch.bfloat16)
+    torch.optim.SGD(model.parameters(), 1.0)
+    model(images.bfloat16()).square().sum().backward()
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert not vit.training
+    assert all(torch.equal(vit.state_dict()[key], before[key]) for key in before)
+    assert policy.actor.net[-1].weight.abs().sum() > 0
+
+
+def test_it_tells_what_timms_tools_ask(vit):
+    model = pruned(vit)
+    assert resolve_model_data_config(model) == data_config(vit)
+    assert (model.num_classes, model.num_features) == (vit.num_classes, vit.num_features)
+    assert model.default_cfg["architecture"] == vit.default_cfg["architecture"]
+
+
+@torch.no_grad()
+def test_timms_validation_loop_runs_on_it(vit, some_images):
+    """Loader, transform and top-1 as timm's validate.py has them."""
+    from timm.data import create_loader
+    from timm.utils import accuracy
+    from torch.utils.data import Dataset
+    from torchvision.transforms.functional import to_pil_image
+
+    class Pictures(Dataset):
+        transform = None
+
+        def __len__(self):
+            return len(some_images)
+
+        def __getitem__(self, i):
+            image, label = some_images.load([i])
+            return self.transform(to_pil_image(image[0].sigmoid())), int(label[0])
+
+    model = pruned(vit)
+    config = resolve_model_data_config(model)
+    loader = create_loader(
+        Pictures(), batch_size=4, use_prefetcher=False, device=torch.device("cpu"), **config
+    )
+    scores = [accuracy(model(batch), labels, topk=(1, 5))[1] for batch, labels in loader]
+    assert scores == [100.0] * 3  # five classes: the label is among the five best
+
+
+@torch.no_grad()
+def test_half_precision_moves_the_backbone_alone(vit, images):
+    model = pruned(vit)
+    full = model(images)
+    half = model.bfloat16()
+    assert half.backbone.model.head.weight.dtype == torch.bfloat16
+    assert half.policy.actor.net[-1].weight.dtype == torch.float32
+    logits = half(images.bfloat16())
+    assert logits.dtype == torch.bfloat16
+    # decisions near the threshold may flip: images that kept the same tokens agree
+    same = (pruned(vit)(images, True)[1] == half(images.bfloat16(), True)[1]).all(2).all(1)
+    assert same.any()
+    torch.testing.assert_close(logits[same].float(), full[same], rtol=0, atol=0.3)
+
+
+def test_training_masks_what_evaluation_removes(vit, images):
+    model = pruned(vit)
+    with torch.no_grad():
+        removed, kept = model(images, return_keep=True)
+    masked, kept_in_training = model.train()(images, return_keep=True)
+    assert torch.equal(kept, kept_in_training)
+    torch.testing.assert_close(masked, removed, rtol=0, atol=1e-4)
+    masked.sum().backward()
+    assert model.backbone.model.blocks[0].attn.qkv.weight.grad.norm() > 0
+
+
+@torch.no_grad()
+def test_passes_do_not_touch_each_other(vit, images):
+    """Two threads over one module, as DataParallel runs its replicas."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = pruned(vit)
+    expected = model(images)
+    before = {key: id(value) for key, value in vars(model.backbone).items()}
+    with ThreadPoolExecutor(4) as pool:
+        rows = list(pool.map(lambda i: model(images[i : i + 1]), [*range(BATCH)] * 4))
+    torch.testing.assert_close(torch.cat(rows), expected.repeat(4, 1), rtol=0, atol=1e-5)
+    assert {key: id(value) for key, value in vars(model.backbone).items()} == before
+
+
+@torch.no_grad()
+def test_many_tokens(make_vit):
+    """32 x 32 patches of one image, and a single survivor in the next."""
+    vit = make_vit(img_size=256, depth=2)
+
+    def keep(view):
+        first = torch.arange(view.alive.shape[1]) == 0
+        return torch.stack([torch.ones_like(first), first])
+
+    keep.needs_attention, keep.macs_per_decision = False, 0
+    model = prune(vit, keep, (1,)).eval()
+    images = torch.randn(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    logits, kept = model(images, return_keep=True)
+    assert kept.sum(2).tolist() == [[1024], [1]]
+    torch.testing.assert_close(logits[:1], vit(images[:1]), rtol=0, atol=1e-4)
+    masked = PrunedViT(StagedViT(vit, (1,), "masked"), keep)
+    torch.testing.assert_close(logits, masked.eval()(images), rtol=0, atol=1e-4)
+
+
+# --- on disk ---
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [None, KeepAll(), TopK((9, 4), "attention"), TopK((9, 4), "random", seed=3)],
+    ids=["learned", "keep all", "attention", "random"],
+)
+@torch.no_grad()
+def test_what_was_saved_comes_back(make_vit, images, tmp_path, policy):
+    vit = make_vit(global_pool="avg", num_classes=7)
+    model = pruned(vit, policy)
+    model.save_pretrained(tmp_path / "mine")
+    logits = model(images)
+    again = PrunedViT.from_pretrained(tmp_path / "mine")
+    assert not again.training
+    assert torch.equal(again(images), logits)
+    assert resolve_model_data_config(again) == data_config(vit)
+    described = json.loads((tmp_path / "mine" / "config.json").read_text())
+    assert described["backbone"]["name"] == "vit_tiny_patch16_224"
+    assert described["versions"]["timm"] == timm.__version__
+    again.save_pretrained(tmp_path / "once more")
+    files = [tmp_path / name / "config.json" for name in ("mine", "once more")]
+    assert files[0].read_text() == files[1].read_text()
+
+
+def test_a_run_becomes_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = "--num-envs 16 --iterations 2 --eval-size 20 --prune-before 2 4 --hidden 4 --seed 3"
+    monkeypatch.setattr("tokenprune.envs.datasets.DEFAULT_SIZES", dict.fromkeys(
+        ("train", "validation", "test"), 64))  # fmt: skip
+    mappo([*options.split(), "--run-name", "tiny"])
+    model = PrunedViT.from_run("runs/tiny")
+    assert model.backbone.prune_before == (2, 4)
+    trained = load_file("runs/tiny/policy.safetensors")
+    assert all(torch.equal(model.policy.actor.state_dict()[key], trained[key]) for key in trained)
+    dense = create_backbone()
+    for key, value in dense.state_dict().items():
+        assert torch.equal(model.backbone.model.state_dict()[key], value)
+    model.save_pretrained("mine")
+    images = torch.randn(3, 1, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(PrunedViT.from_pretrained("mine")(images), model(images))
+
+
+def test_a_run_on_a_checkpoint_becomes_a_model(make_vit, tmp_path):
+    """What the checkpoint knows of its model comes along."""
+    vit = make_vit(in_chans=1, img_size=64)
+    kwargs = SHAPE | {"in_chans": 1, "img_size": 64}
+    weights = tmp_path / "backbone.safetensors"
+    write_weights(weights, vit.state_dict(), "vit_tiny_patch16_224", 5, kwargs)
+    policy = random_policy(StagedViT(vit, STAGES))
+    run = tmp_path / "run"
+    run.mkdir()
+    save_file(policy.actor.state_dict(), run / "policy.safetensors")
+    settings = {
+        "env": "token-prune", "backbone": "vit_tiny_patch16_224", "model_kwargs": {},
+        "pretrained": False, "checkpoint": str(weights), "dataset": "folder:somewhere",
+        "prune_before": STAGES, "observation": DEFAULT_FIELDS, "hidden": [8],
+        "attention_prior": 0.5,
+    }  # fmt: skip
+    (run / "config.json").write_text(json.dumps(settings))
+    images = torch.randn(3, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = pruned(vit, policy)(images)
+        model = PrunedViT.from_run(run)
+        assert torch.equal(model(images), expected)
+        model.save_pretrained(tmp_path / "mine")
+        assert torch.equal(PrunedViT.from_pretrained(tmp_path / "mine")(images), expected)
+
+    without = settings | {"checkpoint": None}
+    (run / "config.json").write_text(json.dumps(without))
+    with pytest.raises(SavedModelError, match="random weights, which were not kept"):
+        PrunedViT.from_run(run)
+
+
+def test_it_goes_to_the_hub_through_huggingfaces_mixin(vit, tmp_path, monkeypatch):
+    """What would be uploaded is what was saved."""
+    from huggingface_hub import HfApi
+
+    uploaded = {}
+    monkeypatch.setattr(
+        HfApi, "create_repo", lambda self, repo_id, **_: type("Url", (), {"repo_id": repo_id})
+    )
+    monkeypatch.setattr(
+        HfApi,
+        "upload_folder",
+        lambda self, repo_id, folder_path, **_: uploaded.update(
+            {repo_id: sorted(path.name for path in folder_path.iterdir())}
+        ),
+    )
+    pruned(vit).push_to_hub("me/mine")
+    assert uploaded == {"me/mine": ["README.md", "config.json", "model.safetensors"]}
+
+
+# --- bad input ---
+
+
+def test_a_policy_of_another_backbone_is_refused(vit, make_vit):
+    other = random_policy(StagedViT(make_vit(embed_dim=48), STAGES))
+    with pytest.raises(ValueError, match="policy reads 99 numbers an agent, the backbone of width"):
+        prune(vit, other, STAGES)
+    with pytest.raises(ValueError, match="width 32 with 3 stages shows 68"):
+        prune(vit, random_policy(StagedViT(vit, STAGES)), (1, 2, 3))
+
+
+def test_what_can_not_be_pruned_is_refused():
+    with pytest.raises(UnsupportedBackboneError, match="SwinTransformer"):
+        prune(timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)), KeepAll())
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32, 40), (2, 1, 32, 32), (3, 32, 32)])
+def test_images_of_another_shape_are_refused(vit, shape):
+    with pytest.raises(ValueError, match=r"takes images \[B, 3, 32, 32\]: got \[\d"):
+        pruned(vit)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda view: view.alive.long(), r"must answer bool \[2, 16\]: got torch.int64 \[2, 16\]"),
+        (lambda view: view.alive[:, 1:], r"must answer bool \[2, 16\]: got torch.bool \[2, 15\]"),
+    ],
+)
+def test_a_wrong_answer_is_refused(vit, answer, message):
+    answer.needs_attention, answer.macs_per_decision = False, 0
+    with pytest.raises(ValueError, match=message):
+        pruned(vit, answer)(torch.zeros(2, 3, 32, 32))
+
+
+def test_logits_that_are_no_numbers_are_refused(vit, images):
+    policy = random_policy(StagedViT(vit, STAGES))
+    policy.actor.net[-1].bias.data[1] = torch.nan
+    with pytest.raises(ValueError, match="logits are not finite"):
+        pruned(vit, policy)(images)
+    with pytest.raises(ValueError, match="logits are not finite"):
+        pruned(vit)(images * torch.nan)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_folder_that_lacks_a_file_is_refused(vit, tmp_path, name):
+    pruned(vit).save_pretrained(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(SavedModelError, match=f"{name} is missing"):
+        PrunedViT.from_pretrained(tmp_path)
+
+
+def test_damaged_files_are_refused(vit, make_vit, tmp_path):
+    pruned(vit).save_pretrained(tmp_path)
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    whole, described = weights.read_bytes(), json.loads(config.read_text())
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(SavedModelError, match=r"model.safetensors is damaged"):
+        PrunedViT.from_pretrained(tmp_path)
+    weights.write_bytes(whole)
+    for change, message in [
+        ({"format": 2}, "written in format 2, this version reads 1"),
+        ({"policy": {"kind": "magic"}}, "unknown kind of policy 'magic'"),
+        ({"backbone": {"name": "vit_tiny_patch16_224"}}, "configuration is damaged"),
+        ({"backbone": described["backbone"] | {"name": "vit_none"}}, "unknown backbone 'vit_none'"),
+        ({"policy": described["policy"] | {"hidden": [9]}}, "doesn't fit its configuration"),
+    ]:
+        config.write_text(json.dumps(described | change))
+        with pytest.raises(SavedModelError, match=message):
+            PrunedViT.from_pretrained(tmp_path)
+    config.write_text(json.dumps(described)[:-20])
+    with pytest.raises(SavedModelError, match=r"config.json can't be read"):
+        PrunedViT.from_pretrained(tmp_path)
+
+
+def test_a_hub_name_without_a_network(monkeypatch):
+    def no_network(**_):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("tokenprune.agents.saved.hf_hub_download", no_network)
+    with pytest.raises(SavedModelError, match="'me/mine' is no local folder, and can't be fetched"):
+        PrunedViT.from_pretrained("me/mine")
+
+
+def test_what_could_not_be_built_again_is_not_saved(vit, tmp_path):
+    model = prune(vit, KeepAll(), STAGES)
+    with pytest.raises(SavedModelError, match="model_kwargs"):
+        model.save_pretrained(tmp_path)
+    stranger = LearnedPolicy(torch.nn.Sequential(torch.nn.Linear(66, 2)), ("token", "cls", "stage"))
+    with pytest.raises(SavedModelError, match="LearnedPolicy has no form on disk"):
+        prune(vit, stranger, STAGES, SHAPE).save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "policy.safetensors"])
+def test_a_folder_that_is_no_run_is_refused(tmp_path, missing):
+    for name in {"config.json", "policy.safetensors"} - {missing}:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(SavedModelError, match=f"no finished run: {missing} is missing"):
+        PrunedViT.from_run(tmp_path)
+
+
+def test_a_run_of_another_game_is_refused(tmp_path):
+    (tmp_path / "policy.safetensors").touch()
+    (tmp_path / "config.json").write_text(json.dumps({
+        "env": "pettingzoo:x", "backbone": "", "model_kwargs": {}, "pretrained": False,
+        "checkpoint": None, "dataset": "digits",
+    }))  # fmt: skip
+    with pytest.raises(SavedModelError, match="run of pettingzoo:x, which prunes no ViT"):
+        PrunedViT.from_run(tmp_path)
