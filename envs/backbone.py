@@ -139,9 +139,21 @@ class StagedViT(nn.Module):
             images: what to classify.
             with_attention: fill ``Tokens.attention`` for the first stage.
             execution: of these images, from here to the end; the module's own where None.
+
+        Raises:
+            ValueError: the images are of another size than the backbone was built for.
         """
-        x, rotary = self._family.embed(self.model, images)
-        batch = len(x)
+        if tuple(images.shape[1:]) != self.image_shape:
+            raise ValueError(
+                f"images of shape {list(images.shape[1:])}: the backbone was staged for "
+                f"{list(self.image_shape)}; for another size call timm's model.set_input_size, "
+                "then stage it anew"
+            )
+        batch = len(images)
+        # timm can't embed no images: it infers shapes from the number of elements
+        some = images if batch else images.new_zeros(1, *self.image_shape)
+        x, rotary = self._family.embed(self.model, some)
+        x = x[:batch]
         alive = torch.ones(batch, self.num_slots, dtype=torch.bool, device=x.device)
         layout = None
         if (execution or self.execution) == "packed":

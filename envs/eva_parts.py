@@ -20,7 +20,8 @@ def _embed(model: Any, images: Tensor) -> tuple[Tensor, Rotary | None]:
 
 
 def _whole(block: Any, x: Tensor, mask: Tensor | None, turn: Tensor | None) -> Tensor:
-    return block(x, rope=turn, attn_mask=mask)
+    # timm infers the head size from the number of elements, which no images don't have
+    return block(x, rope=turn, attn_mask=mask) if len(x) else x
 
 
 def _leave(block: Any, x: Tensor, mixed: Tensor) -> Tensor:

@@ -23,13 +23,15 @@ def build_vit(name=VIT, seed=0, attention=None, **kwargs):
     """A timm ViT of 16 patches, 4 blocks and 5 classes; random, and far from its initialisation:
     there, norms and scales are ones, biases zeros, and whoever forgets them gets away with it.
 
-    ``attention`` are arguments of timm's Attention that its models don't pass on.
+    ``attention`` are arguments of timm's Attention, or of another class named as "cls", that its
+    models don't pass on.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = timm.create_model(name, **(SMALL | kwargs)).eval()
         for block in model.blocks if attention else ():
-            block.attn = Attention(model.embed_dim, model.blocks[0].attn.num_heads, **attention)
+            arguments = {"cls": Attention, "num_heads": block.attn.num_heads} | attention
+            block.attn = arguments.pop("cls")(model.embed_dim, **arguments).eval()
         for parameter in model.parameters():
             if parameter.dim() <= 1 or parameter.shape[0] == 1:
                 torch.nn.init.normal_(parameter, std=0.3)
