@@ -25,15 +25,22 @@ def family_of(model: Any) -> Family:
     Raises:
         UnsupportedBackboneError: it can't; the message says why.
     """
-    family = next((f for f in FAMILIES if type(model) in f.models), None)
-    reason = _foreign(model) if family is None else _unfit(family, model)
-    if family is None or reason is not None:
+    reason = why_unsupported(model)
+    if reason is not None:
         raise UnsupportedBackboneError(
             f"{type(model).__name__} can't be run on a part of its tokens: {reason}. "
             "Supported are timm's plain VisionTransformer models (ViT, DeiT, DeiT-3, DINOv2, CLIP, "
             "SigLIP and others) and its Eva models (EVA, EVA-02, DINOv3, PE and others)."
         )
-    return family
+    return next(family for family in FAMILIES if type(model) in family.models)
+
+
+def why_unsupported(model: Any) -> str | None:
+    """Why a model can't be staged; None where it can."""
+    for family in FAMILIES:
+        if type(model) in family.models:
+            return _unfit(family, model)
+    return _foreign(model)
 
 
 def attention_width(model: Any) -> int:
@@ -63,11 +70,11 @@ def _unfit(family: Family, model: Any) -> str | None:
         return "it has no blocks"
     for i, block in enumerate(model.blocks):
         if type(block) not in family.blocks:
-            return f"block {i} is a {type(block).__name__}, not {_names(family.blocks)}"
+            return f"block {i} is a {type(block).__name__}, none of {_names(family.blocks)}"
         if type(block.attn) not in family.attentions:
             return (
                 f"the attention of block {i} is a {type(block.attn).__name__}, "
-                f"not {_names(family.attentions)}"
+                f"none of {_names(family.attentions)}"
             )
     if not model.global_pool:
         return "it has no pooling (global_pool='') and so gives no logits"
@@ -84,4 +91,4 @@ def _unfit(family: Family, model: Any) -> str | None:
 
 
 def _names(classes: Any) -> str:
-    return " or ".join(f"timm's {cls.__name__}" for cls in classes)
+    return "timm's " + ", ".join(cls.__name__ for cls in classes)

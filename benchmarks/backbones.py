@@ -1,0 +1,136 @@
+"""Which of timm's models can be pruned, as a Markdown table: ``python -m benchmarks.backbones``.
+
+Every model that timm lists is built, without memory for its weights, and asked. That takes some
+minutes; with patterns (``"*dinov3*"``) only the models whose names fit are.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import timm
+import torch
+import tyro
+from tqdm import tqdm
+
+from tokenprune.envs.families import FAMILIES, why_unsupported
+
+# Titles of rows and patterns of names; the first that fits, and the last for all others of the
+# classes that are supported.
+TITLES = (
+    ("DeiT, distilled", "deit_*distilled*"),
+    ("DeiT", "deit_*"),
+    ("DeiT-3", "deit3_*"),
+    ("DINOv2, with and without registers", "*dinov2*"),
+    ("DINOv3", "*dinov3*"),
+    ("EVA-02", "eva02_*"),
+    ("EVA", "eva_*"),
+    ("Perception Encoder", "vit_pe_*"),
+    ("Sapiens2", "*sapiens2*"),
+    ("LingBot-Vision", "*lingbot*"),
+    ("ViT with rotary positions", "*_rope_*"),
+    ("SigLIP", "*siglip*"),
+    ("CLIP", "*clip*"),
+    ("AIMv2", "aimv2_*"),
+    ("BEiT-3", "beit3_*"),
+    ("RADIO", "*radio*"),
+    ("TIPSv2", "*tipsv2*"),
+    ("FlexiViT", "flexivit_*"),
+    ("ViTamin", "vitamin_*"),
+    ("ViT behind a convolutional stem", "vit_*_r*_s[13]*"),
+    ("ViT behind a convolutional stem", "vit_*resnet*"),
+    ("ViT behind a convolutional stem", "vit_*_mci_*"),
+    ("ViT, AugReg and others", "*"),
+)
+OTHERS = "all else"
+EXAMPLES = 2
+CLASSES_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One of timm's models: its name, its class, and why it is refused, None where it is not."""
+
+    name: str
+    model: str
+    reason: str | None
+
+    @property
+    def title(self) -> str:
+        """Of the row that it stands in."""
+        if self.model not in {cls.__name__ for family in FAMILIES for cls in family.models}:
+            return OTHERS
+        return next(title for title, pattern in TITLES if fnmatchcase(self.name, pattern))
+
+
+def ask(names: Iterable[str]) -> Iterator[Answer]:
+    """Builds each model, with a classifier, and asks whether it can be staged."""
+    for name in names:
+        with torch.device("meta"):
+            model = timm.create_model(name, num_classes=1)
+        yield Answer(name, type(model).__name__, why_unsupported(model))
+
+
+def table(answers: Sequence[Answer]) -> str:
+    """Markdown: a row for each family, those whose classes are supported first."""
+    lines = [
+        "| Family | timm class | Examples | Supported | Refused, and why |",
+        "|---|---|---|---|---|",
+    ]
+    ours = [[a for a in answers if a.title == title] for title in dict(TITLES)]
+    others = [answer for answer in answers if answer.title == OTHERS]
+    # a row for each reason, that of most models last
+    reasons = reversed(Counter(answer.reason for answer in others).most_common())
+    theirs = [[a for a in others if a.reason == reason] for reason, _ in reasons]
+    for models in ours + theirs:
+        if models:
+            lines.append("| " + " | ".join([models[0].title, *_cells(models)]) + " |")
+    fit = sum(answer.reason is None for answer in answers)
+    lines.append(f"\n{fit} of timm {timm.__version__}'s {len(answers)} models are supported.")
+    return "\n".join(lines)
+
+
+def _cells(models: Sequence[Answer]) -> list[str]:
+    """Classes, examples, how many are supported, and why the others are not."""
+    classes = Counter(answer.model for answer in models)
+    fit = [answer.name for answer in models if answer.reason is None]
+    shown = fit or [answer.name for answer in models]
+    apart = max(1, len(shown) // EXAMPLES)  # not two sizes of one model
+    reasons = Counter(answer.reason for answer in models if answer.reason is not None)
+    return [
+        _listed([f"`{name}`" for name, _ in classes.most_common()], CLASSES_SHOWN, "classes"),
+        ", ".join(f"`{name}`" for name in shown[::apart][:EXAMPLES]),
+        str(len(fit)),
+        "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common()) or "0",
+    ]
+
+
+def _listed(words: Sequence[str], most: int, what: str) -> str:
+    """The first of them, and how many more there are."""
+    more = len(words) - most
+    return ", ".join(words[:most]) + (f" and {more} other {what}" if more > 0 else "")
+
+
+@dataclass
+class BackbonesConfig:
+    """Which models."""
+
+    patterns: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Of names, as timm.list_models takes them; all where there is none."""
+
+
+def main() -> None:
+    """The command line."""
+    config = tyro.cli(BackbonesConfig, description=__doc__)
+    names = timm.list_models(list(config.patterns) or "")
+    if not names:
+        sys.exit(f"error: timm has no model like {' or '.join(config.patterns)}")
+    print(table(list(ask(tqdm(names, unit=" models", disable=None)))))
+
+
+if __name__ == "__main__":
+    main()
