@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenprune.envs.blocks import packed_block
+from tokenprune.envs.blocks import masked_block, packed_block
 from tokenprune.envs.families import UnsupportedBackboneError, attention_width, family_of
 from tokenprune.envs.heads import classify, classify_normed, head_reads_prefix, pools_tokens
 from tokenprune.envs.macs import Macs
@@ -116,6 +116,8 @@ class StagedViT(nn.Module):
         )
         self.num_classes: int = self.model.num_classes
         self.has_class_token = getattr(self.model, "cls_token", None) is not None
+        # whose attention is observed: the first token's, the first tokens', or that of all (0)
+        self._observers = 1 if self.has_class_token else self.num_prefix
         # a head that reads patches alone has nothing to read once all are gone
         self.keeps_last_patch = not head_reads_prefix(self.model)
         self._macs = Macs.of(self.model, self.image_shape)
@@ -141,13 +143,20 @@ class StagedViT(nn.Module):
             execution: of these images, from here to the end; the module's own where None.
 
         Raises:
-            ValueError: the images are of another size than the backbone was built for.
+            ValueError: the images are of another size than the backbone was built for, or its patch
+                dropout is on.
         """
         if tuple(images.shape[1:]) != self.image_shape:
             raise ValueError(
                 f"images of shape {list(images.shape[1:])}: the backbone was staged for "
                 f"{list(self.image_shape)}; for another size call timm's model.set_input_size, "
                 "then stage it anew"
+            )
+        dropout = self.model.patch_drop
+        if dropout is not None and dropout.training and getattr(dropout, "prob", 0) > 0:
+            raise ValueError(
+                "the backbone's patch dropout takes patches away before any decision: build it "
+                "with patch_drop_rate=0, or call .eval() on it"
             )
         batch = len(images)
         # timm can't embed no images: it infers shapes from the number of elements
@@ -280,59 +289,16 @@ class StagedViT(nn.Module):
     def _run(self, tokens: Tokens, start: int, stop: int, with_attention: bool) -> Tokens:
         x, paid = tokens.x, None
         for i in range(start, stop):
-            wanted = with_attention and i == stop - 1
-            block = self.model.blocks[i]
+            block, rotary = self.model.blocks[i], tokens.rotary
+            observers = self._observers if with_attention and i == stop - 1 else None
             if tokens.layout is None:
-                x, paid = self._masked_block(block, i, x, tokens, wanted)
+                x, paid = masked_block(self._family, block, i, x, tokens.alive, rotary, observers)
             else:
-                x, paid = packed_block(
-                    self._family, block, i, x, tokens.layout, tokens.rotary, self._query, wanted
-                )
+                x, paid = packed_block(self._family, block, i, x, tokens.layout, rotary, observers)
         spent = self._macs.blocks(tokens.alive.sum(1), start, stop)
         if paid is not None:
             spent = spent + self._macs.attention_row(tokens.alive.sum(1))
         return replace(tokens, x=x, attention=paid, macs=tokens.macs + spent)
-
-    def _query(self, q: Tensor, layout: Layout) -> Tensor:
-        """The query of each image whose attention is observed: [S, heads, size] -> [B, heads,
-        size].
-        """
-        if self.has_class_token:
-            return q[layout.first]
-        if self.num_prefix:
-            prefix = torch.arange(self.num_prefix, device=q.device)
-            return q[layout.first[:, None] + prefix].mean(1)
-        return layout.mean(q)
-
-    def _masked_block(
-        self, block: nn.Module, index: int, x: Tensor, tokens: Tokens, wanted: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """timm's own block over all slots, pruned ones masked out of the keys."""
-        alive, rotary = tokens.alive, tokens.rotary
-        images = x.unflatten(0, alive.shape)
-        paid = None
-        if wanted:
-            turn = rotary.slots(index) if rotary else None
-            paid = self._masked_attention(block, images, alive, turn)
-        turn = rotary.patches(index, len(images)) if rotary else None
-        mask = alive[:, None, None, :]
-        return self._family.whole(block, images, mask, turn).flatten(0, 1), paid
-
-    def _masked_attention(
-        self, block: Any, images: Tensor, alive: Tensor, turn: Tensor | None
-    ) -> Tensor:
-        source = self._family.blocks[type(block)].enter(block, images)
-        q, k, _ = self._family.project(block, source, turn)
-        weight = alive.to(q.dtype)[..., None, None]
-        if self.has_class_token:
-            query = q[:, 0]
-        elif self.num_prefix:
-            query = q[:, : self.num_prefix].mean(1)
-        else:
-            query = (q * weight).sum(1) / weight.sum(1)
-        scores = torch.einsum("bhd,blhd->bhl", query, k) * block.attn.scale
-        scores = scores.masked_fill(~alive[:, None, :], -torch.inf)
-        return scores.softmax(-1).mean(1).flatten()
 
     def _rows_by_image(self, tokens: Tokens) -> tuple[Tensor, Layout]:
         """The living rows, images in the order of the batch, and their layout in that order."""

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokenprune.envs.ragged import Layout, attention, first_row_attention
 from tokenprune.envs.rotary import Rotary
-
-Query = Callable[[Tensor, Layout], Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,7 @@ def packed_block(
     x: Tensor,
     layout: Layout,
     rotary: Rotary | None,
-    query: Query,
-    wanted: bool,
+    observers: int | None,
 ) -> tuple[Tensor, Tensor | None]:
     """A block on packed rows; the same arithmetic as timm's in the same order.
 
@@ -77,14 +75,13 @@ def packed_block(
         x: rows [S, D].
         layout: whose rows they are.
         rotary: their positions, where the model rotates.
-        query: queries of all rows [S, heads, head_dim] -> the query of each image whose attention
-            is observed [B, heads, head_dim].
-        wanted: whether it is observed.
+        observers: attention is observed that the mean query of so many first tokens of an image
+            pays; of all its tokens where 0; none where None.
 
     Returns:
-        rows [S, D], and what each was paid, [S], where wanted.
+        rows [S, D], and what each was paid, [S], where observed.
     """
-    if layout.equal is not None and not wanted:
+    if layout.equal is not None and observers is None:
         images = x.unflatten(0, (-1, layout.equal))
         turn = rotary.patches(index, len(images)) if rotary else None
         return family.whole(block, images, None, turn).flatten(0, 1), None
@@ -94,11 +91,65 @@ def packed_block(
     mixed = attn.norm(attention(q, k, v, layout))
     if getattr(attn, "gate", None) is not None:
         mixed = mixed * attn.gate(source).sigmoid()
-    paid = first_row_attention(query(q, layout), k, layout) if wanted else None
+    paid = None
+    if observers is not None:
+        paid = first_row_attention(_packed_query(q, layout, observers), k, layout)
     return form.leave(block, x, attn.proj(mixed)), paid
 
 
-# What plain and rotary models share
+def masked_block(
+    family: Family,
+    block: Any,
+    index: int,
+    x: Tensor,
+    alive: Tensor,
+    rotary: Rotary | None,
+    observers: int | None,
+) -> tuple[Tensor, Tensor | None]:
+    """timm's own block over all slots, pruned ones masked out of the keys.
+
+    Args:
+        family: of the model.
+        block: timm's.
+        index: the block's place in the model.
+        x: rows of all slots [B * L, D].
+        alive: bool [B, L].
+        rotary: their positions, where the model rotates.
+        observers: as in ``packed_block``.
+
+    Returns:
+        rows [B * L, D], and what each was paid, [B * L], where observed.
+    """
+    images = x.unflatten(0, alive.shape)
+    paid = None
+    if observers is not None:
+        source = family.blocks[type(block)].enter(block, images)
+        q, k, _ = family.project(block, source, rotary.slots(index) if rotary else None)
+        query = _masked_query(q, alive, observers)
+        scores = torch.einsum("bhd,blhd->bhl", query, k) * block.attn.scale
+        scores = scores.masked_fill(~alive[:, None, :], -torch.inf)
+        paid = scores.softmax(-1).mean(1).flatten()
+    turn = rotary.patches(index, len(images)) if rotary else None
+    return family.whole(block, images, alive[:, None, None, :], turn).flatten(0, 1), paid
+
+
+def _packed_query(q: Tensor, layout: Layout, observers: int) -> Tensor:
+    """The query of each image whose attention is observed: [S, heads, size] -> [B, heads, size]."""
+    if not observers:
+        return layout.mean(q)
+    places = torch.arange(observers, device=q.device)
+    return q[layout.first[:, None] + places].mean(1)
+
+
+def _masked_query(q: Tensor, alive: Tensor, observers: int) -> Tensor:
+    """Likewise: [B, L, heads, size] -> [B, heads, size]."""
+    if observers:
+        return q[:, :observers].mean(1)
+    weight = alive.to(q.dtype)[..., None, None]
+    return (q * weight).sum(1) / weight.sum(1)
+
+
+# what plain and rotary models share
 
 
 def _post_norm_leave(block: Any, x: Tensor, mixed: Tensor) -> Tensor:

@@ -311,6 +311,16 @@ def test_images_of_another_size_are_refused_until_the_model_is_told(make_vit, ke
     torch.testing.assert_close(logits, model(images), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_rope_mixed_224"])
+def test_patch_dropout_is_refused_in_training(make_vit, name):
+    model = make_vit(name, patch_drop_rate=0.5).train()
+    staged = StagedViT(model, STAGES, "masked")
+    with pytest.raises(ValueError, match="patch_drop_rate=0"):
+        staged.begin(draw_images(staged, 2))
+    model.eval()
+    assert staged.begin(draw_images(staged, 2)).alive.all()
+
+
 # --- all of timm's names ---
 
 
