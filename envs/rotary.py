@@ -14,59 +14,61 @@ class Rotary:
     """Sines and cosines by which blocks rotate the queries and keys of B images' tokens.
 
     Attributes:
-        table: of each slot of an image, sines before cosines, [depth, L, heads, 2 * head_dim];
-            depth is 1 where all blocks rotate alike, heads likewise. Prefix tokens turn by nothing.
-        prefix: slots before the patches.
+        turns: of each patch of an image, sines before cosines, [depth, heads, N, 2 * head_dim];
+            depth is 1 where all blocks rotate alike, heads likewise.
+        prefix: slots before the patches, whose tokens are not rotated.
         slot: place in its image, 0..L-1, of each row, int64 [S]; None where every image has all its
             slots.
-        shared: ``table`` at each row, [S, heads, 2 * head_dim], taken once for all blocks; None
-            where blocks differ or every image has all its slots.
+        shared: sines and cosines of each row, [S, heads, 2 * head_dim], gathered once for all
+            blocks; None where blocks differ or every image has all its slots.
     """
 
-    table: Tensor
+    turns: Tensor
     prefix: int
     slot: Tensor | None = None
     shared: Tensor | None = None
 
     @staticmethod
-    def of(patches: Tensor, prefix: int) -> Rotary:
+    def of(turns: Tensor, prefix: int) -> Rotary:
         """From what timm's modules give: [N, 2 * head_dim], or [depth, heads, N, 2 * head_dim]."""
-        if patches.dim() == 2:
-            patches = patches[None, None]
-        half = patches.shape[-1] // 2
-        # sine 0 and cosine 1: prefix tokens come out as they went in, to the last bit
-        sines, cosines = (
-            F.pad(part, (0, 0, prefix, 0), value=value)
-            for part, value in zip(patches.split(half, -1), (0.0, 1.0), strict=True)
-        )
-        table = torch.cat([sines, cosines], dim=-1).transpose(1, 2).contiguous()
-        return Rotary(table, prefix)
+        return Rotary(turns if turns.dim() == 4 else turns[None, None], prefix)
 
     def take(self, slot: Tensor) -> Rotary:
         """Of rows that stand in ``slot``, int64 [S]."""
-        alike = len(self.table) == 1
+        alike = len(self.turns) == 1
         return replace(
-            self, slot=slot, shared=self.table[0].index_select(0, slot) if alike else None
+            self, slot=slot, shared=self.slots(0).index_select(0, slot) if alike else None
         )
 
+    def slots(self, block: int) -> Tensor:
+        """Of each slot of an image, [L, heads, 2 * head_dim]."""
+        patches = self._of_block(block)
+        half = patches.shape[-1] // 2
+        # sine 0 and cosine 1: prefix tokens come out as they went in, to the last bit
+        sines, cosines = (
+            F.pad(part, (0, 0, self.prefix, 0), value=value)
+            for part, value in zip(patches.split(half, -1), (0.0, 1.0), strict=True)
+        )
+        return torch.cat([sines, cosines], dim=-1).transpose(0, 1)
+
     def rows(self, block: int, count: int) -> Tensor:
-        """For ``count`` packed rows: [S, heads, 2 * head_dim]."""
+        """Of each of the ``count`` packed rows, [S, heads, 2 * head_dim]."""
         if self.shared is not None:
             return self.shared
-        table = self.slots(block)
+        slots = self.slots(block)
         if self.slot is not None:
-            return table.index_select(0, self.slot)
-        return table.repeat(count // len(table), 1, 1)
-
-    def slots(self, block: int) -> Tensor:
-        """For images that have all their slots: [L, heads, 2 * head_dim]."""
-        return self.table[block if len(self.table) > 1 else 0]
+            return slots.index_select(0, self.slot)
+        return slots.repeat(count // len(slots), 1, 1)
 
     def patches(self, block: int, images: int) -> Tensor:
         """For timm's own blocks, which rotate patches alone and have heads first: [heads, N, 2 *
         head_dim], or [B, heads, n, 2 * head_dim] for images that have kept n patches each.
         """
         if self.slot is None:
-            return self.slots(block)[self.prefix :].transpose(0, 1)
+            return self._of_block(block)
         of_images = self.rows(block, len(self.slot)).unflatten(0, (images, -1))
         return of_images[:, self.prefix :].transpose(1, 2)
+
+    def _of_block(self, block: int) -> Tensor:
+        """[heads, N, 2 * head_dim]."""
+        return self.turns[block if len(self.turns) > 1 else 0]
