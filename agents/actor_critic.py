@@ -111,14 +111,18 @@ class TokenActor(Actor):
         assert isinstance(first, nn.Linear)
         weight = first.weight * norm.weight
         summing = torch.cat([weight, torch.ones_like(weight[:1])])  # the last output is the sum
-        total = weight.new_zeros(rows, len(summing) + 1)
+        shared: dict[int, tuple[Tensor | None, Tensor]] = {}
         start = 0
         for values, seen in sources:
             part = summing[:, start : start + values.shape[1]]
             start += values.shape[1]
             squares = torch.linalg.vector_norm(values, dim=1, keepdim=True).square()
             sums = torch.cat([values @ part.T, squares], dim=1)
-            total += sums if seen is None else sums.index_select(0, seen)
+            # fields that are seen alike are summed before they are spread over the rows
+            _, before = shared.get(id(seen), (seen, None))
+            shared[id(seen)] = seen, sums if before is None else before + sums
+        total = sum(sums if seen is None else sums[seen] for seen, sums in shared.values())
+        assert isinstance(total, Tensor)
         projected, mean, square = total.split([len(weight), 1, 1], dim=1)
         mean, square = mean / start, square / start
         spread = (square - mean**2).clamp(min=0).add(norm.eps).rsqrt()

@@ -68,6 +68,8 @@ class PrunedViT(
         self.backbone = backbone
         self.policy = policy
         self.model_kwargs = dict(model_kwargs or {})
+        # a module begins in training mode, in which nothing is removed: go on in the backbone's
+        self.train(backbone.model.training)
 
     @overload
     def forward(self, images: Tensor, return_keep: Literal[False] = ...) -> Tensor: ...
@@ -221,5 +223,4 @@ def prune(
         ValueError: stages out of range, or a policy of another backbone.
     """
     backbone = StagedViT(copy.deepcopy(vit), prune_before)
-    model = PrunedViT(backbone, copy.deepcopy(policy), model_kwargs)
-    return model.train(vit.training)
+    return PrunedViT(backbone, copy.deepcopy(policy), model_kwargs)

@@ -102,7 +102,7 @@ def _conv_with_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
 
 
 def build_digits_vit(num_classes: int = 10, **kwargs: Any) -> VisionTransformer:
-    """The untrained ViT for the digits: 64 patches of 8x8 pixels, 6 blocks, 1.1M parameters.
+    """The untrained ViT for the digits: 64 patches of 8x8 pixels, 8 blocks, 1.1M parameters.
 
     Args:
         num_classes: outputs of the head.
@@ -113,9 +113,9 @@ def build_digits_vit(num_classes: int = 10, **kwargs: Any) -> VisionTransformer:
         "patch_size": 8,
         "in_chans": 1,
         "embed_dim": 128,
-        "depth": 6,
+        "depth": 8,
         "num_heads": 4,
-        "mlp_ratio": 3.0,
+        "mlp_ratio": 2.0,
         "embed_layer": ConvStem,
     }
     model = VisionTransformer(num_classes=num_classes, **(arguments | kwargs))

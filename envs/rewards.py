@@ -113,7 +113,7 @@ class TeamReward:
     first stage is nobody's choice and costs nothing.
     """
 
-    alpha: float = 0.06
+    alpha: float = 0.05
     beta: float = 1.0
     accuracy: Accuracy = "confidence"
 

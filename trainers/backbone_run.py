@@ -74,11 +74,11 @@ class BackboneConfig:
     """Alpha of mixup; 0 turns it off."""
     cutmix: float = 0.0
     """Alpha of CutMix; 0 turns it off. With mixup as well, each batch gets one of them."""
-    patch_dropout: float = 0.0
+    patch_dropout: float = 0.75
     """Share of the patches that is left out of a step, at most: every fourth step sees all of them,
     the others leave out a third, two thirds and all of this share. A ViT trained so stands pruning;
     0 turns it off."""
-    epochs: int = 8
+    epochs: int = 10
     """Passes over epoch_size images."""
     epoch_size: int = 30_000
     """Images an epoch: as many digits are drawn anew; of photographs a new random part is taken,

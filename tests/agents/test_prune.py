@@ -48,7 +48,7 @@ class Draw:
 
 def pruned(vit, policy=None):
     policy = policy or random_policy(StagedViT(vit, STAGES))
-    return prune(vit, policy, STAGES, model_kwargs=SHAPE).eval()
+    return prune(vit, policy, STAGES, model_kwargs=SHAPE)
 
 
 def data_config(vit):
@@ -162,8 +162,10 @@ def test_half_precision_moves_the_backbone_alone(vit, images):
     torch.testing.assert_close(logits[same].float(), full[same], rtol=0, atol=0.3)
 
 
-def test_training_masks_what_evaluation_removes(vit, images):
+def test_training_masks_what_evaluation_removes(vit, make_vit, images):
+    assert pruned(make_vit().train()).training
     model = pruned(vit)
+    assert not model.training
     with torch.no_grad():
         removed, kept = model(images, return_keep=True)
     masked, kept_in_training = model.train()(images, return_keep=True)
