@@ -15,6 +15,8 @@ from tokenprune.envs.observations import View, field_size
 
 HIDDEN_GAIN = math.sqrt(2)
 POLICY_GAIN = 0.01  # MAPPO: a first policy that is nearly uniform
+# Numbers in all observations of a stage from which on it is faster never to write them out.
+FACTORISED_FROM = 1 << 20
 PRIOR_FLOOR = 1e-3  # class attention times N below which the prior falls no further
 
 
@@ -90,9 +92,7 @@ class TokenActor(Actor):
             keep = keep + self.prior_weight * self.PRIOR_SPEED * prior
         return torch.stack([prune, keep], dim=-1)
 
-    def logits_of_sources(
-        self, sources: Sequence[tuple[Tensor, Tensor | None]], rows: int
-    ) -> Tensor:
+    def logits_of_sources(self, sources: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
         """As ``forward`` on the concatenated fields, which are never concatenated.
 
         LayerNorm and a linear layer after it are linear in the fields, but for each row's mean and
@@ -101,7 +101,6 @@ class TokenActor(Actor):
 
         Args:
             sources: values [U, size] and index [R] of each field, as ``View.source`` gives them.
-            rows: R.
 
         Returns:
             [R, 2].
@@ -121,7 +120,9 @@ class TokenActor(Actor):
             # fields that are seen alike are summed before they are spread over the rows
             _, before = shared.get(id(seen), (seen, None))
             shared[id(seen)] = seen, sums if before is None else before + sums
-        total = sum(sums if seen is None else sums[seen] for seen, sums in shared.values())
+        total = sum(
+            sums if seen is None else sums.index_select(0, seen) for seen, sums in shared.values()
+        )
         assert isinstance(total, Tensor)
         projected, mean, square = total.split([len(weight), 1, 1], dim=1)
         mean, square = mean / start, square / start
@@ -193,14 +194,15 @@ class LearnedPolicy(nn.Module):
 
     def forward(self, view: View) -> Tensor:
         logits = self.logits(view)
-        if not torch.isfinite(logits).all():
+        # a sum is finite only where all its terms are, and asks the device but once
+        if not math.isfinite(logits.sum()):
             raise ValueError("the policy's logits are not finite: check its weights and the images")
         return view.scatter(logits[:, 1] > logits[:, 0])
 
     def logits(self, view: View) -> Tensor:
         """The actor's logits for the living patches, [R, 2]."""
-        if isinstance(self.actor, TokenActor):
-            return self.actor.logits_of_sources(
-                [view.source(name) for name in self.fields], len(view.image)
-            )
+        sources = [view.source(name) for name in self.fields]
+        numbers = len(view.image) * sum(values.shape[1] for values, _ in sources)
+        if isinstance(self.actor, TokenActor) and numbers >= FACTORISED_FROM:
+            return self.actor.logits_of_sources(sources)
         return self.actor(view.living(self.fields))

@@ -89,7 +89,7 @@ class PrunedViT(
             ValueError: images of another size or number of channels, or a policy whose answer is
                 not bool [B, N] or not a number.
         """
-        tokens, alive, _ = self._run(images)
+        tokens, alive = self._run(images)
         logits = self.backbone.finish(tokens)
         return (logits, alive) if return_keep else logits
 
@@ -103,27 +103,27 @@ class PrunedViT(
 
     def trace(self, images: Tensor) -> Trace:
         """As ``forward``, with what was pruned and what it cost."""
-        tokens, alive, decisions = self._run(images)
+        tokens, alive = self._run(images)
+        # every patch is decided on at the first stage, later on those that survived the one before
+        decisions = self.backbone.num_patches + alive[:, :-1].sum((1, 2))
         return Trace(
             logits=self.backbone.finish(tokens),
             alive=alive,
             macs=self.backbone.total_macs(tokens) + decisions * self.policy.macs_per_decision,
         )
 
-    def _run(self, images: Tensor) -> tuple[Tokens, Tensor, Tensor]:
-        """All blocks; the last tokens, who survived each stage [B, T, N], and decisions [B]."""
+    def _run(self, images: Tensor) -> tuple[Tokens, Tensor]:
+        """All blocks; the last tokens, and who survived each stage [B, T, N]."""
         backbone, policy = self.backbone, self.policy
-        self._check_images(images)
         execution = "masked" if self.training else backbone.execution
         tokens = backbone.begin(images, policy.needs_attention, execution)
         budget = torch.zeros(len(images), device=images.device)
-        alive, decisions = [], torch.zeros_like(tokens.macs)
+        alive = []
         for stage in range(backbone.num_stages):
             view = View(backbone, tokens, stage, budget)
-            decisions = decisions + view.count
             tokens = backbone.advance(tokens, self._decide(view), stage, policy.needs_attention)
             alive.append(tokens.alive[:, backbone.num_prefix :])
-        return tokens, torch.stack(alive, dim=1), decisions
+        return tokens, torch.stack(alive, dim=1)
 
     @torch.no_grad()
     def _decide(self, view: View) -> Tensor:
@@ -134,14 +134,6 @@ class PrunedViT(
                 f"got {keep.dtype} {list(keep.shape)}"
             )
         return keep
-
-    def _check_images(self, images: Tensor) -> None:
-        wanted = self.backbone.image_shape
-        if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
-            raise ValueError(
-                f"the backbone takes images [B, {', '.join(map(str, wanted))}]: "
-                f"got {list(images.shape)}"
-            )
 
     # what code written for timm models asks them
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tokenprune.envs.blocks import masked_block, packed_block
 from tokenprune.envs.families import UnsupportedBackboneError, attention_width, family_of
-from tokenprune.envs.heads import classify, classify_normed, head_reads_prefix, pools_tokens
+from tokenprune.envs.heads import classify_normed, classify_prefix, head_reads_prefix, pools_tokens
 from tokenprune.envs.macs import Macs
 from tokenprune.envs.ragged import Layout
 from tokenprune.envs.rotary import Rotary
@@ -234,8 +234,14 @@ class StagedViT(nn.Module):
 
     def finish(self, tokens: Tokens) -> Tensor:
         """Norm, pooling over the survivors, and classifier: logits [B, classes]."""
-        rows, layout = self._rows_by_image(tokens)
-        return classify(self.model, rows, layout)
+        if not pools_tokens(self.model):
+            row = tokens.row.view(len(tokens.alive), self.num_slots)
+            return classify_prefix(self.model, tokens.x[row[:, : self.num_prefix]])
+        lengths = tokens.alive.sum(1).cpu().numpy()
+        slot = _nonzero(tokens.alive.flatten()[None], int(lengths.sum()))[1]
+        rows = self.model.norm(tokens.x.index_select(0, tokens.row[slot]))
+        layout = Layout.of(lengths, attention_width(self.model), rows.device)
+        return classify_normed(self.model, rows, layout)
 
     def features(self, tokens: Tokens) -> Tensor:
         """The survivors after timm's last norm, each in its slot, zeros where pruned: [B, L, D]."""
@@ -295,17 +301,11 @@ class StagedViT(nn.Module):
                 x, paid = masked_block(self._family, block, i, x, tokens.alive, rotary, observers)
             else:
                 x, paid = packed_block(self._family, block, i, x, tokens.layout, rotary, observers)
-        spent = self._macs.blocks(tokens.alive.sum(1), start, stop)
+        count = tokens.alive.sum(1)
+        spent = self._macs.blocks(count, start, stop)
         if paid is not None:
-            spent = spent + self._macs.attention_row(tokens.alive.sum(1))
+            spent = spent + self._macs.attention_row(count)
         return replace(tokens, x=x, attention=paid, macs=tokens.macs + spent)
-
-    def _rows_by_image(self, tokens: Tokens) -> tuple[Tensor, Layout]:
-        """The living rows, images in the order of the batch, and their layout in that order."""
-        lengths = tokens.alive.sum(1).cpu().numpy()
-        slot = _nonzero(tokens.alive.flatten()[None], int(lengths.sum()))[1]
-        rows = tokens.x.index_select(0, tokens.row[slot])
-        return rows, Layout.of(lengths, attention_width(self.model), rows.device)
 
 
 def _nonzero(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 
 from tokenprune.envs.ragged import Layout, attention
 
 
-def classify(model: Any, rows: Tensor, layout: Layout) -> Tensor:
-    """Rows behind the last block [S, D] -> logits [B, classes]."""
-    if isinstance(model, VisionTransformerDistilled):
-        pair = torch.stack([rows[layout.first], rows[layout.first + 1]], dim=1)
-        return model.forward_head(model.norm(pair))
-    if model.global_pool == "token":
-        return model.forward_head(model.norm(rows[layout.first])[:, None])
-    return classify_normed(model, model.norm(rows), layout)
+def classify_prefix(model: Any, prefix: Tensor) -> Tensor:
+    """For a classifier that reads nothing else: prefix tokens behind the last block [B, P, D] ->
+    logits [B, classes].
+    """
+    return model.forward_head(model.norm(prefix))
 
 
 def classify_normed(model: Any, rows: Tensor, layout: Layout, pre_logits: bool = False) -> Tensor:

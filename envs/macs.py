@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenprune.envs.families import attention_width, family_of
-from tokenprune.envs.heads import classify
+from tokenprune.envs.heads import classify_normed, classify_prefix, pools_tokens
 from tokenprune.envs.ragged import Layout
 
 
@@ -40,7 +40,11 @@ class Macs:
             for n in sizes:
                 layout = Layout.of(np.array([n]), attention_width(model), blank.device)
                 rows = blank.new_zeros(n, model.embed_dim)
-                costs.append(_count_macs(partial(classify, model, rows, layout)))
+                if pools_tokens(model):
+                    costs.append(_count_macs(partial(classify_normed, model, rows, layout)))
+                else:
+                    prefix = rows[None, : model.num_prefix_tokens]
+                    costs.append(_count_macs(partial(classify_prefix, model, prefix)))
         # three points fix the head's cost: attention pooling is at most quadratic in the tokens
         quadratic = (costs[2] - 2 * costs[1] + costs[0]) // 2
         linear = costs[1] - costs[0] - quadratic * (sizes[1] ** 2 - sizes[0] ** 2)

@@ -8,7 +8,6 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tokenprune.envs.backbone import StagedViT, Tokens
 
@@ -164,8 +163,9 @@ class View:
     @cached_property
     def stage_one_hot(self) -> Tensor:
         """float32 [T]."""
-        index = torch.tensor(self.stage, device=self.alive.device)
-        return F.one_hot(index, self.backbone.num_stages).float()
+        one_hot = torch.zeros(self.backbone.num_stages, device=self.alive.device)
+        one_hot[self.stage] = 1.0
+        return one_hot
 
     def source(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Where a field comes from, each value once: per token, per image, per place or per stage.

@@ -126,10 +126,10 @@ class Layout:
 
 def _edges(lengths: NDArray[np.int64], width: int, device: torch.device) -> NDArray[np.int64]:
     """Images at which buckets begin, and the end."""
-    if device.type == "cpu" and len(lengths):
+    if device.type == "cpu" and len(lengths) and lengths.min() < lengths.max():
         ways = [_cut(lengths, bucket_width) for bucket_width in BUCKET_WIDTHS]
         return min(ways, key=lambda edges: _seconds(lengths, edges, width))
-    # a GPU is short of work, not of arithmetic: one call
+    # images of one length need no second call; a GPU is short of work, not of arithmetic
     return np.unique([0, len(lengths)])
 
 

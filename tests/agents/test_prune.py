@@ -321,7 +321,7 @@ def test_what_can_not_be_pruned_is_refused():
 
 @pytest.mark.parametrize("shape", [(2, 3, 32, 40), (2, 1, 32, 32), (3, 32, 32)])
 def test_images_of_another_shape_are_refused(vit, shape):
-    with pytest.raises(ValueError, match=r"takes images \[B, 3, 32, 32\]: got \[\d"):
+    with pytest.raises(ValueError, match=r"images of shape .*staged for \[3, 32, 32\]"):
         pruned(vit)(torch.zeros(shape))
 
 
