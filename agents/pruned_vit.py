@@ -112,6 +112,9 @@ class PrunedViT(
             macs=self.backbone.total_macs(tokens) + decisions * self.policy.macs_per_decision,
         )
 
+    # torch.compile is left what the time goes to, the blocks: what is decided between them has
+    # other shapes and other ways each time
+    @torch.compiler.disable(recursive=False)
     def _run(self, images: Tensor) -> tuple[Tokens, Tensor]:
         """All blocks; the last tokens, and who survived each stage [B, T, N]."""
         backbone, policy = self.backbone, self.policy
@@ -125,6 +128,7 @@ class PrunedViT(
             alive.append(tokens.alive[:, backbone.num_prefix :])
         return tokens, torch.stack(alive, dim=1)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def _decide(self, view: View) -> Tensor:
         keep = self.policy(view)

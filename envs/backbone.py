@@ -132,6 +132,7 @@ class StagedViT(nn.Module):
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @torch.compiler.disable(recursive=False)
     def begin(
         self, images: Tensor, with_attention: bool = True, execution: Execution | None = None
     ) -> Tokens:
@@ -179,6 +180,7 @@ class StagedViT(nn.Module):
         )
         return self._run(tokens, 0, self.prune_before[0], with_attention)
 
+    @torch.compiler.disable(recursive=False)
     def advance(
         self, tokens: Tokens, keep: Tensor, stage: int, with_attention: bool = True
     ) -> Tokens:
@@ -195,6 +197,7 @@ class StagedViT(nn.Module):
         pruned = self.prune(tokens, keep)
         return self._run(pruned, self.prune_before[stage], stop, with_attention and not last)
 
+    @torch.compiler.disable
     def prune(self, tokens: Tokens, keep: Tensor) -> Tokens:
         """Removes the patches that ``keep`` bool [B, N] gives up; the blocks' one host sync happens
         here.
@@ -232,6 +235,7 @@ class StagedViT(nn.Module):
             rotary=tokens.rotary.take(position) if tokens.rotary else None,
         )
 
+    @torch.compiler.disable
     def finish(self, tokens: Tokens) -> Tensor:
         """Norm, pooling over the survivors, and classifier: logits [B, classes]."""
         if not pools_tokens(self.model):
@@ -243,6 +247,7 @@ class StagedViT(nn.Module):
         layout = Layout.of(lengths, attention_width(self.model), rows.device)
         return classify_normed(self.model, rows, layout)
 
+    @torch.compiler.disable
     def features(self, tokens: Tokens) -> Tensor:
         """The survivors after timm's last norm, each in its slot, zeros where pruned: [B, L, D]."""
         slot = tokens.alive.flatten().nonzero().squeeze(1)
@@ -250,6 +255,7 @@ class StagedViT(nn.Module):
         dense = normed.new_zeros(tokens.alive.numel(), normed.shape[1])
         return dense.index_copy(0, slot, normed).unflatten(0, tokens.alive.shape)
 
+    @torch.compiler.disable
     def classify(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """timm's ``forward_head`` on what ``features`` returned [B, L, D].
 
@@ -292,6 +298,7 @@ class StagedViT(nn.Module):
         stop = self.depth if last else self.prune_before[stage + 1]
         return self._macs.blocks(alive_patches + self.num_prefix, self.prune_before[stage], stop)
 
+    @torch.compiler.disable(recursive=False)
     def _run(self, tokens: Tokens, start: int, stop: int, with_attention: bool) -> Tokens:
         x, paid = tokens.x, None
         for i in range(start, stop):

@@ -71,6 +71,7 @@ class Layout:
     longest: int
 
     @staticmethod
+    @torch.compiler.disable
     def of(lengths: NDArray[np.int64], width: int, device: torch.device) -> Layout:
         """Lays out images of ``lengths`` rows, at least one each; ascending lengths make the best
         buckets.
@@ -197,11 +198,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         mixed = varlen_attn(q, k, v, bounds, bounds, longest, longest)
         assert isinstance(mixed, Tensor)  # without return_aux
         return mixed.flatten(1)
+    # how many buckets there are differs from batch to batch: a compiler must not look inside
+    attend = _opaque_attend if torch.compiler.is_compiling() else _attend
     padding = layout.padding
     if padding is None:
-        return _attend(q, k, v, layout.buckets, None)
+        return attend(q, k, v, layout.buckets, None)
     q, k, v = (rows.index_select(0, padding.row) for rows in (q, k, v))
-    return _attend(q, k, v, layout.buckets, padding.bias).index_select(0, padding.cell)
+    return attend(q, k, v, layout.buckets, padding.bias).index_select(0, padding.cell)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, bias: Tensor | None) -> Tensor:
@@ -223,6 +226,23 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, bias: Tensor | Non
     if len(mixed) == 1:
         return mixed[0]
     return torch.cat(mixed) if mixed else q.flatten(1)
+
+
+@torch.library.custom_op("tokenprune::attend", mutates_args=())
+def _opaque_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    buckets: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """``_attend`` as one operator without a gradient."""
+    return _attend(q, k, v, buckets, bias)
+
+
+@_opaque_attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, bias: Tensor | None) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
 
 
 def first_row_attention(q: Tensor, k: Tensor, layout: Layout) -> Tensor:

@@ -1,0 +1,76 @@
+"""``torch.compile(pruned)``: the blocks are compiled once, not once a number of tokens."""
+
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from tokenprune.agents import KeepAll, prune
+from tokenprune.agents.saved import learned_policy
+from tokenprune.envs.backbone import StagedViT
+from tokenprune.envs.observations import DEFAULT_FIELDS
+
+STAGES = (1, 2, 3)
+
+
+class Draw:
+    """Keeps another share of each image's patches at each call."""
+
+    needs_attention, macs_per_decision = True, 0
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, view):
+        share = torch.rand(len(view.alive), 1, generator=self.generator)
+        return torch.rand(view.alive.shape, generator=self.generator) < share
+
+
+def batches(sizes):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(size, 3, 32, 32, generator=generator) for size in sizes]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+def test_new_numbers_of_tokens_compile_nothing_anew(vit):
+    """A block has graphs with and without padding, with and without attention observed, and for
+    images of one length: so many, and the embedding's, are all that a hundred layouts ask for.
+    """
+    model = prune(vit, Draw(), STAGES)
+    compiled = torch.compile(model, dynamic=True, backend="eager")
+    for images in batches([4, 5, 6, 12, 16, 3, 7, 9, 12, 5, 16, 11] * 3):
+        compiled(images)
+    assert counters["stats"]["unique_graphs"] <= 8
+    # around what happens between the blocks, and around the head
+    assert sum(counters["graph_break"].values()) <= 2
+
+
+@torch.no_grad()
+def test_compiled_is_what_eager_is(vit):
+    backbone = StagedViT(vit, STAGES)
+    policy = learned_policy(backbone, list(DEFAULT_FIELDS), [8], with_prior=True)
+    for decides in (policy, KeepAll()):
+        model = prune(vit, decides, STAGES)
+        compiled = torch.compile(model, dynamic=True, backend="eager")
+        for images in batches([4, 7]):
+            torch.testing.assert_close(compiled(images), model(images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="inductor needs a C++ compiler")
+@torch.no_grad()
+def test_inductors_code_gives_the_same_logits(vit):
+    decided, again = Draw(), Draw()
+    model, compiled = prune(vit, decided, STAGES), prune(vit, again, STAGES)
+    compiled = torch.compile(compiled, dynamic=True)
+    for images in batches([4, 7, 5]):
+        torch.testing.assert_close(compiled(images), model(images), rtol=0, atol=1e-4)
