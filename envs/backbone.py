@@ -100,7 +100,7 @@ class StagedViT(nn.Module):
             raise ValueError(
                 f"unknown execution {execution!r}: choose from {', '.join(get_args(Execution))}"
             )
-        self._family = family_of(model)
+        self.family = family_of(model)
         self.model = cast(Any, model)
         self.execution = execution
         self.depth = len(self.model.blocks)
@@ -117,7 +117,7 @@ class StagedViT(nn.Module):
         self.num_classes: int = self.model.num_classes
         self.has_class_token = getattr(self.model, "cls_token", None) is not None
         # whose attention is observed: the first token's, the first tokens', or that of all (0)
-        self._observers = 1 if self.has_class_token else self.num_prefix
+        self.observers = 1 if self.has_class_token else self.num_prefix
         # a head that reads patches alone has nothing to read once all are gone
         self.keeps_last_patch = not head_reads_prefix(self.model)
         self._macs = Macs.of(self.model, self.image_shape)
@@ -162,7 +162,7 @@ class StagedViT(nn.Module):
         batch = len(images)
         # timm can't embed no images: it infers shapes from the number of elements
         some = images if batch else images.new_zeros(1, *self.image_shape)
-        x, rotary = self._family.embed(self.model, some)
+        x, rotary = self.family.embed(self.model, some)
         x = x[:batch]
         alive = torch.ones(batch, self.num_slots, dtype=torch.bool, device=x.device)
         layout = None
@@ -303,11 +303,11 @@ class StagedViT(nn.Module):
         x, paid = tokens.x, None
         for i in range(start, stop):
             block, rotary = self.model.blocks[i], tokens.rotary
-            observers = self._observers if with_attention and i == stop - 1 else None
+            observers = self.observers if with_attention and i == stop - 1 else None
             if tokens.layout is None:
-                x, paid = masked_block(self._family, block, i, x, tokens.alive, rotary, observers)
+                x, paid = masked_block(self.family, block, i, x, tokens.alive, rotary, observers)
             else:
-                x, paid = packed_block(self._family, block, i, x, tokens.layout, rotary, observers)
+                x, paid = packed_block(self.family, block, i, x, tokens.layout, rotary, observers)
         count = tokens.alive.sum(1)
         spent = self._macs.blocks(count, start, stop)
         if paid is not None:

@@ -200,7 +200,7 @@ class View:
         """One field of every living patch, float32 [R, size]."""
         values, seen = self.source(name)
         if seen is None:
-            return values.expand(len(self._places), -1)
+            return values.expand(self._places.shape[0], -1)
         return values.index_select(0, seen)
 
     def living(self, fields: Sequence[str]) -> Tensor:

@@ -1,0 +1,125 @@
+"""A pruned ViT for one image as ONNX; how many tokens survive a stage stays open."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.agents.actor_critic import LearnedPolicy
+from tokenprune.agents.pruned_vit import PrunedViT
+from tokenprune.envs.backbone import StagedViT, Tokens
+from tokenprune.envs.blocks import masked_block
+from tokenprune.envs.heads import classify_prefix, pools_tokens
+from tokenprune.envs.observations import View
+
+OPSET = 18
+
+
+class ExportError(ValueError):
+    """A pruned ViT that has no ONNX form; the message says why."""
+
+
+class OneImage(nn.Module):
+    """``PrunedViT`` on one image, in operations that an exporter can follow.
+
+    A batch of one has one length, and so needs no layout: its rows go through timm's own blocks,
+    and what was pruned is gathered away.
+
+    Args:
+        model: the pruned ViT.
+
+    Raises:
+        ExportError: its policy is not a learned one, or its backbone rotates positions or pools
+            over all tokens.
+    """
+
+    def __init__(self, model: PrunedViT) -> None:
+        super().__init__()
+        if not isinstance(model.policy, LearnedPolicy):
+            raise ExportError(
+                f"a {type(model.policy).__name__} can't be exported: only a LearnedPolicy can"
+            )
+        if pools_tokens(model.backbone.model):
+            raise ExportError(
+                "the backbone pools over all of its tokens: only a head that reads the class token "
+                "can be exported"
+            )
+        self.backbone: StagedViT = model.backbone
+        self.policy: LearnedPolicy = model.policy
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits [1, classes] of an image [1, C, H, W]."""
+        backbone, policy = self.backbone, self.policy
+        x, rotary = backbone.family.embed(backbone.model, image)
+        if rotary is not None:
+            raise ExportError("a backbone that rotates positions can't be exported")
+        slots = backbone.num_slots
+        tokens = Tokens(
+            x=x[0],
+            alive=torch.ones(1, slots, dtype=torch.bool),
+            row=torch.arange(slots),
+            layout=None,
+            attention=None,
+            macs=torch.zeros(1, dtype=torch.int64),
+        )
+        edges = (0, *backbone.prune_before, backbone.depth)
+        for stage, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+            last = stage == backbone.num_stages
+            tokens = self._run(tokens, start, stop, policy.needs_attention and not last)
+            if not last:
+                view = View(backbone, tokens, stage, torch.zeros(1))
+                tokens = self._prune(tokens, self._decide(view))
+        return classify_prefix(backbone.model, tokens.x[None, : backbone.num_prefix])
+
+    def _decide(self, view: View) -> Tensor:
+        logits = self.policy.actor(view.living(self.policy.fields))
+        return view.scatter(logits[:, 1] > logits[:, 0])
+
+    def _prune(self, tokens: Tokens, keep: Tensor) -> Tokens:
+        prefix = self.backbone.num_prefix
+        alive = torch.cat([tokens.alive[:, :prefix], tokens.alive[:, prefix:] & keep], dim=1)
+        slot = alive[0].nonzero().squeeze(1)
+        # rows stand in the order of their slots: a slot's row is the number of survivors before it
+        row = alive[0].long().cumsum(0) - 1
+        return replace(
+            tokens,
+            x=tokens.x.index_select(0, tokens.row.index_select(0, slot)),
+            alive=alive,
+            row=row.clamp(min=0),
+            attention=None,
+        )
+
+    def _run(self, tokens: Tokens, start: int, stop: int, with_attention: bool) -> Tokens:
+        backbone, x, paid = self.backbone, tokens.x, None
+        whole = torch.ones(1, x.shape[0], dtype=torch.bool)
+        for i in range(start, stop):
+            observers = backbone.observers if with_attention and i == stop - 1 else None
+            block = backbone.model.blocks[i]
+            x, paid = masked_block(backbone.family, block, i, x, whole, None, observers)
+        return replace(tokens, x=x, attention=paid)
+
+
+def export_onnx(model: PrunedViT, file: Path | str) -> None:
+    """Writes ``model`` for images [1, C, H, W], input "image", output "logits".
+
+    Needs ``pip install 'tokenprune[onnx]'``.
+
+    Raises:
+        ExportError: the model has no ONNX form.
+    """
+    one = OneImage(model).eval()
+    device = model.backbone.device
+    image = torch.zeros(1, *model.backbone.image_shape, device=device)
+    program = torch.onnx.export(
+        one,
+        (image,),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=["image"],
+        output_names=["logits"],
+    )
+    assert program is not None
+    program.save(str(file))

@@ -1,0 +1,60 @@
+"""ONNX for one image: onnxruntime's logits are ours, however many tokens survive."""
+
+import pytest
+import torch
+
+from tokenprune.agents import KeepAll, prune
+from tokenprune.agents.export import ExportError, OneImage, export_onnx
+from tokenprune.agents.saved import learned_policy
+from tokenprune.envs.backbone import StagedViT
+from tokenprune.envs.observations import DEFAULT_FIELDS
+
+STAGES = (1, 3)
+
+
+def pruned(vit, prior=True):
+    """Its decisions differ from image to image."""
+    policy = learned_policy(StagedViT(vit, STAGES), list(DEFAULT_FIELDS), [8], prior)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        for layer in (policy.actor.net[1], policy.actor.net[-1]):
+            torch.nn.init.normal_(layer.weight)
+    policy.actor.keep_bias.data.fill_(-0.1)
+    return prune(vit, policy, STAGES)
+
+
+@pytest.fixture
+def images(make_images):
+    return make_images(12).images
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"reg_tokens": 2}, {"init_values": 0.1}])
+@torch.no_grad()
+def test_one_image_is_what_the_pruned_vit_does(make_vit, images, kwargs):
+    model = pruned(make_vit(**kwargs))
+    one = OneImage(model).eval()
+    for image in images:
+        torch.testing.assert_close(one(image[None]), model(image[None]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_onnxruntime_gives_the_same_logits(vit, images, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    model = pruned(vit)
+    survivors = {int(kept.sum()) for kept in model(images, return_keep=True)[1]}
+    assert len(survivors) > 3
+    export_onnx(model, tmp_path / "pruned.onnx")
+    session = runtime.InferenceSession(tmp_path / "pruned.onnx")
+    for image in images:
+        (logits,) = session.run(None, {"image": image[None].numpy()})
+        expected = model(image[None])
+        torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=1e-4)
+
+
+def test_what_has_no_onnx_form_is_refused(vit, make_vit, tmp_path):
+    with pytest.raises(ExportError, match="a KeepAll can't be exported"):
+        export_onnx(prune(vit, KeepAll(), STAGES), tmp_path / "pruned.onnx")
+    with pytest.raises(ExportError, match="pools over all of its tokens"):
+        export_onnx(pruned(make_vit(global_pool="avg")), tmp_path / "pruned.onnx")
+    assert not list(tmp_path.iterdir())
