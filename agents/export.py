@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -66,7 +67,7 @@ class OneImage(nn.Module):
             macs=torch.zeros(1, dtype=torch.int64),
         )
         edges = (0, *backbone.prune_before, backbone.depth)
-        for stage, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+        for stage, (start, stop) in enumerate(pairwise(edges)):
             last = stage == backbone.num_stages
             tokens = self._run(tokens, start, stop, policy.needs_attention and not last)
             if not last:
