@@ -64,9 +64,13 @@ def random_keeps(env: BatchedTokenPrune, keep: float, seed: int) -> list[Tensor]
 
 @torch.no_grad()
 def bare_forward(env: BatchedTokenPrune, pixels: Tensor, actions: list[Tensor]) -> None:
-    """The forward passes that a rollout needs: no observation, no reward, no policy."""
+    """The forward passes that a rollout needs, the dense one that the reward compares with
+    included: no observation, no reward, no policy.
+    """
     backbone = env.game.backbone
     tokens = backbone.begin(pixels, with_attention=False)
+    if env.game.reward.needs_dense:
+        env.game.dense_logits(tokens)
     if env.rollouts_per_start > 1:
         tokens = tokens.repeat(env.rollouts_per_start)
     for stage, action in enumerate(actions):
@@ -102,10 +106,12 @@ def measure(config: EnvSpeedConfig) -> dict[str, Any]:
     device = pick_device(config.device)
     model = create_backbone(settings.backbone).to(device)
     images = open_images(settings.dataset, "train", resolve_model_data_config(model))
-    game = TokenGame(StagedViT(model), rollouts_per_image=settings.rollouts_per_image)
+    game = TokenGame(
+        StagedViT(model, settings.prune_before), rollouts_per_image=settings.rollouts_per_image
+    )
     episodes = config.images * settings.rollouts_per_image
     env = BatchedTokenPrune(game, images, episodes, settings.observation)
-    single = TokenPruneEnv(model, images, device=device)
+    single = TokenPruneEnv(model, images, prune_before=settings.prune_before, device=device)
     attention = env.field_slices["cls_attention"].start
     torch.manual_seed(0)
     actor = TokenActor(env.observation_space.shape[0], settings.hidden, attention)

@@ -104,7 +104,7 @@ class TokenGame:
         """
         images, labels = self._checked(images, labels)
         tokens = self.backbone.begin(images)
-        dense_logits = self._dense_logits(tokens) if self.reward.needs_dense else None
+        dense_logits = self.dense_logits(tokens) if self.reward.needs_dense else None
         times = self.rollouts_per_image
         beginnings = tokens
         if times > 1:
@@ -186,7 +186,10 @@ class TokenGame:
         """Forgets the episode under way and frees its tensors."""
         self._episode = None
 
-    def _dense_logits(self, tokens: Tokens) -> Tensor:
+    def dense_logits(self, tokens: Tokens) -> Tensor:
+        """What the unpruned model answers, from where ``tokens`` stand before the first stage: [B,
+        classes].
+        """
         keep_all = torch.ones(
             len(tokens.alive), self.num_agents, dtype=torch.bool, device=tokens.alive.device
         )

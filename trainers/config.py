@@ -36,7 +36,7 @@ class MappoConfig:
     """token-prune: digits, folder:PATH, or a name that timm.data.create_dataset takes."""
     augment: bool = True
     """Vary training images each time they are played (photographs: timm's training transform)."""
-    prune_before: tuple[int, ...] | None = (1, 2, 4)
+    prune_before: tuple[int, ...] | None = (1, 3)
     """Blocks, 0-based, before which tokens can be pruned; None: all but the first."""
     observation: tuple[str, ...] = ("token", "cls", "stage", "cls_attention")
     """What an agent sees: token cls stage position cls_attention alive_fraction budget."""
