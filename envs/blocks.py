@@ -152,6 +152,10 @@ def _masked_query(q: Tensor, alive: Tensor, observers: int) -> Tensor:
 # what plain and rotary models share
 
 
+def _post_norm_enter(block: Any, x: Tensor) -> Tensor:
+    return x
+
+
 def _post_norm_leave(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
     x = x + block.norm1(mixed)
     return x + block.norm2(block.mlp(x))
@@ -162,4 +166,4 @@ def pre_norm_enter(block: Any, x: Tensor) -> Tensor:
     return block.norm1(x)
 
 
-POST_NORM = Form(enter=lambda block, x: x, leave=_post_norm_leave)
+POST_NORM = Form(enter=_post_norm_enter, leave=_post_norm_leave)

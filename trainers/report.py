@@ -17,7 +17,7 @@ from tokenprune.agents.pruned_vit import PrunedViT
 from tokenprune.envs.datasets import open_images
 from tokenprune.envs.rendering import denormalise, stage_strip
 from tokenprune.trainers.checkpoint import write_atomically
-from tokenprune.trainers.evaluation import best_topk, evaluate, images_per_second
+from tokenprune.trainers.evaluation import best_topk, evaluate, speeds_of_fresh_process
 
 if TYPE_CHECKING:
     from tokenprune.trainers.tasks import TokenPruneTask
@@ -49,7 +49,7 @@ def report_pruning(task: TokenPruneTask, actor: nn.Module, folder: Path) -> dict
     pixels, _ = test.load([i % len(test) for i in range(count)])
     # dense is timm's own model, not ours with nothing pruned
     timed = models | {"dense": task.model}
-    speeds = images_per_second(timed, pixels.to(task.backbone.device), SPEED_BATCH)
+    speeds = speeds_of_fresh_process(timed, pixels.to(task.backbone.device), SPEED_BATCH)
 
     draw_pruned(task, learned, test, folder / "pruned.png")
     draw_curve(folder)

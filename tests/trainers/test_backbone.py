@@ -380,6 +380,7 @@ def test_what_can_not_be_resumed_is_named(config):
         ({"batch_size": 91}, TrainingError, "90 training images.*91"),
         ({"epoch_size": 9}, TrainingError, "9 training images.*16"),
         ({"device": "abacus"}, TrainingError, "abacus"),
+        ({"backbone": "resnet18", "model_kwargs": {}}, TrainingError, "resnet18 has no patch drop"),
         ({"lr": 1e30, "epochs": 1}, TrainingError, "not finite"),
     ],
 )
@@ -406,6 +407,7 @@ def test_bad_input_is_named_at_once(config, change, error, message):
         {"cutmix": 1.0, "batch_size": 15},
         {"seed": -1},
         {"seed": 2**32},
+        {"patch_dropout": 1.0},
         {"run_name": ""},
         {"model_kwargs": {"num_classes": 3}},
     ],

@@ -13,6 +13,7 @@ from tokenprune.trainers.evaluation import (
     evaluate,
     images_per_second,
     schedules_at,
+    speeds_of_fresh_process,
 )
 
 SCHEDULES = [(1.0, 0.6, 0.3), (0.25, 0.25, 0.25), (0.9, 0.05, 0.0)]  # shares kept, 3 stages
@@ -188,5 +189,13 @@ def test_speeds_of_real_models(staged, some_images):
         "pruned": PrunedViT(staged, TopK([2, 2, 2])),
     }
     found = images_per_second(models, pixels, batch_size=4, rounds=1)
+    assert set(found) == set(models)
+    assert min(found.values()) > 0
+
+
+def test_a_fresh_process_times_the_same_models(staged, some_images):
+    pixels, _ = some_images.load(range(8))
+    models = {"dense": staged.model, "pruned": PrunedViT(staged, TopK([2, 2, 2]))}
+    found = speeds_of_fresh_process(models, pixels, batch_size=4)
     assert set(found) == set(models)
     assert min(found.values()) > 0

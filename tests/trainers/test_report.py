@@ -130,7 +130,7 @@ def test_speed_is_that_of_pruning_and_of_timms_own_dense_model(task, actor, fold
         timed.update(models, images=images, batch_size=batch_size)
         return dict.fromkeys(models, 1.0)
 
-    monkeypatch.setattr(report, "images_per_second", time)
+    monkeypatch.setattr(report, "speeds_of_fresh_process", time)
     report_pruning(task, actor, folder)
     assert timed.pop("batch_size") == 64
     assert timed.pop("images").shape == (64, 1, 64, 64)
@@ -146,10 +146,12 @@ def test_the_random_rival_follows_the_runs_seed(task, actor, folder, monkeypatch
         monkeypatch.setattr(report, "draw_pruned", lambda *_: None)
         models = {}
         monkeypatch.setattr(
-            report, "images_per_second", lambda m, *_: models.update(m) or dict.fromkeys(m, 1.0)
+            report,
+            "speeds_of_fresh_process",
+            lambda m, *_: models.update(m) or dict.fromkeys(m, 1.0),
         )
         report_pruning(task_of_seed, actor, folder)
-        return models["random"]._modules.get("policy", models["random"].policy)._seed
+        return models["random"].policy.seed
 
     assert [gone(0), gone(5)] == [0, 5]
 
