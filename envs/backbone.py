@@ -217,14 +217,20 @@ class StagedViT(nn.Module):
         before = tokens.layout.lengths
         if len(host_lengths) == len(before) and host_lengths.sum() == before.sum():
             return replace(tokens, attention=None)  # nothing was pruned
-        order = np.argsort(host_lengths, kind="stable")
-        layout = Layout.of(host_lengths[order], tokens.layout.width, alive.device)
-        # slots of the survivors in packed order: images by length, tokens by position
-        place = torch.from_numpy(order).to(alive.device)
-        image, position = _nonzero(alive[place], int(host_lengths.sum()))
-        slot = place[image] * self.num_slots + position
-        row = torch.zeros_like(tokens.row)
-        row[slot] = torch.arange(len(slot), device=slot.device)
+        if (host_lengths == host_lengths[:1]).all():
+            # images of one length stay in the order of the batch, tokens in that of their slots
+            layout = Layout.of(host_lengths, tokens.layout.width, alive.device)
+            slot = _nonzero(alive.view(1, -1), int(host_lengths.sum()))[1]
+            position, row = slot % self.num_slots, alive.view(-1).cumsum(0) - 1
+        else:
+            order = np.argsort(host_lengths, kind="stable")
+            layout = Layout.of(host_lengths[order], tokens.layout.width, alive.device)
+            # slots of the survivors in packed order: images by length, tokens by position
+            place = torch.from_numpy(order).to(alive.device)
+            image, position = _nonzero(alive[place], int(host_lengths.sum()))
+            slot = place[image] * self.num_slots + position
+            row = torch.zeros_like(tokens.row)
+            row[slot] = torch.arange(len(slot), device=slot.device)
         return Tokens(
             x=tokens.x.index_select(0, tokens.row[slot]),
             alive=alive,

@@ -115,9 +115,8 @@ class View:
     @cached_property
     def _rows(self) -> Tensor:
         """Row of the backbone's tokens that holds each living patch, int64 [R]."""
-        return self._tokens.row[
-            self.image * self.backbone.num_slots + self.backbone.num_prefix + self.patch
-        ]
+        row = self._tokens.row.view(len(self.alive), self.backbone.num_slots)
+        return row[:, self.backbone.num_prefix :].flatten().index_select(0, self._places)
 
     @cached_property
     def token(self) -> Tensor:
@@ -132,11 +131,10 @@ class View:
         prefix = self.backbone.num_prefix
         if not prefix:
             return self.mean_token
-        count = 1 if self.backbone.has_class_token else prefix
-        batch = len(self.alive)
-        rows = self._tokens.row.view(batch, self.backbone.num_slots)[:, :count]
-        prefixes = self._tokens.x.index_select(0, rows.flatten())
-        return prefixes.view(batch, count, self.backbone.width).mean(1).float()
+        row = self._tokens.row.view(len(self.alive), self.backbone.num_slots)
+        if self.backbone.has_class_token:
+            return self._tokens.x.index_select(0, row[:, 0]).float()
+        return self._tokens.x[row[:, :prefix]].mean(1).float()
 
     @cached_property
     def mean_token(self) -> Tensor:

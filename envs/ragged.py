@@ -81,14 +81,15 @@ class Layout:
         longest = int(lengths.max(initial=0))
         equal = len(lengths) > 0 and int(lengths.min()) == longest
         edges = _edges(lengths, width, device)
+        buckets = _buckets(lengths, edges)
         return Layout(
             lengths=lengths,
             first=torch.from_numpy(bounds[:-1]).to(device),
             image=torch.repeat_interleave(on_device, output_size=int(bounds[-1])),
             width=width,
             equal=longest if equal else None,
-            buckets=torch.from_numpy(_buckets(lengths, edges)),
-            padding=_pad(lengths, edges, device),
+            buckets=torch.from_numpy(buckets),
+            padding=_pad(lengths, buckets, device),
             bounds=torch.from_numpy(bounds.astype(np.int32)).to(device),
             longest=longest,
         )
@@ -131,7 +132,7 @@ def _edges(lengths: NDArray[np.int64], width: int, device: torch.device) -> NDAr
         ways = [_cut(lengths, bucket_width) for bucket_width in BUCKET_WIDTHS]
         return min(ways, key=lambda edges: _seconds(lengths, edges, width))
     # images of one length need no second call; a GPU is short of work, not of arithmetic
-    return np.unique([0, len(lengths)])
+    return np.array([0, len(lengths)] if len(lengths) else [0])
 
 
 def _cut(lengths: NDArray[np.int64], bucket_width: int) -> NDArray[np.int64]:
@@ -159,9 +160,9 @@ def _buckets(lengths: NDArray[np.int64], edges: NDArray[np.int64]) -> NDArray[np
 
 
 def _pad(
-    lengths: NDArray[np.int64], edges: NDArray[np.int64], device: torch.device
+    lengths: NDArray[np.int64], buckets: NDArray[np.int64], device: torch.device
 ) -> Padding | None:
-    images, longest, padded = _buckets(lengths, edges).T
+    images, longest, padded = buckets.T
     if not padded.any():
         return None
     cells = np.repeat(longest, images)  # of each image
