@@ -221,7 +221,7 @@ class StagedViT(nn.Module):
             # images of one length stay in the order of the batch, tokens in that of their slots
             layout = Layout.of(host_lengths, tokens.layout.width, alive.device)
             slot = _nonzero(alive.view(1, -1), int(host_lengths.sum()))[1]
-            position, row = slot % self.num_slots, alive.view(-1).cumsum(0) - 1
+            row = alive.view(-1).cumsum(0) - 1
         else:
             order = np.argsort(host_lengths, kind="stable")
             layout = Layout.of(host_lengths[order], tokens.layout.width, alive.device)
@@ -231,6 +231,7 @@ class StagedViT(nn.Module):
             slot = place[image] * self.num_slots + position
             row = torch.zeros_like(tokens.row)
             row[slot] = torch.arange(len(slot), device=slot.device)
+        rotary = tokens.rotary.take(slot % self.num_slots) if tokens.rotary else None
         return Tokens(
             x=tokens.x.index_select(0, tokens.row[slot]),
             alive=alive,
@@ -238,7 +239,7 @@ class StagedViT(nn.Module):
             layout=layout,
             attention=None,
             macs=tokens.macs,
-            rotary=tokens.rotary.take(position) if tokens.rotary else None,
+            rotary=rotary,
         )
 
     @torch.compiler.disable

@@ -76,10 +76,10 @@ class Layout:
         """Lays out images of ``lengths`` rows, at least one each; ascending lengths make the best
         buckets.
         """
+        if len(lengths) and (lengths == lengths[0]).all():
+            return Layout._of_equal(lengths, width, device)
         bounds = np.concatenate([[0], np.cumsum(lengths)])
         on_device = torch.from_numpy(lengths).to(device)
-        longest = int(lengths.max(initial=0))
-        equal = len(lengths) > 0 and int(lengths.min()) == longest
         edges = _edges(lengths, width, device)
         buckets = _buckets(lengths, edges)
         return Layout(
@@ -87,11 +87,28 @@ class Layout:
             first=torch.from_numpy(bounds[:-1]).to(device),
             image=torch.repeat_interleave(on_device, output_size=int(bounds[-1])),
             width=width,
-            equal=longest if equal else None,
+            equal=None,
             buckets=torch.from_numpy(buckets),
             padding=_pad(lengths, buckets, device),
             bounds=torch.from_numpy(bounds.astype(np.int32)).to(device),
-            longest=longest,
+            longest=int(lengths.max(initial=0)),
+        )
+
+    @staticmethod
+    def _of_equal(lengths: NDArray[np.int64], width: int, device: torch.device) -> Layout:
+        """Images of one length: one bucket, without padding."""
+        images, length = len(lengths), int(lengths[0])
+        first = torch.arange(0, images * length, length, device=device)
+        return Layout(
+            lengths=lengths,
+            first=first,
+            image=torch.arange(images * length, device=device) // length,
+            width=width,
+            equal=length,
+            buckets=torch.tensor([[images, length, 0]]),
+            padding=None,
+            bounds=torch.arange(0, (images + 1) * length, length, dtype=torch.int32, device=device),
+            longest=length,
         )
 
     def mean(self, rows: Tensor) -> Tensor:
@@ -128,10 +145,10 @@ class Layout:
 
 def _edges(lengths: NDArray[np.int64], width: int, device: torch.device) -> NDArray[np.int64]:
     """Images at which buckets begin, and the end."""
-    if device.type == "cpu" and len(lengths) and lengths.min() < lengths.max():
+    if device.type == "cpu" and len(lengths):
         ways = [_cut(lengths, bucket_width) for bucket_width in BUCKET_WIDTHS]
         return min(ways, key=lambda edges: _seconds(lengths, edges, width))
-    # images of one length need no second call; a GPU is short of work, not of arithmetic
+    # a GPU is short of work, not of arithmetic: one call
     return np.array([0, len(lengths)] if len(lengths) else [0])
 
 

@@ -6,7 +6,7 @@ import torch
 from timm.layers import Attention
 
 from tokenprune.envs.backbone import StagedViT
-from tokenprune.trainers import evaluation
+from tokenprune.trainers import evaluation, report
 
 VIT = "vit_tiny_patch16_224"
 SMALL = {
@@ -106,9 +106,9 @@ def keeps():
     return draw
 
 
-@pytest.fixture(autouse=True)
-def timed_here(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def timed_here():
     """Reports time their models without a process of their own, which takes seconds to start."""
-    monkeypatch.setattr(
-        "tokenprune.trainers.report.speeds_of_fresh_process", evaluation.images_per_second
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "speeds_of_fresh_process", evaluation.images_per_second)
+        yield

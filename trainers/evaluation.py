@@ -6,8 +6,8 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 
 import torch
 from torch import Tensor, nn
@@ -167,13 +167,28 @@ def speeds_of_fresh_process(
     """
     if images.device.type != "cpu":
         return images_per_second(models, images, batch_size)
-    with ProcessPoolExecutor(
-        1,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=torch.set_num_threads,
-        initargs=(torch.get_num_threads(),),
-    ) as pool:
-        return pool.submit(images_per_second, dict(models), images, batch_size).result()
+    context = multiprocessing.get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    threads = torch.get_num_threads()
+    process = context.Process(
+        target=_send_speeds, args=(sending, threads, dict(models), images, batch_size), daemon=True
+    )
+    process.start()
+    # the child's end alone is left open: should it die, there is nothing to wait for
+    sending.close()
+    try:
+        return receiving.recv()
+    except EOFError as error:
+        raise RuntimeError("the process that timed the models died") from error
+    finally:
+        process.join()
+
+
+def _send_speeds(
+    sending: Connection, threads: int, models: dict[str, nn.Module], images: Tensor, batch_size: int
+) -> None:
+    torch.set_num_threads(threads)
+    sending.send(images_per_second(models, images, batch_size))
 
 
 def _wait(device: torch.device) -> None:

@@ -229,7 +229,7 @@ def assert_same_values(ours, reference, agent, image, over):
 @pytest.mark.parametrize("mode", MODES)
 def test_terminal_rewards_arrive(make_env, decisions, mode):
     """A team that is paid for the answer alone: nothing before the end, then all of it."""
-    env = make_env(**MODES[mode], reward=TeamReward(alpha=0.0, beta=3.0))
+    env = make_env(**MODES[mode], reward=TeamReward(0.0, beta=3.0, accuracy="confidence"))
     one = INDICES[3:], decisions[:, 3]
     passed = play(env, *(one if env.num_envs is None else (INDICES, decisions)))
     for _, rewards, *_ in passed[1:-1]:

@@ -1,4 +1,5 @@
 import itertools
+import os
 
 import pytest
 import torch
@@ -199,3 +200,15 @@ def test_a_fresh_process_times_the_same_models(staged, some_images):
     found = speeds_of_fresh_process(models, pixels, batch_size=4)
     assert set(found) == set(models)
     assert min(found.values()) > 0
+
+
+class Dies(torch.nn.Module):
+    """Takes its process along."""
+
+    def forward(self, images):
+        os._exit(1)
+
+
+def test_a_fresh_process_that_dies_is_an_error():
+    with pytest.raises(RuntimeError, match="process that timed the models died"):
+        speeds_of_fresh_process({"dies": Dies()}, torch.zeros(2, 1), batch_size=1)
