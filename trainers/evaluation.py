@@ -168,27 +168,25 @@ def speeds_of_fresh_process(
     if images.device.type != "cpu":
         return images_per_second(models, images, batch_size)
     context = multiprocessing.get_context("spawn")
-    receiving, sending = context.Pipe(duplex=False)
-    threads = torch.get_num_threads()
-    process = context.Process(
-        target=_send_speeds, args=(sending, threads, dict(models), images, batch_size), daemon=True
-    )
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_time, args=(theirs, torch.get_num_threads()), daemon=True)
     process.start()
-    # the child's end alone is left open: should it die, there is nothing to wait for
-    sending.close()
+    # the child's end is open there alone: should it die, there is nothing to wait for
+    theirs.close()
     try:
-        return receiving.recv()
-    except EOFError as error:
+        # not among the arguments: PyTorch can't hand so many tensors to a process that begins
+        ours.send((dict(models), images, batch_size))
+        return ours.recv()
+    except (EOFError, OSError) as error:
         raise RuntimeError("the process that timed the models died") from error
     finally:
         process.join()
 
 
-def _send_speeds(
-    sending: Connection, threads: int, models: dict[str, nn.Module], images: Tensor, batch_size: int
-) -> None:
+def _time(connection: Connection, threads: int) -> None:
+    """In the process of its own: times what the connection brings."""
     torch.set_num_threads(threads)
-    sending.send(images_per_second(models, images, batch_size))
+    connection.send(images_per_second(*connection.recv()))
 
 
 def _wait(device: torch.device) -> None:
