@@ -164,19 +164,30 @@ class LearnedPolicy(nn.Module):
     Args:
         actor: observations [R, D_obs] -> logits [R, 2].
         fields: what the actor observes.
+        num_prefix: prefix tokens of the backbone it was made for; None where that is not known.
     """
 
-    def __init__(self, actor: nn.Module, fields: Sequence[str]) -> None:
+    def __init__(
+        self, actor: nn.Module, fields: Sequence[str], num_prefix: int | None = None
+    ) -> None:
         super().__init__()
         self.actor = actor
         self.fields = tuple(fields)
+        self.num_prefix = num_prefix
         self.needs_attention = "cls_attention" in self.fields
         self.macs_per_decision = sum(
             layer.weight.numel() for layer in actor.modules() if isinstance(layer, nn.Linear)
         )
 
     def check_fits(self, backbone: StagedViT) -> None:
-        """Raises ValueError where ``backbone`` shows agents more or less than the actor reads."""
+        """Raises ValueError where ``backbone`` shows agents more or less than the actor reads, or
+        has other prefix tokens than the one that it was made for.
+        """
+        if self.num_prefix not in (None, backbone.num_prefix):
+            raise ValueError(
+                f"the policy was made for a backbone with {self.num_prefix} prefix tokens, "
+                f"this one has {backbone.num_prefix}"
+            )
         shown = {name: field_size(backbone, name) for name in self.fields}
         first = next(layer for layer in self.actor.modules() if isinstance(layer, nn.Linear))
         if first.in_features != sum(shown.values()):

@@ -138,7 +138,8 @@ def learned_policy(
     size = max(part.stop for part in slices.values())
     attention = slices["cls_attention"].start if with_prior else None
     with torch.random.fork_rng(devices=[]):
-        return LearnedPolicy(TokenActor(size, hidden, attention), observation)
+        actor = TokenActor(size, hidden, attention)
+        return LearnedPolicy(actor, observation, backbone.num_prefix)
 
 
 def locate(name: str, hub_options: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:

@@ -112,7 +112,8 @@ class TokenPruneTask:
 
     def pruned(self, actor: nn.Module) -> PrunedViT:
         """The backbone pruned by ``actor``, greedily."""
-        return PrunedViT(self.backbone, LearnedPolicy(actor, self.config.observation))
+        policy = LearnedPolicy(actor, self.config.observation, self.backbone.num_prefix)
+        return PrunedViT(self.backbone, policy)
 
     def evaluate(self, actor: nn.Module) -> dict[str, float]:
         result = evaluate(self.pruned(actor), self.validation, self.config.eval_size)

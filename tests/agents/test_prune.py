@@ -312,6 +312,8 @@ def test_a_policy_of_another_backbone_is_refused(vit, make_vit):
         prune(vit, other, STAGES)
     with pytest.raises(ValueError, match="width 32 with 3 stages shows 68"):
         prune(vit, random_policy(StagedViT(vit, STAGES)), (1, 2, 3))
+    with pytest.raises(ValueError, match="with 1 prefix tokens, this one has 3"):
+        prune(make_vit(reg_tokens=2), random_policy(StagedViT(vit, STAGES)), STAGES)
 
 
 def test_what_can_not_be_pruned_is_refused():
