@@ -60,18 +60,18 @@ class OneImage(nn.Module):
         slots = backbone.num_slots
         tokens = Tokens(
             x=x[0],
-            alive=torch.ones(1, slots, dtype=torch.bool),
-            row=torch.arange(slots),
+            alive=torch.ones(1, slots, dtype=torch.bool, device=x.device),
+            row=torch.arange(slots, device=x.device),
             layout=None,
             attention=None,
-            macs=torch.zeros(1, dtype=torch.int64),
+            macs=torch.zeros(1, dtype=torch.int64, device=x.device),
         )
         edges = (0, *backbone.prune_before, backbone.depth)
         for stage, (start, stop) in enumerate(pairwise(edges)):
             last = stage == backbone.num_stages
             tokens = self._run(tokens, start, stop, policy.needs_attention and not last)
             if not last:
-                view = View(backbone, tokens, stage, torch.zeros(1))
+                view = View(backbone, tokens, stage, torch.zeros(1, device=x.device))
                 tokens = self._prune(tokens, self._decide(view))
         return classify_prefix(backbone.model, tokens.x[None, : backbone.num_prefix])
 
@@ -95,7 +95,7 @@ class OneImage(nn.Module):
 
     def _run(self, tokens: Tokens, start: int, stop: int, with_attention: bool) -> Tokens:
         backbone, x, paid = self.backbone, tokens.x, None
-        whole = torch.ones(1, x.shape[0], dtype=torch.bool)
+        whole = torch.ones(1, x.shape[0], dtype=torch.bool, device=x.device)
         for i in range(start, stop):
             observers = backbone.observers if with_attention and i == stop - 1 else None
             block = backbone.model.blocks[i]

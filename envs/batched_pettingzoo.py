@@ -480,6 +480,7 @@ def _without_mask(space: Space) -> Space:
 def _flat_size(space: Space, whose: str) -> int:
     try:
         flat = flatten_space(space)
+    # how gymnasium says that it can't flatten a kind of space; refused below, with the space named
     except NotImplementedError:
         flat = None
     if not isinstance(flat, Box):

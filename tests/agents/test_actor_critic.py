@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tokenprune.agents import LearnedPolicy, Policy, TokenActor
+from tokenprune.agents import LearnedPolicy, Policy, TokenActor, actor_critic
 from tokenprune.agents.actor_critic import POLICY_GAIN, PRIOR_FLOOR, Actor, Critic, mlp
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.observations import View, field_slices
@@ -156,7 +156,10 @@ def test_a_policy_keeps_where_keep_is_likelier(views, fields):
         ("cls_attention", "alive_fraction", "position", "token", "budget"),
     ],
 )
-def test_a_policy_never_joins_the_fields_and_decides_as_if_it_did(views, fields):
+@pytest.mark.parametrize("factorised_from", [0, actor_critic.FACTORISED_FROM])
+def test_a_policy_decides_as_if_fields_were_joined(views, fields, factorised_from, monkeypatch):
+    """However many observations there are: many are never joined."""
+    monkeypatch.setattr(actor_critic, "FACTORISED_FROM", factorised_from)
     for view in views:
         slices = field_slices(view.backbone, fields)
         size = max(part.stop for part in slices.values())
