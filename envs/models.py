@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -22,7 +23,6 @@ from tokenprune.envs import digits
 
 ASSETS = Path(__file__).parent / "assets"
 DIGITS_VIT = "digits_vit"
-CONV_STEM = "conv_stem"  # names ConvStem where arguments are JSON
 DESCRIPTION = "tokenprune-backbone"  # key of the weights file's metadata
 HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
@@ -36,6 +36,9 @@ class ConvStem(nn.Module):
 
     After "Early Convolutions Help Transformers See Better" (arXiv 2106.14881). Takes the place of
     timm's ``PatchEmbed`` as ``embed_layer``: [B, C, H, W] -> [B, patches, embed_dim].
+
+    Args:
+        convs: 3x3 convolutions at each scale, the first of which halves the image.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class ConvStem(nn.Module):
         embed_dim: int = 128,
         bias: bool = True,
         dynamic_img_pad: bool = False,
+        convs: int = 1,
         **factory: Any,
     ) -> None:
         super().__init__()
@@ -65,12 +69,14 @@ class ConvStem(nn.Module):
         channels = in_chans
         for i in range(halvings):
             width = 3 * embed_dim // 4 // 2 ** (halvings - 1 - i)
-            layers += [
-                nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False, **factory),
-                nn.BatchNorm2d(width, **factory),
-                nn.GELU(),
-            ]
-            channels = width
+            for conv in range(convs):
+                stride = 1 if conv else 2
+                layers += [
+                    nn.Conv2d(channels, width, 3, stride, padding=1, bias=False, **factory),
+                    nn.BatchNorm2d(width, **factory),
+                    nn.GELU(),
+                ]
+                channels = width
         layers.append(nn.Conv2d(channels, embed_dim, 1, bias=bias, **factory))
         self.layers = nn.Sequential(*layers)
 
@@ -88,6 +94,10 @@ class ConvStem(nn.Module):
             assert isinstance(norm, nn.BatchNorm2d)
             features = activation(_conv_with_norm(features, conv, norm))
         return self.layers[-1](features).flatten(2).transpose(1, 2)
+
+
+# names of embed_layer where arguments are JSON
+STEMS = {"conv_stem": ConvStem, "deep_conv_stem": partial(ConvStem, convs=2)}
 
 
 def _conv_with_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
@@ -148,7 +158,7 @@ def create_backbone(
         num_classes: outputs of the head; the model's own where None.
         untrained: leave the weights random, even those of "digits_vit".
         kwargs: further arguments of the model, as ``img_size``, ``patch_size`` or ``depth``;
-            ``embed_layer="conv_stem"`` stands for ``ConvStem``.
+            ``embed_layer`` also takes the names of ``STEMS``.
 
     Raises:
         BackboneError: the name or an argument is unknown, weights can't be downloaded, or the
@@ -163,8 +173,11 @@ def create_backbone(
     kwargs = described.get("model_kwargs", {}) | kwargs
     if num_classes is None:
         num_classes = described.get("num_classes")
-    if kwargs.get("embed_layer") == CONV_STEM:
-        kwargs["embed_layer"] = ConvStem
+    stem = kwargs.get("embed_layer")
+    if isinstance(stem, str):
+        if stem not in STEMS:
+            raise BackboneError(f"unknown embed_layer {stem!r}: choose from {', '.join(STEMS)}")
+        kwargs["embed_layer"] = STEMS[stem]
     model = _build(name, pretrained, num_classes, kwargs)
     _fit_data_config(model, kwargs)
     if file is not None:

@@ -14,6 +14,8 @@ import random
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -22,7 +24,7 @@ import torch
 import tyro
 from timm.data import Mixup, resolve_model_data_config
 from timm.layers import PatchDropout
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, muon
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -79,6 +81,19 @@ def learning_rate(config: BackboneConfig, step: int, steps: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+@contextmanager
+def orthogonalise_in(dtype: torch.dtype) -> Iterator[None]:
+    """Has timm's Muon compute in ``dtype``: its bfloat16, which has no option, CPUs emulate, and one
+    step then takes as long as two of the model.
+    """
+    original = muon.zeropower_via_newtonschulz
+    muon.zeropower_via_newtonschulz = partial(original, dtype=dtype)
+    try:
+        yield
+    finally:
+        muon.zeropower_via_newtonschulz = original
+
+
 class Learner:
     """A backbone that learns: its weights, their average, and the optimizer.
 
@@ -101,7 +116,7 @@ class Learner:
         self.model = model.train()
         self.ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
         self.optimizer = create_optimizer_v2(
-            model, opt="adamw", lr=config.lr, weight_decay=config.weight_decay
+            model, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay
         )
         self.config = config
         self.steps = steps
@@ -127,7 +142,8 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
-        self.optimizer.step()
+        with orthogonalise_in(torch.float32):
+            self.optimizer.step()
         self.ema.update(self.model, step=step)
         return loss.detach()
 

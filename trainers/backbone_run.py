@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from timm.optim import list_optimizers
 from torch import Tensor
 
 from tokenprune.envs.models import write_weights
@@ -59,7 +60,8 @@ class BackboneConfig:
     """digits_vit, or any timm model name."""
     model_kwargs: JsonObject = field(default_factory=dict)
     """Arguments of the model, as {"img_size": 32, "patch_size": 4, "depth": 6, "embed_dim": 128,
-    "num_heads": 4}; "embed_layer": "conv_stem" puts convolutions before the blocks."""
+    "num_heads": 4}; "embed_layer": "conv_stem" or "deep_conv_stem" puts convolutions before the
+    blocks."""
     pretrained: bool = False
     """Begin with the weights that timm downloads."""
     checkpoint: Path | None = None
@@ -85,12 +87,14 @@ class BackboneConfig:
     or all of them where they are fewer."""
     batch_size: int = 128
     """Images a step."""
+    optimizer: str = "adamw"
+    """One of timm.optim.list_optimizers(). nmuon learns photographs in far fewer steps."""
     lr: float = 2e-3
     """Peak learning rate; linear warm-up, then a cosine to zero."""
     warmup: float = 0.05
     """Share of all steps that warms up."""
     weight_decay: float = 0.05
-    """AdamW's, on weights only."""
+    """The optimizer's, on weights only."""
     label_smoothing: float = 0.05
     """Share of the target that is spread over all classes."""
     ema_decay: float = 0.999
@@ -109,6 +113,7 @@ class BackboneConfig:
             "epochs": self.epochs >= 1,
             "epoch_size": self.epoch_size >= 1,
             "batch_size": self.batch_size >= 1,
+            "optimizer": self.optimizer in list_optimizers(),
             "lr": self.lr > 0,
             "warmup": 0 <= self.warmup <= 1,
             "weight_decay": self.weight_decay >= 0,

@@ -150,10 +150,32 @@ def test_timm_models_by_name_without_a_network(no_network):
     assert not same(small(seed=1), model.state_dict())
 
 
-def test_the_stem_has_a_name():
-    model = small(embed_layer="conv_stem")
-    assert isinstance(model.patch_embed, ConvStem)
+@pytest.mark.parametrize(("name", "convs"), [("conv_stem", 3), ("deep_conv_stem", 6)])
+def test_stems_have_names(name, convs):
+    model = small(embed_layer=name)
+    stem = model.patch_embed
+    assert isinstance(stem, ConvStem)
+    strides = [layer.stride[0] for layer in stem.layers if isinstance(layer, torch.nn.Conv2d)]
+    assert strides == ([2, 1] * 3 if convs == 6 else [2] * 3) + [1]
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
+
+
+def test_an_unknown_stem_is_refused():
+    with pytest.raises(BackboneError, match=r"unknown embed_layer 'stem': choose from conv_stem"):
+        small(embed_layer="stem")
+
+
+@pytest.mark.parametrize("name", ["conv_stem", "deep_conv_stem"])
+def test_a_stem_gives_the_same_with_its_norms_folded(name):
+    stem = small(embed_layer=name).patch_embed
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for layer in stem.layers:
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            for part in (layer.running_mean, layer.weight.data, layer.bias.data):
+                torch.nn.init.normal_(part)
+            torch.nn.init.uniform_(layer.running_var, 0.5, 2)
+    expected = stem.layers(images).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(stem(images), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

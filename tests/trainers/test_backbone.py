@@ -168,7 +168,9 @@ def test_the_recipe_of_the_shipped_weights(tmp_path, monkeypatch):
     assert all(torch.equal(trained[key], expected[key]) for key in trained)
 
 
-@pytest.mark.parametrize("mixing", [{}, {"mixup": 0.2, "cutmix": 1.0}])
+@pytest.mark.parametrize(
+    "mixing", [{}, {"mixup": 0.2, "cutmix": 1.0}, {"optimizer": "nmuon", "lr": 5e-3}]
+)
 def test_it_learns(config, mixing):
     report = train(replace(config, epochs=8, augmentation={}, **mixing))
     losses = [record["loss"] for record in read_metrics("r")]
@@ -401,6 +403,7 @@ def test_bad_input_is_named_at_once(config, change, error, message):
         {"warmup": 1.5},
         {"weight_decay": -1.0},
         {"label_smoothing": 1.0},
+        {"optimizer": "sdg"},
         {"ema_decay": 1.0},
         {"mixup": -1.0},
         {"cutmix": -1.0},
