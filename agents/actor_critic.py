@@ -49,9 +49,9 @@ class Actor(nn.Module):
 
 class TokenActor(Actor):
     """An actor for keep and prune that starts from a prior: log(class attention * N) is added to
-    the logit of keep.
+    the logit of keep, and so is the logarithm of the price of compute, where it is observed.
 
-    The prior's weight and a bias are learned. They learn faster than the network's weights would
+    The weights of both and a bias are learned. They learn faster than the network's weights would
     move them, so each is kept as a product with ``PRIOR_SPEED``.
 
     Args:
@@ -60,6 +60,7 @@ class TokenActor(Actor):
         attention: where ``cls_attention`` stands in the observation; None for no prior.
         prior_weight: the weight that learning starts from.
         keep_bias: added to the logit of keep at the start; a positive one starts by pruning little.
+        budget: where ``budget`` stands in the observation; None where it doesn't.
     """
 
     PRIOR_SPEED = 10.0
@@ -71,25 +72,35 @@ class TokenActor(Actor):
         attention: int | None,
         prior_weight: float = 1.0,
         keep_bias: float = 0.0,
+        budget: int | None = None,
     ) -> None:
         super().__init__(observation_size, 2, hidden)
         self.hidden = tuple(hidden)
         self.attention = attention
+        self.budget = budget
         self.keep_bias = nn.Parameter(torch.tensor(keep_bias / self.PRIOR_SPEED))
         self.prior_weight = nn.Parameter(
             torch.tensor(prior_weight / self.PRIOR_SPEED), requires_grad=attention is not None
         )
+        # only those that observe a price have its weight: older weights stay readable
+        if budget is not None:
+            self.budget_weight = nn.Parameter(torch.zeros(()))
 
     def forward(self, observation: Tensor) -> Tensor:
         prior = None if self.attention is None else observation[:, self.attention]
-        return self._with_prior(self.net(observation), prior)
+        budget = None if self.budget is None else observation[:, self.budget]
+        return self._with_prior(self.net(observation), prior, budget)
 
-    def _with_prior(self, logits: Tensor, attention: Tensor | None) -> Tensor:
+    def _with_prior(
+        self, logits: Tensor, attention: Tensor | None, budget: Tensor | None
+    ) -> Tensor:
         prune, keep = logits.unbind(-1)
         keep = keep + self.keep_bias * self.PRIOR_SPEED
         if attention is not None:
             prior = attention.clamp(min=PRIOR_FLOOR).log()
             keep = keep + self.prior_weight * self.PRIOR_SPEED * prior
+        if budget is not None:
+            keep = keep + self.budget_weight * self.PRIOR_SPEED * budget
         return torch.stack([prune, keep], dim=-1)
 
     def logits_of_sources(self, sources: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
@@ -129,10 +140,9 @@ class TokenActor(Actor):
         spread = (square - mean**2).clamp(min=0).add(norm.eps).rsqrt()
         bias = first.bias + first.weight @ norm.bias
         hidden = (projected - mean * weight.sum(1)) * spread + bias
-        prior = None
-        if self.attention is not None:
-            prior = _column(sources, self.attention)
-        return self._with_prior(self.net[2:](hidden), prior)
+        prior = None if self.attention is None else _column(sources, self.attention)
+        budget = None if self.budget is None else _column(sources, self.budget)
+        return self._with_prior(self.net[2:](hidden), prior, budget)
 
 
 def _column(sources: Sequence[tuple[Tensor, Tensor | None]], index: int) -> Tensor:
@@ -165,10 +175,20 @@ class LearnedPolicy(nn.Module):
         actor: observations [R, D_obs] -> logits [R, 2].
         fields: what the actor observes.
         num_prefix: prefix tokens of the backbone it was made for; None where that is not known.
+        budget: price of compute that it is to act under, where the actor observes one; the higher,
+            the fewer patches stay. Can be set anew at any time.
+
+    Raises:
+        ValueError: a price that is not positive, none for an actor that observes one, or one for an
+            actor that doesn't.
     """
 
     def __init__(
-        self, actor: nn.Module, fields: Sequence[str], num_prefix: int | None = None
+        self,
+        actor: nn.Module,
+        fields: Sequence[str],
+        num_prefix: int | None = None,
+        budget: float | None = None,
     ) -> None:
         super().__init__()
         self.actor = actor
@@ -178,6 +198,24 @@ class LearnedPolicy(nn.Module):
         self.macs_per_decision = sum(
             layer.weight.numel() for layer in actor.modules() if isinstance(layer, nn.Linear)
         )
+
+        self.budget = budget
+
+    @property
+    def budget(self) -> float | None:
+        return self._budget
+
+    @budget.setter
+    def budget(self, price: float | None) -> None:
+        if "budget" not in self.fields:
+            if price is not None:
+                raise ValueError(
+                    f"budget={price}: the policy was trained for one price of compute, it observes "
+                    f"{', '.join(self.fields)}"
+                )
+        elif price is None or not 0 < price < math.inf:
+            raise ValueError(f"budget={price}: the policy needs a positive price of compute")
+        self._budget = price
 
     def check_fits(self, backbone: StagedViT) -> None:
         """Raises ValueError where ``backbone`` shows agents more or less than the actor reads, or
@@ -203,7 +241,12 @@ class LearnedPolicy(nn.Module):
         """
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
+    def priced(self, view: View) -> View:
+        """``view`` as the policy sees it: under its own price of compute, where it has one."""
+        return view if self.budget is None else view.at_price(self.budget)
+
     def forward(self, view: View) -> Tensor:
+        view = self.priced(view)
         logits = self.logits(view)
         # a sum is finite only where all its terms are, and asks the device but once
         if not math.isfinite(logits.sum()):

@@ -76,6 +76,7 @@ class OneImage(nn.Module):
         return classify_prefix(backbone.model, tokens.x[None, : backbone.num_prefix])
 
     def _decide(self, view: View) -> Tensor:
+        view = self.policy.priced(view)
         logits = self.policy.actor(view.living(self.policy.fields))
         return view.scatter(logits[:, 1] > logits[:, 0])
 

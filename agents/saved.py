@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,7 @@ def describe_policy(policy: Policy) -> dict[str, Any]:
             "observation": list(policy.fields),
             "hidden": list(policy.actor.hidden),
             "attention_prior": policy.actor.attention is not None,
+            "budget": policy.budget,
         }
     raise SavedModelError(
         f"a {type(policy).__name__} has no form on disk: KeepAll, TopK and LearnedPolicy have"
@@ -127,19 +129,25 @@ def make_policy(described: Mapping[str, Any], backbone: StagedViT) -> Policy:
         described["observation"],
         described["hidden"],
         described["attention_prior"],
+        described.get("budget"),
     )
 
 
 def learned_policy(
-    backbone: StagedViT, observation: list[str], hidden: list[int], with_prior: bool
+    backbone: StagedViT,
+    observation: Sequence[str],
+    hidden: Sequence[int],
+    with_prior: bool,
+    budget: float | None = None,
 ) -> LearnedPolicy:
     """An untrained policy of that form for ``backbone``."""
     slices = field_slices(backbone, observation)
     size = max(part.stop for part in slices.values())
     attention = slices["cls_attention"].start if with_prior else None
+    price = slices["budget"].start if "budget" in slices else None
     with torch.random.fork_rng(devices=[]):
-        actor = TokenActor(size, hidden, attention)
-        return LearnedPolicy(actor, observation, backbone.num_prefix)
+        actor = TokenActor(size, hidden, attention, budget=price)
+        return LearnedPolicy(actor, observation, backbone.num_prefix, budget)
 
 
 def locate(name: str, hub_options: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
@@ -223,6 +231,16 @@ def load_weights(module: nn.Module, file: Path) -> None:
         raise SavedModelError(f"{file} doesn't fit its configuration: {reason}") from error
 
 
+def middle_price(config: Mapping[str, Any]) -> float | None:
+    """The price that a policy trained by ``config`` acts under unless it is told another: the
+    middle, on a scale of ratios, of those it was trained for. None where it observes none.
+    """
+    if "budget" not in config["observation"]:
+        return None
+    low, high = config["alpha_range"]
+    return math.sqrt(low * high)
+
+
 def read_run(folder: Path) -> tuple[StagedViT, LearnedPolicy, dict[str, Any]]:
     """Backbone, trained policy and the backbone's arguments of a run of ``trainers.mappo``."""
     for name in (CONFIG, RUN_WEIGHTS):
@@ -243,7 +261,11 @@ def read_run(folder: Path) -> tuple[StagedViT, LearnedPolicy, dict[str, Any]]:
         model = create_backbone(name, pretrained=pretrained, checkpoint=checkpoint, **kwargs)
         backbone = StagedViT(model, config["prune_before"])
         policy = learned_policy(
-            backbone, config["observation"], config["hidden"], bool(config["attention_prior"])
+            backbone,
+            config["observation"],
+            config["hidden"],
+            bool(config["attention_prior"]),
+            middle_price(config),
         )
     except (KeyError, TypeError) as error:
         raise SavedModelError(f"{folder / CONFIG} is damaged: {error!r}") from error

@@ -4,6 +4,7 @@ trainers consume.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -82,6 +83,8 @@ class BatchedTokenPrune:
         images: where the images come from.
         num_envs: B, a multiple of ``game.rollouts_per_image``.
         observation: fields that agents see, of ``observations.FIELDS``.
+        alpha_range: lowest and highest price of compute: each image gets its own, drawn so that
+            its logarithm is uniform. The reward's own for all where None.
 
     Attributes:
         field_slices: where each field stands in an observation.
@@ -97,6 +100,7 @@ class BatchedTokenPrune:
         images: ImageSet,
         num_envs: int,
         observation: Sequence[str] = DEFAULT_FIELDS,
+        alpha_range: tuple[float, float] | None = None,
     ) -> None:
         rollouts = game.rollouts_per_image
         if num_envs < 1 or num_envs % rollouts:
@@ -113,8 +117,11 @@ class BatchedTokenPrune:
                 f"the dataset has {images.num_classes} classes, "
                 f"the backbone tells {game.backbone.num_classes} apart"
             )
+        if alpha_range is not None and not 0 < alpha_range[0] <= alpha_range[1] < float("inf"):
+            raise ValueError(f"alpha_range={alpha_range}: two positive prices, the lower one first")
         self.game = game
         self.images = images
+        self.alpha_range = alpha_range
         self.num_envs = num_envs
         self.num_agents = game.num_agents
         self.fields = tuple(observation)
@@ -162,7 +169,7 @@ class BatchedTokenPrune:
                     f"image indices {chosen.tolist()}: the dataset has 0..{len(self.images) - 1}"
                 )
         pixels, labels = self.images.load(chosen)
-        stage = self.game.reset(pixels, labels)
+        stage = self.game.reset(pixels, labels, self._draw_prices(count))
         times = self.rollouts_per_start
         self.indices = chosen.repeat_interleave(times).to(self.device)
         self.labels = labels.repeat_interleave(times).to(self.device)
@@ -196,6 +203,12 @@ class BatchedTokenPrune:
             truncated=torch.zeros_like(flags),
             metrics={} if stage.outcome is None else self._metrics(stage.outcome),
         )
+
+    def _draw_prices(self, count: int) -> Tensor | None:
+        if self.alpha_range is None:
+            return None
+        low, high = (math.log(price) for price in self.alpha_range)
+        return (low + (high - low) * torch.rand(count, generator=self._generator)).exp()
 
     def close(self) -> None:
         """Frees the episode's tensors; the backbone belongs to whoever made it."""

@@ -95,14 +95,15 @@ class TokenGame:
             images: floating point [n, C, H, W], normalised for the backbone; B = n *
                 rollouts_per_image.
             labels: int64 [n].
-            alpha: the price of compute of each episode, float [B]; the reward's own where None.
-                Agents that observe ``budget`` see it.
+            alpha: the price of compute for each image, float [n]; the reward's own where None.
+                Agents that observe ``budget`` see its logarithm.
 
         Raises:
             ValueError: images of a wrong size, type or channels, or not finite; labels outside the
                 classes; prices of a wrong number, not finite, or negative.
         """
         images, labels = self._checked(images, labels)
+        prices = self._checked_prices(alpha, labels)
         tokens = self.backbone.begin(images)
         dense_logits = self.dense_logits(tokens) if self.reward.needs_dense else None
         times = self.rollouts_per_image
@@ -113,19 +114,11 @@ class TokenGame:
             dense_logits = (
                 None if dense_logits is None else dense_logits.repeat_interleave(times, 0)
             )
+        alpha = prices.repeat_interleave(times)
         batch = len(labels)
-        if alpha is None:
-            alpha = torch.full((batch,), self.reward.alpha, device=labels.device)
-        elif alpha.shape != (batch,):
-            raise ValueError(
-                f"alpha of shape {tuple(alpha.shape)}, one for each of {batch} episodes"
-            )
-        elif not (alpha.isfinite() & (alpha >= 0)).all():
-            raise ValueError(f"alpha={alpha.tolist()}: prices are finite numbers of at least 0")
-        alpha = alpha.to(labels.device, torch.float32)
         self._episode = _Episode(0, tokens, labels, dense_logits, alpha, ())
         alive = torch.ones(batch, self.num_agents, dtype=torch.bool, device=labels.device)
-        start = View(self.backbone, beginnings, 0, alpha[::times]) if times > 1 else None
+        start = View(self.backbone, beginnings, 0, prices) if times > 1 else None
         view = View(self.backbone, tokens, 0, alpha, start)
         return Stage(0, alive, torch.zeros(alive.shape, device=labels.device), view)
 
@@ -222,6 +215,17 @@ class TokenGame:
         device = self.backbone.device
         dtype = next(self.backbone.parameters()).dtype
         return images.to(device, dtype), labels.to(device)
+
+    def _checked_prices(self, alpha: Tensor | None, labels: Tensor) -> Tensor:
+        if alpha is None:
+            return torch.full(labels.shape, self.reward.alpha, device=labels.device)
+        if alpha.shape != labels.shape:
+            raise ValueError(
+                f"alpha of shape {tuple(alpha.shape)}, one for each of {len(labels)} images"
+            )
+        if not (alpha.isfinite() & (alpha >= 0)).all():
+            raise ValueError(f"alpha={alpha.tolist()}: prices are finite numbers of at least 0")
+        return alpha.to(labels.device, torch.float32)
 
 
 @dataclass(frozen=True)

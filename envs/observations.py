@@ -14,6 +14,7 @@ from tokenprune.envs.backbone import StagedViT, Tokens
 FIELDS = ("token", "cls", "stage", "position", "cls_attention", "alive_fraction", "budget")
 DEFAULT_FIELDS = ("token", "cls", "stage", "cls_attention")
 POSITION_OCTAVES = 2
+PRICE_FLOOR = 1e-3  # of compute: below it agents see no difference
 
 
 def field_size(backbone: StagedViT, field: str) -> int:
@@ -63,7 +64,7 @@ class View:
         backbone: whose tokens they are.
         tokens: the tokens.
         stage: 0-based.
-        budget: price of compute of each episode, float32 [B].
+        budget: price of compute of each episode, float32 [B]; the same where episodes begin alike.
         start: where so many consecutive episodes begin alike, the view of their beginnings, one of
             each; None where they differ.
 
@@ -88,6 +89,11 @@ class View:
         self.budget = budget
         self._tokens = tokens
         self.alive = tokens.alive[:, backbone.num_prefix :]
+
+    def at_price(self, price: float) -> View:
+        """The same patches under another price of compute."""
+        budget = torch.full_like(self.budget, price)
+        return View(self.backbone, self._tokens, self.stage, budget)
 
     @cached_property
     def _places(self) -> Tensor:
@@ -191,7 +197,8 @@ class View:
         if name == "alive_fraction":
             return self.alive_fraction[:, None], self.image
         if name == "budget":
-            return self.budget[:, None], self.image
+            # prices span decades
+            return self.budget[:, None].clamp(min=PRICE_FLOOR).log(), self.image
         raise ValueError(f"unknown observation field {name!r}: choose from {', '.join(FIELDS)}")
 
     def field(self, name: str) -> Tensor:
@@ -211,7 +218,7 @@ class View:
         Returns:
             observations float32 [U, D_obs], and which of them each living patch sees, int64 [R].
         """
-        if self._start is None or "budget" in fields:
+        if self._start is None:
             return self.living(fields), torch.arange(len(self._places), device=self.alive.device)
         times = len(self.alive) // len(self._start.alive)
         seen = self.image // times * self.backbone.num_patches + self.patch

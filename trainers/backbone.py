@@ -83,8 +83,8 @@ def learning_rate(config: BackboneConfig, step: int, steps: int) -> float:
 
 @contextmanager
 def orthogonalise_in(dtype: torch.dtype) -> Iterator[None]:
-    """Has timm's Muon compute in ``dtype``: its bfloat16, which has no option, CPUs emulate, and one
-    step then takes as long as two of the model.
+    """Has timm's Muon compute in ``dtype``. It has no option for that, and CPUs emulate the
+    bfloat16 that it uses: the optimizer then takes longer than the model.
     """
     original = muon.zeropower_via_newtonschulz
     muon.zeropower_via_newtonschulz = partial(original, dtype=dtype)

@@ -44,6 +44,9 @@ class MappoConfig:
     """team, markov-game (the paper's) or released-code (what its code computes)."""
     alpha: float | None = None
     """Price of the dense model's whole compute; the reward's own default if not given."""
+    alpha_range: tuple[float, float] | None = None
+    """Lowest and highest price in the place of one: each image is played under its own, which the
+    agents see as budget. One policy then serves all prices between: policy.budget = 0.1."""
     beta: float | None = None
     """Worth of accuracy; the reward's own default if not given."""
     accuracy: str | None = None
@@ -129,6 +132,13 @@ class MappoConfig:
         for name in ("hidden", "critic_hidden"):
             if any(width < 1 for width in getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)}: widths must be at least 1")
+        if (self.alpha_range is not None) != ("budget" in self.observation):
+            raise ValueError(
+                "a policy for many prices needs both --alpha-range and budget in --observation: "
+                f"got alpha_range={self.alpha_range} and observation={self.observation}"
+            )
+        if self.alpha_range is not None and self.alpha is not None:
+            raise ValueError("give --alpha or --alpha-range, not both")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads={self.threads} must be at least 1")
         if self.critic == "none" and self.is_token_prune and self.rollouts_per_image < 2:

@@ -11,6 +11,7 @@ from torch import nn
 
 from tokenprune.agents.actor_critic import Actor, LearnedPolicy, TokenActor
 from tokenprune.agents.pruned_vit import PrunedViT
+from tokenprune.agents.saved import middle_price
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.batched import BatchedEnv
 from tokenprune.envs.batched_pettingzoo import BatchedPettingZoo, make_pettingzoo
@@ -89,6 +90,7 @@ class TokenPruneTask:
             open_images(config.dataset, "train", self.data_config, augment=config.augment),
             config.num_envs,
             config.observation,
+            config.alpha_range,
         )
         self.validation = open_images(config.dataset, "validation", self.data_config)
 
@@ -102,17 +104,21 @@ class TokenPruneTask:
                 )
             attention = self.env.field_slices["cls_attention"].start
         size = self.env.observation_space.shape[0]
+        price = self.env.field_slices.get("budget")
         return TokenActor(
             size,
             self.config.hidden,
             attention,
             prior_weight=self.config.attention_prior,
             keep_bias=self.config.keep_bias,
+            budget=None if price is None else price.start,
         )
 
     def pruned(self, actor: nn.Module) -> PrunedViT:
         """The backbone pruned by ``actor``, greedily."""
-        policy = LearnedPolicy(actor, self.config.observation, self.backbone.num_prefix)
+        config = self.config
+        budget = middle_price(config.to_json())
+        policy = LearnedPolicy(actor, config.observation, self.backbone.num_prefix, budget)
         return PrunedViT(self.backbone, policy)
 
     def evaluate(self, actor: nn.Module) -> dict[str, float]:

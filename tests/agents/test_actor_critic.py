@@ -163,11 +163,46 @@ def test_a_policy_decides_as_if_fields_were_joined(views, fields, factorised_fro
     for view in views:
         slices = field_slices(view.backbone, fields)
         size = max(part.stop for part in slices.values())
-        actor = TokenActor(size, (8,), slices["cls_attention"].start, prior_weight=0.7)
+        price = slices["budget"].start if "budget" in fields else None
+        actor = TokenActor(size, (8,), slices["cls_attention"].start, 0.7, budget=price)
         for parameter in actor.parameters():
             torch.nn.init.normal_(parameter)
-        logits = LearnedPolicy(actor, fields).logits(view)
+        policy = LearnedPolicy(actor, fields, budget=price and 0.1)
+        logits = policy.logits(view)
         torch.testing.assert_close(logits, actor(view.living(fields)), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_price_moves_the_logit_of_keep(views):
+    fields = ("budget", "cls_attention")
+    actor = silence(TokenActor(2, (8,), None, budget=0))
+    actor.budget_weight.fill_(-1 / TokenActor.PRIOR_SPEED)
+    for view in views:
+        for price in (0.05, 0.5):
+            policy = LearnedPolicy(actor, fields, budget=price)
+            prune, keep = policy.logits(policy.priced(view)).unbind(1)
+            torch.testing.assert_close(keep - prune, torch.full_like(keep, -math.log(price)))
+    policy.budget = 0.9  # log(0.9) < 0: kept
+    assert torch.equal(policy(view), view.alive)
+    policy.budget = 1.1
+    assert not policy(view).any()
+
+
+@pytest.mark.parametrize("price", [None, 0.0, -1.0, math.inf, math.nan])
+def test_a_policy_for_many_prices_needs_one(price):
+    actor = TokenActor(1, (8,), None, budget=0)
+    with pytest.raises(ValueError, match=f"budget={price}: .*positive price"):
+        LearnedPolicy(actor, ("budget",), budget=price)
+    policy = LearnedPolicy(actor, ("budget",), budget=0.1)
+    with pytest.raises(ValueError, match="positive price"):
+        policy.budget = price
+    assert policy.budget == 0.1
+
+
+def test_a_policy_for_one_price_takes_no_other():
+    policy = LearnedPolicy(TokenActor(2, (8,), None), ("stage",))
+    with pytest.raises(ValueError, match=r"budget=0.1: .*one price.*observes stage"):
+        policy.budget = 0.1
 
 
 @torch.no_grad()

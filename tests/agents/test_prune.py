@@ -27,7 +27,8 @@ POOLINGS = {
 
 def random_policy(backbone, fields=DEFAULT_FIELDS):
     """Its random decisions are not all the same."""
-    policy = learned_policy(backbone, list(fields), [8], "cls_attention" in fields)
+    budget = 0.1 if "budget" in fields else None
+    policy = learned_policy(backbone, fields, [8], "cls_attention" in fields, budget)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         for layer in (policy.actor.net[1], policy.actor.net[-1]):
@@ -251,6 +252,29 @@ def test_a_run_becomes_a_model(tmp_path, monkeypatch):
     images = torch.randn(3, 1, 64, 64)
     with torch.no_grad():
         assert torch.equal(PrunedViT.from_pretrained("mine")(images), model(images))
+
+
+def test_a_run_over_many_prices_becomes_a_model_with_a_knob(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tokenprune.envs.datasets.DEFAULT_SIZES", dict.fromkeys(
+        ("train", "validation", "test"), 64))  # fmt: skip
+    options = "--num-envs 16 --iterations 1 --eval-size 20 --hidden 4 --alpha-range 0.01 0.25"
+    fields = ("token", "cls_attention", "budget")
+    mappo([*options.split(), "--observation", *fields, "--run-name", "tiny"])
+    model = PrunedViT.from_run("runs/tiny")
+    assert model.policy.budget == pytest.approx(0.05)
+    with torch.no_grad():
+        model.policy.actor.budget_weight.fill_(-1)
+    model.policy.budget = 0.2
+    model.save_pretrained("mine")
+    again = PrunedViT.from_pretrained("mine")
+    assert again.policy.budget == 0.2
+    images = torch.randn(3, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(again(images), model(images))
+        kept = again(images, return_keep=True)[1].sum()
+        again.policy.budget = 1e-3
+        assert again(images, return_keep=True)[1].sum() > kept
 
 
 def test_a_run_on_a_checkpoint_becomes_a_model(make_vit, tmp_path):

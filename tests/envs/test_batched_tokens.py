@@ -17,9 +17,9 @@ PARTS = ("observation", "state", "alive", "action_mask")
 
 @pytest.fixture
 def make_env(vit, some_images):
-    def make(num_envs=6, rollouts=1, images=some_images, observation=DEFAULT_FIELDS):
+    def make(num_envs=6, rollouts=1, images=some_images, observation=DEFAULT_FIELDS, **prices):
         game = TokenGame(StagedViT(vit, STAGES), rollouts_per_image=rollouts)
-        return BatchedTokenPrune(game, images, num_envs, observation)
+        return BatchedTokenPrune(game, images, num_envs, observation, **prices)
 
     return make
 
@@ -115,6 +115,29 @@ def test_an_episode_is_the_games(make_env, some_images, keeps, fields, rollouts)
 def test_action_masks():
     """Everybody may prune, the living may keep."""
     assert action_mask(torch.tensor([[True, False]])).tolist() == [[[True, True], [True, False]]]
+
+
+# --- prices ---
+
+
+def test_each_image_is_played_under_a_price_of_its_own(make_env):
+    env = make_env(36, rollouts=3, observation=("budget",), alpha_range=(0.01, 0.1))
+    prices = env.reset(seed=0).view.budget
+    assert torch.equal(prices, prices[::3].repeat_interleave(3))
+    assert len(prices.unique()) == 12
+    assert prices.min() >= 0.01
+    assert prices.max() <= 0.1
+    assert torch.equal(env.reset(seed=0).view.budget, prices)
+    assert not torch.equal(env.reset(seed=1).view.budget, prices)
+    # as many between 0.01 and 0.03 as between 0.03 and 0.1
+    drawn = torch.cat([env.reset().view.budget[::3] for _ in range(50)])
+    assert abs((drawn < 10**-1.5).float().mean() - 0.5) < 0.1
+
+
+@pytest.mark.parametrize("prices", [(0.0, 1.0), (0.2, 0.1), (0.1, float("inf"))])
+def test_a_range_of_prices_is_positive_and_ascending(make_env, prices):
+    with pytest.raises(ValueError, match="two positive prices, the lower one first"):
+        make_env(alpha_range=prices)
 
 
 # --- seeds ---

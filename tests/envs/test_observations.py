@@ -98,7 +98,7 @@ def test_fields_hold_what_they_say(views, model):
                 "position": patch_positions(view.backbone)[view.alive[i]],
                 "cls_attention": attention[prefix:, None] * patches,
                 "alive_fraction": torch.full((living, 1), living / patches),
-                "budget": BUDGET[i].expand(living, 1),
+                "budget": BUDGET[i].clamp(min=1e-3).log().expand(living, 1),
             }
             for name, values in expected.items():
                 seen = view.field(name)
@@ -180,19 +180,27 @@ def test_packed_and_masked_show_the_same(model, keeps):
 
 @pytest.mark.parametrize("fields", [DEFAULT_FIELDS, FIELDS])
 def test_distinct_holds_what_is_seen_once(vit, keeps, fields):
-    """Before the first stage rollouts of one image see the same, but for their budgets."""
+    """Before the first stage rollouts of one image see the same, under one price."""
     backbone = StagedViT(vit, STAGES)
     game = TokenGame(backbone, rollouts_per_image=3)
-    budget = torch.linspace(0, 1, 3 * BATCH)
+    budget = torch.linspace(0, 1, BATCH)
     labels = torch.zeros(BATCH, dtype=torch.int64)
     stage = game.reset(draw_images(), labels, budget)
     for keep in keeps(3 * BATCH, 2, 16):
         observations, seen = stage.view.distinct(fields)
         living = stage.view.living(fields)
         torch.testing.assert_close(observations[seen], living, rtol=0, atol=1e-6)
-        shared = stage.index == 0 and "budget" not in fields
-        assert len(observations) == (BATCH * 16 if shared else len(living))
+        assert len(observations) == (len(living) if stage.index else BATCH * 16)
         stage = game.step(keep)
+
+
+def test_the_same_patches_under_another_price(views):
+    for view in views:
+        dear = view.at_price(0.5)
+        for name in FIELDS:
+            same = torch.equal(dear.field(name), view.field(name))
+            assert same == (name != "budget")
+        assert torch.equal(dear.field("budget"), torch.full((len(view.image), 1), 0.5).log())
 
 
 def test_distinct_is_living_where_every_episode_has_its_image(views):

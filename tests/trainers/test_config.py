@@ -46,6 +46,19 @@ def test_every_flag_of_the_issue_is_there():
     assert parse(["--resume", "runs/r"]).resume == Path("runs/r")
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--alpha-range 0.1 0.5", "needs both --alpha-range and budget"),
+        ("--observation token budget", "needs both --alpha-range and budget"),
+        ("--alpha 1 --alpha-range 0.1 0.5 --observation budget", "not both"),
+    ],
+)
+def test_a_range_of_prices_goes_with_agents_that_see_them(line, message):
+    with pytest.raises(ValueError, match=message):
+        parse(line.split())
+
+
 def test_help_explains_every_option(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as ended:
