@@ -1,8 +1,18 @@
 """Who decides: policies, and the backbone pruned by one."""
 
 from tokenprune.agents.actor_critic import LearnedPolicy, TokenActor
-from tokenprune.agents.heuristics import KeepAll, TopK
+from tokenprune.agents.heuristics import AdaptiveSampling, AttentionThreshold, KeepAll, TopK
 from tokenprune.agents.policy import Policy
 from tokenprune.agents.pruned_vit import PrunedViT, prune
 
-__all__ = ["KeepAll", "LearnedPolicy", "Policy", "PrunedViT", "TokenActor", "TopK", "prune"]
+__all__ = [
+    "AdaptiveSampling",
+    "AttentionThreshold",
+    "KeepAll",
+    "LearnedPolicy",
+    "Policy",
+    "PrunedViT",
+    "TokenActor",
+    "TopK",
+    "prune",
+]

@@ -123,7 +123,7 @@ class PrunedViT(
         budget = torch.zeros(len(images), device=images.device)
         alive = []
         for stage in range(backbone.num_stages):
-            view = View(backbone, tokens, stage, budget)
+            view = View(backbone, tokens, stage, budget, images=images)
             tokens = backbone.advance(tokens, self._decide(view), stage, policy.needs_attention)
             alive.append(tokens.alive[:, backbone.num_prefix :])
         return tokens, torch.stack(alive, dim=1)

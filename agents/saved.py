@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenprune.agents.actor_critic import LearnedPolicy, TokenActor
-from tokenprune.agents.heuristics import KeepAll, TopK
+from tokenprune.agents.heuristics import AdaptiveSampling, AttentionThreshold, KeepAll, TopK
 from tokenprune.agents.policy import Policy
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.models import BackboneError, create_backbone, read_description
@@ -27,6 +27,13 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 RUN_WEIGHTS = "policy.safetensors"
 # of a backbone's arguments, those that the built model shows
 SHOWN_KWARGS = ("num_classes", "in_chans", "global_pool")
+# policies without weights: their arguments are all there is to them, and attributes too
+PLAIN_POLICIES: dict[str, tuple[type, tuple[str, ...]]] = {
+    "keep-all": (KeepAll, ()),
+    "top-k": (TopK, ("tokens", "score", "seed")),
+    "threshold": (AttentionThreshold, ("thresholds",)),
+    "adaptive-sampling": (AdaptiveSampling, ("samples",)),
+}
 # of timm's data configuration, what images are prepared by
 DATA_KEYS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -93,15 +100,9 @@ def build(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
 
 def describe_policy(policy: Policy) -> dict[str, Any]:
     """``policy`` as JSON values; the weights of one that learned stand elsewhere."""
-    if isinstance(policy, KeepAll):
-        return {"kind": "keep-all"}
-    if isinstance(policy, TopK):
-        return {
-            "kind": "top-k",
-            "tokens": list(policy.tokens),
-            "score": policy.score,
-            "seed": policy.seed,
-        }
+    for kind, (plain, arguments) in PLAIN_POLICIES.items():
+        if type(policy) is plain:
+            return {"kind": kind} | {name: getattr(policy, name) for name in arguments}
     if isinstance(policy, LearnedPolicy) and isinstance(policy.actor, TokenActor):
         return {
             "kind": "learned",
@@ -111,17 +112,17 @@ def describe_policy(policy: Policy) -> dict[str, Any]:
             "budget": policy.budget,
         }
     raise SavedModelError(
-        f"a {type(policy).__name__} has no form on disk: KeepAll, TopK and LearnedPolicy have"
+        f"a {type(policy).__name__} has no form on disk: LearnedPolicy and "
+        f"{', '.join(plain.__name__ for plain, _ in PLAIN_POLICIES.values())} have"
     )
 
 
 def make_policy(described: Mapping[str, Any], backbone: StagedViT) -> Policy:
     """The policy of ``describe_policy``, its weights untrained."""
     kind = described["kind"]
-    if kind == "keep-all":
-        return KeepAll()
-    if kind == "top-k":
-        return TopK(described["tokens"], described["score"], described["seed"])
+    if kind in PLAIN_POLICIES:
+        plain, arguments = PLAIN_POLICIES[kind]
+        return plain(**{name: described[name] for name in arguments})
     if kind != "learned":
         raise SavedModelError(f"unknown kind of policy {kind!r}: of another version?")
     return learned_policy(

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tokenprune.envs.backbone import StagedViT, Tokens
 
@@ -67,6 +68,8 @@ class View:
         budget: price of compute of each episode, float32 [B]; the same where episodes begin alike.
         start: where so many consecutive episodes begin alike, the view of their beginnings, one of
             each; None where they differ.
+        images: what is classified [B, C, H, W], for those who look at pixels; None where nobody
+            does.
 
     Attributes:
         alive: bool [B, N].
@@ -82,9 +85,11 @@ class View:
         stage: int,
         budget: Tensor,
         start: View | None = None,
+        images: Tensor | None = None,
     ) -> None:
         self.backbone = backbone
         self._start = start
+        self._images = images
         self.stage = stage
         self.budget = budget
         self._tokens = tokens
@@ -158,6 +163,21 @@ class View:
         if paid is None:
             return torch.ones(len(self._places), device=self.alive.device)
         return paid[self._rows].float() * self.backbone.num_patches
+
+    @cached_property
+    def brightness(self) -> Tensor:
+        """Mean pixel of each living patch, over its channels too, [R].
+
+        Raises:
+            ValueError: the view was made without the images.
+        """
+        if self._images is None:
+            raise ValueError(
+                "brightness looks at pixels, this view shows none: run the policy in a PrunedViT"
+            )
+        grey = self._images.float().mean(1, keepdim=True)
+        of_patches = F.adaptive_avg_pool2d(grey, self.backbone.grid_size)
+        return of_patches.flatten().index_select(0, self._places)
 
     @cached_property
     def alive_fraction(self) -> Tensor:

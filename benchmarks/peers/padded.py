@@ -57,7 +57,7 @@ class PaddedViT(nn.Module):
             wanted = policy.needs_attention and not last
             tokens = self._run(tokens, mask, start, stop, wanted)
             if not last:
-                keep = policy(View(backbone, tokens, stage, budget))
+                keep = policy(View(backbone, tokens, stage, budget, images=images))
                 tokens, mask = _padded(backbone.prune(tokens, keep))
         return backbone.finish(tokens)
 

@@ -1,9 +1,18 @@
 """Policies without training, on views of a game under way."""
 
+from itertools import combinations
+
 import pytest
 import torch
 
-from tokenprune.agents import KeepAll, Policy, TopK
+from tokenprune.agents import (
+    AdaptiveSampling,
+    AttentionThreshold,
+    KeepAll,
+    Policy,
+    PrunedViT,
+    TopK,
+)
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.observations import View
 
@@ -11,8 +20,9 @@ BATCH, PATCHES, STAGES = 5, 16, (0, 1, 3)
 SCORES = {
     "attention": lambda view: view.cls_attention,
     "norm": lambda view: view.token.square().sum(1).sqrt(),
+    "brightness": lambda view: view.brightness,
 }
-each_score = pytest.mark.parametrize("score", ["attention", "norm", "random"])
+each_score = pytest.mark.parametrize("score", ["attention", "norm", "brightness", "random"])
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +33,11 @@ def backbone(vit):
 @pytest.fixture
 def views(backbone, some_images, keeps):
     """Before every stage of a random game; of image 0 nothing is left after the first."""
-    tokens = backbone.begin(some_images.load(range(BATCH))[0])
+    images = some_images.load(range(BATCH))[0]
+    tokens = backbone.begin(images)
     seen = []
     for stage, keep in enumerate(keeps(BATCH, len(STAGES), PATCHES)):
-        seen.append(View(backbone, tokens, stage, torch.zeros(BATCH)))
+        seen.append(View(backbone, tokens, stage, torch.zeros(BATCH), images=images))
         tokens = backbone.advance(tokens, keep, stage)
     return seen
 
@@ -68,8 +79,24 @@ def test_the_highest_scores_are_kept(views, score):
 
 
 def test_scores_differ(views):
-    kept = [TopK((4, 4, 4), score)(views[1]) for score in ("attention", "norm", "random")]
-    assert not any(torch.equal(kept[i], kept[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    kept = [TopK((4, 4, 4), score)(views[1]) for score in (*SCORES, "random")]
+    assert not any(torch.equal(one, other) for one, other in combinations(kept, 2))
+
+
+@torch.no_grad()
+def test_brightness_is_the_mean_pixel_of_a_patch(backbone):
+    """Patches of 8 x 8 pixels, in rows of 4: the brightest are kept, whatever the channel."""
+    images = torch.zeros(2, 3, 32, 32)
+    images[0, 2, 8:16, 16:24] = 1  # row 1, column 2
+    images[1, 0, 24:32, 0:8] = 1  # row 3, column 0
+    kept = PrunedViT(backbone, TopK((1, 1, 1), "brightness")).trace(images).alive
+    assert kept.nonzero().tolist() == [[i, t, p] for i, p in ((0, 6), (1, 12)) for t in range(3)]
+
+
+def test_brightness_needs_the_images(backbone, some_images):
+    view = View(backbone, backbone.begin(some_images.load(range(2))[0]), 0, torch.zeros(2))
+    with pytest.raises(ValueError, match="shows none: run the policy in a PrunedViT"):
+        TopK((1, 1, 1), "brightness")(view)
 
 
 def test_random_choices_follow_from_the_seed(views):
@@ -86,10 +113,66 @@ def test_random_choices_follow_from_the_seed(views):
     assert (many - 4 / PATCHES).abs().max() < 0.05  # no place is preferred
 
 
+# --- policies whose images differ in length ---
+
+
+def test_a_threshold_keeps_whoever_is_paid_enough(views):
+    policy = AttentionThreshold((1, 0.9, 0))
+    assert isinstance(policy, Policy)
+    assert (policy.needs_attention, policy.macs_per_decision) == (True, 0)
+    assert torch.equal(policy(views[0]), views[0].alive)  # nothing was paid yet
+    for view in views[1:]:
+        paid = view.scatter(view.cls_attention)
+        least = policy.thresholds[view.stage]
+        assert torch.equal(policy(view), view.alive & (paid >= least))
+    lengths = policy(views[1]).sum(1)
+    assert len(lengths.unique()) > 1
+
+
+@pytest.mark.parametrize("samples", [1, 3, 8, 40])
+def test_sampling_keeps_the_patches_that_the_quantiles_fall_on(views, samples):
+    policy = AdaptiveSampling((samples,) * 3)
+    assert isinstance(policy, Policy)
+    assert (policy.needs_attention, policy.macs_per_decision) == (True, 0)
+    for view in views:
+        keep, paid = policy(view), view.scatter(view.cls_attention.detach().double())
+        for image in range(BATCH):
+            expected = set()
+            for quantile in [(2 * i + 1) / (2 * samples) for i in range(samples)]:
+                reached = 0.0
+                for patch in view.alive[image].nonzero().flatten().tolist():
+                    reached += float(paid[image, patch] / paid[image].sum())
+                    if reached >= quantile:
+                        expected.add(patch)
+                        break
+            assert set(keep[image].nonzero().flatten().tolist()) == expected
+
+
+def test_sampling_keeps_few_where_few_hold_all_the_attention(views):
+    view = views[1]
+    first = (view.image == 2) & (view.patch == view.patch[view.image == 2][0])
+    view.cls_attention = torch.where(first, 1e4, 1.0)
+    kept = AdaptiveSampling((16, 16, 16))(view).sum(1)
+    assert kept[1] == view.count[1]  # an even share each: nobody is passed over
+    assert kept[2] == 1
+    assert kept[0] == 0  # nobody lives
+
+
+def test_no_samples_keep_nobody(views):
+    assert not AdaptiveSampling((0, 0, 0))(views[0]).any()
+
+
+# --- bad input ---
+
+
 def test_what_is_refused(views):
-    with pytest.raises(ValueError, match=r"'beauty': choose from attention, norm, random"):
+    with pytest.raises(ValueError, match=r"'beauty': choose from attention, norm, bright"):
         TopK((1, 1, 1), "beauty")
     with pytest.raises(ValueError, match=r"tokens=\(4, -1\).*at least 0"):
         TopK((4, -1))
+    with pytest.raises(ValueError, match=r"thresholds=\(nan,\).*at least 0"):
+        AttentionThreshold((float("nan"),))
     with pytest.raises(ValueError, match="tokens for 2 stages, the backbone has 3"):
         TopK((4, 4))(views[0])
+    with pytest.raises(ValueError, match="samples for 1 stages, the backbone has 3"):
+        AdaptiveSampling((4,))(views[0])

@@ -8,7 +8,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
 
-from tokenprune.agents import KeepAll, LearnedPolicy, PrunedViT, TopK, prune
+from tokenprune.agents import (
+    AdaptiveSampling,
+    AttentionThreshold,
+    KeepAll,
+    LearnedPolicy,
+    PrunedViT,
+    TopK,
+    prune,
+)
 from tokenprune.agents.saved import SavedModelError, learned_policy
 from tokenprune.envs.backbone import StagedViT, UnsupportedBackboneError
 from tokenprune.envs.models import create_backbone, write_weights
@@ -214,8 +222,15 @@ def test_many_tokens(make_vit):
 
 @pytest.mark.parametrize(
     "policy",
-    [None, KeepAll(), TopK((9, 4), "attention"), TopK((9, 4), "random", seed=3)],
-    ids=["learned", "keep all", "attention", "random"],
+    [
+        None,
+        KeepAll(),
+        TopK((9, 4), "attention"),
+        TopK((9, 4), "random", seed=3),
+        AttentionThreshold((0.9, 1.1)),
+        AdaptiveSampling((12, 6)),
+    ],
+    ids=["learned", "keep all", "attention", "random", "threshold", "adaptive sampling"],
 )
 @torch.no_grad()
 def test_what_was_saved_comes_back(make_vit, images, tmp_path, policy):
