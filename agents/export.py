@@ -78,7 +78,7 @@ class OneImage(nn.Module):
     def _decide(self, view: View) -> Tensor:
         view = self.policy.priced(view)
         logits = self.policy.actor(view.living(self.policy.fields))
-        return view.scatter(logits[:, 1] > logits[:, 0])
+        return view.scatter(self.policy.stays(logits))
 
     def _prune(self, tokens: Tokens, keep: Tensor) -> Tokens:
         prefix = self.backbone.num_prefix

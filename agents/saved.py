@@ -110,6 +110,7 @@ def describe_policy(policy: Policy) -> dict[str, Any]:
             "hidden": list(policy.actor.hidden),
             "attention_prior": policy.actor.attention is not None,
             "budget": policy.budget,
+            "threshold": policy.threshold,
         }
     raise SavedModelError(
         f"a {type(policy).__name__} has no form on disk: LearnedPolicy and "
@@ -125,13 +126,15 @@ def make_policy(described: Mapping[str, Any], backbone: StagedViT) -> Policy:
         return plain(**{name: described[name] for name in arguments})
     if kind != "learned":
         raise SavedModelError(f"unknown kind of policy {kind!r}: of another version?")
-    return learned_policy(
+    policy = learned_policy(
         backbone,
         described["observation"],
         described["hidden"],
         described["attention_prior"],
         described.get("budget"),
     )
+    policy.threshold = described.get("threshold", 0.5)
+    return policy
 
 
 def learned_policy(
