@@ -64,7 +64,6 @@ class OneImage(nn.Module):
             row=torch.arange(slots, device=x.device),
             layout=None,
             attention=None,
-            macs=torch.zeros(1, dtype=torch.int64, device=x.device),
         )
         edges = (0, *backbone.prune_before, backbone.depth)
         for stage, (start, stop) in enumerate(pairwise(edges)):

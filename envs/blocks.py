@@ -19,11 +19,13 @@ class Form:
 
     Attributes:
         enter: block, x -> what its attention reads.
-        leave: block, x, what its attention gives -> what the block gives.
+        join: block, x, what its attention gives -> x with it.
+        leave: block, x with it -> what the block gives.
     """
 
     enter: Callable[[Any, Tensor], Tensor]
-    leave: Callable[[Any, Tensor, Tensor], Tensor]
+    join: Callable[[Any, Tensor, Tensor], Tensor]
+    leave: Callable[[Any, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,22 @@ def packed_block(
         images = x.unflatten(0, (-1, layout.equal))
         turn = rotary.patches(index, len(images)) if rotary else None
         return family.whole(block, images, None, turn).flatten(0, 1), None
+    x, paid = _attended(family, block, index, x, layout, rotary, observers)
+    return family.blocks[type(block)].leave(block, x), paid
+
+
+def _attended(
+    family: Family,
+    block: Any,
+    index: int,
+    x: Tensor,
+    layout: Layout,
+    rotary: Rotary | None,
+    observers: int | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The first half of ``packed_block``: queries, keys and values are gone when it returns, before
+    the second needs its memory.
+    """
     attn, form = block.attn, family.blocks[type(block)]
     source = form.enter(block, x)
     q, k, v = family.project(block, source, rotary.rows(index, len(x)) if rotary else None)
@@ -94,7 +112,7 @@ def packed_block(
     paid = None
     if observers is not None:
         paid = first_row_attention(_packed_query(q, layout, observers), k, layout)
-    return form.leave(block, x, attn.proj(mixed)), paid
+    return form.join(block, x, attn.proj(mixed)), paid
 
 
 def masked_block(
@@ -156,8 +174,11 @@ def _post_norm_enter(block: Any, x: Tensor) -> Tensor:
     return x
 
 
-def _post_norm_leave(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
-    x = x + block.norm1(mixed)
+def _post_norm_join(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
+    return x + block.norm1(mixed)
+
+
+def _post_norm_leave(block: Any, x: Tensor) -> Tensor:
     return x + block.norm2(block.mlp(x))
 
 
@@ -166,4 +187,4 @@ def pre_norm_enter(block: Any, x: Tensor) -> Tensor:
     return block.norm1(x)
 
 
-POST_NORM = Form(enter=_post_norm_enter, leave=_post_norm_leave)
+POST_NORM = Form(enter=_post_norm_enter, join=_post_norm_join, leave=_post_norm_leave)
