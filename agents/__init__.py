@@ -1,6 +1,7 @@
 """Who decides: policies, and the backbone pruned by one."""
 
 from tokenprune.agents.actor_critic import LearnedPolicy, TokenActor
+from tokenprune.agents.dynamic_vit import DynamicViTPolicy
 from tokenprune.agents.heuristics import AdaptiveSampling, AttentionThreshold, KeepAll, TopK
 from tokenprune.agents.policy import Policy
 from tokenprune.agents.pruned_vit import PrunedViT, prune
@@ -8,6 +9,7 @@ from tokenprune.agents.pruned_vit import PrunedViT, prune
 __all__ = [
     "AdaptiveSampling",
     "AttentionThreshold",
+    "DynamicViTPolicy",
     "KeepAll",
     "LearnedPolicy",
     "Policy",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tokenprune.agents import saved
 from tokenprune.agents.actor_critic import LearnedPolicy
+from tokenprune.agents.dynamic_vit import DynamicViTPolicy
 from tokenprune.agents.policy import Policy
 from tokenprune.envs.backbone import StagedViT, Tokens
 from tokenprune.envs.observations import View
@@ -63,7 +64,7 @@ class PrunedViT(
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(policy, LearnedPolicy):
+        if isinstance(policy, LearnedPolicy | DynamicViTPolicy):
             policy.check_fits(backbone)
         self.backbone = backbone
         self.policy = policy
@@ -187,7 +188,8 @@ class PrunedViT(
 
     @classmethod
     def from_run(cls, folder: str | Path) -> PrunedViT:
-        """The model that a finished run of ``trainers.mappo`` learned, in evaluation mode.
+        """What a finished run of ``trainers.mappo`` or ``trainers.dynamic_vit`` learned, in
+        evaluation mode.
 
         Raises:
             SavedModelError: the folder holds no finished run of the token game, its files are

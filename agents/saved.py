@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenprune.agents.actor_critic import LearnedPolicy, TokenActor
+from tokenprune.agents.dynamic_vit import DynamicViTPolicy
 from tokenprune.agents.heuristics import AdaptiveSampling, AttentionThreshold, KeepAll, TopK
 from tokenprune.agents.policy import Policy
 from tokenprune.envs.backbone import StagedViT
@@ -25,6 +26,7 @@ from tokenprune.envs.observations import field_slices
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 RUN_WEIGHTS = "policy.safetensors"
+RUN_BACKBONE = "backbone.safetensors"  # where the run trained its backbone too
 # of a backbone's arguments, those that the built model shows
 SHOWN_KWARGS = ("num_classes", "in_chans", "global_pool")
 # policies without weights: their arguments are all there is to them, and attributes too
@@ -112,8 +114,10 @@ def describe_policy(policy: Policy) -> dict[str, Any]:
             "budget": policy.budget,
             "threshold": policy.threshold,
         }
+    if isinstance(policy, DynamicViTPolicy):
+        return {"kind": "dynamic-vit", "keep": policy.keep, "hidden": policy.hidden}
     raise SavedModelError(
-        f"a {type(policy).__name__} has no form on disk: LearnedPolicy and "
+        f"a {type(policy).__name__} has no form on disk: LearnedPolicy, DynamicViTPolicy and "
         f"{', '.join(plain.__name__ for plain, _ in PLAIN_POLICIES.values())} have"
     )
 
@@ -124,6 +128,8 @@ def make_policy(described: Mapping[str, Any], backbone: StagedViT) -> Policy:
     if kind in PLAIN_POLICIES:
         plain, arguments = PLAIN_POLICIES[kind]
         return plain(**{name: described[name] for name in arguments})
+    if kind == "dynamic-vit":
+        return dynamic_vit_policy(backbone, described["keep"], described["hidden"])
     if kind != "learned":
         raise SavedModelError(f"unknown kind of policy {kind!r}: of another version?")
     policy = learned_policy(
@@ -152,6 +158,15 @@ def learned_policy(
     with torch.random.fork_rng(devices=[]):
         actor = TokenActor(size, hidden, attention, budget=price)
         return LearnedPolicy(actor, observation, backbone.num_prefix, budget)
+
+
+def dynamic_vit_policy(
+    backbone: StagedViT, keep: float, hidden: int, seed: int = 0
+) -> DynamicViTPolicy:
+    """An untrained policy of that form for ``backbone``; ``seed`` draws its weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return DynamicViTPolicy(backbone.width, backbone.num_stages, keep, hidden)
 
 
 def locate(name: str, hub_options: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
@@ -245,25 +260,23 @@ def middle_price(config: Mapping[str, Any]) -> float | None:
     return math.sqrt(low * high)
 
 
-def read_run(folder: Path) -> tuple[StagedViT, LearnedPolicy, dict[str, Any]]:
-    """Backbone, trained policy and the backbone's arguments of a run of ``trainers.mappo``."""
+def read_run(folder: Path) -> tuple[StagedViT, Policy, dict[str, Any]]:
+    """Backbone, trained policy and the backbone's arguments of a run of ``trainers.mappo`` or
+    ``trainers.dynamic_vit``.
+    """
     for name in (CONFIG, RUN_WEIGHTS):
         if not (folder / name).is_file():
             raise SavedModelError(f"{folder} holds no finished run: {name} is missing")
     config = read_json(folder / CONFIG)
     try:
-        name, kwargs = config["backbone"], config["model_kwargs"]
-        pretrained, checkpoint = config["pretrained"], config["checkpoint"]
+        if config.get("policy") == "dynamic-vit":
+            backbone, kwargs = _run_backbone(folder, config, config["fine_tune"])
+            predictors = dynamic_vit_policy(backbone, config["keep"], config["hidden"])
+            load_weights(predictors, folder / RUN_WEIGHTS)
+            return backbone, predictors, kwargs
         if config["env"] != "token-prune":
             raise SavedModelError(f"{folder} is a run of {config['env']}, which prunes no ViT")
-        if not pretrained and checkpoint is None and config["dataset"] != "digits":
-            raise SavedModelError(
-                f"{folder}: the backbone {name} had random weights, which were not kept"
-            )
-        if checkpoint is not None:
-            kwargs = read_description(Path(checkpoint), name).get("model_kwargs", {}) | kwargs
-        model = create_backbone(name, pretrained=pretrained, checkpoint=checkpoint, **kwargs)
-        backbone = StagedViT(model, config["prune_before"])
+        backbone, kwargs = _run_backbone(folder, config)
         policy = learned_policy(
             backbone,
             config["observation"],
@@ -275,3 +288,21 @@ def read_run(folder: Path) -> tuple[StagedViT, LearnedPolicy, dict[str, Any]]:
         raise SavedModelError(f"{folder / CONFIG} is damaged: {error!r}") from error
     load_weights(policy.actor, folder / RUN_WEIGHTS)
     return backbone, policy, kwargs
+
+
+def _run_backbone(
+    folder: Path, config: Mapping[str, Any], was_trained: bool = False
+) -> tuple[StagedViT, dict[str, Any]]:
+    """The backbone of a run and its arguments; the run's own weights where it ``was_trained``."""
+    name, kwargs = config["backbone"], config["model_kwargs"]
+    pretrained, checkpoint = config["pretrained"], config["checkpoint"]
+    if was_trained:
+        pretrained, checkpoint = False, folder / RUN_BACKBONE
+    if not pretrained and checkpoint is None and config["dataset"] != "digits":
+        raise SavedModelError(
+            f"{folder}: the backbone {name} had random weights, which were not kept"
+        )
+    if checkpoint is not None:
+        kwargs = read_description(Path(checkpoint), name).get("model_kwargs", {}) | kwargs
+    model = create_backbone(name, pretrained=pretrained, checkpoint=checkpoint, **kwargs)
+    return StagedViT(model, config["prune_before"]), kwargs

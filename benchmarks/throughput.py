@@ -42,8 +42,8 @@ from tokenprune.benchmarks.workload import (
     Workload,
     load,
 )
-from tokenprune.trainers.backbone_run import JsonObject
 from tokenprune.trainers.checkpoint import CheckpointError, write_json
+from tokenprune.trainers.run_folder import JsonObject
 
 FEWEST_IMAGES = 32
 

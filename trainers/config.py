@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tokenprune.trainers.backbone_run import JsonObject
+from tokenprune.trainers.run_folder import JsonObject
 
 TOKEN_PRUNE = "token-prune"
 PETTINGZOO_PREFIX = "pettingzoo:"

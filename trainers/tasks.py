@@ -59,23 +59,39 @@ class Task(Protocol):
         ...
 
 
+class BackboneSettings(Protocol):
+    """Which backbone, for which dataset; ``MappoConfig`` says what each means."""
+
+    backbone: str
+    model_kwargs: dict[str, Any]
+    pretrained: bool
+    checkpoint: Path | None
+    dataset: str
+    device: str
+
+
+def load_backbone(config: BackboneSettings) -> nn.Module:
+    """The backbone, frozen, on its device; a random one has the dataset's classes."""
+    fits_data = not config.pretrained and config.checkpoint is None and config.dataset != DIGITS
+    model = create_backbone(
+        config.backbone,
+        pretrained=config.pretrained,
+        checkpoint=config.checkpoint,
+        num_classes=len(read_class_names(config.dataset)) if fits_data else None,
+        **config.model_kwargs,
+    )
+    # convolutional stems run faster on this layout; nothing else depends on it
+    device = pick_device(config.device)
+    return model.to(device).to(memory_format=torch.channels_last).requires_grad_(False)
+
+
 class TokenPruneTask:
     """Token pruning on a backbone and a dataset."""
 
     def __init__(self, config: MappoConfig) -> None:
         self.config = config
-        fits_data = not config.pretrained and config.checkpoint is None and config.dataset != DIGITS
-        model = create_backbone(
-            config.backbone,
-            pretrained=config.pretrained,
-            checkpoint=config.checkpoint,
-            num_classes=len(read_class_names(config.dataset)) if fits_data else None,
-            **config.model_kwargs,
-        )
-        # convolutional stems run faster on this layout; nothing else depends on it
-        device = pick_device(config.device)
-        self.model = model.to(device).to(memory_format=torch.channels_last).requires_grad_(False)
-        self.data_config = resolve_model_data_config(model)
+        self.model = load_backbone(config)
+        self.data_config = resolve_model_data_config(self.model)
         self.backbone = StagedViT(self.model, config.prune_before)
         options = {
             name: getattr(config, name)

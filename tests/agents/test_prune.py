@@ -11,6 +11,7 @@ from timm.data import resolve_model_data_config
 from tokenprune.agents import (
     AdaptiveSampling,
     AttentionThreshold,
+    DynamicViTPolicy,
     KeepAll,
     LearnedPolicy,
     PrunedViT,
@@ -229,8 +230,9 @@ def test_many_tokens(make_vit):
         TopK((9, 4), "random", seed=3),
         AttentionThreshold((0.9, 1.1)),
         AdaptiveSampling((12, 6)),
+        DynamicViTPolicy(32, 2, keep=0.6, hidden=8),
     ],
-    ids=["learned", "keep all", "attention", "random", "threshold", "adaptive sampling"],
+    ids=["learned", "keep all", "attention", "random", "threshold", "adaptive sampling", "dynamic"],
 )
 @torch.no_grad()
 def test_what_was_saved_comes_back(make_vit, images, tmp_path, policy):

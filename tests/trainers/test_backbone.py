@@ -21,10 +21,12 @@ from torch import nn
 from tokenprune.envs import datasets
 from tokenprune.envs.datasets import DatasetError, open_images
 from tokenprune.envs.models import BackboneError, create_backbone, sha256
-from tokenprune.trainers import backbone, backbone_run
-from tokenprune.trainers.backbone import accuracy, batches, learning_rate, main, train
-from tokenprune.trainers.backbone_run import BackboneConfig, TrainingError
+from tokenprune.trainers import backbone, supervised
+from tokenprune.trainers.backbone import main, train
+from tokenprune.trainers.backbone_run import BackboneConfig
 from tokenprune.trainers.checkpoint import CheckpointError
+from tokenprune.trainers.run_folder import TrainingError, describe
+from tokenprune.trainers.supervised import accuracy, batches, learning_rate
 
 VIT = "vit_tiny_patch16_224"
 # dropout, stochastic depth and mixup draw from generators that a resumed run has to find again
@@ -217,13 +219,11 @@ def test_the_test_split_is_read_once_at_the_end(config, monkeypatch):
             reads.append(self.split)
             return self.images.load(indices)
 
-    monkeypatch.setattr(
-        backbone,
-        "open_images",
-        lambda dataset, split, *args, **kwargs: Watched(
-            split, open_images(dataset, split, *args, **kwargs)
-        ),
-    )
+    def watch(dataset, split, *args, **kwargs):
+        return Watched(split, open_images(dataset, split, *args, **kwargs))
+
+    for module in (backbone, supervised):
+        monkeypatch.setattr(module, "open_images", watch)
     train(config)
     assert reads == (["train"] * 5 + ["validation"]) * 3 + ["test"]
 
@@ -262,7 +262,7 @@ def kill_at_step(config, step, tmp_path):
         "backbone.Learner.learn = learn_or_die\n"
         "backbone.main()\n"
     )
-    values = backbone_run.describe(config)
+    values = describe(config)
     arguments = [
         part
         for name, value in values.items()

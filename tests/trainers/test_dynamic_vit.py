@@ -1,0 +1,329 @@
+"""DynamicViT's training: masks and their gradients, losses, and runs that can be killed."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from tokenprune.agents import PrunedViT
+from tokenprune.agents.saved import SavedModelError, dynamic_vit_policy
+from tokenprune.envs import datasets
+from tokenprune.envs.backbone import StagedViT
+from tokenprune.envs.models import create_backbone, write_weights
+from tokenprune.trainers import dynamic_vit_run
+from tokenprune.trainers.dynamic_vit import (
+    BACKBONE_START,
+    DynamicViTConfig,
+    Run,
+    Trainer,
+    attention_bias,
+    gumbel_keep,
+    losses,
+    run_dense,
+    run_masked,
+)
+from tokenprune.trainers.run_folder import TrainingError
+
+BATCH, PATCHES, STAGES = 5, 16, (1, 3)
+BACKBONES = {
+    "class token": {},
+    "registers": {"reg_tokens": 2},
+    "mean": {"class_token": False, "global_pool": "avg"},
+    "rotary": {"name": "eva02_tiny_patch14_224", "num_heads": 2},
+}
+TINY = {"patch_size": 16, "embed_dim": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def images(some_images):
+    return some_images.load(range(BATCH))[0]
+
+
+# --- masks ---
+
+
+def test_keep_is_drawn_as_often_as_it_is_likely():
+    logits = torch.tensor([[0.0, 0.0], [0.0, 2.0], [3.0, 0.0]]).repeat(20_000, 1)
+    drawn = gumbel_keep(logits, seeded())
+    assert set(drawn.unique().tolist()) == {0, 1}
+    shares = drawn.view(-1, 3).mean(0)
+    torch.testing.assert_close(shares, logits[:3].softmax(1)[:, 1], rtol=0, atol=0.01)
+    assert torch.equal(drawn, gumbel_keep(logits, seeded()))
+    assert not torch.equal(drawn, gumbel_keep(logits, seeded(1)))
+
+
+def test_the_gradient_of_a_draw_is_that_of_the_softmax_behind_it():
+    logits = torch.randn(50, 2, generator=seeded(), requires_grad=True)
+    weight = torch.randn(50, generator=seeded(1))
+    drawn = gumbel_keep(logits, seeded(2))
+    (gradient,) = torch.autograd.grad((weight * drawn).sum(), logits)
+    uniform = torch.rand(50, 2, generator=seeded(2))
+    soft = F.softmax(logits - (-uniform.log()).log(), dim=-1)[:, 1]
+    assert torch.equal(drawn > 0.5, soft > 0.5)
+    (expected,) = torch.autograd.grad((weight * soft).sum(), logits)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_attention_and_its_gradient_are_the_papers():
+    """exp(P) G / sum(exp(P) G), pruned keys included in the gradient."""
+    generator = seeded()
+    scores = torch.randn(2, 3, 6, 6, generator=generator) * 3
+    weight = torch.randn(2, 3, 6, 6, generator=generator)
+    kept = torch.tensor([[1, 0, 1, 0.0], [0, 0, 0, 1.0]], requires_grad=True)
+    ours = (scores + attention_bias(kept, 2)).softmax(-1)
+    (gradient,) = torch.autograd.grad((ours * weight).sum(), kept)
+
+    mask = torch.cat([torch.ones(2, 2), kept], dim=1)
+    gate = torch.stack([mask] * 6, dim=1)
+    gate = torch.where(torch.eye(6, dtype=torch.bool), torch.ones(()), gate)[:, None]
+    unnormed = scores.exp() * gate
+    theirs = unnormed / unnormed.sum(-1, keepdim=True)
+    (expected,) = torch.autograd.grad((theirs * weight).sum(), kept)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    assert (gradient != 0).all()
+
+
+@pytest.mark.parametrize("kwargs", BACKBONES.values(), ids=BACKBONES)
+@torch.no_grad()
+def test_a_masked_run_answers_as_the_pruned_model_does(make_vit, images, kwargs):
+    backbone = StagedViT(make_vit(**kwargs), STAGES)
+    policy = dynamic_vit_policy(backbone, 0.5, 8)
+    begun = backbone.begin(images, execution="masked")
+    run = run_masked(backbone, policy, begun, seeded())
+    first, second = run.kept > 0
+    assert not (second & ~first).any()
+    assert 0 < second.sum() < first.sum() < first.numel()
+    tokens = backbone.begin(images)
+    for stage, keep in enumerate((first, second)):
+        tokens = backbone.advance(tokens, keep, stage)
+    torch.testing.assert_close(run.logits, backbone.finish(tokens), rtol=0, atol=1e-4)
+    dense = run_dense(backbone, begun)
+    torch.testing.assert_close(dense.logits, backbone.model(images), rtol=0, atol=1e-4)
+    features = backbone.model.forward_features(images)[:, backbone.num_prefix :]
+    torch.testing.assert_close(dense.patches, features, rtol=0, atol=1e-4)
+
+
+# --- losses ---
+
+
+def test_losses_are_the_papers():
+    kept = torch.tensor([[[1, 1, 0, 1], [1, 1, 1, 1]], [[1, 0, 0, 0], [0, 1, 0, 0]]]).float()
+    teacher_patches, patches = torch.zeros(2, 4, 3), torch.ones(2, 4, 3)
+    patches[0, 0] = torch.tensor([1, 2, 3.0])  # the one that the first image keeps: (1 + 4 + 9) / 3
+    logits, teacher_logits = torch.tensor([[2, 0.0], [0, 1.0]]), torch.tensor([[1, 0.0], [0, 3.0]])
+    student, teacher = Run(logits, patches, kept), Run(teacher_logits, teacher_patches, kept)
+    terms = losses(student, teacher, torch.tensor([0, 0]), (0.5, 0.25), 3.0)
+    assert float(terms["tokens"]) == pytest.approx((14 / 3 + 1) / 2)
+    # shares kept: 0.75 and 1 instead of 0.5; 0.25 and 0.25
+    assert float(terms["ratio"]) == pytest.approx((0.25**2 + 0.5**2) / 4)
+    answer = math.log(1 + math.exp(-2)), math.log(1 + math.exp(1))
+    assert float(terms["classification"]) == pytest.approx(sum(answer) / 2)
+    p, q = teacher_logits.softmax(1), logits.softmax(1)
+    assert float(terms["kl"]) == pytest.approx(float((p * (p / q).log()).sum() / 2))
+    weighted = {"classification": 1, "kl": 0.5, "tokens": 0.5, "ratio": 3.0}
+    total = sum(weight * float(terms[name]) for name, weight in weighted.items())
+    assert float(terms["loss"]) == pytest.approx(total)
+
+
+# --- learning ---
+
+
+def trainer_on(vit, images, **changes):
+    settings = {"iterations": 6, "batch_size": 4, "hidden": 8, "keep": 0.5} | changes
+    config = DynamicViTConfig(**settings)
+    backbone = StagedViT(vit.requires_grad_(False), STAGES)
+    policy = dynamic_vit_policy(backbone, config.keep, config.hidden)
+    return Trainer(backbone, policy, images, config)
+
+
+def test_it_learns_to_keep_what_is_asked_for(make_vit, some_images):
+    settings = {"iterations": 60, "batch_size": 12, "lr": 0.02, "keep": 0.3, "ratio_weight": 20.0}
+    trainer = trainer_on(make_vit(), some_images, **settings)
+    records = [trainer.iterate() for _ in range(60)]
+    before, after = (sum(r["ratio"] for r in part) for part in (records[:10], records[-10:]))
+    assert after < 0.3 * before
+    assert records[-1]["keep_ratio"] == pytest.approx((0.3 + 0.09) / 2, abs=0.1)
+
+
+def test_a_frozen_backbone_stays_as_it_is(make_vit, some_images):
+    vit = make_vit()
+    before = {key: value.clone() for key, value in vit.state_dict().items()}
+    trainer = trainer_on(vit, some_images)
+    predictors = [p.clone() for p in trainer.policy.parameters()]
+    trainer.iterate()
+    assert all(torch.equal(value, before[key]) for key, value in vit.state_dict().items())
+    moved = [
+        not torch.equal(*both) for both in zip(predictors, trainer.policy.parameters(), strict=True)
+    ]
+    assert all(moved)
+
+
+def test_fine_tuning_starts_late_and_is_told_by_the_unpruned_model(make_vit, some_images):
+    vit = make_vit()
+    start = {key: value.clone() for key, value in vit.state_dict().items()}
+    trainer = trainer_on(vit, some_images, fine_tune=True, iterations=12)
+    waits = math.ceil(BACKBONE_START * 12)
+    for _ in range(waits):
+        trainer.iterate()
+    assert all(torch.equal(value, start[key]) for key, value in vit.state_dict().items())
+    trainer.iterate()
+    assert not torch.equal(vit.head.weight, start["head.weight"])
+    assert not torch.equal(vit.blocks[0].attn.qkv.weight, start["blocks.0.attn.qkv.weight"])
+    teacher = trainer._teacher.model.state_dict()
+    assert all(torch.equal(value, start[key]) for key, value in teacher.items())
+
+
+def test_what_it_can_not_learn_from_is_refused(make_vit, make_images):
+    with pytest.raises(TrainingError, match="takes batch_size=40 images, the dataset has 12"):
+        trainer_on(make_vit(), make_images(), batch_size=40)
+    with pytest.raises(TrainingError, match="5 classes, the backbone tells 3 apart"):
+        trainer_on(make_vit(num_classes=3), make_images())
+
+
+# --- runs ---
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        datasets, "DEFAULT_SIZES", {"train": 64, "validation": 40, "test": 1_000_000}
+    )
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A random ViT of 16 patches, for the digits."""
+    path = tmp_path / "tiny.safetensors"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = create_backbone(num_classes=10, untrained=True, **TINY)
+    write_weights(path, model.state_dict(), "digits_vit", 10, TINY)
+    return path
+
+
+@pytest.fixture
+def arguments(weights):
+    def given(name, *more):
+        text = (
+            f"--checkpoint {weights} --prune-before 1 2 --hidden 8 --iterations 5 --batch-size 8 "
+            f"--eval-every 2 --eval-size 20 --checkpoint-every 2 --device cpu --run-name {name}"
+        )
+        return [*text.split(), *more]
+
+    return given
+
+
+def run(arguments):
+    return dynamic_vit_run.main(arguments)
+
+
+def read_lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_a_run_leaves_what_it_found(arguments, monkeypatch, capsys):
+    opened = []
+    real = dynamic_vit_run.open_images
+
+    def noted(dataset, split, *rest, **options):
+        opened.append(split)
+        return real(dataset, split, *rest, **options)
+
+    monkeypatch.setattr(dynamic_vit_run, "open_images", noted)
+    run(arguments("one"))
+    assert "test" not in opened
+    report = json.loads(Path("runs/one/report.json").read_text())
+    assert report["split"] == "validation"
+    pruned = report["policies"]["dynamic-vit"]
+    assert pruned["kept"] == [8 / 16, 4 / 16]
+    assert 0 < pruned["policy_gmacs"] < pruned["gmacs"]
+    assert f"{100 * pruned['accuracy']:.2f}% at" in capsys.readouterr().out
+    lines = read_lines("runs/one/metrics.jsonl")
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5]
+    assert ["validation_accuracy" in line for line in lines] == [False, True, False, True, True]
+    model = PrunedViT.from_run("runs/one")
+    trained = load_file("runs/one/policy.safetensors")
+    assert {key: value.tolist() for key, value in model.policy.state_dict().items()} == {
+        key: value.tolist() for key, value in trained.items()
+    }
+    assert (model.policy.keep, model.backbone.prune_before) == (0.5, (1, 2))
+
+
+@pytest.mark.parametrize("fine_tune", [False, True])
+def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(arguments, monkeypatch, fine_tune):
+    more = ["--fine-tune"] if fine_tune else []
+    run(arguments("whole", *more))
+    iterate = Trainer.iterate
+
+    def killed(trainer):
+        if trainer.iteration == 3:
+            raise KeyboardInterrupt
+        return iterate(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "iterate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(arguments("killed", *more))
+    with pytest.raises(SavedModelError, match="holds no finished run"):
+        PrunedViT.from_run("runs/killed")
+    run(["--resume", "runs/killed"])
+    for name in ("policy", "backbone") if fine_tune else ("policy",):
+        whole, again = (
+            load_file(f"runs/{which}/{name}.safetensors") for which in ("whole", "killed")
+        )
+        assert all(torch.equal(whole[key], again[key]) for key in whole)
+    assert len(read_lines("runs/killed/metrics.jsonl")) == 5
+    images = torch.randn(3, 1, 64, 64, generator=seeded())
+    models = [PrunedViT.from_run(f"runs/{which}") for which in ("whole", "killed")]
+    assert torch.equal(models[0](images), models[1](images))
+    models[0].save_pretrained("mine")
+    assert torch.equal(PrunedViT.from_pretrained("mine")(images), models[0](images))
+    dense = load_file("tiny.safetensors")
+    moved = not torch.equal(models[0].backbone.model.head.weight, dense["head.weight"])
+    assert moved == fine_tune
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--prune-before 9", "prune_before=(9,) is out of range"),
+        ("--dataset nothing", "unknown dataset 'nothing'"),
+        ("--lr 1e30", "loss of iteration 2 is not finite: lower --lr"),
+    ],
+)
+def test_bad_input_ends_with_a_reason(arguments, options, message):
+    with pytest.raises(SystemExit) as ended:
+        run([*arguments("bad"), *options.split()])
+    assert str(ended.value.code).startswith("error: ")
+    assert message in str(ended.value.code)
+
+
+@pytest.mark.parametrize(
+    "setting", ["keep 0.0", "hidden 6", "lr inf", "iterations 0", "ratio-weight -1.0"]
+)
+def test_settings_that_make_no_sense_are_refused(arguments, capsys, setting):
+    name, value = setting.split()
+    with pytest.raises(SystemExit):
+        run([*arguments("bad"), f"--{name}={value}"])
+    assert f"{name.replace('-', '_')} can't be {value}" in capsys.readouterr().err
+
+
+def test_a_folder_in_use_and_settings_beside_resume_are_refused(arguments):
+    run(arguments("mine"))
+    for options, message in [
+        (arguments("mine"), "runs/mine exists: go on with it by --resume"),
+        (["--resume", "runs/mine", "--keep", "0.3"], "leave out keep"),
+        (["--resume", "runs/none"], "no config.json"),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            run(options)

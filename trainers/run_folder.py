@@ -1,0 +1,155 @@
+"""The folder of a training that goes on in epochs: its settings, records and checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar
+
+import tyro
+
+from tokenprune.trainers.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    save_checkpoint,
+    write_json,
+    write_text,
+)
+
+RUNS = Path("runs")
+
+Record = dict[str, Any]
+
+
+class TrainingError(RuntimeError):
+    """A training that can't begin or can't go on; the message says why."""
+
+
+def _parse_json_object(arguments: list[str]) -> dict[str, Any]:
+    value = json.loads(arguments[0])
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, as {{}}, got {arguments[0]}")
+    return value
+
+
+JsonObject = Annotated[
+    dict[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=_parse_json_object,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [json.dumps(value)],
+    ),
+]
+
+
+class Settings(Protocol):
+    """A dataclass with the settings of a training, all of which have defaults.
+
+    Attributes:
+        resume: a run folder to go on with; None for a new run.
+        folder: where a new run is written.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    resume: Path | None
+
+    @property
+    def folder(self) -> Path: ...
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def describe(settings: Settings) -> dict[str, Any]:
+    """``settings`` as JSON values, without what is of one process only."""
+    values = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in asdict(settings).items()
+    }
+    del values["resume"]
+    return values
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        path: the folder; ``create`` makes it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoint = path / "checkpoint.safetensors"
+        self._metrics = path / "metrics.jsonl"
+
+    def create(self, settings: Settings) -> None:
+        write_json(self.path / "config.json", describe(settings))
+
+    def read_settings(self, kind: type[S]) -> S:
+        """What ``create`` wrote.
+
+        Raises:
+            CheckpointError: there is no such file, it is damaged, or of another kind of run.
+        """
+        file = self.path / "config.json"
+        if not file.is_file():
+            raise CheckpointError(f"{self.path} is no run: it has no config.json")
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            for field in fields(kind):
+                if "Path" in str(field.type) and values.get(field.name) is not None:
+                    values[field.name] = Path(values[field.name])
+            return kind(**values)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{file} is damaged or of another version: {error}") from error
+
+    def save_epoch(self, state: Mapping[str, Any], records: list[Record]) -> None:
+        """Notes that so many epochs are done as there are ``records``."""
+        # a kill before the checkpoint is there leaves one record too many, which reading drops
+        write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in records))
+        save_checkpoint(self.checkpoint, {"epoch": len(records), **state})
+
+    def read_epochs(self) -> tuple[dict[str, Any], list[Record]]:
+        """The state at the end of the last epoch, and the records up to there.
+
+        Raises:
+            CheckpointError: the files are damaged, or don't belong together.
+        """
+        state = load_checkpoint(self.checkpoint)
+        try:
+            lines = self._metrics.read_text(encoding="utf-8").splitlines()[: state["epoch"]]
+            records = [json.loads(line) for line in lines]
+        except (KeyError, ValueError, OSError) as error:
+            raise CheckpointError(f"{self.path} can't be resumed: {error}") from error
+        if len(records) < state["epoch"]:
+            raise CheckpointError(f"{self._metrics} lacks epochs that {self.checkpoint} has")
+        return state, records
+
+
+def open_run(settings: S) -> tuple[RunFolder, S]:
+    """The folder of a run, new or to be resumed, and the settings that hold there.
+
+    Raises:
+        TrainingError: the folder exists and is not to be resumed, or options go with ``resume``.
+        CheckpointError: there is nothing to resume, or it is damaged.
+    """
+    if settings.resume is None:
+        folder = settings.folder
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise TrainingError(
+                f"{folder} exists: go on with it by --resume {folder}, or give another --run-name"
+            )
+        return RunFolder(folder), settings
+    kind = type(settings)
+    default = describe(kind())
+    changed = [name for name, value in describe(settings).items() if value != default[name]]
+    if changed:
+        raise TrainingError(
+            f"--resume goes on in the run's own configuration: leave out {', '.join(changed)}"
+        )
+    run = RunFolder(settings.resume)
+    return run, run.read_settings(kind)

@@ -1,0 +1,247 @@
+"""What all trainings on labelled images share: epochs of images, and a learner that takes steps."""
+
+from __future__ import annotations
+
+import math
+import platform
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2, muon
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tokenprune.envs.datasets import ImageSet, open_images
+from tokenprune.trainers.checkpoint import CheckpointError
+from tokenprune.trainers.run_folder import TrainingError
+
+EVALUATION_BATCH = 250
+MAX_GRAD_NORM = 1.0
+MAX_SEED = 4_000_000  # the seeds of its epochs stay below 2**32, which NumPy asks for
+SEEDS_A_RUN = 1_000  # for its epochs: another run seed doesn't see the draws of this one
+PACKAGES = ("tokenprune", "torch", "timm", "numpy")
+
+# inputs float32 [B, C, H, W]; targets int64 [B], or float32 [B, classes] where they were mixed;
+# the number of the step, counted from 0 over all epochs -> a scalar
+Loss = Callable[[Tensor, Tensor, int], Tensor]
+
+
+class Recipe(Protocol):
+    """The settings that trainings share; ``BackboneConfig`` says what each means."""
+
+    augmentation: dict[str, Any]
+    epochs: int
+    epoch_size: int
+    batch_size: int
+    lr: float
+    warmup: float
+    weight_decay: float
+    ema_decay: float
+    seed: int
+
+
+def unfit(recipe: Recipe) -> dict[str, bool]:
+    """Which of the shared settings have values that make no sense."""
+    return {
+        "epochs": recipe.epochs < 1,
+        "epoch_size": recipe.epoch_size < 1,
+        "batch_size": recipe.batch_size < 1,
+        "lr": not 0 < recipe.lr < math.inf,
+        "warmup": not 0 <= recipe.warmup <= 1,
+        "weight_decay": not 0 <= recipe.weight_decay < math.inf,
+        "ema_decay": not 0 <= recipe.ema_decay < 1,
+        "seed": not 0 <= recipe.seed <= MAX_SEED,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide what a training gives."""
+    packages = {package: version(package) for package in PACKAGES}
+    return {"python": platform.python_version()} | packages
+
+
+def batches(images: ImageSet, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """All whole batches of ``images`` in an order drawn from ``seed``."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    for start in range(0, len(order) - batch_size + 1, batch_size):
+        yield images.load(order[start : start + batch_size])
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: ImageSet, device: torch.device) -> float:
+    """Share of ``images`` that ``model``, in evaluation mode, classifies correctly."""
+    correct = 0
+    for start in range(0, len(images), EVALUATION_BATCH):
+        stop = min(start + EVALUATION_BATCH, len(images))
+        inputs, labels = images.load(range(start, stop))
+        correct += int((model(inputs.to(device)).argmax(1).cpu() == labels).sum())
+    return correct / len(images)
+
+
+def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    warmup = max(1, int(recipe.warmup * steps))
+    if step < warmup:
+        return recipe.lr * (step + 1) / warmup
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def seed_global_generators(seed: int) -> None:
+    """Seeds what models (dropout, stochastic depth) and timm's mixup draw from."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class TrainingImages:
+    """The training split of a dataset, an epoch at a time.
+
+    Args:
+        dataset: as ``open_images`` takes it.
+        recipe: how many images an epoch and a batch have, and how they are augmented.
+        data_config: timm's, of the backbone.
+
+    Raises:
+        DatasetError: the split can't be opened.
+        TrainingError: there are fewer images than a batch holds.
+    """
+
+    def __init__(self, dataset: str, recipe: Recipe, data_config: Mapping[str, Any]) -> None:
+        self._dataset = dataset
+        self._recipe = recipe
+        self._data_config = data_config
+        images = len(self._open(seed=0))
+        self.steps_an_epoch = images // recipe.batch_size
+        if not self.steps_an_epoch:
+            raise TrainingError(
+                f"{images} training images of {dataset} don't fill a batch of {recipe.batch_size}"
+            )
+
+    def _open(self, seed: int) -> ImageSet:
+        return open_images(
+            self._dataset,
+            "train",
+            self._data_config,
+            size=self._recipe.epoch_size,
+            seed=seed,
+            augment=self._recipe.augmentation or True,
+        )
+
+    def epoch(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch; ``seed`` draws the images, their order and the augmentation."""
+        return batches(self._open(seed), self._recipe.batch_size, seed)
+
+
+@contextmanager
+def orthogonalise_in(dtype: torch.dtype) -> Iterator[None]:
+    """Has timm's Muon compute in ``dtype``. It has no option for that, and CPUs emulate the
+    bfloat16 that it uses: the optimizer then takes longer than the model.
+    """
+    original = muon.zeropower_via_newtonschulz
+    muon.zeropower_via_newtonschulz = partial(original, dtype=dtype)
+    try:
+        yield
+    finally:
+        muon.zeropower_via_newtonschulz = original
+
+
+class Learner:
+    """A model that learns: its weights, their average, and the optimizer.
+
+    Args:
+        model: what to train, on its device and in the mode in which it learns; parameters that need
+            no gradient stay as they are.
+        loss: of a batch; it runs ``model``.
+        recipe: how.
+        steps: of the whole training, all epochs together.
+        optimizer: timm's name of it.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Loss, recipe: Recipe, steps: int, optimizer: str = "adamw"
+    ) -> None:
+        self.model = model
+        self.ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)
+        self.optimizer = create_optimizer_v2(
+            model, opt=optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay
+        )
+        self.recipe = recipe
+        self.steps = steps
+        self._loss = loss
+
+    def learn(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
+        """Takes step number ``step``; arguments as of ``Loss``.
+
+        Returns:
+            the loss, a scalar that carries no gradient.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe, step, self.steps)
+        loss = self._loss(inputs.to(memory_format=torch.channels_last), targets, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
+        with orthogonalise_in(torch.float32):
+            self.optimizer.step()
+        self.ema.update(self.model, step=step)
+        return loss.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next epoch depends on, as a tree that ``save_checkpoint`` takes."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes back to what ``state_dict`` gave.
+
+        Raises:
+            CheckpointError: the state is of another model or version.
+        """
+        try:
+            self.model.load_state_dict(state["model"])
+            self.ema.module.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"the checkpoint is of another backbone: {reason}") from error
+
+
+def train_epoch(
+    learner: Learner,
+    images: TrainingImages,
+    epoch: int,
+    device: torch.device,
+    mixup: Mixup | None = None,
+) -> float:
+    """Takes a step a batch of epoch number ``epoch``, counted from 0; returns the mean loss.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    recipe = learner.recipe
+    # images of an epoch are a draw of their own: seed 0 is what the game trains on
+    seed = recipe.seed * SEEDS_A_RUN + epoch + 1
+    seed_global_generators(seed)
+    title = f"epoch {epoch + 1}/{recipe.epochs}"
+    progress = tqdm(images.epoch(seed), title, images.steps_an_epoch, disable=None)
+    losses = []
+    for step, (inputs, labels) in enumerate(progress, start=epoch * images.steps_an_epoch):
+        inputs, labels = inputs.to(device), labels.to(device)
+        if mixup is not None:
+            inputs, labels = mixup(inputs, labels)
+        losses.append(learner.learn(inputs, labels, step))
+    loss = float(torch.stack(losses).mean())
+    if not math.isfinite(loss):
+        raise TrainingError("the loss is not finite: try a smaller lr")
+    return loss
