@@ -141,14 +141,34 @@ def masked_block(
     images = x.unflatten(0, alive.shape)
     paid = None
     if observers is not None:
-        source = family.blocks[type(block)].enter(block, images)
-        q, k, _ = family.project(block, source, rotary.slots(index) if rotary else None)
-        query = _masked_query(q, alive, observers)
-        scores = torch.einsum("bhd,blhd->bhl", query, k) * block.attn.scale
-        scores = scores.masked_fill(~alive[:, None, :], -torch.inf)
-        paid = scores.softmax(-1).mean(1).flatten()
+        slots = rotary.slots(index) if rotary else None
+        paid = observed_row(family, block, images, alive, slots, observers).flatten()
     turn = rotary.patches(index, len(images)) if rotary else None
     return family.whole(block, images, alive[:, None, None, :], turn).flatten(0, 1), paid
+
+
+def observed_row(
+    family: Family, block: Any, images: Tensor, alive: Tensor, turn: Tensor | None, observers: int
+) -> Tensor:
+    """What is paid to each slot in a block that is about to run on all of them.
+
+    Args:
+        family: of the model.
+        block: timm's.
+        images: [B, L, D].
+        alive: bool [B, L]; the others are paid nothing.
+        turn: ``Rotary.slots``, where the model rotates.
+        observers: as in ``packed_block``.
+
+    Returns:
+        [B, L], mean over heads.
+    """
+    source = family.blocks[type(block)].enter(block, images)
+    q, k, _ = family.project(block, source, turn)
+    query = _masked_query(q, alive, observers)
+    scores = torch.einsum("bhd,blhd->bhl", query, k) * block.attn.scale
+    scores = scores.masked_fill(~alive[:, None, :], -torch.inf)
+    return scores.softmax(-1).mean(1)
 
 
 def _packed_query(q: Tensor, layout: Layout, observers: int) -> Tensor:

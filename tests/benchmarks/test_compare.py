@@ -27,7 +27,7 @@ SETTINGS = {"eval_size": 40, "test_size": 30, "speed": False, "iterations": 1, "
 def small_digits(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tokenprune.envs.datasets.DEFAULT_SIZES", dict.fromkeys(
-        ("train", "validation", "test"), 64))  # fmt: skip
+        ("train", "validation", "test"), 256))  # fmt: skip
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
