@@ -165,7 +165,7 @@ def compare(config: CompareConfig) -> list[Record]:
                     "seed": seed,
                     "point": point,
                     **entry.knobs,
-                    "fine_tuned": False,
+                    "fine_tuned": entrant.fine_tunes,
                     "accuracy": result.accuracy,
                     "dense_accuracy": dense_accuracy,
                     "gmacs": result.gmacs,

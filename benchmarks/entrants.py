@@ -7,6 +7,7 @@ validation images: ours cost at most what the point says, policies to compare wi
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.agents.actor_critic import LearnedPolicy
+from tokenprune.agents.dynamic_vit import DynamicViTPolicy
 from tokenprune.agents.heuristics import AdaptiveSampling, AttentionThreshold, Score, TopK
 from tokenprune.agents.pruned_vit import PrunedViT, Trace
+from tokenprune.agents.saved import RUN_WEIGHTS
 from tokenprune.benchmarks.games import Game
 from tokenprune.benchmarks.peers.tome import (
     ToMeViT,
@@ -32,12 +35,16 @@ from tokenprune.benchmarks.peers.tome import (
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.datasets import ImageSet
 from tokenprune.trainers.config import MappoConfig
+from tokenprune.trainers.dynamic_vit import DynamicViTConfig
+from tokenprune.trainers.dynamic_vit_run import execute as train_dynamic_vit
 from tokenprune.trainers.evaluation import Traced, evaluate, schedules_at
+from tokenprune.trainers.run_folder import describe
 from tokenprune.trainers.runs import Run, learn
 
 BISECTIONS = 12
 ODDS = (1e-4, 1e4)  # of keep, between which a threshold is looked for
 PRICES_BEYOND = 8.0  # prices are looked for so far beyond those that a policy was trained under
+RUNS_OWN = ("threads", "device", "run_name", "resume")  # settings that change no policy
 SHAPES = (1.0, 0.7, 0.5, 0.35)  # of equal lengths: what is kept from one stage to the next
 
 
@@ -96,11 +103,13 @@ class Entrant:
         title: what it is, in a line.
         open: arena and seed -> the policy at any cost, trained where it has to be.
         is_seeded: whether another seed is another policy.
+        fine_tunes: whether it changes the backbone's weights.
     """
 
     title: str
     open: Callable[[Arena, int], At]
     is_seeded: bool = True
+    fine_tunes: bool = False
 
 
 def bisected(
@@ -198,24 +207,30 @@ def trained_run(arena: Arena, name: str, seed: int, changes: Mapping[str, Any]) 
     """
     config = replace(arena.base, seed=seed, **changes)
     folder = arena.runs / f"{name}-{seed}"
-    written = folder / "config.json"
-    if written.is_file():
-        found = json.loads(written.read_text(encoding="utf-8"))
-        wanted = json.loads(json.dumps(config.to_json()))
-        own = ("threads", "device", "run_name", "resume")  # what changes nothing of the policy
-        strange = sorted(
-            key for key in found.keys() | wanted.keys()
-            if key not in own and found.get(key) != wanted.get(key)
-        )  # fmt: skip
-        if strange:
-            raise ValueError(
-                f"{folder} holds a run with other settings ({', '.join(strange)}): "
-                "move it away, or give another --out"
-            )
-    if not (folder / "policy.safetensors").is_file():
+    _check_settings(folder, config.to_json())
+    if not (folder / RUN_WEIGHTS).is_file():
         task, _, _ = learn(Run(folder, config))
         task.env.close()
     return folder
+
+
+def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raises ValueError where ``folder`` holds a run under other settings that matter."""
+    written = folder / "config.json"
+    if not written.is_file():
+        return
+    found = json.loads(written.read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps(settings))
+    strange = sorted(
+        key
+        for key in (found.keys() | wanted.keys()) - set(RUNS_OWN)
+        if found.get(key) != wanted.get(key)
+    )
+    if strange:
+        raise ValueError(
+            f"{folder} holds a run with other settings ({', '.join(strange)}): move it away, or "
+            "give another --out"
+        )
 
 
 @dataclass(frozen=True)
@@ -272,6 +287,47 @@ def learned(name: str, recipe: Recipe, arena: Arena, seed: int) -> At:
         if recipe.many_prices:
             return Entry(set_model, {"budget": knob})
         return Entry(set_model, {"threshold": set_model.policy.threshold})
+
+    return at
+
+
+# --- DynamicViT ---
+
+
+def dynamic_vit(name: str, fine_tune: bool, arena: Arena, seed: int) -> At:
+    """Trained for one share of the patches; set by the share that is kept."""
+    base, folder = arena.base, arena.runs / f"{name}-{seed}"
+    config = DynamicViTConfig(
+        backbone=base.backbone,
+        model_kwargs=base.model_kwargs,
+        pretrained=base.pretrained,
+        checkpoint=base.checkpoint,
+        dataset=base.dataset,
+        prune_before=base.prune_before,
+        fine_tune=fine_tune,
+        seed=seed,
+        device=base.device,
+        threads=base.threads,
+        run_name=str(folder.absolute()),
+    )
+    _check_settings(folder, describe(config))
+    if not (folder / RUN_WEIGHTS).is_file():
+        was_begun = (folder / "checkpoint.safetensors").is_file()
+        train_dynamic_vit(DynamicViTConfig(resume=folder) if was_begun else config)
+    trained = PrunedViT.from_run(folder).to(arena.backbone.device)
+
+    def keeping(share: float) -> PrunedViT:
+        policy = copy.copy(trained.policy)  # the same predictors, set for itself
+        assert isinstance(policy, DynamicViTPolicy)
+        policy.keep = share
+        return PrunedViT(trained.backbone, policy)
+
+    def at(gmacs: float) -> Entry:
+        least, most = 1 / arena.backbone.num_patches, 1.0
+        pruned = bisected(
+            lambda k: arena.gmacs_of(keeping(1 / k)), 1 / most, 1 / least, gmacs, at_least=True
+        )
+        return Entry(keeping(1 / pruned), {"keep": 1 / pruned})
 
     return at
 
@@ -374,6 +430,14 @@ ENTRANTS: Mapping[str, Entrant] = {
     "threshold": Entrant("class attention, threshold", attention_threshold, is_seeded=False),
     "ats": Entrant("adaptive token sampling", adaptive_sampling, is_seeded=False),
     "tome": Entrant("token merging", tome, is_seeded=False),
+    "dynamic-vit": Entrant(
+        "DynamicViT, frozen backbone", partial(dynamic_vit, "dynamic-vit", False)
+    ),
+    "dynamic-vit-fine-tuned": Entrant(
+        "DynamicViT as published: the backbone learns too",
+        partial(dynamic_vit, "dynamic-vit-fine-tuned", True),
+        fine_tunes=True,
+    ),
     **{
         name: Entrant(recipe.title, partial(learned, name, recipe))
         for name, recipe in RECIPES.items()
