@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from tokenprune.envs.backbone import UnsupportedBackboneError
 
@@ -26,8 +30,8 @@ def check_plain(model: Any) -> Any:
     else:
         return model
     raise UnsupportedBackboneError(
-        f"padded, tome and uniform are written for timm's plain Block with Attention, not for "
-        f"{kind}: leave them out of the variants"
+        f"padded, tome, evit and uniform are written for timm's plain Block with Attention, not "
+        f"for {kind}: leave them out"
     )
 
 
@@ -55,3 +59,22 @@ def attend(attn: Any, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, T
     if getattr(attn, "gate", None) is not None:
         mixed = mixed * attn.gate(x).sigmoid()
     return attn.proj(mixed), q, k
+
+
+def pass_counter(
+    model: Any, image_shape: Sequence[int], build: Callable[[Any, Sequence[int]], nn.Module]
+) -> Callable[[Sequence[int]], int]:
+    """Counts the multiply-accumulates of one image in the model that ``build`` makes of ``model``
+    and a schedule, without computing it.
+    """
+    shapes = copy.deepcopy(model).to("meta")
+    dtype = next(shapes.parameters()).dtype
+    image = torch.zeros(1, *image_shape, device="meta", dtype=dtype)
+
+    def count(schedule: Sequence[int]) -> int:
+        # the counter's module hooks want a graph
+        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+            build(shapes, schedule)(image)
+        return counter.get_total_flops() // 2
+
+    return count

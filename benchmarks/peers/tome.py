@@ -8,7 +8,6 @@ the paper protects the class token, and what holds for it holds for the others.
 
 from __future__ import annotations
 
-import copy
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,9 +17,8 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
-from tokenprune.benchmarks.peers.timm_parts import attend, check_plain, embed
+from tokenprune.benchmarks.peers.timm_parts import attend, check_plain, embed, pass_counter
 from tokenprune.envs.backbone import UnsupportedBackboneError
 
 POOLINGS = ("token", "avg", "map")
@@ -179,17 +177,7 @@ def even_merges(total: int, depth: int) -> tuple[int, ...]:
 
 def macs_counter(model: Any, image_shape: Sequence[int]) -> Callable[[Sequence[int]], int]:
     """Counts what one image costs with given merges, matching included, without computing it."""
-    shapes = copy.deepcopy(model).to("meta")
-    dtype = next(shapes.parameters()).dtype
-    image = torch.zeros(1, *image_shape, device="meta", dtype=dtype)
-
-    def count(merges: Sequence[int]) -> int:
-        # the counter's module hooks want a graph
-        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-            ToMeViT(shapes, merges)(image)
-        return counter.get_total_flops() // 2
-
-    return count
+    return pass_counter(model, image_shape, ToMeViT)
 
 
 def merges_at(model: Any, image_shape: Sequence[int], macs: float) -> tuple[int, ...]:
