@@ -25,6 +25,9 @@ from tokenprune.agents.heuristics import AdaptiveSampling, AttentionThreshold, S
 from tokenprune.agents.pruned_vit import PrunedViT, Trace
 from tokenprune.agents.saved import RUN_WEIGHTS
 from tokenprune.benchmarks.games import Game
+from tokenprune.benchmarks.peers.evit import EViT, even_tokens
+from tokenprune.benchmarks.peers.evit import macs_counter as evit_macs_counter
+from tokenprune.benchmarks.peers.evit import token_counts as evit_token_counts
 from tokenprune.benchmarks.peers.tome import (
     ToMeViT,
     even_merges,
@@ -386,6 +389,33 @@ def tome(arena: Arena, seed: int) -> At:
     return at
 
 
+def evit(with_fused: bool, arena: Arena, seed: int) -> At:
+    """The paper's schedule, the same share of what there is at every stage: the lowest that costs
+    no less.
+    """
+    backbone, model = arena.backbone, arena.model
+    count = evit_macs_counter(model, backbone.image_shape, backbone.prune_before, with_fused)
+    schedules = sorted(
+        {
+            even_tokens(
+                backbone.num_patches, kept / backbone.num_patches, backbone.num_stages, with_fused
+            )
+            for kept in range(1, backbone.num_patches + 1)
+        }
+    )
+
+    def at(gmacs: float) -> Entry:
+        enough = [tokens for tokens in schedules if count(tokens) >= gmacs * 1e9]
+        if not enough:
+            raise UnreachableError("all of its patches cost less")
+        tokens = min(enough, key=count)
+        kept = evit_token_counts(backbone.num_patches, tokens, with_fused)
+        peer = EViT(model, backbone.prune_before, tokens, with_fused)
+        return Entry(Peer(peer, backbone, count(tokens), kept), {"tokens": list(tokens)})
+
+    return at
+
+
 # --- who there is ---
 
 PAPER = {
@@ -430,6 +460,10 @@ ENTRANTS: Mapping[str, Entrant] = {
     "threshold": Entrant("class attention, threshold", attention_threshold, is_seeded=False),
     "ats": Entrant("adaptive token sampling", adaptive_sampling, is_seeded=False),
     "tome": Entrant("token merging", tome, is_seeded=False),
+    "evit": Entrant("class attention, the rest fused", partial(evit, True), is_seeded=False),
+    "evit-unfused": Entrant(
+        "class attention, the paper's schedule", partial(evit, False), is_seeded=False
+    ),
     "dynamic-vit": Entrant(
         "DynamicViT, frozen backbone", partial(dynamic_vit, "dynamic-vit", False)
     ),

@@ -20,7 +20,7 @@ from tokenprune.benchmarks.entrants import (
 from tokenprune.benchmarks.records import Records
 from tokenprune.trainers.evaluation import evaluate
 
-SETTINGS = {"eval_size": 40, "test_size": 30, "speed": False, "iterations": 1, "threads": 1}
+SETTINGS = {"eval_size": 20, "test_size": 30, "speed": False, "iterations": 1, "threads": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,9 @@ def test_a_knob_is_set_from_the_side_that_was_asked_for(at_least):
         bisected(lambda k: 1 / k, 0.01, 100.0, 200.0 if at_least else 0.001, at_least)
 
 
-@pytest.mark.parametrize("name", ["random", "attention", "threshold", "ats", "tome"])
+@pytest.mark.parametrize(
+    "name", ["random", "attention", "threshold", "ats", "tome", "evit", "evit-unfused"]
+)
 def test_who_is_compared_with_spends_at_least_as_much(arena, name):
     target = 0.4 * arena.backbone.dense_macs / 1e9
     entry = ENTRANTS[name].open(arena, 0)(target)
@@ -145,11 +147,13 @@ def test_what_learns_is_trained_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_speeds_are_ratios_to_the_dense_model(arena, monkeypatch):
-    monkeypatch.setattr(comparison, "SPEED_IMAGES", 64)
-    few = Entry(PrunedViT(arena.backbone, TopK((2, 2))), {})
-    speeds = comparison.timed({0.2: few}, arena, arena.validation)
-    assert speeds[0.2] > 1.2
+def test_speeds_are_ratios_to_the_dense_model(arena):
+    """Of two policies the one that keeps next to nothing is faster, whatever else runs."""
+    one, all_of_them = (
+        Entry(PrunedViT(arena.backbone, TopK((kept, kept))), {}) for kept in (1, 64)
+    )
+    speeds = comparison.timed({0.2: one, 1.0: all_of_them}, arena, arena.validation)
+    assert speeds[0.2] > speeds[1.0] > 0.3
 
 
 # --- what is refused ---
