@@ -89,9 +89,7 @@ class Pictures:
         if not self._history:
             raise ValueError("give render_mode='rgb_array' when the environment is made, and reset")
         config = resolve_model_data_config(env.game.backbone.model)
-        shown = denormalise(
-            env.pixels.float().cpu(), tuple(config["mean"]), tuple(config["std"])
-        )
+        shown = denormalise(env.pixels.float().cpu(), tuple(config["mean"]), tuple(config["std"]))
         alive = torch.stack(self._history, dim=1).cpu()  # [B, stages so far + 1, N]
         grid, pictures = env.game.backbone.grid_size, env.game.num_stages + 1
         return tuple(
@@ -158,10 +156,10 @@ class TokenPruneGym(gymnasium.Env[NDArray[np.float32], NDArray[np.int8]]):
         self._held.close()
 
     def _info(self, observed: Observed, reward: Tensor) -> dict[str, Any]:
-        rows = {name: value[0] for name, value in facts(self._held.env, observed.alive, reward).items()}
-        return {
-            name: row.item() if row.dim() == 0 else to_numpy(row) for name, row in rows.items()
+        rows = {
+            name: value[0] for name, value in facts(self._held.env, observed.alive, reward).items()
         }
+        return {name: row.item() if row.dim() == 0 else to_numpy(row) for name, row in rows.items()}
 
 
 class TokenPruneVector(VectorEnv[Any, Any, Any]):

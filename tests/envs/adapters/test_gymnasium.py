@@ -32,6 +32,12 @@ def test_gymnasium_accepts_it(game):
     env.close()
 
 
+def test_the_module_in_a_name_is_enough(game):
+    """For programs that only take a name from a configuration."""
+    env = gymnasium.make(f"tokenprune.envs:{NAME}", **game)
+    assert env.reset(seed=0)[0].shape[0] == PATCHES
+
+
 @pytest.mark.parametrize("mode", ["sync", "vector_entry_point"])
 def test_batches_of_either_kind_hold_the_same_values(game, mode):
     one = gymnasium.make(NAME, **game)
