@@ -1,7 +1,7 @@
 """Stable-Baselines3 learns to prune: ``python -m trainers.sb3 --algo ppo``.
 
-One policy for all tokens, trained by SB3's own PPO, A2C or DQN, or by sb3-contrib's MaskablePPO, and
-judged at the end by what it does when it prunes for good.
+One policy for all tokens, trained by SB3's own PPO, A2C or DQN, or by sb3-contrib's MaskablePPO,
+and judged at the end by what it does when it prunes for good.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -245,9 +244,8 @@ def table(results: dict[str, Evaluation]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """``python -m trainers.sb3``."""
-    read: Callable[..., Sb3Config] = tyro.cli
     try:
-        config = read(Sb3Config, args=arguments, prog="python -m trainers.sb3")
+        config = tyro.cli(Sb3Config, args=arguments, prog="python -m trainers.sb3")
         results = train(config)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")

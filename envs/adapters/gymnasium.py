@@ -215,7 +215,7 @@ class TokenPruneVector(VectorEnv[Any, Any, Any]):
         if env.outcome is not None:
             ended = {"final_obs": self._give(observed.observation), "final_info": infos}
             observed = self._begin(None, None)
-            # the new episodes' infos, but for what this step paid: whoever sums that up misses nothing
+            # the new episodes', but for what this step paid: who sums that up must miss nothing
             infos = self._infos(observed, transition.reward) | self._with_masks(ended)
         return (
             self._give(observed.observation),

@@ -148,7 +148,7 @@ def test_two_runs_with_one_seed_are_equal(driver, game, decisions):
         seen = [driver.begin(env, seed=seed)]
         for keep in decisions[:, : driver.batch]:
             seen += driver.step(env, keep)
-        runs.append(seen + [driver.begin(env)])
+        runs.append([*seen, driver.begin(env)])
     for one, other in zip(*runs[:2], strict=True):
         np.testing.assert_array_equal(one, other)
     assert (np.asarray(runs[0][0]) != np.asarray(runs[2][0])).any()

@@ -1,5 +1,7 @@
 """Gymnasium: one image a central controller, or a native batch of them."""
 
+import itertools
+
 import gymnasium
 import numpy as np
 import pytest
@@ -129,7 +131,7 @@ def test_pictures_are_of_one_size(game):
     assert {(picture.shape, picture.dtype) for picture in pictures} == {
         (pictures[0].shape, np.dtype(np.uint8))
     }
-    for earlier, later in zip(pictures, pictures[1:], strict=False):
+    for earlier, later in itertools.pairwise(pictures):
         assert (earlier != later).any()
     envs = TokenPruneVector(BATCH, render_mode="rgb_array", **game)
     envs.reset(seed=0)
