@@ -9,3 +9,9 @@ register(
     entry_point=f"{_ADAPTERS}.gymnasium:TokenPruneGym",
     vector_entry_point=f"{_ADAPTERS}.gymnasium:TokenPruneVector",
 )
+register(
+    id="tokenprune/TokenPruneAgents-v0",
+    entry_point=f"{_ADAPTERS}.epymarl:TokenPruneAgents",
+    # Gymnasium's checker knows one reward a step, this game has one an agent
+    disable_env_checker=True,
+)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tokenprune.envs.adapters.epymarl import TokenPruneAgents
 from tokenprune.envs.adapters.gymnasium import TokenPruneGym, TokenPruneVector
 from tokenprune.envs.adapters.sb3 import TokenVecEnv
 from tokenprune.envs.backbone import StagedViT
@@ -67,6 +68,18 @@ class StableBaselines(Gym):
         return reward.reshape(keep.shape), seen
 
 
+class Epymarl(Gym):
+    def make(self, batch, game):
+        return TokenPruneAgents(**game)
+
+    def begin(self, env, seed=None, indices=None):
+        return np.stack(super().begin(env, seed, indices))
+
+    def step(self, env, keep):
+        seen, rewards, *_ = env.step(keep[0].long().tolist())
+        return np.array([rewards], np.float32), np.stack(seen)
+
+
 class PettingZoo(Gym):
     """The environment that is no adapter, by the same rules."""
 
@@ -90,6 +103,7 @@ DRIVERS = {
     "gymnasium": Gym,
     "gymnasium vector": GymVector,
     "sb3": StableBaselines,
+    "epymarl": Epymarl,
 }
 
 
