@@ -450,6 +450,29 @@ def test_gradients_reach_every_parameter_in_masked_execution(make_vit, keeps):
     assert all(parameter.grad.norm() > 0 for parameter in model.parameters())
 
 
+def gradients(staged, images, keep):
+    """Of a loss, in the images and in all parameters."""
+    logits = staged.finish(play(staged, images, keep)[-1])
+    loss = (logits.log_softmax(1)[:, 0] + logits.square().mean(1)).mean()
+    return torch.autograd.grad(loss, [images, *staged.model.parameters()])
+
+
+@each_family
+@pytest.mark.parametrize("pattern", ["random", "even"])
+def test_gradients_are_the_same_packed_and_masked(build, keeps, family, pattern):
+    model = build(family)
+    packed, masked = (StagedViT(model, STAGES, execution) for execution in EXECUTIONS)
+    images = draw_images(packed).requires_grad_()
+    keep = keeps(BATCH, len(STAGES), packed.num_patches)
+    if pattern == "even":  # of every image as many survive
+        keep = keep[:, :1].roll(1, 2).repeat(1, BATCH, 1)
+    names = ["images", *dict(model.named_parameters())]
+    pairs = zip(*(gradients(staged, images, keep) for staged in (packed, masked)), strict=True)
+    for name, (ours, reference) in zip(names, pairs, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4, msg=name)
+        assert name.endswith("k_norm.bias") or ours.norm() > 0, name
+
+
 # --- what is refused ---
 
 

@@ -295,6 +295,25 @@ def test_gradients_reach_every_parameter_in_masked_execution(make_vit, keeps, fa
     assert all(parameter.grad.norm() > 0 for parameter in model.parameters())
 
 
+@each_model
+def test_gradients_are_the_same_packed_and_masked(build, keeps, family):
+    model = build(family)
+    found = []
+    for execution in EXECUTIONS:
+        staged = StagedViT(model, STAGES, execution)
+        images = draw_images(staged).requires_grad_()
+        keep = keeps(BATCH, len(STAGES), staged.num_patches)
+        logits = staged.finish(play(staged, images, keep)[-1])
+        loss = (logits.log_softmax(1)[:, 0] + logits.square().mean(1)).mean()
+        found.append(torch.autograd.grad(loss, [images, *model.parameters()], allow_unused=True))
+    names = ["images", *dict(model.named_parameters())]
+    for name, ours, reference in zip(names, *found, strict=True):
+        if reference is None:
+            assert ours is None, name
+        else:
+            torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4, msg=name)
+
+
 # --- images of another size ---
 
 
