@@ -17,10 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokenprune.envs.backbone import StagedViT, UnsupportedBackboneError
 from tokenprune.envs.families import FAMILIES
+from tokenprune.envs.ragged import MANY_IMAGES
 
 EXECUTIONS = ("packed", "masked")
 STAGES = (1, 3)
 BATCH = 6
+MANY = 2 * MANY_IMAGES  # of one length often enough to attend by batched products
 ROTARY = {
     "eva": ("eva_giant_patch14_224", {}),
     "eva-clip": ("eva_giant_patch14_clip_224", {}),
@@ -301,8 +303,8 @@ def test_gradients_are_the_same_packed_and_masked(build, keeps, family):
     found = []
     for execution in EXECUTIONS:
         staged = StagedViT(model, STAGES, execution)
-        images = draw_images(staged).requires_grad_()
-        keep = keeps(BATCH, len(STAGES), staged.num_patches)
+        images = draw_images(staged, MANY).requires_grad_()
+        keep = keeps(MANY, len(STAGES), staged.num_patches)
         logits = staged.finish(play(staged, images, keep)[-1])
         loss = (logits.log_softmax(1)[:, 0] + logits.square().mean(1)).mean()
         found.append(torch.autograd.grad(loss, [images, *model.parameters()], allow_unused=True))

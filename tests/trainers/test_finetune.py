@@ -15,12 +15,13 @@ from torch import nn
 
 from tokenprune.agents import PrunedViT
 from tokenprune.agents.saved import SavedModelError, learned_policy
+from tokenprune.envs import backbone
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.datasets import DatasetError, DigitsInClutter, open_images
 from tokenprune.envs.models import create_backbone, write_weights
 from tokenprune.envs.observations import View
 from tokenprune.trainers import finetune, supervised
-from tokenprune.trainers.checkpoint import CheckpointError, write_json
+from tokenprune.trainers.checkpoint import CheckpointError, load_checkpoint, write_json
 from tokenprune.trainers.config import MappoConfig
 from tokenprune.trainers.evaluation import evaluate
 from tokenprune.trainers.finetune import Distillation, FinetuneConfig, freeze, main, train
@@ -68,12 +69,12 @@ def spread_out(model, seed):
 
 
 @torch.no_grad()
-def balance(policy, backbone, images):
+def balance(policy, staged, images):
     """Random decisions, about as many to keep as to prune at the first stage."""
     actor = policy.actor
     nn.init.normal_(actor.net[-1].weight, generator=torch.Generator().manual_seed(1))
-    tokens = backbone.begin(images.load(range(20))[0])
-    logits = policy.logits(View(backbone, tokens, 0, torch.full((20,), 0.1)))
+    tokens = staged.begin(images.load(range(20))[0])
+    logits = policy.logits(View(staged, tokens, 0, torch.full((20,), 0.1)))
     actor.keep_bias -= (logits[:, 1] - logits[:, 0]).median() / actor.PRIOR_SPEED
 
 
@@ -91,13 +92,11 @@ def trained(photographs, tmp_path_factory):
             checkpoint=weights, dataset=photographs, prune_before=STAGES, hidden=(8,)
         ).to_json()
         config |= settings
-        backbone = StagedViT(model, STAGES)
+        staged = StagedViT(model, STAGES)
         fields = list(config["observation"])
         budget = 0.1 if "budget" in fields else None
-        policy = learned_policy(backbone, fields, [8], True, budget)
-        balance(
-            policy, backbone, open_images(photographs, "train", resolve_model_data_config(model))
-        )
+        policy = learned_policy(staged, fields, [8], True, budget)
+        balance(policy, staged, open_images(photographs, "train", resolve_model_data_config(model)))
         write_json(folder / "config.json", config)
         save_file(policy.actor.state_dict(), folder / "policy.safetensors")
         return folder
@@ -199,10 +198,10 @@ def test_frozen_is_whatever_the_tokens_of_a_stage_depend_on(make_vit, name, froz
         vit = create_backbone(timm_name, img_size=32, patch_size=8, depth=4, **kwargs)
     else:
         vit = make_vit(timm_name, **kwargs)
-    backbone = StagedViT(vit, (first,))
-    images = torch.randn(2, *backbone.image_shape, generator=torch.Generator().manual_seed(0))
+    staged = StagedViT(vit, (first,))
+    images = torch.randn(2, *staged.image_shape, generator=torch.Generator().manual_seed(0))
     vit.requires_grad_(True)
-    seen = backbone.begin(images).x.square().sum()
+    seen = staged.begin(images).x.square().sum()
     gradients = torch.autograd.grad(seen, list(vit.parameters()), allow_unused=True)
     fields = ["token", "stage"]
     model = PrunedViT(
@@ -240,11 +239,17 @@ def test_decisions_stay_as_they_were_where_all_before_the_last_stage_is_frozen(c
     assert len(set(gmacs)) == 1
 
 
-def test_packed_and_masked_execution_learn_the_same(config):
+def test_packed_and_masked_execution_learn_the_same(config, monkeypatch):
     """Weights may differ where they don't matter: Adam steps as far on a gradient of mere noise."""
     config = replace(config, frozen="nothing")
+    masked_block, calls = backbone.masked_block, []
+    monkeypatch.setattr(
+        backbone, "masked_block", lambda *args: calls.append(1) or masked_block(*args)
+    )
     train(config)
+    assert not calls
     train(replace(config, execution="masked", run_name="masked"))
+    assert calls
     for packed, masked in zip(read_metrics("r")[1:], read_metrics("masked")[1:], strict=True):
         assert packed["loss"] == pytest.approx(masked["loss"], abs=1e-4)
     images, _ = DigitsInClutter("validation", 20).load(range(20))
@@ -292,6 +297,14 @@ def test_a_run_tells_all_about_itself(config):
         assert models[name]["gmacs"] == run.backbone.dense_macs / 1e9
     assert report["config"]["run"] == str(config.run)
     assert report["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_the_averaged_weights_are_saved(config):
+    train(config)
+    state = load_checkpoint(Path("runs/r/checkpoint.safetensors"))
+    written = weights_of("r")
+    assert all(torch.equal(tensor, written[name]) for name, tensor in state["ema"].items())
+    assert not all(torch.equal(tensor, written[name]) for name, tensor in state["model"].items())
 
 
 def test_the_test_split_is_not_opened(config, monkeypatch):
