@@ -226,10 +226,11 @@ def test_policy_statistics_and_what_is_frozen_stay(config, frozen, first):
         assert torch.equal(tensor, after[name]) == stays, name
 
 
-def test_decisions_stay_as_they_were_where_all_before_the_last_stage_is_frozen(config):
+def test_decisions_stay_as_they_were_where_all_before_the_last_stage_is_frozen(config, photographs):
     train(replace(config, frozen="before-last-stage"))
     before, after = PrunedViT.from_run(config.run), PrunedViT.from_pretrained("runs/r/model")
-    images, _ = DigitsInClutter("validation", 20).load(range(20))
+    data_config = resolve_model_data_config(before.backbone.model)
+    images, _ = open_images(photographs, "train", data_config).load(range(20))
     trace, expected = after.trace(images), before.trace(images)
     assert torch.equal(trace.alive, expected.alive)
     assert 0 < trace.alive.float().mean() < 1
