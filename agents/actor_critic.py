@@ -169,7 +169,7 @@ class Critic(nn.Module):
 
 
 class LearnedPolicy(nn.Module):
-    """A trained actor as a ``Policy``: keeps a patch where keep is the likelier action.
+    """A trained actor as a ``Policy``: keeps a patch whose probability of keep is high enough.
 
     Args:
         actor: observations [R, D_obs] -> logits [R, 2].
@@ -177,10 +177,12 @@ class LearnedPolicy(nn.Module):
         num_prefix: prefix tokens of the backbone it was made for; None where that is not known.
         budget: price of compute that it is to act under, where the actor observes one; the higher,
             the fewer patches stay. Can be set anew at any time.
+        threshold: probability of keep above which a patch stays; 0.5 keeps it where that is the
+            likelier action. Can be set anew at any time.
 
     Raises:
         ValueError: a price that is not positive, none for an actor that observes one, or one for an
-            actor that doesn't.
+            actor that doesn't; a threshold that is no probability.
     """
 
     def __init__(
@@ -189,6 +191,7 @@ class LearnedPolicy(nn.Module):
         fields: Sequence[str],
         num_prefix: int | None = None,
         budget: float | None = None,
+        threshold: float = 0.5,
     ) -> None:
         super().__init__()
         self.actor = actor
@@ -200,6 +203,17 @@ class LearnedPolicy(nn.Module):
         )
 
         self.budget = budget
+        self.threshold = threshold
+
+    @property
+    def threshold(self) -> float:
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, probability: float) -> None:
+        if not 0 < probability < 1:
+            raise ValueError(f"threshold={probability}: a probability between 0 and 1")
+        self._threshold = probability
 
     @property
     def budget(self) -> float | None:
@@ -251,7 +265,12 @@ class LearnedPolicy(nn.Module):
         # a sum is finite only where all its terms are, and asks the device but once
         if not math.isfinite(logits.sum()):
             raise ValueError("the policy's logits are not finite: check its weights and the images")
-        return view.scatter(logits[:, 1] > logits[:, 0])
+        return view.scatter(self.stays(logits))
+
+    def stays(self, logits: Tensor) -> Tensor:
+        """Who stays by the actor's logits [R, 2], bool [R]."""
+        margin = math.log(self.threshold / (1 - self.threshold))
+        return logits[:, 1] - logits[:, 0] > margin
 
     def logits(self, view: View) -> Tensor:
         """The actor's logits for the living patches, [R, 2]."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokenprune.agents.actor_critic import LearnedPolicy
 from tokenprune.agents.pruned_vit import PrunedViT
 from tokenprune.envs.backbone import StagedViT, Tokens
-from tokenprune.envs.blocks import masked_block
+from tokenprune.envs.blocks import observed_row
 from tokenprune.envs.heads import classify_prefix, pools_tokens
 from tokenprune.envs.observations import View
 
@@ -64,7 +64,6 @@ class OneImage(nn.Module):
             row=torch.arange(slots, device=x.device),
             layout=None,
             attention=None,
-            macs=torch.zeros(1, dtype=torch.int64, device=x.device),
         )
         edges = (0, *backbone.prune_before, backbone.depth)
         for stage, (start, stop) in enumerate(pairwise(edges)):
@@ -78,7 +77,7 @@ class OneImage(nn.Module):
     def _decide(self, view: View) -> Tensor:
         view = self.policy.priced(view)
         logits = self.policy.actor(view.living(self.policy.fields))
-        return view.scatter(logits[:, 1] > logits[:, 0])
+        return view.scatter(self.policy.stays(logits))
 
     def _prune(self, tokens: Tokens, keep: Tensor) -> Tokens:
         prefix = self.backbone.num_prefix
@@ -95,13 +94,18 @@ class OneImage(nn.Module):
         )
 
     def _run(self, tokens: Tokens, start: int, stop: int, with_attention: bool) -> Tokens:
-        backbone, x, paid = self.backbone, tokens.x, None
-        whole = torch.ones(1, x.shape[0], dtype=torch.bool, device=x.device)
+        backbone, image, paid = self.backbone, tokens.x[None], None
+        torch._check(image.shape[1] > 0)  # the class token stays, which an exporter can't know
         for i in range(start, stop):
-            observers = backbone.observers if with_attention and i == stop - 1 else None
             block = backbone.model.blocks[i]
-            x, paid = masked_block(backbone.family, block, i, x, whole, None, observers)
-        return replace(tokens, x=x, attention=paid)
+            if with_attention and i == stop - 1:
+                whole = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
+                paid = observed_row(
+                    backbone.family, block, image, whole, None, backbone.observers
+                ).squeeze(0)
+            # without a mask: an exporter must not ask whether its length, which is open, is 1
+            image = backbone.family.whole(block, image, None, None)
+        return replace(tokens, x=image.squeeze(0), attention=paid)
 
 
 def export_onnx(model: PrunedViT, file: Path | str) -> None:

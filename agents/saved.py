@@ -112,6 +112,7 @@ def describe_policy(policy: Policy) -> dict[str, Any]:
             "hidden": list(policy.actor.hidden),
             "attention_prior": policy.actor.attention is not None,
             "budget": policy.budget,
+            "threshold": policy.threshold,
         }
     if isinstance(policy, DynamicViTPolicy):
         return {"kind": "dynamic-vit", "keep": policy.keep, "hidden": policy.hidden}
@@ -131,13 +132,15 @@ def make_policy(described: Mapping[str, Any], backbone: StagedViT) -> Policy:
         return dynamic_vit_policy(backbone, described["keep"], described["hidden"])
     if kind != "learned":
         raise SavedModelError(f"unknown kind of policy {kind!r}: of another version?")
-    return learned_policy(
+    policy = learned_policy(
         backbone,
         described["observation"],
         described["hidden"],
         described["attention_prior"],
         described.get("budget"),
     )
+    policy.threshold = described.get("threshold", 0.5)
+    return policy
 
 
 def learned_policy(

@@ -1,5 +1,6 @@
 """The game: token pruning as a Markov game, for any RL code to drive."""
 
+from tokenprune.envs import registration  # noqa: F401 - gymnasium.make knows the names from here on
 from tokenprune.envs.backbone import StagedViT, UnsupportedBackboneError
 from tokenprune.envs.batched import BatchedEnv, Observed, Transition
 from tokenprune.envs.batched_pettingzoo import BatchedPettingZoo

@@ -4,8 +4,9 @@ survive.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from operator import index
 from typing import Any, Literal, cast, get_args
@@ -27,6 +28,23 @@ Execution = Literal["packed", "masked"]
 
 
 @dataclass(frozen=True)
+class Pass:
+    """Blocks that have run; what they cost is counted only when somebody asks.
+
+    Attributes:
+        alive: bool [B, L], on what.
+        start: the first of them.
+        stop: the one behind the last.
+        observed: whether attention was observed in the last.
+    """
+
+    alive: Tensor
+    start: int
+    stop: int
+    observed: bool
+
+
+@dataclass(frozen=True)
 class Tokens:
     """The tokens of B images on their way through the blocks; each image has L slots: prefix
     tokens, then N patches.
@@ -41,7 +59,7 @@ class Tokens:
         attention: what the class token paid each row of ``x`` in the last block, mean over heads,
             [S]; None where not asked for or before the first block. In a model without a class
             token the mean query of its prefix tokens, or of all its tokens, stands in.
-        macs: multiply-accumulates spent on each image so far, int64 [B].
+        passes: the blocks that have run so far.
         rotary: where the model has rotary positions, those of the rows of ``x``.
     """
 
@@ -50,7 +68,7 @@ class Tokens:
     row: Tensor
     layout: Layout | None
     attention: Tensor | None
-    macs: Tensor
+    passes: tuple[Pass, ...] = ()
     rotary: Rotary | None = None
 
     def repeat(self, times: int) -> Tokens:
@@ -67,7 +85,9 @@ class Tokens:
             alive=self.alive.repeat_interleave(times, dim=0),
             row=row if shared else torch.arange(len(row), device=row.device),
             attention=self.attention if shared or self.attention is None else self.attention[row],
-            macs=self.macs.repeat_interleave(times),
+            passes=tuple(
+                replace(ran, alive=ran.alive.repeat_interleave(times, dim=0)) for ran in self.passes
+            ),
         )
 
 
@@ -159,6 +179,12 @@ class StagedViT(nn.Module):
                 "the backbone's patch dropout takes patches away before any decision: build it "
                 "with patch_drop_rate=0, or call .eval() on it"
             )
+        return self._run(
+            partial(self._embed, images, execution), 0, self.prune_before[0], with_attention
+        )
+
+    @torch.compiler.disable(recursive=False)
+    def _embed(self, images: Tensor, execution: Execution | None) -> Tokens:
         batch = len(images)
         # timm can't embed no images: it infers shapes from the number of elements
         some = images if batch else images.new_zeros(1, *self.image_shape)
@@ -167,18 +193,15 @@ class StagedViT(nn.Module):
         alive = torch.ones(batch, self.num_slots, dtype=torch.bool, device=x.device)
         layout = None
         if (execution or self.execution) == "packed":
-            lengths = np.full(batch, self.num_slots, np.int64)
-            layout = Layout.of(lengths, attention_width(self.model), x.device)
-        tokens = Tokens(
+            layout = Layout.alike(batch, self.num_slots, attention_width(self.model), x.device)
+        return Tokens(
             x=x.flatten(0, 1),
             alive=alive,
             row=torch.arange(alive.numel(), device=x.device),
             layout=layout,
             attention=None,
-            macs=torch.full((batch,), self._macs.embed, dtype=torch.int64, device=x.device),
             rotary=rotary,
         )
-        return self._run(tokens, 0, self.prune_before[0], with_attention)
 
     @torch.compiler.disable(recursive=False)
     def advance(
@@ -194,8 +217,12 @@ class StagedViT(nn.Module):
         """
         last = stage + 1 == self.num_stages
         stop = self.depth if last else self.prune_before[stage + 1]
-        pruned = self.prune(tokens, keep)
-        return self._run(pruned, self.prune_before[stage], stop, with_attention and not last)
+        return self._run(
+            partial(self.prune, tokens, keep),
+            self.prune_before[stage],
+            stop,
+            with_attention and not last,
+        )
 
     @torch.compiler.disable
     def prune(self, tokens: Tokens, keep: Tensor) -> Tokens:
@@ -212,14 +239,16 @@ class StagedViT(nn.Module):
         if tokens.layout is None:
             return replace(tokens, alive=alive, attention=None)
 
-        lengths = alive.sum(1)
-        host_lengths = lengths.cpu().numpy()
+        if len(alive) == 1:
+            return self._prune_one(tokens, alive)
+        host_lengths = alive.sum(1).cpu().numpy()
         before = tokens.layout.lengths
         if len(host_lengths) == len(before) and host_lengths.sum() == before.sum():
             return replace(tokens, attention=None)  # nothing was pruned
         if (host_lengths == host_lengths[:1]).all():
             # images of one length stay in the order of the batch, tokens in that of their slots
-            layout = Layout.of(host_lengths, tokens.layout.width, alive.device)
+            images, length = len(host_lengths), int(host_lengths[0])
+            layout = Layout.alike(images, length, tokens.layout.width, alive.device)
             slot = _nonzero(alive.view(1, -1), int(host_lengths.sum()))[1]
             row = alive.view(-1).cumsum(0) - 1
         else:
@@ -238,14 +267,35 @@ class StagedViT(nn.Module):
             row=row,
             layout=layout,
             attention=None,
-            macs=tokens.macs,
+            passes=tokens.passes,
             rotary=rotary,
+        )
+
+    def _prune_one(self, tokens: Tokens, alive: Tensor) -> Tokens:
+        """The rows of one image, which stand in the order of their slots, as ``alive`` bool [1, L]
+        leaves them.
+        """
+        assert tokens.layout is not None
+        slot = alive.view(-1).nonzero().squeeze(1)
+        if len(slot) == tokens.layout.equal:
+            return replace(tokens, attention=None)
+        return Tokens(
+            x=tokens.x.index_select(0, tokens.row.index_select(0, slot)),
+            alive=alive,
+            row=alive.view(-1).cumsum(0) - 1,
+            layout=Layout.alike(1, len(slot), tokens.layout.width, alive.device),
+            attention=None,
+            passes=tokens.passes,
+            rotary=tokens.rotary.take(slot) if tokens.rotary else None,
         )
 
     @torch.compiler.disable
     def finish(self, tokens: Tokens) -> Tensor:
         """Norm, pooling over the survivors, and classifier: logits [B, classes]."""
         if not pools_tokens(self.model):
+            if tokens.layout is not None and tokens.layout.equal is not None:
+                images = tokens.x.unflatten(0, (-1, tokens.layout.equal))
+                return classify_prefix(self.model, images[:, : self.num_prefix])
             row = tokens.row.view(len(tokens.alive), self.num_slots)
             return classify_prefix(self.model, tokens.x[row[:, : self.num_prefix]])
         lengths = tokens.alive.sum(1).cpu().numpy()
@@ -282,7 +332,18 @@ class StagedViT(nn.Module):
 
     def total_macs(self, tokens: Tokens) -> Tensor:
         """Multiply-accumulates of each image once its head has run, int64 [B]."""
-        return tokens.macs + self._macs.head(tokens.alive.sum(1))
+        return self.spent_macs(tokens) + self._macs.head(tokens.alive.sum(1))
+
+    @torch.compiler.disable
+    def spent_macs(self, tokens: Tokens) -> Tensor:
+        """Multiply-accumulates of each image so far, int64 [B]."""
+        spent = torch.full((len(tokens.alive),), self._macs.embed, device=tokens.alive.device)
+        for ran in tokens.passes:
+            count = ran.alive.sum(1)
+            spent = spent + self._macs.blocks(count, ran.start, ran.stop)
+            if ran.observed:
+                spent = spent + self._macs.attention_row(count)
+        return spent
 
     def uniform_macs(self, tokens: Sequence[int], with_attention: bool = True) -> int:
         """Multiply-accumulates of an image that keeps ``tokens[t]`` patches at stage t."""
@@ -306,8 +367,15 @@ class StagedViT(nn.Module):
         return self._macs.blocks(alive_patches + self.num_prefix, self.prune_before[stage], stop)
 
     @torch.compiler.disable(recursive=False)
-    def _run(self, tokens: Tokens, start: int, stop: int, with_attention: bool) -> Tokens:
+    def _run(
+        self, make: Callable[[], Tokens], start: int, stop: int, with_attention: bool
+    ) -> Tokens:
+        """Runs the blocks ``start``..``stop - 1`` on the tokens that ``make`` gives: nobody else
+        may hold them, or the rows that the blocks begin with stay in memory until the last is done.
+        """
+        tokens = make()
         x, paid = tokens.x, None
+        tokens = replace(tokens, x=x.new_empty(0))
         for i in range(start, stop):
             block, rotary = self.model.blocks[i], tokens.rotary
             observers = self.observers if with_attention and i == stop - 1 else None
@@ -315,11 +383,8 @@ class StagedViT(nn.Module):
                 x, paid = masked_block(self.family, block, i, x, tokens.alive, rotary, observers)
             else:
                 x, paid = packed_block(self.family, block, i, x, tokens.layout, rotary, observers)
-        count = tokens.alive.sum(1)
-        spent = self._macs.blocks(count, start, stop)
-        if paid is not None:
-            spent = spent + self._macs.attention_row(count)
-        return replace(tokens, x=x, attention=paid, macs=tokens.macs + spent)
+        ran = Pass(tokens.alive, start, stop, paid is not None)
+        return replace(tokens, x=x, attention=paid, passes=(*tokens.passes, ran))
 
 
 def _nonzero(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -19,11 +19,13 @@ class Form:
 
     Attributes:
         enter: block, x -> what its attention reads.
-        leave: block, x, what its attention gives -> what the block gives.
+        join: block, x, what its attention gives -> x with it.
+        leave: block, x with it -> what the block gives.
     """
 
     enter: Callable[[Any, Tensor], Tensor]
-    leave: Callable[[Any, Tensor, Tensor], Tensor]
+    join: Callable[[Any, Tensor, Tensor], Tensor]
+    leave: Callable[[Any, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,22 @@ def packed_block(
         images = x.unflatten(0, (-1, layout.equal))
         turn = rotary.patches(index, len(images)) if rotary else None
         return family.whole(block, images, None, turn).flatten(0, 1), None
+    x, paid = _attended(family, block, index, x, layout, rotary, observers)
+    return family.blocks[type(block)].leave(block, x), paid
+
+
+def _attended(
+    family: Family,
+    block: Any,
+    index: int,
+    x: Tensor,
+    layout: Layout,
+    rotary: Rotary | None,
+    observers: int | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The first half of ``packed_block``: queries, keys and values are gone when it returns, before
+    the second needs its memory.
+    """
     attn, form = block.attn, family.blocks[type(block)]
     source = form.enter(block, x)
     q, k, v = family.project(block, source, rotary.rows(index, len(x)) if rotary else None)
@@ -94,7 +112,7 @@ def packed_block(
     paid = None
     if observers is not None:
         paid = first_row_attention(_packed_query(q, layout, observers), k, layout)
-    return form.leave(block, x, attn.proj(mixed)), paid
+    return form.join(block, x, attn.proj(mixed)), paid
 
 
 def masked_block(
@@ -123,14 +141,34 @@ def masked_block(
     images = x.unflatten(0, alive.shape)
     paid = None
     if observers is not None:
-        source = family.blocks[type(block)].enter(block, images)
-        q, k, _ = family.project(block, source, rotary.slots(index) if rotary else None)
-        query = _masked_query(q, alive, observers)
-        scores = torch.einsum("bhd,blhd->bhl", query, k) * block.attn.scale
-        scores = scores.masked_fill(~alive[:, None, :], -torch.inf)
-        paid = scores.softmax(-1).mean(1).flatten()
+        slots = rotary.slots(index) if rotary else None
+        paid = observed_row(family, block, images, alive, slots, observers).flatten()
     turn = rotary.patches(index, len(images)) if rotary else None
     return family.whole(block, images, alive[:, None, None, :], turn).flatten(0, 1), paid
+
+
+def observed_row(
+    family: Family, block: Any, images: Tensor, alive: Tensor, turn: Tensor | None, observers: int
+) -> Tensor:
+    """What is paid to each slot in a block that is about to run on all of them.
+
+    Args:
+        family: of the model.
+        block: timm's.
+        images: [B, L, D].
+        alive: bool [B, L]; the others are paid nothing.
+        turn: ``Rotary.slots``, where the model rotates.
+        observers: as in ``packed_block``.
+
+    Returns:
+        [B, L], mean over heads.
+    """
+    source = family.blocks[type(block)].enter(block, images)
+    q, k, _ = family.project(block, source, turn)
+    query = _masked_query(q, alive, observers)
+    scores = torch.einsum("bhd,blhd->bhl", query, k) * block.attn.scale
+    scores = scores.masked_fill(~alive[:, None, :], -torch.inf)
+    return scores.softmax(-1).mean(1)
 
 
 def _packed_query(q: Tensor, layout: Layout, observers: int) -> Tensor:
@@ -156,8 +194,11 @@ def _post_norm_enter(block: Any, x: Tensor) -> Tensor:
     return x
 
 
-def _post_norm_leave(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
-    x = x + block.norm1(mixed)
+def _post_norm_join(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
+    return x + block.norm1(mixed)
+
+
+def _post_norm_leave(block: Any, x: Tensor) -> Tensor:
     return x + block.norm2(block.mlp(x))
 
 
@@ -166,4 +207,4 @@ def pre_norm_enter(block: Any, x: Tensor) -> Tensor:
     return block.norm1(x)
 
 
-POST_NORM = Form(enter=_post_norm_enter, leave=_post_norm_leave)
+POST_NORM = Form(enter=_post_norm_enter, join=_post_norm_join, leave=_post_norm_leave)

@@ -24,8 +24,11 @@ def _whole(block: Any, x: Tensor, mask: Tensor | None, turn: Tensor | None) -> T
     return block(x, rope=turn, attn_mask=mask) if len(x) else x
 
 
-def _leave(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
-    x = x + (mixed if block.gamma_1 is None else block.gamma_1 * mixed)
+def _join(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
+    return x + (mixed if block.gamma_1 is None else block.gamma_1 * mixed)
+
+
+def _leave(block: Any, x: Tensor) -> Tensor:
     widened = block.mlp(block.norm2(x))
     return x + (widened if block.gamma_2 is None else block.gamma_2 * widened)
 
@@ -73,7 +76,7 @@ def _turned(attn: Any, rows: Tensor, turn: Tensor | None) -> Tensor:
 
 EVA = Family(
     models=(Eva,),
-    blocks={EvaBlock: Form(pre_norm_enter, _leave), EvaBlockPostNorm: POST_NORM},
+    blocks={EvaBlock: Form(pre_norm_enter, _join, _leave), EvaBlockPostNorm: POST_NORM},
     attentions={EvaAttention: _project_eva, AttentionRope: _project_rope},
     embed=_embed,
     whole=_whole,

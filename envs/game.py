@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -174,6 +176,16 @@ class TokenGame:
             decisions=self.num_agents + survivors[:, :-1].sum(1),
         )
         return Stage(stage + 1, alive, reward, None, outcome)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenGame:
+        """A game that goes on alone from where this one stands, on the same backbone: its weights
+        never change, and a library that copies environments would hold them many times.
+        """
+        memo[id(self.backbone)] = self.backbone
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
 
     def abandon(self) -> None:
         """Forgets the episode under way and frees its tensors."""

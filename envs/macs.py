@@ -59,7 +59,6 @@ class Macs:
             head_fit=(constant, linear, quadratic),
         )
 
-    @torch.compiler.disable
     def blocks(self, tokens: Any, start: int, stop: int) -> Any:
         """Blocks ``start``..``stop - 1`` on ``tokens`` tokens an image (an int or an int64
         tensor).
@@ -68,7 +67,6 @@ class Macs:
             2 * self.width * (stop - start)
         )
 
-    @torch.compiler.disable
     def attention_row(self, tokens: Any) -> Any:
         """One query against every key: the observed row of the attention matrix."""
         return tokens * self.width

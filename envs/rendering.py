@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -33,6 +35,27 @@ def stage_strip(pixels: Tensor, alive: Tensor, grid: tuple[int, int]) -> NDArray
         pictures.append(torch.ones(3, height, GAP))
     strip = torch.cat(pictures[:-1], dim=2).clamp(0, 1)
     return (strip.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+
+
+def strip_of_episode(
+    pixels: Tensor, alive: Sequence[Tensor], grid: tuple[int, int], pictures: int
+) -> NDArray[np.uint8]:
+    """``stage_strip`` of an episode under way, as wide from its start as at its end: white follows.
+
+    Args:
+        pixels: values 0..1, [C, H, W], C 1 or 3.
+        alive: bool [N] for each picture so far.
+        grid: rows and columns of patches.
+        pictures: of the whole episode.
+
+    Returns:
+        uint8 [H, pictures * W + (pictures - 1) * GAP, 3].
+    """
+    strip = stage_strip(pixels, torch.stack(list(alive)), grid)
+    width = pictures * pixels.shape[2] + (pictures - 1) * GAP
+    filled = np.full((strip.shape[0], width, 3), 255, np.uint8)
+    filled[:, : strip.shape[1]] = strip
+    return filled
 
 
 def denormalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -21,8 +21,11 @@ def _whole(block: Any, x: Tensor, mask: Tensor | None, turn: Tensor | None) -> T
     return block(x, attn_mask=mask)
 
 
-def _leave(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
-    x = x + block.ls1(mixed)
+def _join(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
+    return x + block.ls1(mixed)
+
+
+def _leave(block: Any, x: Tensor) -> Tensor:
     return x + block.ls2(block.mlp(block.norm2(x)))
 
 
@@ -34,7 +37,7 @@ def _project(attn: Any, source: Tensor, turn: Tensor | None) -> tuple[Tensor, Te
 
 VIT = Family(
     models=(VisionTransformer, VisionTransformerDistilled),
-    blocks={Block: Form(pre_norm_enter, _leave), ResPostBlock: POST_NORM},
+    blocks={Block: Form(pre_norm_enter, _join, _leave), ResPostBlock: POST_NORM},
     attentions={Attention: _project},
     embed=_embed,
     whole=_whole,

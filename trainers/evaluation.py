@@ -9,16 +9,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tokenprune.agents.heuristics import Score, TopK
-from tokenprune.agents.pruned_vit import PrunedViT
+from tokenprune.agents.pruned_vit import PrunedViT, Trace
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.datasets import ImageSet
 
 BATCH_SIZE = 250
+ROUNDS = 15  # in which models take turns
 HALVINGS = 50  # of the scale of a schedule: far below what a single token makes
 
 
@@ -30,15 +32,25 @@ class Evaluation:
         accuracy: share of right answers.
         gmacs: mean 1e9 multiply-accumulates an image, the policy's included.
         kept: mean share of the patches that survived each stage.
+        left: how many images had 0, 1, ... N patches left at the end.
     """
 
     accuracy: float
     gmacs: float
     kept: tuple[float, ...]
+    left: tuple[int, ...]
+
+
+class Traced(Protocol):
+    """What is evaluated: a ``PrunedViT``, or what tells as much of itself."""
+
+    backbone: StagedViT
+
+    def trace(self, images: Tensor) -> Trace: ...
 
 
 @torch.inference_mode()
-def evaluate(model: PrunedViT, images: ImageSet, size: int | None = None) -> Evaluation:
+def evaluate(model: Traced, images: ImageSet, size: int | None = None) -> Evaluation:
     """Runs ``model`` over ``size`` images (all where None), evenly spread: a folder's are sorted by
     class.
     """
@@ -46,13 +58,18 @@ def evaluate(model: PrunedViT, images: ImageSet, size: int | None = None) -> Eva
     chosen = [i * len(images) // count for i in range(count)]
     device = model.backbone.device
     right, macs, kept = 0, 0, torch.zeros(model.backbone.num_stages)
+    left = torch.zeros(model.backbone.num_patches + 1, dtype=torch.int64)
     for start in range(0, count, BATCH_SIZE):
         pixels, labels = images.load(chosen[start : start + BATCH_SIZE])
         trace = model.trace(pixels.to(device))
         right += int((trace.logits.argmax(1).cpu() == labels).sum())
         macs += int(trace.macs.sum())
-        kept += trace.alive.float().mean(2).sum(0).cpu()
-    return Evaluation(right / count, macs / count / 1e9, tuple((kept / count).tolist()))
+        survivors = trace.alive.sum(2).cpu()  # [B, T]
+        kept += survivors.sum(0) / model.backbone.num_patches
+        left += survivors[:, -1].bincount(minlength=len(left))
+    return Evaluation(
+        right / count, macs / count / 1e9, tuple((kept / count).tolist()), tuple(left.tolist())
+    )
 
 
 def schedules_at(
@@ -134,7 +151,7 @@ def images_per_second(
     models: Mapping[str, Callable[[Tensor], Tensor]],
     images: Tensor,
     batch_size: int = 64,
-    rounds: int = 15,
+    rounds: int = ROUNDS,
 ) -> dict[str, float]:
     """Median speed of each model, all of them interleaved in every round.
 
@@ -162,7 +179,7 @@ def images_per_second(
 
 
 def speeds_of_fresh_process(
-    models: Mapping[str, nn.Module], images: Tensor, batch_size: int
+    models: Mapping[str, nn.Module], images: Tensor, batch_size: int, rounds: int = ROUNDS
 ) -> dict[str, float]:
     """``images_per_second`` as a process would see it that does nothing else.
 
@@ -170,7 +187,7 @@ def speeds_of_fresh_process(
     a GPU are timed where they are.
     """
     if images.device.type != "cpu":
-        return images_per_second(models, images, batch_size)
+        return images_per_second(models, images, batch_size, rounds)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_time, args=(theirs, torch.get_num_threads()), daemon=True)
@@ -179,7 +196,7 @@ def speeds_of_fresh_process(
     theirs.close()
     try:
         # not among the arguments: PyTorch can't hand so many tensors to a process that begins
-        ours.send((dict(models), images, batch_size))
+        ours.send((dict(models), images, batch_size, rounds))
         return ours.recv()
     except (EOFError, OSError) as error:
         raise RuntimeError("the process that timed the models died") from error
@@ -191,8 +208,7 @@ def _time(connection: Connection, threads: int) -> None:
     """In the process of its own: times what the connection brings."""
     torch.set_num_threads(threads)
     # out of the memory that both processes share, into memory as any process has it
-    models, images, batch_size = copy.deepcopy(connection.recv())
-    connection.send(images_per_second(models, images, batch_size))
+    connection.send(images_per_second(*copy.deepcopy(connection.recv())))
 
 
 def _wait(device: torch.device) -> None:

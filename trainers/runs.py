@@ -153,6 +153,23 @@ def execute(config: MappoConfig) -> dict[str, Any]:
         OSError: the disk is full or not writable; the last checkpoint is left as it was.
     """
     run = open_run(config)
+    start = time.monotonic()
+    task, trainer, before = learn(run)
+    start -= before
+    report = task.report(trainer.learner.actor, run.folder)
+    report |= {"seconds": time.monotonic() - start, "seed": run.config.seed}
+    write_json(run.folder / "report.json", report)
+    task.env.close()
+    return report
+
+
+def learn(run: Run) -> tuple[Task, Trainer, float]:
+    """Trains to the end, from where the run's checkpoint stands, and writes the networks; raises
+    what ``execute`` raises.
+
+    Returns:
+        the game, the trainer, and the seconds that went into the run before this call.
+    """
     config = run.config
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -160,22 +177,12 @@ def execute(config: MappoConfig) -> dict[str, Any]:
     start = time.monotonic()
     task = make_task(config)
     trainer = Trainer(task.env, task.make_actor(), config)
-    resumed = config_is_written(run)
-    if not resumed:
+    if not (run.folder / "config.json").exists():
         write_json(run.folder / "config.json", config.to_json())
-    start -= run.restore(trainer)
-    train(run, task, trainer, start)
+    before = run.restore(trainer)
+    train(run, task, trainer, start - before)
     run.write_networks(trainer)
-    report = task.report(trainer.learner.actor, run.folder)
-    report |= {"seconds": time.monotonic() - start, "seed": config.seed}
-    write_json(run.folder / "report.json", report)
-    task.env.close()
-    return report
-
-
-def config_is_written(run: Run) -> bool:
-    """Whether the run was begun before."""
-    return (run.folder / "config.json").exists()
+    return task, trainer, before
 
 
 def train(run: Run, task: Task, trainer: Trainer, start: float) -> None:

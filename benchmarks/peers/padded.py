@@ -47,7 +47,6 @@ class PaddedViT(nn.Module):
             row=torch.arange(batch * slots, device=x.device),
             layout=None,
             attention=None,
-            macs=torch.zeros(batch, dtype=torch.int64, device=x.device),
         )
         mask: Tensor | None = None
         budget = torch.zeros(batch, device=x.device)

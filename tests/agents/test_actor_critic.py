@@ -188,6 +188,21 @@ def test_a_price_moves_the_logit_of_keep(views):
     assert not policy(view).any()
 
 
+@torch.no_grad()
+def test_a_threshold_is_a_probability_of_keep(views):
+    policy = LearnedPolicy(TokenActor(2, (8,), None, keep_bias=1.0), ("stage",))
+    silence(policy.actor)
+    chance = 1 / (1 + math.exp(-1))
+    for view in views:
+        policy.threshold = chance - 0.01
+        assert torch.equal(policy(view), view.alive)
+        policy.threshold = chance + 0.01
+        assert not policy(view).any()
+    for wrong in (0.0, 1.0, math.nan):
+        with pytest.raises(ValueError, match=f"threshold={wrong}: a probability"):
+            policy.threshold = wrong
+
+
 @pytest.mark.parametrize("price", [None, 0.0, -1.0, math.inf, math.nan])
 def test_a_policy_for_many_prices_needs_one(price):
     actor = TokenActor(1, (8,), None, budget=0)

@@ -282,10 +282,10 @@ def test_a_run_over_many_prices_becomes_a_model_with_a_knob(tmp_path, monkeypatc
     assert model.policy.budget == pytest.approx(0.05)
     with torch.no_grad():
         model.policy.actor.budget_weight.fill_(-1)
-    model.policy.budget = 0.2
+    model.policy.budget, model.policy.threshold = 0.2, 0.4
     model.save_pretrained("mine")
     again = PrunedViT.from_pretrained("mine")
-    assert again.policy.budget == 0.2
+    assert (again.policy.budget, again.policy.threshold) == (0.2, 0.4)
     images = torch.randn(3, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(again(images), model(images))

@@ -19,6 +19,8 @@ LENGTHS = {
     "ascending": [1, 1, 2, 3, 5, 5, 9, 17, 40],
     "descending": [40, 17, 9, 5, 5, 3, 2, 1, 1],
     "mixed": [7, 1, 33, 2, 2, 8, 1, 16, 15, 64],
+    "many short": [2, 2, 3, 3, 3, 4, 4, 5, 6, 6, 6, 6],
+    "many alike": [5] * 9,
     "none": [],
 }
 each_lengths = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)

@@ -1,0 +1,101 @@
+"""The games in which ``benchmarks.compare`` lets policies meet: data, backbone, stages, and what a
+training takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenprune.trainers.config import MappoConfig
+
+
+@dataclass(frozen=True)
+class Game:
+    """What all policies of a comparison share.
+
+    Attributes:
+        name: of the game.
+        backbone: as ``create_backbone`` takes it.
+        dataset: as ``open_images`` takes it; None where the user has to name it.
+        needs_weights: whether the backbone's weights have to be given.
+        prune_before: stages of every policy but those that bring their own.
+        released_stages: three stages like RL4EViT's (3, 6, 9) of 12.
+        points: operating points, shares of the dense model's compute.
+        alpha_range: prices that a policy for many budgets is trained under.
+        training: further options of ``trainers.mappo``.
+    """
+
+    name: str
+    backbone: str
+    dataset: str | None
+    needs_weights: bool
+    prune_before: tuple[int, ...]
+    released_stages: tuple[int, ...]
+    points: tuple[float, ...]
+    alpha_range: tuple[float, float]
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def config(self, dataset: str | None, checkpoint: Path | None, pretrained: bool) -> MappoConfig:
+        """The settings that a training in this game starts from.
+
+        Raises:
+            ValueError: the data or the backbone's weights are not named.
+        """
+        dataset = self.dataset if dataset is None else dataset
+        if dataset is None:
+            raise ValueError(f"game {self.name}: where are its images? Give --data folder:PATH")
+        if self.needs_weights and checkpoint is None and not pretrained:
+            raise ValueError(
+                f"game {self.name} needs a trained backbone: give --checkpoint FILE "
+                "(python -m trainers.backbone makes one) or --pretrained"
+            )
+        return MappoConfig(
+            backbone=self.backbone,
+            dataset=dataset,
+            checkpoint=checkpoint,
+            pretrained=pretrained,
+            prune_before=self.prune_before,
+            **self.training,
+        )
+
+
+GAMES: Mapping[str, Game] = {
+    game.name: game
+    for game in (
+        Game(
+            name="digits",
+            backbone="digits_vit",
+            dataset="digits",
+            needs_weights=False,
+            prune_before=(1, 3),
+            released_stages=(2, 4, 6),
+            points=(0.3, 0.36, 0.42, 0.5),
+            alpha_range=(0.01, 0.4),
+            training={"iterations": 400, "eval_every": 200},
+        ),
+        Game(
+            name="cifar10",
+            backbone="vit_tiny_patch16_224",
+            dataset=None,
+            needs_weights=True,
+            prune_before=(2, 4, 6),
+            released_stages=(2, 4, 6),
+            points=(0.5, 0.6, 0.7, 0.8),
+            alpha_range=(0.05, 1.0),
+        ),
+        Game(
+            name="imagenet",
+            backbone="deit_small_patch16_224",
+            dataset=None,
+            needs_weights=True,
+            prune_before=(3, 6, 9),
+            released_stages=(3, 6, 9),
+            points=(0.5, 0.6, 0.7, 0.8),
+            alpha_range=(0.05, 1.0),
+            training={"eval_every": 250, "eval_size": 5_000},
+        ),
+    )
+}

@@ -1,0 +1,112 @@
+"""What all adapters do: open the game, hand its tensors out, and let go of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypedDict
+
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from tokenprune.envs.backbone import Execution
+from tokenprune.envs.batched_tokens import BatchedTokenPrune
+from tokenprune.envs.datasets import ImageSet
+from tokenprune.envs.digits import Split
+from tokenprune.envs.game import GameError
+from tokenprune.envs.rewards import Reward
+from tokenprune.envs.token_prune import TokenPruneEnv
+
+
+class GameArguments(TypedDict, total=False):
+    """Which game is played: arguments of ``TokenPruneEnv``, with its defaults."""
+
+    backbone: str | nn.Module
+    dataset: str | ImageSet
+    split: Split
+    prune_before: Sequence[int] | None
+    reward: str | Reward
+    observation: Sequence[str]
+    device: str | torch.device
+    execution: Execution
+
+
+class HeldGame:
+    """The game behind an adapter, until the adapter is closed: then nothing holds the backbone.
+
+    Args:
+        num_envs: images at once.
+        arguments: ``GameArguments``.
+    """
+
+    def __init__(self, num_envs: int, arguments: Mapping[str, Any]) -> None:
+        unknown = sorted(set(arguments) - set(GameArguments.__annotations__))
+        if unknown:
+            raise TypeError(
+                f"unknown arguments {', '.join(unknown)}: a game takes "
+                f"{', '.join(GameArguments.__annotations__)}"
+            )
+        self._env: BatchedTokenPrune | None = TokenPruneEnv(num_envs=num_envs, **arguments).batched
+
+    @property
+    def env(self) -> BatchedTokenPrune:
+        """The game.
+
+        Raises:
+            GameError: it was closed.
+        """
+        if self._env is None:
+            raise GameError("the environment is closed")
+        return self._env
+
+    def close(self) -> None:
+        """Lets go of the backbone and of all tensors; once is enough."""
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Around the imports of an adapter: says how to install what is missing.
+
+    Raises:
+        ImportError: a module is not there.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{error.name} is missing: pip install 'tokenprune[{extra}]' brings it"
+        ) from error
+
+
+def named_images(options: Mapping[str, Any] | None) -> Any:
+    """``options["indices"]``, or None where images are to be drawn.
+
+    Raises:
+        ValueError: there are other options.
+    """
+    unknown = set(options or {}) - {"indices"}
+    if unknown:
+        raise ValueError(f"unknown options {sorted(unknown)} of reset: there is only 'indices'")
+    return (options or {}).get("indices")
+
+
+def joint_action(actions: ArrayLike | Tensor, device: torch.device) -> Tensor:
+    """Whole numbers or flags of any kind as the int64 that the game takes.
+
+    Raises:
+        ValueError: they are no whole numbers.
+    """
+    joint = torch.as_tensor(actions, device=device)
+    if joint.is_floating_point() or joint.is_complex():
+        raise ValueError(f"actions must be 0 (prune) or 1 (keep): got {joint.dtype}")
+    return joint.to(torch.int64)
+
+
+def to_numpy(values: Tensor) -> NDArray[Any]:
+    """An array that can be written on; on the CPU it shares the tensor's memory."""
+    # the zeros after an episode's end are one number in memory
+    return values.cpu().contiguous().numpy()

@@ -1,0 +1,83 @@
+"""EPyMARL: the game in the form that its ``gymma`` environment takes.
+
+``--env-config=gymma with env_args.key="tokenprune.envs:tokenprune/TokenPruneAgents-v0"``. EPyMARL's
+own PettingZoo wrapper replaces the rewards of an episode's last step by zeros; this one does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Unpack
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Discrete, Tuple
+from numpy.typing import NDArray
+
+from tokenprune.envs.adapters.common import (
+    GameArguments,
+    HeldGame,
+    joint_action,
+    named_images,
+    to_numpy,
+)
+from tokenprune.envs.batched import Observed
+
+
+class TokenPruneAgents(gymnasium.Env[tuple[NDArray[np.float32], ...], Sequence[int]]):
+    """One image an episode; N agents that all stay to its end: observations, actions and rewards
+    are tuples of N.
+
+    A pruned token observes zeros and goes on being paid; EPyMARL passes no masks, so whatever it
+    does is ignored. Infos are numbers, of the kind that EPyMARL averages over episodes.
+
+    Args:
+        game: arguments of ``TokenPruneEnv``.
+
+    Attributes:
+        n_agents: N.
+    """
+
+    def __init__(self, **game: Unpack[GameArguments]) -> None:
+        self._held = HeldGame(1, game)
+        env = self._held.env
+        (size,) = env.observation_space.shape
+        self.n_agents = env.num_agents
+        self.observation_space = Tuple(
+            [Box(-np.inf, np.inf, (size,), np.float32) for _ in range(self.n_agents)]
+        )
+        self.action_space = Tuple([Discrete(2) for _ in range(self.n_agents)])
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[tuple[NDArray[np.float32], ...], dict[str, Any]]:
+        """Begins an episode on an image that ``seed`` draws, or on ``options["indices"]``, which
+        is one.
+        """
+        super().reset(seed=seed)
+        observed = self._held.env.reset(seed, indices=named_images(options))
+        return _each(observed), {}
+
+    def step(  # type: ignore[override] - gymma takes a reward for each agent
+        self, actions: Sequence[int]
+    ) -> tuple[tuple[NDArray[np.float32], ...], tuple[float, ...], bool, bool, dict[str, Any]]:
+        env = self._held.env
+        transition = env.step(joint_action(np.asarray(actions), env.device)[None])
+        outcome = env.outcome
+        infos = (
+            {"correct": float(outcome.correct), "gmacs": float(outcome.gmacs)} if outcome else {}
+        )
+        return (
+            _each(transition.observed),
+            tuple(transition.reward[0].tolist()),
+            bool(transition.terminated),
+            False,
+            infos,
+        )
+
+    def close(self) -> None:
+        self._held.close()
+
+
+def _each(observed: Observed) -> tuple[NDArray[np.float32], ...]:
+    return tuple(to_numpy(observed.observation[0]))

@@ -1,0 +1,260 @@
+"""Stable-Baselines3: every token of every image is one environment of a policy that all share.
+
+SB3 knows no agents that leave. A pruned token therefore stays to the end of the episode: it
+observes zeros, whatever it does is ignored, and it goes on being paid. What it was paid after it
+had been pruned is owed to the decision by which it was, but its steps are no decisions: from zeros
+nothing can be learned, and a value that is bootstrapped from them is the same for every image. The
+buffers below see to both: they credit the reward to the last decision and leave the rest out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from typing import Any, ClassVar, Unpack
+
+import numpy as np
+import torch
+from gymnasium.spaces import Box, Discrete
+from numpy.typing import NDArray
+from stable_baselines3.common.buffers import ReplayBuffer, RolloutBuffer
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
+
+from tokenprune.envs.adapters.common import (
+    GameArguments,
+    HeldGame,
+    joint_action,
+    named_images,
+    to_numpy,
+)
+from tokenprune.envs.batched import Observed
+
+
+class TokenVecEnv(VecEnv):
+    """B images of N tokens as B * N environments, token after token, image after image.
+
+    Infos say ``pruned`` where a token had been pruned before the step. Those of the last step have
+    ``terminal_observation``, zeros, and the first token of each image its ``correct``, ``gmacs``
+    and, as SB3's monitor would, ``episode`` with the mean return of its tokens.
+
+    ``env.set_options({"indices": [...]})`` names the B images of the next ``reset``.
+
+    Args:
+        num_images: B.
+        game: arguments of ``TokenPruneEnv``.
+    """
+
+    render_mode = None
+
+    def __init__(self, num_images: int = 64, **game: Unpack[GameArguments]) -> None:
+        self._held = HeldGame(num_images, game)
+        env = self._held.env
+        (size,) = env.observation_space.shape
+        self.num_images, self.num_tokens = num_images, env.num_agents
+        super().__init__(
+            num_images * env.num_agents, Box(-np.inf, np.inf, (size,), np.float32), Discrete(2)
+        )
+        self.device = env.device
+        self._begun = time.monotonic()
+        self._nothing_seen = np.zeros(size, np.float32)
+        self._alive = torch.zeros(0, dtype=torch.bool)
+        self._paid = torch.zeros(0)
+        self._actions: Tensor | None = None
+
+    def reset(self) -> NDArray[np.float32]:
+        observed = self._begin(self._seeds[0], named_images(self._options[0]))
+        self._reset_seeds()
+        self._reset_options()
+        self.reset_infos = [{} for _ in range(self.num_envs)]
+        return self._rows(observed.observation)
+
+    def step_async(self, actions: NDArray[Any]) -> None:
+        device = self._held.env.device
+        self._actions = joint_action(actions, device).view(self.num_images, self.num_tokens)
+
+    def step_wait(
+        self,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict]]:
+        assert self._actions is not None
+        env = self._held.env
+        acted = self._alive
+        transition = env.step(self._actions)
+        observed = transition.observed
+        self._actions = None
+        self._alive = observed.alive
+        self._paid = self._paid + transition.reward
+        over = env.outcome is not None
+        infos = self._last_infos(acted) if over else _marked(acted, {})
+        if over:
+            observed = self._begin(None, None)
+        return (
+            self._rows(observed.observation),
+            self._rows(transition.reward),
+            np.full(self.num_envs, over),
+            infos,
+        )
+
+    def close(self) -> None:
+        self._held.close()
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """bool [B * N, 2]: a pruned token may only prune."""
+        alive = self._rows(self._alive)
+        return np.stack([np.ones_like(alive), alive], axis=1)
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        return [getattr(self, attr_name)] * len(list(self._get_indices(indices)))
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        raise NotImplementedError(
+            f"{attr_name} can't be set: the tokens are rows of tensors, not environments"
+        )
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any
+    ) -> list[Any]:
+        if method_name != "action_masks":
+            raise AttributeError(f"a token has no method {method_name}, only action_masks")
+        return list(self.action_masks()[list(self._get_indices(indices))])
+
+    def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
+        return [False] * len(list(self._get_indices(indices)))
+
+    def _begin(self, seed: int | None, indices: Any) -> Observed:
+        observed = self._held.env.reset(seed, indices=indices)
+        self._alive = observed.alive
+        self._paid = torch.zeros(observed.alive.shape, device=observed.alive.device)
+        return observed
+
+    def _rows(self, values: Tensor) -> NDArray[Any]:
+        """[B, N, ...] -> [B * N, ...]."""
+        return to_numpy(values.flatten(0, 1))
+
+    def _last_infos(self, acted: Tensor) -> list[dict[str, Any]]:
+        env = self._held.env
+        assert env.outcome is not None
+        infos = _marked(acted, {"terminal_observation": self._nothing_seen})
+        seconds = round(time.monotonic() - self._begun, 6)
+        facts = (env.outcome.correct, env.outcome.gmacs, self._paid.mean(1))
+        for image, (correct, gmacs, paid) in enumerate(
+            zip(*(fact.tolist() for fact in facts), strict=True)
+        ):
+            first = image * self.num_tokens
+            infos[first] = infos[first] | {
+                "correct": correct,
+                "gmacs": gmacs,
+                "episode": {"r": paid, "l": env.game.num_stages, "t": seconds},
+            }
+        return infos
+
+
+def _marked(acted: Tensor, info: dict[str, Any]) -> list[dict[str, Any]]:
+    """``info`` for each token with whether it had been pruned before; only two dictionaries, since
+    making one for each of thousands of tokens would take longer than the game.
+    """
+    kinds = np.array([info | {"pruned": True}, info | {"pruned": False}], dtype=object)
+    return kinds[to_numpy(acted.flatten()).astype(np.intp)].tolist()
+
+
+class LivingRollouts(RolloutBuffer):
+    """The rollout buffer of ``PPO`` and ``A2C`` for ``TokenVecEnv``: minibatches hold decisions of
+    living tokens only.
+
+    Pass it as ``rollout_buffer_class``, with ``n_steps`` a multiple of the number of stages.
+    """
+
+    arrays: ClassVar[Sequence[str]] = (
+        "observations",
+        "actions",
+        "values",
+        "log_probs",
+        "advantages",
+        "returns",
+    )
+
+    def compute_returns_and_advantage(self, last_values: Tensor, dones: NDArray[np.bool_]) -> None:
+        """SB3's, after what pruned tokens were paid has been moved to their last decisions.
+
+        Raises:
+            ValueError: the rollout ends amid an episode.
+        """
+        if not dones.all():
+            raise ValueError(
+                f"n_steps={self.buffer_size} ends amid an episode, when it is not known yet what "
+                "pruned tokens will be paid: take a multiple of the number of stages"
+            )
+        self._living = self.observations.any(axis=-1)  # [n_steps, n_envs]
+        for step in reversed(range(1, self.buffer_size)):
+            pruned = ~self._living[step]
+            self.rewards[step - 1] += self.gamma * self.rewards[step] * pruned
+            # nothing follows the decision by which a token was pruned
+            self.episode_starts[step][pruned] = 1.0
+        super().compute_returns_and_advantage(last_values, dones)
+
+    def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:
+        """Minibatches of the living tokens' decisions in random order."""
+        assert self.full
+        if not self.generator_ready:
+            living = self.swap_and_flatten(self._living)[:, 0]
+            for name in self.arrays:
+                setattr(self, name, self.swap_and_flatten(getattr(self, name))[living])
+            self.generator_ready = True
+        count = len(self.observations)
+        order = np.random.permutation(count)
+        # of nearly one size: a last one of a single decision would have no spread to be divided by
+        for chosen in np.array_split(order, -(-count // (batch_size or count))):
+            yield self._get_samples(chosen)
+
+
+class LivingReplay(ReplayBuffer):
+    """The replay buffer of ``DQN`` for ``TokenVecEnv``: holds decisions of living tokens only, each
+    from the end of its episode on, when all that it brought is known.
+
+    Pass it as ``replay_buffer_class``.
+
+    Args:
+        gamma: the algorithm's discount.
+        buffer_size: decisions that it holds.
+        args: SB3's other arguments.
+        n_envs: rows of a step.
+        kwargs: SB3's other arguments.
+    """
+
+    def __init__(
+        self, buffer_size: int, *args: Any, gamma: float, n_envs: int = 1, **kwargs: Any
+    ) -> None:
+        # any number of tokens live at a step: the decisions stand in a single row of environments
+        super().__init__(buffer_size, *args, n_envs=1, **kwargs)
+        self.gamma = gamma
+        self._episode: list[tuple[NDArray[Any], ...]] = []
+
+    def add(
+        self,
+        obs: NDArray[Any],
+        next_obs: NDArray[Any],
+        action: NDArray[Any],
+        reward: NDArray[Any],
+        done: NDArray[Any],
+        infos: list[dict[str, Any]],
+    ) -> None:
+        self._episode.append((obs, next_obs, action.reshape(len(obs), -1), reward))
+        if not done.all():
+            return
+        later = np.zeros_like(reward)  # what those that are pruned next will still be paid
+        for seen, following, chosen, paid in reversed(self._episode):
+            total = paid + self.gamma * later
+            living, ended = seen.any(axis=-1), ~following.any(axis=-1)
+            later = np.where(living, 0.0, total)
+            self._store(seen, following, chosen, total, ended, living)
+        self._episode = []
+
+    def _store(self, *arrays: NDArray[Any]) -> None:
+        *values, living = arrays
+        rows = np.flatnonzero(living)[-self.buffer_size :]
+        places = (self.pos + np.arange(len(rows))) % self.buffer_size
+        stored = (self.observations, self.next_observations, self.actions, self.rewards, self.dones)
+        for store, value in zip(stored, values, strict=True):
+            store[places, 0] = value[rows]
+        self.full = self.full or self.pos + len(rows) >= self.buffer_size
+        self.pos = (self.pos + len(rows)) % self.buffer_size

@@ -1,0 +1,160 @@
+"""Gymnasium: one image a central controller, or a native batch of them."""
+
+import itertools
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
+
+import tokenprune.envs  # noqa: F401 - registers
+from tokenprune.envs.adapters.gymnasium import TokenPruneVector
+from tokenprune.envs.game import GameError
+
+NAME = "tokenprune/TokenPrune-v0"
+STAGES, PATCHES, BATCH = (0, 1, 3), 16, 4
+
+
+@pytest.fixture
+def game(vit, some_images):
+    return {"backbone": vit, "dataset": some_images, "prune_before": STAGES, "device": "cpu"}
+
+
+def keep_all(*shape):
+    return np.ones((*shape, PATCHES), np.int8)
+
+
+@pytest.mark.filterwarnings("error", "ignore:.*A Box observation space .*infinity")
+def test_gymnasium_accepts_it(game):
+    env = gymnasium.make(NAME, render_mode="rgb_array", **game)
+    check_env(env.unwrapped)
+    env.close()
+
+
+def test_the_module_in_a_name_is_enough(game):
+    """For programs that only take a name from a configuration."""
+    env = gymnasium.make(f"tokenprune.envs:{NAME}", **game)
+    assert env.reset(seed=0)[0].shape[0] == PATCHES
+
+
+@pytest.mark.parametrize("mode", ["sync", "vector_entry_point"])
+def test_batches_of_either_kind_hold_the_same_values(game, mode):
+    one = gymnasium.make(NAME, **game)
+    many = gymnasium.make_vec(NAME, num_envs=1, vectorization_mode=mode, **game)
+    seen, infos = many.reset(seed=3)
+    first, info = one.reset(seed=3)
+    assert many.observation_space.contains(seen)
+    np.testing.assert_array_equal(seen[0], first)
+    for name, value in info.items():
+        np.testing.assert_allclose(infos[name][0], value)
+        assert infos[f"_{name}"].all()
+    action = one.action_space.sample(mask=info["action_mask"])
+    seen, reward, *_, infos = many.step(action[None])
+    first, single, *_, info = one.step(action)
+    np.testing.assert_allclose(seen[0], first, atol=1e-6)
+    assert reward[0] == pytest.approx(single)
+    assert set(info) <= set(infos)
+
+
+def test_the_batch_declares_and_keeps_its_autoreset_mode(game):
+    envs = gymnasium.make_vec(NAME, num_envs=BATCH, **game)
+    assert type(envs) is TokenPruneVector
+    assert envs.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+    envs.reset(options={"indices": [3, 2, 1, 0]})
+    for stage in range(len(STAGES)):
+        seen, _, terminated, truncated, infos = envs.step(keep_all(BATCH))
+        assert not truncated.any()
+        over = stage + 1 == len(STAGES)
+        assert (terminated == over).all()
+        assert ("final_info" in infos) == over
+    # what is seen already is the next episode's
+    assert seen.any(axis=(1, 2)).all()
+    assert not infos["final_obs"].any()
+    final = infos["final_info"]
+    assert final["index"].tolist() == [3, 2, 1, 0]
+    assert final["logits"].any()
+    assert (final["gmacs"] > 0).all()
+    assert not infos["gmacs"].any()
+    np.testing.assert_array_equal(infos["agent_rewards"], final["agent_rewards"])
+    seen, _, terminated, _, _ = envs.step(keep_all(BATCH))
+    assert not terminated.any()
+
+
+def test_gymnasiums_statistics_are_the_games(game):
+    envs = RecordEpisodeStatistics(TokenPruneVector(BATCH, **game))
+    envs.reset(seed=0)
+    envs.action_space.seed(0)
+    paid = np.zeros(BATCH)
+    for _ in STAGES:
+        *_, infos = envs.step(envs.action_space.sample())
+        paid += infos["agent_rewards"].mean(1)
+    np.testing.assert_allclose(infos["episode"]["r"], paid, rtol=1e-5)
+    assert (infos["episode"]["l"] == len(STAGES)).all()
+
+
+def test_the_mask_samples_only_for_the_living(game):
+    env = gymnasium.make(NAME, **game).unwrapped
+    _, info = env.reset(seed=0)
+    env.action_space.seed(0)
+    for _ in STAGES[:-1]:
+        alive = info["action_mask"] == 2
+        action = env.action_space.sample(mask=info["action_mask"])
+        assert not action[~alive].any()
+        observation, _, _, _, info = env.step(action)
+        np.testing.assert_array_equal(info["action_mask"] == 2, alive & (action == 1))
+        np.testing.assert_array_equal(observation.any(1), info["action_mask"] == 2)
+
+
+def test_tensors_are_not_turned_into_arrays(game):
+    envs = TokenPruneVector(BATCH, tensors=True, **game)
+    seen, infos = envs.reset(seed=0)
+    seen, reward, terminated, truncated, infos = envs.step(torch.ones(BATCH, PATCHES).bool())
+    for value in (seen, reward, terminated, truncated, infos["logits"]):
+        assert isinstance(value, torch.Tensor)
+        assert value.device.type == "cpu"
+    assert seen.dtype == reward.dtype == torch.float32
+    arrays = TokenPruneVector(BATCH, **game)
+    arrays.reset(seed=0)
+    np.testing.assert_array_equal(arrays.step(keep_all(BATCH))[0], seen)
+
+
+def test_pictures_are_of_one_size(game):
+    env = gymnasium.make(NAME, render_mode="rgb_array", **game)
+    env.reset(seed=0)
+    pictures = [env.render()]
+    for _ in STAGES:
+        env.step(np.zeros(PATCHES, np.int8))
+        pictures.append(env.render())
+    assert {(picture.shape, picture.dtype) for picture in pictures} == {
+        (pictures[0].shape, np.dtype(np.uint8))
+    }
+    for earlier, later in itertools.pairwise(pictures):
+        assert (earlier != later).any()
+    envs = TokenPruneVector(BATCH, render_mode="rgb_array", **game)
+    envs.reset(seed=0)
+    assert len(envs.render()) == BATCH
+
+
+def test_what_makes_no_sense_is_refused(game):
+    env = gymnasium.make(NAME, **game).unwrapped
+    with pytest.raises(ValueError, match="there is only 'indices'"):
+        env.reset(options={"image": 3})
+    with pytest.raises(GameError, match="call reset first"):
+        env.step(keep_all())
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"int64 \[1, 16\]"):
+        env.step(np.ones(3, np.int8))
+    with pytest.raises(ValueError, match=r"0 \(prune\) or 1 \(keep\): got torch.float64"):
+        env.step(np.ones(PATCHES))
+    with pytest.raises(ValueError, match="rgb_array"):
+        env.render()
+    with pytest.raises(TypeError, match="unknown arguments num_tokens: a game takes backbone"):
+        gymnasium.make(NAME, num_tokens=3, **game)
+    with pytest.raises(ValueError, match="choose rgb_array"):
+        TokenPruneVector(2, render_mode="ansi", **game)
+    env.close()
+    with pytest.raises(GameError, match="closed"):
+        env.reset()

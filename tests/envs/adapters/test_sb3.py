@@ -1,0 +1,195 @@
+"""Stable-Baselines3: what its buffers hold of tokens that are pruned."""
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Discrete
+from stable_baselines3 import PPO
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecMonitor
+
+from tokenprune.envs.adapters.sb3 import LivingReplay, LivingRollouts, TokenVecEnv
+from tokenprune.envs.game import GameError
+from tokenprune.envs.token_prune import TokenPruneEnv
+
+PATCHES, STAGES, BATCH = 16, (0, 1, 3), 4
+ROWS = BATCH * PATCHES
+GAMMA = 0.9
+
+
+@pytest.fixture
+def game(vit, some_images):
+    return {"backbone": vit, "dataset": some_images, "prune_before": STAGES, "device": "cpu"}
+
+
+@pytest.fixture
+def env(game):
+    return TokenVecEnv(BATCH, **game)
+
+
+@pytest.fixture
+def played(env, keeps):
+    """An episode as SB3 sees it: lists of what was seen, done and received at each step."""
+    seen, actions, steps = [env.reset()], [], []
+    for keep in keeps(BATCH, len(STAGES), PATCHES):
+        actions.append(keep.flatten().numpy().astype(np.int64))
+        steps.append(env.step(actions[-1]))
+        seen.append(steps[-1][0])
+    return seen[:-1], actions, [step[1] for step in steps], steps
+
+
+def returns_of(played):
+    """By the definition: all that a token is paid from a step on, discounted, [T, B * N]."""
+    rewards = played[2]
+    total, later = [], np.zeros(ROWS, np.float32)
+    for reward in reversed(rewards):
+        later = reward + GAMMA * later
+        total.insert(0, later)
+    return np.stack(total)
+
+
+def test_infos_mark_who_was_pruned(env, played):
+    seen, _, _, steps = played
+    for observation, (_, _, done, infos) in zip(seen, steps, strict=True):
+        assert [info["pruned"] for info in infos] == (~observation.any(1)).tolist()
+        assert len(infos) == len(done) == ROWS
+    assert done.all()
+    assert not any(step[2].any() for step in steps[:-1])
+    assert all(not info["terminal_observation"].any() for info in infos)
+    ended = [info for info in infos if "episode" in info]
+    assert ended == infos[::PATCHES]
+    returns = sum(played[2]).reshape(BATCH, PATCHES).mean(1)
+    for info, paid in zip(ended, returns, strict=True):
+        assert info["episode"]["r"] == pytest.approx(float(paid), rel=1e-5)
+        assert info["episode"]["l"] == len(STAGES)
+        assert info["gmacs"] > 0
+
+
+def filled(played, buffer_class, **kwargs):
+    seen, actions, rewards, _ = played
+    space = Box(-np.inf, np.inf, seen[0].shape[1:], np.float32)
+    buffer = buffer_class(
+        len(seen), space, Discrete(2), gamma=GAMMA, gae_lambda=1.0, n_envs=ROWS, **kwargs
+    )
+    value, start = torch.full((ROWS,), 0.25), np.ones(ROWS)
+    for observation, action, reward in zip(seen, actions, rewards, strict=True):
+        buffer.add(observation, action, reward, start, value, torch.zeros(ROWS))
+        start = np.zeros(ROWS)
+    return buffer
+
+
+def test_rollouts_hold_the_decisions_of_the_living_and_all_that_they_brought(played):
+    buffer = filled(played, LivingRollouts)
+    buffer.compute_returns_and_advantage(torch.full((ROWS,), 1e6), np.ones(ROWS, bool))
+    living = np.stack(played[0]).any(-1)
+    assert 0 < living[1:].sum() < living[1:].size
+    batches = list(buffer.get(50))
+    assert max(len(batch.returns) for batch in batches) <= 50
+    assert min(len(batch.returns) for batch in batches) >= 25
+    assert sum(len(batch.returns) for batch in batches) == living.sum()
+    assert all(batch.observations.any(1).all() for batch in batches)
+    expected = np.sort(returns_of(played)[living])
+    received = torch.cat([batch.returns for batch in batches]).sort().values
+    np.testing.assert_allclose(received, expected, rtol=1e-4, atol=1e-5)
+    (whole,) = buffer.get()
+    np.testing.assert_allclose(whole.advantages, whole.returns - whole.old_values, atol=1e-5)
+
+
+def test_rollouts_end_with_episodes(played):
+    buffer = filled(played, LivingRollouts)
+    with pytest.raises(ValueError, match="n_steps=3 ends amid an episode"):
+        buffer.compute_returns_and_advantage(torch.zeros(ROWS), np.zeros(ROWS, bool))
+
+
+def test_replay_holds_the_decisions_of_the_living_and_all_that_they_brought(played):
+    seen, actions, rewards, steps = played
+    space = Box(-np.inf, np.inf, seen[0].shape[1:], np.float32)
+    buffer = LivingReplay(1000, space, Discrete(2), n_envs=ROWS, gamma=GAMMA)
+    following = [*seen[1:], np.zeros_like(seen[0])]
+    for i, action in enumerate(actions):
+        assert buffer.size() == 0
+        buffer.add(seen[i], following[i], action, rewards[i], steps[i][2], steps[i][3])
+    living = np.stack(seen).any(-1)
+    goes_on = np.stack(following).any(-1)
+    assert buffer.size() == living.sum()
+    # whose episode ends with the step has all that will ever be paid, others this step's reward
+    expected = np.where(goes_on, np.stack(rewards), returns_of(played))
+    count = buffer.size()
+    stored = np.stack([buffer.rewards[:count, 0], buffer.dones[:count, 0]], axis=1)
+    wanted = np.stack([expected[living], ~goes_on[living]], axis=1)
+    order = [np.lexsort(rows.round(4).T) for rows in (stored, wanted)]
+    np.testing.assert_allclose(stored[order[0]], wanted[order[1]], rtol=1e-4, atol=1e-5)
+    assert buffer.observations[:count].any(-1).all()
+
+
+def test_a_full_replay_forgets_the_oldest(played):
+    seen, actions, rewards, steps = played
+    space = Box(-np.inf, np.inf, seen[0].shape[1:], np.float32)
+    buffer = LivingReplay(ROWS + 10, space, Discrete(2), n_envs=ROWS, gamma=GAMMA)
+    for _ in range(3):
+        for i, action in enumerate(actions):
+            buffer.add(seen[i], seen[i], action, rewards[i], steps[i][2], steps[i][3])
+    assert buffer.size() == ROWS + 10
+    assert buffer.observations.any(-1).all()
+    assert len(buffer.sample(32).rewards) == 32
+
+
+def test_masks_let_the_pruned_only_prune(env):
+    env.reset()
+    assert np.stack(env.env_method("action_masks")).all()
+    keep = np.zeros(ROWS, np.int64)
+    keep[::2] = 1
+    env.step(keep)
+    np.testing.assert_array_equal(env.action_masks()[:, 1], keep == 1)
+    assert env.env_method("action_masks", indices=[1])[0].tolist() == [True, False]
+
+
+def test_sb3s_own_tools_take_it(env):
+    model = PPO("MlpPolicy", env, n_steps=len(STAGES), batch_size=64, n_epochs=1, seed=0,
+                rollout_buffer_class=LivingRollouts)  # fmt: skip
+    model.learn(2 * len(STAGES) * ROWS)
+    logged = [info["r"] for info in model.ep_info_buffer]
+    assert len(logged) == 2 * BATCH
+    mean, _ = evaluate_policy(model, VecMonitor(env), n_eval_episodes=ROWS)
+    assert np.isfinite(mean)
+
+
+def test_what_makes_no_sense_is_refused(env):
+    with pytest.raises(NotImplementedError, match="rows of tensors"):
+        env.set_attr("alpha", 1.0)
+    with pytest.raises(AttributeError, match="only action_masks"):
+        env.env_method("render")
+    env.close()
+    with pytest.raises(GameError, match="closed"):
+        env.reset()
+
+
+def test_maskable_ppo_learns_from_the_living_alone(game):
+    contrib = pytest.importorskip("sb3_contrib")
+    from tokenprune.envs.adapters.sb3_contrib import LivingMaskedRollouts
+
+    env = TokenVecEnv(BATCH, **game)
+    model = contrib.MaskablePPO("MlpPolicy", env, n_steps=len(STAGES), batch_size=64, n_epochs=1,
+                                seed=0, rollout_buffer_class=LivingMaskedRollouts)  # fmt: skip
+    model.learn(len(STAGES) * ROWS)
+    batches = list(model.rollout_buffer.get(10))
+    assert all(batch.observations.any(1).all() for batch in batches)
+    assert all(batch.action_masks.all() for batch in batches)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_the_supersuit_route(game):
+    """The plain way for any PettingZoo environment: agents that stay, and a render mode."""
+    supersuit = pytest.importorskip("supersuit")
+    parallel = TokenPruneEnv(pruned_agents="stay", render_mode="rgb_array", **game)
+    single = supersuit.pettingzoo_env_to_vec_env_v1(parallel)
+    env = supersuit.concat_vec_envs_v1(single, 1, num_cpus=0, base_class="stable_baselines3")
+    # SuperSuit's environments can't be seeded, so neither can SB3's algorithms on them
+    model = PPO("MlpPolicy", env, n_steps=2 * len(STAGES), batch_size=32, n_epochs=1)
+    model.learn(2 * len(STAGES) * PATCHES)
+    env.reset()
+    for stage in range(len(STAGES)):
+        _, reward, done, _ = env.step(np.zeros(PATCHES, np.int64))
+        assert done.all() == (stage + 1 == len(STAGES))
+    # what the team earns arrives at tokens that were pruned at once
+    assert reward.all()

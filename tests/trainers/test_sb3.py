@@ -1,0 +1,87 @@
+"""Stable-Baselines3's algorithms learn the game, and what they learned prunes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tokenprune.envs.adapters.sb3 import TokenVecEnv
+from tokenprune.trainers import sb3
+from tokenprune.trainers.sb3 import Sb3Config, TokenDQN, actor_of, main, make_algorithm
+
+PATCHES, STAGES = 16, (1, 3)
+ALGORITHMS = ["ppo", "a2c", "dqn", "maskable-ppo"]
+
+
+@pytest.fixture
+def env(vit, some_images):
+    return TokenVecEnv(4, backbone=vit, dataset=some_images, prune_before=STAGES, device="cpu")
+
+
+def config(algo):
+    return Sb3Config(algo=algo, images=4, iterations=4, hidden=(8,))
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_the_actor_decides_as_the_model_does(env, tmp_path, algo):
+    if algo == "maskable-ppo":
+        pytest.importorskip("sb3_contrib")
+    model = make_algorithm(config(algo), env, len(STAGES), tmp_path)
+    before = [p.clone() for p in model.policy.parameters()]
+    model.learn(4 * len(STAGES) * env.num_envs)
+    assert any((p != old).any() for p, old in zip(model.policy.parameters(), before, strict=True))
+    seen = env.reset()
+    with torch.no_grad():
+        scores = actor_of(model).eval()(torch.as_tensor(seen))
+    chosen, _ = model.predict(seen, deterministic=True)
+    np.testing.assert_array_equal(scores.argmax(1), chosen)
+    assert scores.shape == (env.num_envs, 2)
+
+
+def test_tokens_explore_each_for_itself(env, tmp_path):
+    model = make_algorithm(config("dqn"), env, len(STAGES), tmp_path)
+    assert isinstance(model, TokenDQN)
+    seen = env.reset()
+    greedy, _ = model.predict(seen, deterministic=True)
+    model.exploration_rate = 0.5
+    shares = [(model.predict(seen)[0] != greedy).mean() for _ in range(40)]
+    assert 0.2 < np.mean(shares) < 0.3
+    assert 0 < min(shares) < max(shares) < 0.6
+    model.exploration_rate = 0.0
+    np.testing.assert_array_equal(model.predict(seen)[0], greedy)
+
+
+@pytest.mark.slow
+def test_ppo_learns_to_prune_the_digits(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sb3, "RUNS", tmp_path)
+    main(["--images", "32", "--iterations", "20", "--run-name", "one", "--device", "cpu"])
+    report = json.loads((tmp_path / "one" / "report.json").read_text())["policies"]
+    assert (tmp_path / "one" / "model.zip").is_file()
+    assert report["ppo"]["gmacs"] < 0.8 * report["dense"]["gmacs"]
+    assert report["ppo"]["accuracy"] > report["dense"]["accuracy"] - 0.1
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-1].split()[:2] == ["ppo", f"{100 * report['ppo']['accuracy']:.2f}%"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "0"], "images=0 must be positive"),
+        (["--reward", "fame"], "fame"),
+        (["--prune-before", "99"], "99"),
+    ],
+)
+def test_wrong_settings_end_in_one_line(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(sb3, "RUNS", tmp_path)
+    with pytest.raises(SystemExit, match=message) as ended:
+        main(arguments)
+    assert str(ended.value).startswith("error: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_runs_folder_is_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.setattr(sb3, "RUNS", tmp_path)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(SystemExit, match="give another --run-name"):
+        main(["--run-name", "mine"])
