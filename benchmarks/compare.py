@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -203,7 +204,9 @@ def accuracy(model: nn.Module, images: ImageSet, size: int | None) -> float:
 def timed(found: dict[float, Entry], arena: Arena, images: ImageSet) -> dict[float, float]:
     """How many times faster than timm's dense model each is, at batches of ``SPEED_BATCH``."""
     pixels = speed_images(images).to(arena.backbone.device)
-    models = {"dense": arena.model} | {str(point): entry.model for point, entry in found.items()}
+    models: dict[str, Any] = {"dense": arena.model} | {
+        str(point): entry.model for point, entry in found.items()
+    }
     speeds = speeds_of_fresh_process(models, pixels, SPEED_BATCH, SPEED_ROUNDS)
     return {point: speeds[str(point)] / speeds["dense"] for point in found}
 

@@ -130,7 +130,7 @@ def make_algorithm(config: Sb3Config, env: TokenVecEnv, stages: int, folder: Pat
         "seed": config.seed,
         "device": env.device,
     }
-    on_policy = {"n_steps": stages, "ent_coef": 0.003}
+    on_policy: dict[str, Any] = {"n_steps": stages, "ent_coef": 0.003}
     # an iteration's decisions in four parts
     minibatch = max(env.num_envs * stages // 4, 1)
     if config.algo == "ppo":
@@ -161,7 +161,7 @@ def actor_of(model: BaseAlgorithm) -> nn.Module:
     """The part of an SB3 model that decides: observations [R, D_obs] -> scores [R, 2] of prune and
     keep, of which the higher wins.
     """
-    policy = model.policy
+    policy: Any = model.policy
     if isinstance(policy, ActorCriticPolicy) or hasattr(policy, "mlp_extractor"):
         return nn.Sequential(
             policy.features_extractor, policy.mlp_extractor.policy_net, policy.action_net

@@ -46,7 +46,7 @@ class TokenPruneAgents(gymnasium.Env[tuple[NDArray[np.float32], ...], Sequence[i
         self.observation_space = Tuple(
             [Box(-np.inf, np.inf, (size,), np.float32) for _ in range(self.n_agents)]
         )
-        self.action_space = Tuple([Discrete(2) for _ in range(self.n_agents)])
+        self.action_space: Tuple = Tuple([Discrete(2) for _ in range(self.n_agents)])
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -58,7 +58,8 @@ class TokenPruneAgents(gymnasium.Env[tuple[NDArray[np.float32], ...], Sequence[i
         observed = self._held.env.reset(seed, indices=named_images(options))
         return _each(observed), {}
 
-    def step(  # type: ignore[override] - gymma takes a reward for each agent
+    # gymma takes a reward for each agent
+    def step(  # type: ignore[override]
         self, actions: Sequence[int]
     ) -> tuple[tuple[NDArray[np.float32], ...], tuple[float, ...], bool, bool, dict[str, Any]]:
         env = self._held.env

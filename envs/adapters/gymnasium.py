@@ -98,7 +98,7 @@ class Pictures:
         )
 
 
-class TokenPruneGym(gymnasium.Env[NDArray[np.float32], NDArray[np.int8]]):
+class TokenPruneGym(gymnasium.Env[Any, NDArray[np.int8]]):
     """One image an episode; the action says of each token whether it is kept.
 
     Observations are float32 [N, D_obs], zeros for pruned tokens. The reward is the mean of what the
@@ -149,7 +149,7 @@ class TokenPruneGym(gymnasium.Env[NDArray[np.float32], NDArray[np.int8]]):
             self._info(transition.observed, transition.reward),
         )
 
-    def render(self) -> NDArray[np.uint8]:  # type: ignore[override]
+    def render(self) -> NDArray[np.uint8]:
         return self._pictures.draw(self._held.env)[0]
 
     def close(self) -> None:
@@ -225,7 +225,7 @@ class TokenPruneVector(VectorEnv[Any, Any, Any]):
             infos,
         )
 
-    def render(self) -> tuple[NDArray[np.uint8], ...]:  # type: ignore[override]
+    def render(self) -> tuple[NDArray[np.uint8], ...]:
         return self._pictures.draw(self._held.env)
 
     def close_extras(self, **kwargs: Any) -> None:

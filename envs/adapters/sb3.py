@@ -184,9 +184,10 @@ class LivingRollouts(RolloutBuffer):
                 f"n_steps={self.buffer_size} ends amid an episode, when it is not known yet what "
                 "pruned tokens will be paid: take a multiple of the number of stages"
             )
-        self._living = self.observations.any(axis=-1)  # [n_steps, n_envs]
+        living: NDArray[np.bool_] = np.any(self.observations, axis=-1)  # [n_steps, n_envs]
+        self._living = living
         for step in reversed(range(1, self.buffer_size)):
-            pruned = ~self._living[step]
+            pruned = ~living[step]
             self.rewards[step - 1] += self.gamma * self.rewards[step] * pruned
             # nothing follows the decision by which a token was pruned
             self.episode_starts[step][pruned] = 1.0
@@ -225,7 +226,8 @@ class LivingReplay(ReplayBuffer):
         self, buffer_size: int, *args: Any, gamma: float, n_envs: int = 1, **kwargs: Any
     ) -> None:
         # any number of tokens live at a step: the decisions stand in a single row of environments
-        super().__init__(buffer_size, *args, n_envs=1, **kwargs)
+        kwargs["n_envs"] = 1
+        super().__init__(buffer_size, *args, **kwargs)
         self.gamma = gamma
         self._episode: list[tuple[NDArray[Any], ...]] = []
 
