@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +30,10 @@ KL_WEIGHT, TOKEN_WEIGHT = 0.5, 0.5
 BACKBONE_LR, BACKBONE_START = 0.01, 5 / 30
 # what a pruned token's key counts for, instead of nothing: its logarithm must be finite
 FLOOR = 1e-12
+# Most that a patch can be worth of its image's loss. Not in the paper: the gradient to a pruned key
+# is linear in exp(score), while its effect saturates. Where attention is sharp that gradient reached
+# 1e7 here, and no predictor learned from it.
+MOST_WORTH = 1.0
 WEIGHT_DECAY = 0.05  # AdamW's, as in DeiT
 
 
@@ -180,6 +185,10 @@ def run_masked(
         patches = x[:, prefix:].flatten(0, 1)
         logits = predictor(patches, image, batch, kept.flatten())
         kept = kept * gumbel_keep(logits, generator).view_as(kept)
+        if kept.requires_grad:
+            kept.register_hook(
+                partial(torch.clamp, min=-MOST_WORTH / batch, max=MOST_WORTH / batch)
+            )
         history.append(kept)
         bias = attention_bias(kept, prefix)
         x = _blocks(backbone, x, edges[stage], edges[stage + 1], bias, begun)

@@ -1,5 +1,6 @@
 """DynamicViT's training: masks and their gradients, losses, and runs that can be killed."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -90,6 +91,21 @@ def test_attention_and_its_gradient_are_the_papers():
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
     assert (gradient != 0).all()
+
+
+def test_no_patch_is_worth_more_than_its_images_loss_can_be(vit, images):
+    """Whatever the gradient says: it explodes where attention is sharp."""
+    backbone = StagedViT(copy.deepcopy(vit).requires_grad_(False), STAGES)
+    policy = dynamic_vit_policy(backbone, 0.5, 8)
+    begun = backbone.begin(images, execution="masked")
+
+    def gradients(scale):
+        run = run_masked(backbone, policy, begun, seeded())
+        return torch.autograd.grad(scale * run.logits.sum(), list(policy.parameters()))
+
+    for exploding, more in zip(gradients(1e9), gradients(1e12), strict=True):
+        assert 0 < exploding.norm() < 10
+        torch.testing.assert_close(exploding, more)
 
 
 @pytest.mark.parametrize("kwargs", BACKBONES.values(), ids=BACKBONES)
