@@ -31,8 +31,8 @@ BACKBONE_LR, BACKBONE_START = 0.01, 5 / 30
 # what a pruned token's key counts for, instead of nothing: its logarithm must be finite
 FLOOR = 1e-12
 # Most that a patch can be worth of its image's loss. Not in the paper: the gradient to a pruned key
-# is linear in exp(score), while its effect saturates. Where attention is sharp that gradient reached
-# 1e7 here, and no predictor learned from it.
+# is linear in exp(score), while its effect saturates. Where attention is sharp that gradient
+# reached 1e7 here, and no predictor learned from it.
 MOST_WORTH = 1.0
 WEIGHT_DECAY = 0.05  # AdamW's, as in DeiT
 
