@@ -31,8 +31,8 @@ BACKBONE_LR, BACKBONE_START = 0.01, 5 / 30
 # what a pruned token's key counts for, instead of nothing: its logarithm must be finite
 FLOOR = 1e-12
 # Most that a patch can be worth of its image's loss. Not in the paper: the gradient to a pruned key
-# is linear in exp(score), while its effect saturates. Where attention is sharp that gradient reached
-# 1e7 here, and no predictor learned from it.
+# is linear in exp(score), while its effect saturates. Where attention is sharp that gradient
+# reached 1e7 here, and no predictor learned from it.
 MOST_WORTH = 1.0
 WEIGHT_DECAY = 0.05  # AdamW's, as in DeiT
 
@@ -65,14 +65,14 @@ class DynamicViTConfig:
     """Weight of the kept shares' distance from what is asked for; 2 in the paper."""
     fine_tune: bool = False
     """Train the backbone too, as in the paper; otherwise it is frozen."""
-    iterations: int = 400
+    iterations: int = 480
     """Steps of the optimizer."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Images a step."""
     lr: float = 3e-3
     """Peak learning rate of the predictors; a cosine to zero. A backbone that is trained gets a
     hundredth of it."""
-    eval_every: int = 100
+    eval_every: int = 120
     """Iterations between two evaluations on validation."""
     eval_size: int = 1_000
     """Validation images of each such evaluation."""
