@@ -44,8 +44,9 @@ class PrunedViT(
 ):
     """Classifies images with the tokens that its policy keeps, in the place of the timm model.
 
-    A pass leaves nothing on the module. In training mode pruned tokens are masked, not removed: so
-    gradients and timm's regularisers are those of the whole model.
+    A pass leaves nothing on the module. In training mode pruned tokens are masked, not removed, so
+    that timm's regularisers are those of the whole model. Gradients are the same either way, and
+    cheaper where tokens are removed: ``trainers.finetune`` stays in evaluation mode.
 
     Args:
         backbone: the staged ViT; used as it is. ``prune`` makes one of a copy.

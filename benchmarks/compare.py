@@ -74,18 +74,24 @@ class CompareConfig:
     threads: int | None = None
     """CPU threads; torch's own choice if not given."""
 
-    def __post_init__(self) -> None:
-        if self.game not in GAMES:
-            raise ValueError(f"unknown game {self.game!r}: choose from {', '.join(GAMES)}")
-        unknown = [name for name in self.policies if name not in ENTRANTS]
-        if unknown or not self.policies:
-            known = "; ".join(f"{name} ({entrant.title})" for name, entrant in ENTRANTS.items())
-            raise ValueError(f"unknown policies {', '.join(unknown) or '()'}: there are {known}")
-        for name in ("seeds", "eval_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if any(not 0 < point <= 1 for point in self.points):
-            raise ValueError(f"points={self.points}: shares of the dense compute, in (0, 1]")
+
+def check(config: CompareConfig) -> None:
+    """Refuses settings that can't be compared.
+
+    Raises:
+        ValueError: the message says which.
+    """
+    if config.game not in GAMES:
+        raise ValueError(f"unknown game {config.game!r}: choose from {', '.join(GAMES)}")
+    unknown = [name for name in config.policies if name not in ENTRANTS]
+    if unknown or not config.policies:
+        known = "; ".join(f"{name} ({entrant.title})" for name, entrant in ENTRANTS.items())
+        raise ValueError(f"unknown policies {', '.join(unknown) or '()'}: there are {known}")
+    for name in ("seeds", "eval_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    if any(not 0 < point <= 1 for point in config.points):
+        raise ValueError(f"points={config.points}: shares of the dense compute, in (0, 1]")
 
 
 def open_arena(config: CompareConfig) -> tuple[Arena, ImageSet]:
@@ -221,6 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     try:
         config = tyro.cli(CompareConfig, description=__doc__, args=arguments)
+        check(config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         rows = compare(config)

@@ -102,7 +102,7 @@ class StagedViT(nn.Module):
         prune_before: 0-based blocks before which the stages stand, ascending; before every block
             but the first where None.
         execution: "packed" removes pruned tokens; "masked" carries all of them and masks attention:
-            slower, the reference, and what gradients for fine-tuning run through.
+            slower, and the reference, for gradients too.
 
     Raises:
         UnsupportedBackboneError: the model can't be staged; the message says why.

@@ -281,7 +281,8 @@ def test_a_run_over_many_prices_becomes_a_model_with_a_knob(tmp_path, monkeypatc
     model = PrunedViT.from_run("runs/tiny")
     assert model.policy.budget == pytest.approx(0.05)
     with torch.no_grad():
-        model.policy.actor.budget_weight.fill_(-1)
+        model.policy.actor.budget_weight.fill_(-0.1)
+        model.policy.actor.keep_bias.fill_(-0.2)
     model.policy.budget, model.policy.threshold = 0.2, 0.4
     model.save_pretrained("mine")
     again = PrunedViT.from_pretrained("mine")

@@ -12,10 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokenprune.envs.backbone import StagedViT, UnsupportedBackboneError
 from tokenprune.envs.models import create_backbone
+from tokenprune.envs.ragged import MANY_IMAGES
 
 EXECUTIONS = ("packed", "masked")
 STAGES = (1, 3)
 BATCH = 6
+MANY = 2 * MANY_IMAGES  # of one length often enough to attend by batched products
 FAMILIES = {
     "deit": ("deit_tiny_patch16_224", {}),
     "deit-distilled": ("deit_tiny_distilled_patch16_224", {}),
@@ -448,6 +450,29 @@ def test_gradients_reach_every_parameter_in_masked_execution(make_vit, keeps):
     end = play(staged, draw_images(staged), keeps(BATCH, 2, staged.num_patches))[-1]
     staged.finish(end).square().sum().backward()
     assert all(parameter.grad.norm() > 0 for parameter in model.parameters())
+
+
+def gradients(staged, images, keep):
+    """Of a loss, in the images and in all parameters."""
+    logits = staged.finish(play(staged, images, keep)[-1])
+    loss = (logits.log_softmax(1)[:, 0] + logits.square().mean(1)).mean()
+    return torch.autograd.grad(loss, [images, *staged.model.parameters()])
+
+
+@each_family
+@pytest.mark.parametrize("pattern", ["random", "even"])
+def test_gradients_are_the_same_packed_and_masked(build, keeps, family, pattern):
+    model = build(family)
+    packed, masked = (StagedViT(model, STAGES, execution) for execution in EXECUTIONS)
+    images = draw_images(packed, MANY).requires_grad_()
+    keep = keeps(MANY, len(STAGES), packed.num_patches)
+    if pattern == "even":  # of every image as many survive
+        keep = keep[:, 3:4].repeat(1, MANY, 1)
+    names = ["images", *dict(model.named_parameters())]
+    pairs = zip(*(gradients(staged, images, keep) for staged in (packed, masked)), strict=True)
+    for name, (ours, reference) in zip(names, pairs, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4, msg=name)
+        assert name.endswith("k_norm.bias") or ours.norm() > 0, name
 
 
 # --- what is refused ---

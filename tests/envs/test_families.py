@@ -17,10 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokenprune.envs.backbone import StagedViT, UnsupportedBackboneError
 from tokenprune.envs.families import FAMILIES
+from tokenprune.envs.ragged import MANY_IMAGES
 
 EXECUTIONS = ("packed", "masked")
 STAGES = (1, 3)
 BATCH = 6
+MANY = 2 * MANY_IMAGES  # of one length often enough to attend by batched products
 ROTARY = {
     "eva": ("eva_giant_patch14_224", {}),
     "eva-clip": ("eva_giant_patch14_clip_224", {}),
@@ -293,6 +295,25 @@ def test_gradients_reach_every_parameter_in_masked_execution(make_vit, keeps, fa
     end = play(staged, draw_images(staged), keeps(BATCH, 2, staged.num_patches))[-1]
     staged.finish(end).square().sum().backward()
     assert all(parameter.grad.norm() > 0 for parameter in model.parameters())
+
+
+@each_model
+def test_gradients_are_the_same_packed_and_masked(build, keeps, family):
+    model = build(family)
+    found = []
+    for execution in EXECUTIONS:
+        staged = StagedViT(model, STAGES, execution)
+        images = draw_images(staged, MANY).requires_grad_()
+        keep = keeps(MANY, len(STAGES), staged.num_patches)
+        logits = staged.finish(play(staged, images, keep)[-1])
+        loss = (logits.log_softmax(1)[:, 0] + logits.square().mean(1)).mean()
+        found.append(torch.autograd.grad(loss, [images, *model.parameters()], allow_unused=True))
+    names = ["images", *dict(model.named_parameters())]
+    for name, ours, reference in zip(names, *found, strict=True):
+        if reference is None:
+            assert ours is None, name
+        else:
+            torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4, msg=name)
 
 
 # --- images of another size ---

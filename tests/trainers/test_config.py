@@ -47,16 +47,16 @@ def test_every_flag_of_the_issue_is_there():
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("settings", "message"),
     [
-        ("--alpha-range 0.1 0.5", "needs both --alpha-range and budget"),
-        ("--observation token budget", "needs both --alpha-range and budget"),
-        ("--alpha 1 --alpha-range 0.1 0.5 --observation budget", "not both"),
+        ({"alpha_range": (0.1, 0.5)}, "needs both --alpha-range and budget"),
+        ({"observation": ("token", "budget")}, "needs both --alpha-range and budget"),
+        ({"alpha": 1.0, "alpha_range": (0.1, 0.5), "observation": ("budget",)}, "not both"),
     ],
 )
-def test_a_range_of_prices_goes_with_agents_that_see_them(line, message):
+def test_a_range_of_prices_goes_with_agents_that_see_them(settings, message):
     with pytest.raises(ValueError, match=message):
-        parse(line.split())
+        MappoConfig(**settings)
 
 
 def test_help_explains_every_option(capsys, monkeypatch):

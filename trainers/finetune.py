@@ -1,0 +1,326 @@
+"""Fine-tunes a pruned ViT under its policy: ``python -m trainers.finetune --run runs/NAME``.
+
+The policy of a finished run of ``trainers.mappo`` stays as it is, and the ViT's blocks learn to do
+with the tokens that it leaves them: to answer as the unpruned model with its original weights does,
+and as the labels say. Judged on the validation split alone; the test split is never read.
+
+A run writes ``runs/NAME-finetuned``: ``config.json``, ``metrics.jsonl`` (a line before the first
+epoch and one after each), checkpoints, and at the end ``report.json`` and the folder ``model``,
+which ``PrunedViT.from_pretrained`` takes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import tyro
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokenprune.agents import saved
+from tokenprune.agents.pruned_vit import PrunedViT
+from tokenprune.envs.backbone import Execution
+from tokenprune.envs.datasets import ImageSet, open_images
+from tokenprune.envs.token_prune import pick_device
+from tokenprune.trainers.checkpoint import CheckpointError, write_json
+from tokenprune.trainers.evaluation import evaluate
+from tokenprune.trainers.run_folder import (
+    RUNS,
+    JsonObject,
+    Record,
+    RunFolder,
+    TrainingError,
+    describe,
+    open_run,
+)
+from tokenprune.trainers.supervised import (
+    Learner,
+    TrainingImages,
+    accuracy,
+    train_epoch,
+    unfit,
+    versions,
+)
+
+Frozen = Literal["nothing", "before-first-stage", "before-last-stage"]
+
+AFTER_BLOCKS = ("norm", "fc_norm", "attn_pool", "head", "head_dist")  # of timm's models
+
+
+@dataclass
+class FinetuneConfig:
+    """How the ViT of a finished run is fine-tuned under its policy."""
+
+    run: Path | None = None
+    """The run of trainers.mappo, as runs/NAME: its policy, backbone and dataset."""
+    budget: float | None = None
+    """Price of compute that a policy for many prices acts under; the middle of its range if not
+    given."""
+    frozen: Frozen = "before-first-stage"
+    """What of the ViT stays as it is: the stem and the blocks before the first stage, so that the
+    first decisions stay as they were; those before the last stage, so that all do, and GMACs with
+    them; or nothing."""
+    execution: Execution = "packed"
+    """How gradients are made: packed runs the surviving tokens alone; masked runs all of them, for
+    the same gradients at more than the cost of the unpruned model."""
+    distillation: float = 1.0
+    """Weight of the divergence from the answers of the unpruned model with its original weights."""
+    labels: float = 0.5
+    """Weight of the cross entropy with the labels; 0 learns without any."""
+    augmentation: JsonObject = field(default_factory=dict)
+    """For photographs, arguments of timm.data.create_transform, as {"scale": [0.5, 1],
+    "color_jitter": 0.2, "auto_augment": "rand-m9-mstd0.5"}; the digits have their own."""
+    epochs: int = 2
+    """Passes over epoch_size images."""
+    epoch_size: int = 10_000
+    """Images an epoch: as many digits are drawn anew; of photographs a new random part is taken,
+    or all of them where they are fewer."""
+    batch_size: int = 128
+    """Images a step."""
+    lr: float = 3e-4
+    """Peak learning rate; linear warm-up, then a cosine to zero."""
+    warmup: float = 0.05
+    """Share of all steps that warms up."""
+    weight_decay: float = 0.05
+    """AdamW's, on weights only."""
+    ema_decay: float = 0.98
+    """Decay a step of the averaged weights, which are the ones evaluated and saved."""
+    validation_size: int = 4_000
+    """Validation images of an evaluation; all where there are fewer."""
+    seed: int = 0
+    """Seeds the order and the drawn images."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    threads: int | None = None
+    """CPU threads; torch's own choice if not given."""
+    run_name: str | None = None
+    """The run is written to runs/RUN_NAME; the name of the run to be fine-tuned with -finetuned
+    behind it if not given."""
+    resume: Path | None = None
+    """A run folder to go on with, in its own configuration; no other option goes with it."""
+
+    def __post_init__(self) -> None:
+        refused = unfit(self) | {
+            "frozen": self.frozen not in get_args(Frozen),
+            "execution": self.execution not in get_args(Execution),
+            "distillation": not 0 <= self.distillation < float("inf"),
+            "labels": not 0 <= self.labels < float("inf"),
+            "validation_size": self.validation_size < 1,
+            "threads": self.threads is not None and self.threads < 1,
+            "run_name": self.run_name == "",
+        }
+        for name, is_refused in refused.items():
+            if is_refused:
+                raise ValueError(f"{name} can't be {getattr(self, name)!r}")
+        if not self.distillation and not self.labels:
+            raise ValueError("of distillation and labels, one must have a weight to learn from")
+
+    @property
+    def folder(self) -> Path:
+        if self.run is None:
+            raise TrainingError("nothing to fine-tune: give --run runs/NAME")
+        return RUNS / (self.run_name or f"{self.run.resolve().name}-finetuned")
+
+
+class Distillation:
+    """The loss of a pruned ViT that learns from the unpruned one and from labels.
+
+    Args:
+        student: the pruned ViT.
+        teacher: timm's model with its original weights.
+        config: what counts how much.
+    """
+
+    def __init__(self, student: PrunedViT, teacher: nn.Module, config: FinetuneConfig) -> None:
+        self._student = student
+        self._teacher = teacher
+        self._config = config
+
+    def __call__(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
+        """As ``Loss``; raises TrainingError where the student has diverged."""
+        try:
+            logits = self._student(inputs)
+        # a policy refuses tokens that are not finite
+        except ValueError as error:
+            raise TrainingError(f"{error}; or try a smaller lr") from error
+        loss = self._config.labels * F.cross_entropy(logits, targets)
+        if self._config.distillation:
+            with torch.no_grad():
+                taught = self._teacher(inputs).log_softmax(1)
+            divergence = F.kl_div(
+                logits.log_softmax(1), taught, log_target=True, reduction="batchmean"
+            )
+            loss = loss + self._config.distillation * divergence
+        return loss
+
+
+def freeze(model: PrunedViT, frozen: Frozen) -> None:
+    """Leaves gradients to what of the ViT shall learn; the policy never does."""
+    backbone = model.backbone
+    model.requires_grad_(False)
+    if frozen == "nothing":
+        backbone.model.requires_grad_(True)
+        return
+    first = backbone.prune_before[0 if frozen == "before-first-stage" else -1]
+    backbone.model.blocks[first:].requires_grad_(True)
+    for name in AFTER_BLOCKS:
+        part = getattr(backbone.model, name, None)
+        if part is not None:
+            part.requires_grad_(True)
+
+
+def load_run(config: FinetuneConfig, device: torch.device) -> tuple[PrunedViT, str]:
+    """The pruned ViT that is to learn, and the dataset of its run.
+
+    In evaluation mode, in which it also learns: dropout, stochastic depth and a batch's own
+    statistics (of BatchNorm in a convolutional stem) would show the policy other tokens than those
+    that it was trained on and will decide on.
+
+    Raises:
+        ValueError: the folder holds no finished run of the token game, its backbone is gone, or its
+            policy takes no such budget.
+    """
+    assert config.run is not None
+    model = PrunedViT.from_run(config.run)
+    if config.budget is not None:
+        model.policy.budget = config.budget  # type: ignore[attr-defined]
+    model.backbone.execution = config.execution
+    freeze(model, config.frozen)
+    model = model.to(device).to(memory_format=torch.channels_last)
+    return model, saved.read_json(config.run / saved.CONFIG)["dataset"]
+
+
+def judge(model: PrunedViT, validation: ImageSet) -> Record:
+    """How ``model`` does on validation, by the names that records have."""
+    result = evaluate(model, validation)
+    return {
+        "validation_accuracy": result.accuracy,
+        "validation_gmacs": result.gmacs,
+        "validation_kept": list(result.kept),
+    }
+
+
+def write_model(model: PrunedViT, folder: Path) -> None:
+    """Writes ``model`` as ``save_pretrained`` does; there is no folder before it is whole."""
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        written = Path(temporary) / folder.name
+        model.save_pretrained(written)
+        if folder.exists():
+            shutil.rmtree(folder)
+        written.replace(folder)
+
+
+def finish(
+    run: RunFolder,
+    config: FinetuneConfig,
+    model: PrunedViT,
+    validation: ImageSet,
+    records: list[Record],
+    start_time: float,
+) -> dict[str, Any]:
+    """Writes the model and what it is worth; returns the report."""
+    backbone = model.backbone
+    write_model(model, run.path / "model")
+    dense_gmacs = backbone.dense_macs / 1e9
+    unpruned = accuracy(backbone.model, validation, backbone.device)
+    names = ("accuracy", "gmacs", "kept")
+    report = {
+        "validation_images": len(validation),
+        "models": {
+            "dense": {"accuracy": records[0]["dense_accuracy"], "gmacs": dense_gmacs},
+            "pruned": {name: records[0][f"validation_{name}"] for name in names},
+            "fine-tuned": {name: records[-1][f"validation_{name}"] for name in names},
+            # what pruning it costs, and whether it became another model meanwhile
+            "fine-tuned, unpruned": {"accuracy": unpruned, "gmacs": dense_gmacs},
+        },
+        "config": describe(config),
+        "versions": versions(),
+        "seconds": time.monotonic() - start_time,
+        "device": str(backbone.device),
+        "threads": torch.get_num_threads(),
+    }
+    write_json(run.path / "report.json", report)
+    return report
+
+
+def train(config: FinetuneConfig) -> dict[str, Any]:
+    """Fine-tunes in a run folder of its own, and returns the report that was written there.
+
+    Raises:
+        ValueError: the run holds no finished policy for token pruning, or its backbone or dataset
+            can't be had; there is no such device.
+        CheckpointError: the fine-tuning to be resumed is missing or damaged.
+        TrainingError: it can't begin for another reason, or diverged.
+        OSError: the disk is full or not writable; the last epoch's files are left as they were.
+    """
+    start_time = time.monotonic()
+    run, config = open_run(config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = pick_device(config.device)
+    model, dataset = load_run(config, device)
+    teacher = copy.deepcopy(model.backbone.model).requires_grad_(False)
+    data_config = resolve_model_data_config(teacher)
+    images = TrainingImages(dataset, config, data_config)
+    validation = open_images(dataset, "validation", data_config, size=config.validation_size)
+    steps = config.epochs * images.steps_an_epoch
+    learner = Learner(model, Distillation(model, teacher, config), config, steps)
+    averaged = learner.ema.module
+    if run.checkpoint.exists():
+        state, records = run.read_epochs()
+        learner.load_state_dict(state)
+        start_time -= records[-1]["seconds"]
+    else:
+        run.create(config)
+        dense = {"dense_accuracy": accuracy(teacher, validation, device)}
+        seconds = {"seconds": time.monotonic() - start_time}
+        records = [{"epoch": 0} | judge(averaged, validation) | dense | seconds]
+        run.save_epoch(learner.state_dict(), records)
+        print(json.dumps(records[0]), flush=True)
+    for epoch in range(len(records) - 1, config.epochs):
+        record = (
+            {"epoch": epoch + 1, "loss": train_epoch(learner, images, epoch, device)}
+            | judge(averaged, validation)
+            | {"seconds": time.monotonic() - start_time}
+        )
+        records.append(record)
+        run.save_epoch(learner.state_dict(), records)
+        print(json.dumps(record), flush=True)
+    return finish(run, config, averaged, validation, records, start_time)
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report's models as text, compared with dense."""
+    dense = report["models"]["dense"]
+    lines = [f"{'validation':<22}{'accuracy':>9}{'below dense':>13}{'GMACs':>9}{'of dense':>10}"]
+    for name, row in report["models"].items():
+        lines.append(
+            f"{name:<22}{100 * row['accuracy']:>8.2f}%"
+            f"{100 * (dense['accuracy'] - row['accuracy']):>13.2f}"
+            f"{row['gmacs']:>9.4f}{100 * row['gmacs'] / dense['gmacs']:>9.1f}%"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line."""
+    config = tyro.cli(FinetuneConfig, description=__doc__)
+    try:
+        report = train(config)
+    except (ValueError, CheckpointError, TrainingError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    print(f"{table(report)}\n{report['seconds']:.0f} s, {report['validation_images']} images")
+
+
+if __name__ == "__main__":
+    main()
