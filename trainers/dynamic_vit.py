@@ -65,14 +65,14 @@ class DynamicViTConfig:
     """Weight of the kept shares' distance from what is asked for; 2 in the paper."""
     fine_tune: bool = False
     """Train the backbone too, as in the paper; otherwise it is frozen."""
-    iterations: int = 400
+    iterations: int = 480
     """Steps of the optimizer."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Images a step."""
     lr: float = 3e-3
     """Peak learning rate of the predictors; a cosine to zero. A backbone that is trained gets a
     hundredth of it."""
-    eval_every: int = 100
+    eval_every: int = 120
     """Iterations between two evaluations on validation."""
     eval_size: int = 1_000
     """Validation images of each such evaluation."""
