@@ -74,31 +74,35 @@ def draw_line(
 
 
 def draw_tradeoff(rows: Sequence[Record], path: Path) -> None:
-    """Accuracy against compute and against measured speed."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    by_cost, by_speed = figure.subplots(1, 2)
-    dense = 100 * rows[0]["dense_accuracy"]
-    for i, (name, points) in enumerate(grouped(rows).items()):
-        style = {
-            "label": name,
-            "marker": MARKERS[i % len(MARKERS)],
-            "markersize": 4,
-            "color": "black" if name == OURS else f"C{(i - 1) % 10}",
-            "linewidth": 2.2 if name == OURS else 1.2,
-            "zorder": 3 if name == OURS else 2,
-        }
-        for axes, x in (
-            (by_cost, lambda row: 100 * row["gmacs"] / row["dense_gmacs"]),
-            (by_speed, lambda row: row["speedup"]),
-        ):
-            draw_line(axes, points, x, lambda row: 100 * row["accuracy"], **style)
-    for axes in (by_cost, by_speed):
-        axes.axhline(dense, color="grey", linestyle=":", label="dense")
+    """Accuracy against compute and, where that was timed, against measured speed."""
+    panels: list[tuple[str, Callable[[Record], float | None]]] = [
+        ("GMACs, % of dense", lambda row: 100 * row["gmacs"] / row["dense_gmacs"]),
+        ("measured speed-up over timm's dense model", lambda row: row["speedup"]),
+    ]
+    if all(row["speedup"] is None for row in rows):
+        panels.pop()
+    figure = Figure(figsize=(5.5 * len(panels), 4.6), layout="constrained")
+    columns = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, x) in zip(columns, panels, strict=True):
+        for i, (name, points) in enumerate(grouped(rows).items()):
+            is_ours = name == OURS
+            draw_line(
+                axes,
+                points,
+                x,
+                lambda row: 100 * row["accuracy"],
+                label=name,
+                marker=MARKERS[i % len(MARKERS)],
+                markersize=4,
+                color="black" if is_ours else f"C{(i - 1) % 10}",
+                linewidth=2.2 if is_ours else 1.2,
+                zorder=3 if is_ours else 2,
+            )
+        axes.axhline(100 * rows[0]["dense_accuracy"], color="grey", linestyle=":", label="dense")
+        axes.set_xlabel(title)
         axes.set_ylabel("test accuracy, %")
         axes.grid(alpha=0.3)
-    by_cost.set_xlabel("GMACs, % of dense")
-    by_speed.set_xlabel("measured speed-up over timm's dense model")
-    by_cost.legend(fontsize=8)
+    columns[0].legend(fontsize=8)
     save(figure, path)
 
 
