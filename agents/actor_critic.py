@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.observations import View, field_size
+from tokenprune.envs.observations import Rows, View, field_size
 
 HIDDEN_GAIN = math.sqrt(2)
 POLICY_GAIN = 0.01  # MAPPO: a first policy that is nearly uniform
-# Numbers in all observations of a stage from which on it is faster never to write them out.
-FACTORISED_FROM = 1 << 20
 PRIOR_FLOOR = 1e-3  # class attention times N below which the prior falls no further
 
 
@@ -103,56 +101,55 @@ class TokenActor(Actor):
             keep = keep + self.budget_weight * self.PRIOR_SPEED * budget
         return torch.stack([prune, keep], dim=-1)
 
-    def logits_of_sources(self, sources: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
-        """As ``forward`` on the concatenated fields, which are never concatenated.
+    def margins(self, rows: Rows) -> Tensor:
+        """How much likelier keep is than prune: the difference of ``forward``'s logits on the
+        concatenated fields, which are never concatenated.
 
         LayerNorm and a linear layer after it are linear in the fields, but for each row's mean and
-        spread, and those are sums over the fields: what all patches of an image share (its class
+        spread, and those are sums over the fields: what all rows of an image share (its class
         token, the stage) is multiplied once an image.
 
-        Args:
-            sources: values [U, size] and index [R] of each field, as ``View.source`` gives them.
-
         Returns:
-            [R, 2].
+            [S], of the rows.
         """
-        norm, first = self.net[0], self.net[1]
+        norm, first, last = self.net[0], self.net[1], self.net[-1]
         assert isinstance(norm, nn.LayerNorm)
         assert isinstance(first, nn.Linear)
+        assert isinstance(last, nn.Linear)
         weight = first.weight * norm.weight
-        summing = torch.cat([weight, torch.ones_like(weight[:1])])  # the last output is the sum
-        shared: dict[int, tuple[Tensor | None, Tensor]] = {}
-        start = 0
-        for values, seen in sources:
-            part = summing[:, start : start + values.shape[1]]
-            start += values.shape[1]
-            squares = torch.linalg.vector_norm(values, dim=1, keepdim=True).square()
-            sums = torch.cat([values @ part.T, squares], dim=1)
-            # fields that are seen alike are summed before they are spread over the rows
-            _, before = shared.get(id(seen), (seen, None))
-            shared[id(seen)] = seen, sums if before is None else before + sums
-        total = sum(
-            sums if seen is None else sums.index_select(0, seen) for seen, sums in shared.values()
-        )
-        assert isinstance(total, Tensor)
-        projected, mean, square = total.split([len(weight), 1, 1], dim=1)
-        mean, square = mean / start, square / start
-        spread = (square - mean**2).clamp(min=0).add(norm.eps).rsqrt()
-        bias = first.bias + first.weight @ norm.bias
-        hidden = (projected - mean * weight.sum(1)) * spread + bias
-        prior = None if self.attention is None else _column(sources, self.attention)
-        budget = None if self.budget is None else _column(sources, self.budget)
-        return self._with_prior(self.net[2:](hidden), prior, budget)
+        columns = torch.cat([weight, torch.ones_like(weight[:1])]).T  # the last output is the sum
+        size = len(columns)
+        total, squares = columns.new_zeros(1, columns.shape[1]), columns.new_zeros(1, 1)
+        for field in rows.fields:
+            if not field.of_rows:
+                total = total + field.values @ columns[field.columns]
+                squares = squares + _squared_norm(field.values)
+        if len(total) > 1:
+            image = rows.layout.image
+            total, squares = total.index_select(0, image), squares.index_select(0, image)
+        for field in rows.fields:
+            if field.of_rows:
+                total = torch.addmm(total, field.values, columns[field.columns])
+                squares = squares + _squared_norm(field.values)
+        projected, mean = total[:, :-1], total[:, -1:] / size
+        spread = (squares / size - mean.square()).clamp(min=0).add(norm.eps).rsqrt()
+        centred = torch.addcmul(projected, mean, weight.sum(1), value=-1)
+        bias = torch.addmv(first.bias, first.weight, norm.bias)
+        hidden = self.net[2:-1](torch.addcmul(bias, centred, spread))
+        constant = last.bias[1] - last.bias[0] + self.keep_bias * self.PRIOR_SPEED
+        margin = hidden @ (last.weight[1] - last.weight[0]) + constant
+        if self.attention is not None:
+            prior = rows.column(self.attention).clamp(min=PRIOR_FLOOR).log()
+            margin = torch.addcmul(margin, prior, self.prior_weight, value=self.PRIOR_SPEED)
+        if self.budget is not None:
+            price = rows.column(self.budget)
+            margin = torch.addcmul(margin, price, self.budget_weight, value=self.PRIOR_SPEED)
+        return margin.expand(int(rows.layout.lengths.sum()))
 
 
-def _column(sources: Sequence[tuple[Tensor, Tensor | None]], index: int) -> Tensor:
-    """One column of the concatenated fields, [R] or [1]."""
-    for values, seen in sources:
-        if index < values.shape[1]:
-            column = values[:, index]
-            return column if seen is None else column.index_select(0, seen)
-        index -= values.shape[1]
-    raise IndexError(f"the fields end before column {index}")
+def _squared_norm(values: Tensor) -> Tensor:
+    """[R, size] -> [R, 1]."""
+    return torch.linalg.vector_norm(values, dim=1, keepdim=True).square()
 
 
 class Critic(nn.Module):
@@ -261,21 +258,23 @@ class LearnedPolicy(nn.Module):
 
     def forward(self, view: View) -> Tensor:
         view = self.priced(view)
-        logits = self.logits(view)
+        rows = view.rows(self.fields) if isinstance(self.actor, TokenActor) else None
+        if rows is None:
+            logits = self.logits(view)
+            margin = logits[:, 1] - logits[:, 0]
+        else:
+            assert isinstance(self.actor, TokenActor)
+            margin = self.actor.margins(rows)
         # a sum is finite only where all its terms are, and asks the device but once
-        if not math.isfinite(logits.sum()):
+        if not math.isfinite(margin.sum()):
             raise ValueError("the policy's logits are not finite: check its weights and the images")
-        return view.scatter(self.stays(logits))
+        keep = self.stays(margin)
+        return view.scatter(keep) if rows is None else view.at_patches(keep)
 
-    def stays(self, logits: Tensor) -> Tensor:
-        """Who stays by the actor's logits [R, 2], bool [R]."""
-        margin = math.log(self.threshold / (1 - self.threshold))
-        return logits[:, 1] - logits[:, 0] > margin
+    def stays(self, margin: Tensor) -> Tensor:
+        """Who stays by how much likelier keep is than prune, bool [R]."""
+        return margin > math.log(self.threshold / (1 - self.threshold))
 
     def logits(self, view: View) -> Tensor:
         """The actor's logits for the living patches, [R, 2]."""
-        sources = [view.source(name) for name in self.fields]
-        numbers = len(view.image) * sum(values.shape[1] for values, _ in sources)
-        if isinstance(self.actor, TokenActor) and numbers >= FACTORISED_FROM:
-            return self.actor.logits_of_sources(sources)
         return self.actor(view.living(self.fields))

@@ -175,6 +175,8 @@ def _packed_query(q: Tensor, layout: Layout, observers: int) -> Tensor:
     """The query of each image whose attention is observed: [S, heads, size] -> [B, heads, size]."""
     if not observers:
         return layout.mean(q)
+    if layout.equal is not None:
+        return q.unflatten(0, (-1, layout.equal))[:, :observers].mean(1)
     places = torch.arange(observers, device=q.device)
     return q[layout.first[:, None] + places].mean(1)
 

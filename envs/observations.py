@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -11,11 +12,44 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenprune.envs.backbone import StagedViT, Tokens
+from tokenprune.envs.ragged import Layout
 
 FIELDS = ("token", "cls", "stage", "position", "cls_attention", "alive_fraction", "budget")
 DEFAULT_FIELDS = ("token", "cls", "stage", "cls_attention")
 POSITION_OCTAVES = 2
 PRICE_FLOOR = 1e-3  # of compute: below it agents see no difference
+
+
+@dataclass(frozen=True)
+class RowField:
+    """A field in the order of packed rows.
+
+    Attributes:
+        values: [S, size] of the rows, [B, size] of the images they belong to, or [1, size] of all.
+        columns: where the field stands in an observation.
+        of_rows: whether each row has its own.
+    """
+
+    values: Tensor
+    columns: slice
+    of_rows: bool
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What packed rows show, prefix tokens too; nothing is gathered or written out for it.
+
+    Attributes:
+        fields: of an observation, in its order.
+        layout: of the rows.
+    """
+
+    fields: tuple[RowField, ...]
+    layout: Layout
+
+    def column(self, index: int) -> Tensor:
+        """The field of one number that stands there, [S], or [1] where it is one for all."""
+        return next(field.values[:, 0] for field in self.fields if field.columns.start == index)
 
 
 def field_size(backbone: StagedViT, field: str) -> int:
@@ -70,6 +104,7 @@ class View:
             each; None where they differ.
         images: what is classified [B, C, H, W], for those who look at pixels; None where nobody
             does.
+        price: the price of all episodes, where it is one and known to the host.
 
     Attributes:
         alive: bool [B, N].
@@ -86,8 +121,10 @@ class View:
         budget: Tensor,
         start: View | None = None,
         images: Tensor | None = None,
+        price: float | None = None,
     ) -> None:
         self.backbone = backbone
+        self._price = price
         self._start = start
         self._images = images
         self.stage = stage
@@ -98,7 +135,7 @@ class View:
     def at_price(self, price: float) -> View:
         """The same patches under another price of compute."""
         budget = torch.full_like(self.budget, price)
-        return View(self.backbone, self._tokens, self.stage, budget)
+        return View(self.backbone, self._tokens, self.stage, budget, price=price)
 
     @cached_property
     def _places(self) -> Tensor:
@@ -231,6 +268,44 @@ class View:
     def living(self, fields: Sequence[str]) -> Tensor:
         """Observations of the living patches, float32 [R, D_obs]."""
         return torch.cat([self.field(name) for name in fields], dim=1)
+
+    def rows(self, fields: Sequence[str]) -> Rows | None:
+        """``fields`` in the order of packed rows; None where they have to be gathered: rows that
+        are masked or that episodes share, a class token that has to be averaged, prices that differ
+        from image to image, positions.
+        """
+        tokens, backbone, layout = self._tokens, self.backbone, self._tokens.layout
+        if layout is None or len(layout.lengths) != len(self.alive) or not len(self.alive):
+            return None
+        shown, start = [], 0
+        for name in fields:
+            of_rows = name in ("token", "cls_attention")
+            if name == "token":
+                values = tokens.x.float()
+            elif name == "cls" and backbone.has_class_token:
+                values = tokens.x.index_select(0, layout.first).float()
+            elif name == "stage":
+                values = self.stage_one_hot[None]
+            elif name == "cls_attention" and tokens.attention is not None:
+                values = tokens.attention[:, None].float() * backbone.num_patches
+            elif name == "cls_attention":
+                values, of_rows = torch.ones(1, 1, device=self.alive.device), False
+            elif name == "budget" and self._price is not None:
+                values = torch.full(
+                    (1, 1), math.log(max(self._price, PRICE_FLOOR)), device=self.alive.device
+                )
+            else:
+                return None
+            shown.append(RowField(values, slice(start, start + values.shape[1]), of_rows))
+            start += values.shape[1]
+        return Rows(tuple(shown), layout)
+
+    def at_patches(self, flags: Tensor) -> Tensor:
+        """Flags of packed rows, bool [S], at the living patches they stand for, [B, N]; False
+        elsewhere.
+        """
+        row = self._tokens.row.view(len(self.alive), self.backbone.num_slots)
+        return flags[row[:, self.backbone.num_prefix :]] & self.alive
 
     def distinct(self, fields: Sequence[str]) -> tuple[Tensor, Tensor]:
         """``living`` without what episodes that begin alike repeat.

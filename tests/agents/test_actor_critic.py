@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tokenprune.agents import LearnedPolicy, Policy, TokenActor, actor_critic
+from tokenprune.agents import LearnedPolicy, Policy, TokenActor
 from tokenprune.agents.actor_critic import POLICY_GAIN, PRIOR_FLOOR, Actor, Critic, mlp
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.observations import View, field_slices
@@ -148,28 +148,76 @@ def test_a_policy_keeps_where_keep_is_likelier(views, fields):
         assert 0 < keep.sum() < view.alive.sum()
 
 
+def full_policy(backbone, fields):
+    """A policy in which every weight matters."""
+    slices = field_slices(backbone, fields)
+    size = max(part.stop for part in slices.values())
+    attention = slices["cls_attention"].start if "cls_attention" in slices else None
+    price = slices["budget"].start if "budget" in fields else None
+    actor = TokenActor(size, (8, 6), attention, 0.7, budget=price)
+    for parameter in actor.parameters():
+        torch.nn.init.normal_(parameter)
+    return LearnedPolicy(actor, fields, budget=None if price is None else 0.1, threshold=0.4)
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("which", [(0, 1, 2, 3), (2,)])
 @pytest.mark.parametrize(
     "fields",
     [
         ("token", "cls", "stage", "cls_attention"),
-        ("cls_attention", "alive_fraction", "position", "token", "budget"),
+        ("cls_attention", "budget", "token"),
+        ("stage", "cls", "budget"),
+        ("stage",),
     ],
 )
-@pytest.mark.parametrize("factorised_from", [0, actor_critic.FACTORISED_FROM])
-def test_a_policy_decides_as_if_fields_were_joined(views, fields, factorised_from, monkeypatch):
-    """However many observations there are: many are never joined."""
-    monkeypatch.setattr(actor_critic, "FACTORISED_FROM", factorised_from)
+def test_packed_rows_are_judged_as_if_fields_were_joined(
+    vit, some_images, keeps, fields, which, monkeypatch
+):
+    """Nothing is gathered for them: neither where all images have one length nor elsewhere."""
+    backbone = StagedViT(vit, (1, 3))
+    policy = full_policy(backbone, fields)
+    tokens = backbone.begin(some_images.load(which)[0])
+    after = backbone.advance(tokens, keeps(4, 2, 16)[0, list(which)], 0)
+    for stage, now in enumerate((tokens, after)):
+        view = View(backbone, now, stage, torch.zeros(len(which)))
+        prune, keep = policy.actor(policy.priced(view).living(fields)).unbind(1)
+        rows = policy.priced(view).rows(fields)
+        margin = policy.actor.margins(rows)
+        assert margin.shape == (len(now.x),)
+        living = margin[now.row.view(len(which), -1)[:, 1:]][view.alive]
+        torch.testing.assert_close(living, keep - prune, rtol=1e-4, atol=1e-4)
+        expected = view.scatter(policy.stays(keep - prune))
+        assert "token" not in fields or (keep - prune).std() > 0.1
+        with monkeypatch.context() as patch:
+            patch.setattr(View, "living", None)
+            assert torch.equal(policy(view), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "fields", [("token", "position", "cls_attention"), ("token", "cls", "alive_fraction", "budget")]
+)
+def test_what_rows_do_not_show_is_gathered(views, fields):
     for view in views:
-        slices = field_slices(view.backbone, fields)
-        size = max(part.stop for part in slices.values())
-        price = slices["budget"].start if "budget" in fields else None
-        actor = TokenActor(size, (8,), slices["cls_attention"].start, 0.7, budget=price)
-        for parameter in actor.parameters():
-            torch.nn.init.normal_(parameter)
-        policy = LearnedPolicy(actor, fields, budget=price and 0.1)
-        logits = policy.logits(view)
-        torch.testing.assert_close(logits, actor(view.living(fields)), rtol=1e-4, atol=1e-4)
+        policy = full_policy(view.backbone, fields)
+        assert policy.priced(view).rows(fields) is None
+        prune, keep = policy.logits(policy.priced(view)).unbind(1)
+        assert torch.equal(policy(view), view.scatter(policy.stays(keep - prune)))
+
+
+@torch.no_grad()
+def test_rows_that_are_masked_or_shared_are_gathered(vit, some_images):
+    """Decisions are the same."""
+    backbone = StagedViT(vit, (1, 3))
+    policy = full_policy(backbone, ("token", "cls", "stage", "cls_attention"))
+    images = some_images.load(range(4))[0]
+    packed = backbone.begin(images)
+    keep = policy(View(backbone, packed, 0, torch.zeros(4)))
+    for tokens, times in ((backbone.begin(images, execution="masked"), 1), (packed.repeat(3), 3)):
+        view = View(backbone, tokens, 0, torch.zeros(4 * times))
+        assert view.rows(policy.fields) is None
+        assert torch.equal(policy(view), keep.repeat_interleave(times, 0))
 
 
 @torch.no_grad()
@@ -182,6 +230,8 @@ def test_a_price_moves_the_logit_of_keep(views):
             policy = LearnedPolicy(actor, fields, budget=price)
             prune, keep = policy.logits(policy.priced(view)).unbind(1)
             torch.testing.assert_close(keep - prune, torch.full_like(keep, -math.log(price)))
+            margin = policy.actor.margins(policy.priced(view).rows(fields))
+            torch.testing.assert_close(margin, torch.full_like(margin, -math.log(price)))
     policy.budget = 0.9  # log(0.9) < 0: kept
     assert torch.equal(policy(view), view.alive)
     policy.budget = 1.1
