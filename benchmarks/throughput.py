@@ -3,7 +3,8 @@
 
 Variants: ``dense``, timm's own model; ``packed``, ours; ``masked``, all tokens carried along and
 pruned ones masked, as RL4EViT's code does; ``padded``, every image padded to the longest of its
-batch; ``tome``, token merging; ``uniform``, the same number of tokens for every image, as in EViT.
+batch; ``tome``, token merging; ``uniform``, the same number of tokens for every image, as in EViT;
+``unpruned``, our runtime where nothing is pruned: what it costs, or saves, by itself.
 The first four see the same patches pruned, a different number in every image; ``tome`` and
 ``uniform`` get as much compute as comes closest to ours without being above it.
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tokenprune.agents.heuristics import TopK
+from tokenprune.agents.heuristics import KeepAll, TopK
 from tokenprune.agents.policy import Policy
 from tokenprune.agents.pruned_vit import PrunedViT
 from tokenprune.benchmarks.measuring import resident_peak
@@ -27,7 +27,7 @@ from tokenprune.benchmarks.peers.tome import ToMeViT, macs_counter, merges_at
 from tokenprune.benchmarks.workload import DrawnPolicy, Spec, Workload, load
 from tokenprune.envs.backbone import StagedViT
 
-Variant = Literal["dense", "packed", "masked", "padded", "tome", "uniform"]
+Variant = Literal["dense", "packed", "masked", "padded", "tome", "uniform", "unpruned"]
 Call = Callable[[], Tensor]
 
 SCALE_STEPS = 10_000  # how finely the uniform schedule is scaled
@@ -137,6 +137,8 @@ def _model(variant: Variant, workload: Workload, plan: Plan, policy: Policy) -> 
             return ToMeViT(workload.packed.model, plan.merges)
         case "uniform":
             return PaddedViT(workload.packed, TopK(plan.tokens, "attention"))
+        case "unpruned":
+            return PrunedViT(workload.packed, KeepAll())
 
 
 def gmacs(variant: Variant, workload: Workload, plan: Plan, batch_size: int) -> float:
@@ -146,7 +148,7 @@ def gmacs(variant: Variant, workload: Workload, plan: Plan, batch_size: int) -> 
     backbone, decider = workload.packed, workload.decider
     counts = _counts(backbone, plan.keep)
     match variant:
-        case "dense":
+        case "dense" | "unpruned":
             return backbone.dense_macs / 1e9
         case "packed":
             return plan.macs / 1e9

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenprune.envs.linear import linear, mlp, runs_by_onednn
 from tokenprune.envs.ragged import Layout, attention, first_row_attention
 from tokenprune.envs.rotary import Rotary
 
@@ -83,7 +84,8 @@ def packed_block(
     Returns:
         rows [S, D], and what each was paid, [S], where observed.
     """
-    if layout.equal is not None and observers is None:
+    plain = layout.equal is not None and observers is None
+    if plain and not runs_by_onednn(block.attn.proj, x):
         images = x.unflatten(0, (-1, layout.equal))
         turn = rotary.patches(index, len(images)) if rotary else None
         return family.whole(block, images, None, turn).flatten(0, 1), None
@@ -112,7 +114,7 @@ def _attended(
     paid = None
     if observers is not None:
         paid = first_row_attention(_packed_query(q, layout, observers), k, layout)
-    return form.join(block, x, attn.proj(mixed)), paid
+    return form.join(block, x, linear(attn.proj, mixed)), paid
 
 
 def masked_block(
@@ -201,7 +203,7 @@ def _post_norm_join(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
 
 
 def _post_norm_leave(block: Any, x: Tensor) -> Tensor:
-    return x + block.norm2(block.mlp(x))
+    return x + block.norm2(mlp(block.mlp, x))
 
 
 def pre_norm_enter(block: Any, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenprune.envs.blocks import POST_NORM, Family, Form, pre_norm_enter
+from tokenprune.envs.linear import linear, mlp
 from tokenprune.envs.rotary import Rotary
 
 
@@ -29,7 +30,7 @@ def _join(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
 
 
 def _leave(block: Any, x: Tensor) -> Tensor:
-    widened = block.mlp(block.norm2(x))
+    widened = mlp(block.mlp, block.norm2(x))
     return x + (widened if block.gamma_2 is None else block.gamma_2 * widened)
 
 
@@ -37,7 +38,7 @@ def _project_eva(attn: Any, source: Tensor, turn: Tensor | None) -> tuple[Tensor
     if attn.qkv is None:
         return _project_apart(attn, source, turn)
     if attn.q_bias is None:
-        qkv = attn.qkv(source)
+        qkv = linear(attn.qkv, source)
     else:
         bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         # timm adds the bias on its own where asked to: in half precision the sum differs
@@ -49,7 +50,7 @@ def _project_eva(attn: Any, source: Tensor, turn: Tensor | None) -> tuple[Tensor
 def _project_rope(attn: Any, source: Tensor, turn: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     if attn.qkv is None:
         return _project_apart(attn, source, turn)
-    return _split(attn, attn.qkv(source), turn)
+    return _split(attn, linear(attn.qkv, source), turn)
 
 
 def _split(attn: Any, qkv: Tensor, turn: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +60,7 @@ def _split(attn: Any, qkv: Tensor, turn: Tensor | None) -> tuple[Tensor, Tensor,
 
 def _project_apart(attn: Any, source: Tensor, turn: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (
-        project(source).unflatten(-1, (-1, attn.head_dim))
+        linear(project, source).unflatten(-1, (-1, attn.head_dim))
         for project in (attn.q_proj, attn.k_proj, attn.v_proj)
     )
     q, k = _turned(attn, attn.q_norm(q), turn), _turned(attn, attn.k_norm(k), turn)

@@ -10,6 +10,7 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import Tensor
 
 from tokenprune.envs.blocks import POST_NORM, Family, Form, pre_norm_enter
+from tokenprune.envs.linear import linear, mlp
 
 
 def _embed(model: Any, images: Tensor) -> tuple[Tensor, None]:
@@ -26,11 +27,11 @@ def _join(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
 
 
 def _leave(block: Any, x: Tensor) -> Tensor:
-    return x + block.ls2(block.mlp(block.norm2(x)))
+    return x + block.ls2(mlp(block.mlp, block.norm2(x)))
 
 
 def _project(attn: Any, source: Tensor, turn: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    qkv = attn.qkv(source).unflatten(-1, (3, attn.num_heads, attn.head_dim))
+    qkv = linear(attn.qkv, source).unflatten(-1, (3, attn.num_heads, attn.head_dim))
     q, k, v = qkv.unbind(-3)
     return attn.q_norm(q), attn.k_norm(k), v
 

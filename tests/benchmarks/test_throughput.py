@@ -355,7 +355,7 @@ def test_the_released_schedule():
     (spec,) = specs(ThroughputConfig())
     assert spec.schedule == Schedule((3, 6, 9), 0.7)
     assert ThroughputConfig().variants == (
-        "dense", "packed", "masked", "padded", "tome", "uniform"
+        "dense", "packed", "masked", "padded", "tome", "uniform", "unpruned"
     )  # fmt: skip
 
 
