@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 # Multiply-accumulates below which oneDNN's fixed cost weighs more than what it saves. Measured on
-# two AVX2 cores at widths of 64 to 768: half as fast at 1e6, about as fast at 5e6, faster above; 1.3
-# to 1.5 times as fast for 24 to 200 rows of width 384 and more, 1.1 times for thousands.
+# two AVX2 cores, widths of 64 to 768: half as fast at 1e6, about as fast at 5e6, faster above; for
+# 24 to 200 rows of width 384 and more 1.3 to 1.5 times as fast, for thousands 1.1 times.
 WORTH_MACS = 1 << 22
 
 _MKLDNN = torch.ops.mkldnn
