@@ -107,7 +107,7 @@ def policy_of(agent: str, episode: Any, **kwargs: Any) -> str:
     return POLICY
 
 
-def make_algorithm(config: RllibConfig, game: dict[str, Any], stages: int) -> PPO:
+def make_algorithm(config: RllibConfig, game: dict[str, Any], tokens: int) -> PPO:
     """RLlib's PPO with what the game asks of it: whole episodes, in batches on the tensor game.
 
     Raises:
@@ -118,6 +118,7 @@ def make_algorithm(config: RllibConfig, game: dict[str, Any], stages: int) -> PP
         raise ValueError(
             f"images={config.images} must be a multiple of num_env_runners={config.num_env_runners}"
         )
+    decisions = config.images * tokens
     module = RLModuleSpec(module_class=TokenModule, model_config={"hidden": tuple(config.hidden)})
     settings = (
         PPOConfig()
@@ -129,15 +130,15 @@ def make_algorithm(config: RllibConfig, game: dict[str, Any], stages: int) -> PP
             # what a pruned token is paid is known when its episode ends
             batch_mode="complete_episodes",
         )
-        .multi_agent(policies={POLICY}, policy_mapping_fn=policy_of)
+        .multi_agent(policies={POLICY}, policy_mapping_fn=policy_of, count_steps_by="agent_steps")
         .rl_module(rl_module_spec=MultiRLModuleSpec(rl_module_specs={POLICY: module}))
         .learners(num_learners=0)
         .training(
-            # Counted in steps of images. RLlib counts minibatches in steps of agents, but refuses
-            # any that is larger than this number, so there is but one, as in MAPPO.
-            train_batch_size_per_learner=config.images * stages,
-            minibatch_size=None,
-            num_epochs=10,
+            # RLlib plays on until it has so many: all tokens decide at the first stage, so this is
+            # reached in one round, however many are pruned
+            train_batch_size_per_learner=decisions,
+            minibatch_size=max(decisions // 4, 1),
+            num_epochs=4,
             lr=config.lr,
             gamma=GAMMA,
             lambda_=1.0,
@@ -182,7 +183,7 @@ def train(config: RllibConfig) -> dict[str, Evaluation]:
         "device": "cpu" if config.num_env_runners else pick_device(config.device),
     }
     started_here = not ray.is_initialized()
-    algorithm = make_algorithm(config, game, staged.num_stages)
+    algorithm = make_algorithm(config, game, staged.num_patches)
     try:
         write_json(
             folder / "config.json",

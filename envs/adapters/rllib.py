@@ -32,7 +32,12 @@ with needs("rllib"):
     from ray.rllib.env.multi_agent_env_runner import MultiAgentEnvRunner
     from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
     from ray.rllib.env.vector.vector_multi_agent_env import VectorMultiAgentEnv
-    from ray.rllib.utils.metrics import NUM_MODULE_STEPS_SAMPLED, NUM_MODULE_STEPS_SAMPLED_LIFETIME
+    from ray.rllib.utils.metrics import (
+        NUM_AGENT_STEPS_SAMPLED,
+        NUM_AGENT_STEPS_SAMPLED_LIFETIME,
+        NUM_MODULE_STEPS_SAMPLED,
+        NUM_MODULE_STEPS_SAMPLED_LIFETIME,
+    )
 
 PerAgent = dict[str, Any]
 ALL, COMMON = "__all__", "__common__"
@@ -164,8 +169,8 @@ class TokenPruneMultiVector(VectorMultiAgentEnv):
         self.envs = [_Spaces(self._images)] * num_envs
         self.single_observation_spaces = self._images.observation_spaces
         self.single_action_spaces = self._images.action_spaces
-        self.single_observation_space = DictSpace(self._images.observation_spaces)
-        self.single_action_space = DictSpace(self._images.action_spaces)
+        self.single_observation_space = DictSpace({**self._images.observation_spaces})
+        self.single_action_space = DictSpace({**self._images.action_spaces})
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -197,6 +202,8 @@ class TokenEnvRunner(MultiAgentEnvRunner):
     ``TokenPruneEnv``.
     """
 
+    env: TokenPruneMultiVector | None = None
+
     def make_env(self) -> None:
         if self.env is not None:
             self.env.close()
@@ -222,6 +229,8 @@ class TokenEnvRunner(MultiAgentEnvRunner):
         if next_obs:
             module = episode.module_for(next(iter(next_obs)))
             for name, reduce in (
+                (NUM_AGENT_STEPS_SAMPLED, "sum"),
+                (NUM_AGENT_STEPS_SAMPLED_LIFETIME, "lifetime_sum"),
                 (NUM_MODULE_STEPS_SAMPLED, "sum"),
                 (NUM_MODULE_STEPS_SAMPLED_LIFETIME, "lifetime_sum"),
             ):
