@@ -107,7 +107,7 @@ def policy_of(agent: str, episode: Any, **kwargs: Any) -> str:
     return POLICY
 
 
-def make_algorithm(config: RllibConfig, game: dict[str, Any], tokens: int) -> PPO:
+def make_algorithm(config: RllibConfig, game: dict[str, Any], tokens: int, stages: int) -> PPO:
     """RLlib's PPO with what the game asks of it: whole episodes, in batches on the tensor game.
 
     Raises:
@@ -129,14 +129,15 @@ def make_algorithm(config: RllibConfig, game: dict[str, Any], tokens: int) -> PP
             num_envs_per_env_runner=config.images // runners,
             # what a pruned token is paid is known when its episode ends
             batch_mode="complete_episodes",
+            # on a busy machine a round can take longer than RLlib's minute; it would be lost
+            sample_timeout_s=None,
         )
         .multi_agent(policies={POLICY}, policy_mapping_fn=policy_of, count_steps_by="agent_steps")
         .rl_module(rl_module_spec=MultiRLModuleSpec(rl_module_specs={POLICY: module}))
         .learners(num_learners=0)
         .training(
-            # RLlib plays on until it has so many: all tokens decide at the first stage, so this is
-            # reached in one round, however many are pruned
-            train_batch_size_per_learner=decisions,
+            # RLlib plays on until it has so many; pruned tokens count, so this is one round
+            train_batch_size_per_learner=decisions * stages,
             minibatch_size=max(decisions // 4, 1),
             num_epochs=4,
             lr=config.lr,
@@ -183,7 +184,7 @@ def train(config: RllibConfig) -> dict[str, Evaluation]:
         "device": "cpu" if config.num_env_runners else pick_device(config.device),
     }
     started_here = not ray.is_initialized()
-    algorithm = make_algorithm(config, game, staged.num_patches)
+    algorithm = make_algorithm(config, game, staged.num_patches, staged.num_stages)
     try:
         write_json(
             folder / "config.json",

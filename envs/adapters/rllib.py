@@ -224,15 +224,19 @@ class TokenEnvRunner(MultiAgentEnvRunner):
     def _increase_sampled_metrics(
         self, num_steps: int, next_obs: PerAgent, episode: MultiAgentEpisode
     ) -> int:
-        """RLlib's, with one count for all agents: a count for each takes longer than the game."""
-        counted = super()._increase_sampled_metrics(num_steps, {}, episode)
-        if next_obs:
-            module = episode.module_for(next(iter(next_obs)))
-            for name, reduce in (
-                (NUM_AGENT_STEPS_SAMPLED, "sum"),
-                (NUM_AGENT_STEPS_SAMPLED_LIFETIME, "lifetime_sum"),
-                (NUM_MODULE_STEPS_SAMPLED, "sum"),
-                (NUM_MODULE_STEPS_SAMPLED_LIFETIME, "lifetime_sum"),
-            ):
-                self.metrics.log_value((name, module), len(next_obs), reduce=reduce)
-        return counted
+        """RLlib's, with one count for all agents: a count for each takes longer than the game.
+
+        Pruned tokens count, since they are paid: so a round always has images x tokens x stages
+        steps of agents, and a batch of that size is one round, however many were pruned.
+        """
+        assert self.env is not None
+        agents = self.env.envs[0].possible_agents
+        module = episode.module_for(agents[0])
+        for name, reduce in (
+            (NUM_AGENT_STEPS_SAMPLED, "sum"),
+            (NUM_AGENT_STEPS_SAMPLED_LIFETIME, "lifetime_sum"),
+            (NUM_MODULE_STEPS_SAMPLED, "sum"),
+            (NUM_MODULE_STEPS_SAMPLED_LIFETIME, "lifetime_sum"),
+        ):
+            self.metrics.log_value((name, module), len(agents), reduce=reduce)
+        return super()._increase_sampled_metrics(num_steps, {}, episode)
