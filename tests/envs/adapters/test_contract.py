@@ -80,6 +80,55 @@ class Epymarl(Gym):
         return np.array([rewards], np.float32), np.stack(seen)
 
 
+class Rllib(Gym):
+    batch = BATCH
+
+    def make(self, batch, game):
+        pytest.importorskip("ray")
+        from tokenprune.envs.adapters.rllib import TokenPruneMultiVector
+
+        return TokenPruneMultiVector(batch, game)
+
+    def begin(self, env, seed=None, indices=None):
+        seen, _ = env.reset(seed=seed, options={} if indices is None else {"indices": indices})
+        return self.stacked(env, seen)
+
+    def step(self, env, keep):
+        actions = [dict(zip(env.envs[0].agents, row.tolist(), strict=True)) for row in keep.long()]
+        seen, rewards, *_ = env.step(actions)
+        return np.array([list(paid.values()) for paid in rewards], np.float32), self.stacked(
+            env, seen
+        )
+
+    def stacked(self, env, seen):
+        """[B, N, D_obs]; zeros for those that are not asked any more."""
+        agents = env.envs[0].agents
+        nothing = np.zeros(env.single_observation_spaces[agents[0]].shape, np.float32)
+        return np.stack([[image.get(agent, nothing) for agent in agents] for image in seen])
+
+
+class RllibSingle(Rllib):
+    batch = 1
+
+    def make(self, batch, game):
+        pytest.importorskip("ray")
+        from tokenprune.envs.adapters.rllib import TokenPruneMulti
+
+        return TokenPruneMulti(game)
+
+    def begin(self, env, seed=None, indices=None):
+        seen, _ = env.reset(seed=seed, options={} if indices is None else {"indices": indices})
+        return self.stacked(env, [seen])
+
+    def step(self, env, keep):
+        seen, rewards, *_ = env.step(dict(zip(env.agents, keep[0].long().tolist(), strict=True)))
+        return np.array([list(rewards.values())], np.float32), self.stacked(env, [seen])
+
+    def stacked(self, env, seen):
+        nothing = np.zeros(env.observation_spaces[env.agents[0]].shape, np.float32)
+        return np.stack([[image.get(agent, nothing) for agent in env.agents] for image in seen])
+
+
 class PettingZoo(Gym):
     """The environment that is no adapter, by the same rules."""
 
@@ -104,6 +153,8 @@ DRIVERS = {
     "gymnasium vector": GymVector,
     "sb3": StableBaselines,
     "epymarl": Epymarl,
+    "rllib": RllibSingle,
+    "rllib vector": Rllib,
 }
 
 

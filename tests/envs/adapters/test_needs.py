@@ -1,0 +1,27 @@
+"""An adapter whose library is missing says what brings it."""
+
+import importlib
+import re
+import sys
+
+import pytest
+
+# what an adapter or trainer imports, and the extra that has it
+NEEDS = [
+    ("tokenprune.envs.adapters.sb3_contrib", "sb3_contrib", "sb3"),
+    ("tokenprune.envs.adapters.rllib", "ray", "rllib"),
+    ("tokenprune.trainers.rllib", "ray", "rllib"),
+]
+
+
+@pytest.mark.parametrize(("module", "library", "extra"), NEEDS)
+def test_a_missing_library_is_named_with_its_extra(monkeypatch, module, library, extra):
+    ours = {"tokenprune.envs.adapters.rllib", module}
+    for name in list(sys.modules):
+        # as if neither had been imported before
+        if name in ours or name.partition(".")[0] == library:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    expected = rf"{library}\S* is missing: pip install 'tokenprune\[{re.escape(extra)}\]' brings it"
+    with pytest.raises(ImportError, match=expected):
+        importlib.import_module(module)

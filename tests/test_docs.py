@@ -1,0 +1,48 @@
+"""The how-tos' snippets run as they stand."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+# pages with snippets, and what they need
+PAGES = [
+    "gymnasium",
+    "pettingzoo",
+    "sb3",
+    pytest.param("rllib", marks=pytest.mark.slow),
+]
+pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="needs the checkout")
+
+
+def snippets(page):
+    return re.findall(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text("utf-8"), re.DOTALL)
+
+
+@pytest.fixture
+def one_core(request):
+    """RLlib would otherwise start Ray for all cores there are."""
+    if "rllib" not in request.node.name:
+        yield
+        return
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_snippets_run(page, one_core):
+    found = snippets(page)
+    assert found
+    for code in found:
+        exec(compile(code, f"{page}.md", "exec"), {})
+
+
+def test_readme_links_to_every_page():
+    readme = (DOCS.parent / "README.md").read_text("utf-8")
+    pages = sorted(file.stem for file in DOCS.glob("*.md"))
+    assert pages
+    for page in pages:
+        assert f"](docs/{page}.md)" in readme, page

@@ -1,0 +1,80 @@
+"""RLlib's PPO learns the game, and what it learned prunes."""
+
+import json
+
+import pytest
+
+pytest.importorskip("ray")
+
+import ray
+import torch
+from ray.rllib.algorithms.ppo import PPO
+
+from tokenprune.trainers import rllib
+from tokenprune.trainers.rllib import POLICY, RllibConfig, main, make_algorithm
+
+PATCHES, STAGES = 16, (1, 3)
+
+
+@pytest.fixture
+def one_core():
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+def test_a_round_plays_new_images_to_the_end_and_moves_the_policy(one_core, vit, some_images):
+    game = {"backbone": vit, "dataset": some_images, "prune_before": STAGES, "device": "cpu"}
+    algorithm = make_algorithm(RllibConfig(images=4, hidden=(8,)), game, PATCHES, len(STAGES))
+    # hardly anybody stays
+    with torch.no_grad():
+        algorithm.get_module(POLICY).actor.net[-1].bias[0] = 3.0
+    env = algorithm.env_runner.env
+    before = [p.clone() for p in algorithm.get_module(POLICY).actor.parameters()]
+    played = []
+    for _ in range(2):
+        results = algorithm.train()["env_runners"]
+        played.append(env._images.held.env.indices.tolist())
+    # one seed, but not the same images for ever; and no more rounds than there were
+    assert played[0] != played[1]
+    assert results["num_episodes_lifetime"] == 2 * 4
+    after = algorithm.get_module(POLICY).actor.parameters()
+    assert any((now != old).any() for now, old in zip(after, before, strict=True))
+    algorithm.stop()
+
+
+@pytest.mark.slow
+def test_a_run_leaves_its_record_and_a_checkpoint(one_core, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rllib, "RUNS", tmp_path)
+    main(["--images", "8", "--iterations", "2", "--run-name", "one", "--device", "cpu"])
+    folder = tmp_path / "one"
+    report = json.loads((folder / "report.json").read_text())["policies"]
+    assert report["dense"]["accuracy"] > 0.9
+    assert 0 < report["ppo"]["gmacs"] < 1.1 * report["dense"]["gmacs"]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["episodes"] for row in rows] == [8, 16]
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-1].split()[:2] == ["ppo", f"{100 * report['ppo']['accuracy']:.2f}%"]
+    restored = PPO.from_checkpoint(str(folder / "checkpoint"))
+    seen = torch.randn(3, *restored.get_module(POLICY).observation_space.shape)
+    assert restored.get_module(POLICY).forward_inference({"obs": seen})
+    restored.stop()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "0"], "images=0 must be positive"),
+        (["--num-env-runners", "-1"], "num_env_runners=-1 must not be negative"),
+        (["--images", "7", "--num-env-runners", "2"], "images=7 must be a multiple"),
+        (["--reward", "fame"], "fame"),
+        (["--prune-before", "99"], "99"),
+    ],
+)
+def test_wrong_settings_end_in_one_line(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(rllib, "RUNS", tmp_path)
+    with pytest.raises(SystemExit, match=message) as ended:
+        main(arguments)
+    assert str(ended.value).startswith("error: ")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,243 @@
+"""RLlib learns to prune: ``python -m trainers.rllib --num-env-runners 2``.
+
+One policy for all tokens, trained by RLlib's PPO (current API stack) with the environments in
+processes of their own, and judged at the end by what it does when it prunes for good.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import tyro
+from timm.data import resolve_model_data_config
+from torch import Tensor
+
+from tokenprune.agents.actor_critic import Actor, Critic, LearnedPolicy
+from tokenprune.agents.heuristics import KeepAll
+from tokenprune.agents.pruned_vit import PrunedViT
+from tokenprune.envs.adapters.common import needs
+from tokenprune.envs.adapters.rllib import TokenEnvRunner, TokenPruneMulti
+from tokenprune.envs.backbone import StagedViT
+from tokenprune.envs.datasets import open_images
+from tokenprune.envs.models import create_backbone
+from tokenprune.envs.rewards import make_reward
+from tokenprune.envs.token_prune import pick_device
+from tokenprune.trainers.checkpoint import write_json
+from tokenprune.trainers.evaluation import Evaluation, evaluate
+from tokenprune.trainers.sb3 import table
+
+with needs("rllib"):
+    import ray
+    from ray.rllib.algorithms.ppo import PPO, PPOConfig
+    from ray.rllib.core.columns import Columns
+    from ray.rllib.core.rl_module.apis import InferenceOnlyAPI, ValueFunctionAPI
+    from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
+    from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+    from ray.rllib.core.rl_module.torch import TorchRLModule
+
+RUNS = Path("runs")
+POLICY = "token"
+GAMMA = 1.0  # an episode has as many steps as there are stages: nothing is far away
+
+
+@dataclass
+class RllibConfig:
+    """RLlib's PPO on the token-pruning game."""
+
+    num_env_runners: int = 0
+    """Processes that play; 0 plays in the learner's own."""
+    backbone: str = "digits_vit"
+    """digits_vit (trained, comes with the package) or any timm model name."""
+    checkpoint: Path | None = None
+    """A file with the backbone's weights."""
+    dataset: str = "digits"
+    """digits, folder:PATH, or a name that timm.data.create_dataset takes."""
+    prune_before: tuple[int, ...] | None = (1, 3)
+    """Blocks, 0-based, before which tokens can be pruned; None: all but the first."""
+    observation: tuple[str, ...] = ("token", "cls", "stage", "cls_attention")
+    """What a token sees: token cls stage position cls_attention alive_fraction budget."""
+    reward: str = "team"
+    """team, markov-game (the paper's) or released-code (what its code computes)."""
+    alpha: float | None = None
+    """Price of the dense model's whole compute; the reward's own default if not given."""
+    images: int = 64
+    """Images that are played in an iteration, shared out among the processes."""
+    iterations: int = 60
+    """Rounds in which all images are played to the end."""
+    lr: float = 1e-3
+    """Adam's learning rate."""
+    hidden: tuple[int, ...] = (64,)
+    """Widths of the hidden layers."""
+    seed: int = 0
+    """Seeds weights, images and actions."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps: of the backbone that plays; with processes of their own, cpu."""
+    run_name: str | None = None
+    """The run is written to runs/RUN_NAME; a name made of seed and time if not given."""
+
+
+class TokenModule(TorchRLModule, ValueFunctionAPI, InferenceOnlyAPI):
+    """The actor and critic of this project's own trainer as an ``RLModule``."""
+
+    def setup(self) -> None:
+        (size,) = self.observation_space.shape
+        hidden = self.model_config["hidden"]
+        self.actor = Actor(size, self.action_space.n, hidden)
+        self.critic = Critic(size, hidden)
+
+    def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        return {Columns.ACTION_DIST_INPUTS: self.actor(batch[Columns.OBS])}
+
+    def compute_values(self, batch: dict[str, Any], embeddings: Any = None) -> Tensor:
+        return self.critic(batch[Columns.OBS])
+
+    def get_non_inference_attributes(self) -> list[str]:
+        return ["critic"]
+
+
+def policy_of(agent: str, episode: Any, **kwargs: Any) -> str:
+    """RLlib's mapping of agents to policies: there is one."""
+    return POLICY
+
+
+def make_algorithm(config: RllibConfig, game: dict[str, Any], tokens: int, stages: int) -> PPO:
+    """RLlib's PPO with what the game asks of it: whole episodes, in batches on the tensor game.
+
+    Raises:
+        ValueError: the images can't be shared out among the processes.
+    """
+    runners = max(config.num_env_runners, 1)
+    if config.images % runners:
+        raise ValueError(
+            f"images={config.images} must be a multiple of num_env_runners={config.num_env_runners}"
+        )
+    decisions = config.images * tokens
+    module = RLModuleSpec(module_class=TokenModule, model_config={"hidden": tuple(config.hidden)})
+    settings = (
+        PPOConfig()
+        .environment(TokenPruneMulti, env_config=game, disable_env_checking=True)
+        .env_runners(
+            env_runner_cls=TokenEnvRunner,
+            num_env_runners=config.num_env_runners,
+            num_envs_per_env_runner=config.images // runners,
+            # what a pruned token is paid is known when its episode ends
+            batch_mode="complete_episodes",
+            # on a busy machine a round can take longer than RLlib's minute; it would be lost
+            sample_timeout_s=None,
+        )
+        .multi_agent(policies={POLICY}, policy_mapping_fn=policy_of, count_steps_by="agent_steps")
+        .rl_module(rl_module_spec=MultiRLModuleSpec(rl_module_specs={POLICY: module}))
+        .learners(num_learners=0)
+        .training(
+            # RLlib plays on until it has so many; pruned tokens count, so this is one round
+            train_batch_size_per_learner=decisions * stages,
+            minibatch_size=max(decisions // 4, 1),
+            num_epochs=4,
+            lr=config.lr,
+            gamma=GAMMA,
+            lambda_=1.0,
+            clip_param=0.2,
+            entropy_coeff=0.003,
+            use_kl_loss=False,
+            grad_clip=0.5,
+        )
+        .debugging(seed=config.seed, log_level="ERROR")
+    )
+    return settings.build_algo()
+
+
+def train(config: RllibConfig) -> dict[str, Evaluation]:
+    """Trains, writes the run's folder, and judges the policy on the test images.
+
+    Raises:
+        ValueError: an unknown name or a wrong value; the message says which would be right.
+        OSError: the run's folder can't be written.
+    """
+    for setting in ("images", "iterations", "lr"):
+        if getattr(config, setting) <= 0:
+            raise ValueError(f"{setting}={getattr(config, setting)} must be positive")
+    if config.num_env_runners < 0:
+        raise ValueError(f"num_env_runners={config.num_env_runners} must not be negative")
+    name = config.run_name or f"rllib-ppo-seed{config.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = RUNS / name
+    if folder.exists():
+        raise ValueError(f"{folder} exists: give another --run-name")
+    start = time.monotonic()
+    backbone = create_backbone(config.backbone, checkpoint=config.checkpoint).requires_grad_(False)
+    data_config = resolve_model_data_config(backbone)
+    options = {} if config.alpha is None else {"alpha": config.alpha}
+    staged = StagedViT(backbone, config.prune_before)
+    game = {
+        "backbone": backbone,
+        "dataset": open_images(config.dataset, "train", data_config, augment=True),
+        "prune_before": config.prune_before,
+        "observation": config.observation,
+        "reward": make_reward(config.reward, **options),
+        # whoever plays in processes of their own gets no GPU from Ray
+        "device": "cpu" if config.num_env_runners else pick_device(config.device),
+    }
+    started_here = not ray.is_initialized()
+    algorithm = make_algorithm(config, game, staged.num_patches, staged.num_stages)
+    try:
+        write_json(
+            folder / "config.json",
+            {
+                key: str(v) if isinstance(v, Path) else v
+                for key, v in dataclasses.asdict(config).items()
+            },
+        )
+        with (folder / "metrics.jsonl").open("w", encoding="utf-8") as log:
+            for iteration in range(1, config.iterations + 1):
+                played = algorithm.train()["env_runners"]
+                row = {
+                    "iteration": iteration,
+                    # mean over images of the sum over tokens
+                    "episode_return": played["episode_return_mean"],
+                    "episodes": played["num_episodes_lifetime"],
+                    "seconds": time.monotonic() - start,
+                }
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+        algorithm.save_to_path((folder / "checkpoint").resolve())
+        module = algorithm.get_module(POLICY)
+        policy = LearnedPolicy(module.actor.cpu().eval(), config.observation, staged.num_prefix)
+    finally:
+        algorithm.stop()
+        if started_here:
+            ray.shutdown()
+    test = open_images(config.dataset, "test", data_config)
+    staged = StagedViT(backbone.cpu(), config.prune_before)
+    results = {
+        "dense": evaluate(PrunedViT(staged, KeepAll()), test),
+        "ppo": evaluate(PrunedViT(staged, policy), test),
+    }
+    write_json(
+        folder / "report.json",
+        {
+            "policies": {name: dataclasses.asdict(result) for name, result in results.items()},
+            "seconds": time.monotonic() - start,
+            "seed": config.seed,
+        },
+    )
+    return results
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """``python -m trainers.rllib``."""
+    try:
+        config = tyro.cli(RllibConfig, args=arguments, prog="python -m trainers.rllib")
+        results = train(config)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
