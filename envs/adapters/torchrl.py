@@ -42,6 +42,7 @@ class TokenPruneTorchRL(EnvBase):
         game: arguments of ``TokenPruneEnv``.
 
     Attributes:
+        num_stages: steps of an episode.
         group_map: the tokens' names, by group.
     """
 
@@ -51,6 +52,7 @@ class TokenPruneTorchRL(EnvBase):
         super().__init__(device=env.device, batch_size=torch.Size([num_envs]))
         self._held = held
         self._seed: int | None = None
+        self.num_stages = env.game.num_stages
         self.group_map = {GROUP: [f"{GROUP}_{i}" for i in range(env.num_agents)]}
         self._make_specs(env)
         self.is_closed = False
