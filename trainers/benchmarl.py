@@ -6,6 +6,7 @@ the run's folder, and judged at the end by what it does when it prunes for good.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -111,7 +112,7 @@ class OutOfTime(KeyboardInterrupt):
 
 
 class Clock(Callback):
-    """Ends an experiment when its time is up.
+    """Ends an experiment when its time is up, with a checkpoint as at the end that it knows.
 
     Args:
         seconds: from now on.
@@ -121,8 +122,10 @@ class Clock(Callback):
         super().__init__()
         self._end = time.monotonic() + seconds
 
-    def on_train_end(self, training_td: TensorDictBase, group: str) -> None:
+    def on_batch_collected(self, batch: TensorDictBase) -> None:
         if time.monotonic() >= self._end:
+            # later is too late: closing the experiment takes its collector apart
+            self.experiment._save_experiment()
             raise OutOfTime
 
 
@@ -196,10 +199,8 @@ def make_experiment(config: BenchmarlConfig, task: TokenPruneTask, folder: Path)
 
 def run(experiment: Experiment) -> None:
     """Trains to the last iteration, or until the time is up."""
-    try:
+    with contextlib.suppress(OutOfTime):
         experiment.run()
-    except OutOfTime:
-        experiment._save_experiment()  # as at the end that BenchMARL knows
 
 
 def actor_of(experiment: Experiment) -> nn.Module:
