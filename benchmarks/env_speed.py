@@ -1,7 +1,8 @@
 """How fast the game is: ``python -m benchmarks.env_speed``.
 
 Prints images/s and agent decisions/s of the tensor path, its time over that of a bare packed
-forward pass of the same tokens, and its speed over that of the per-agent dict API.
+forward pass of the same tokens, and its speed over that of the per-agent dict API; and for each
+adapter its decisions/s and its time over that of the bare game.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from tokenprune.agents.actor_critic import TokenActor
+from tokenprune.benchmarks.adapter_speed import adapters, decisions_of, rows
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.batched import Observed
 from tokenprune.envs.batched_tokens import BatchedTokenPrune
@@ -44,6 +46,8 @@ class EnvSpeedConfig:
     """Timed repetitions of each variant, all of them interleaved; medians are printed."""
     dict_episodes: int = 3
     """Episodes of the dict API, one image each, a round."""
+    adapter_images: tuple[int, ...] = (1, 64, 256)
+    """Images at once with which the adapters are measured; none if empty."""
     threads: int | None = None
     """CPU threads; torch's own choice if not given."""
     device: str = "auto"
@@ -52,13 +56,13 @@ class EnvSpeedConfig:
     """Also write the figures to this JSON file."""
 
 
-def random_keeps(env: BatchedTokenPrune, keep: float, seed: int) -> list[Tensor]:
+def random_keeps(game: TokenGame, images: int, keep: float, seed: int) -> list[Tensor]:
     """The same joint actions for every variant, int64 [B, N] for each stage."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (env.num_envs, env.num_agents)
+    shape = (images, game.num_agents)
     return [
-        (torch.rand(shape, generator=generator) < keep).long().to(env.device)
-        for _ in range(env.game.num_stages)
+        (torch.rand(shape, generator=generator) < keep).long().to(game.backbone.device)
+        for _ in range(game.num_stages)
     ]
 
 
@@ -118,7 +122,7 @@ def measure(config: EnvSpeedConfig) -> dict[str, Any]:
     learner = Learner(actor, env, settings)
     indices = torch.arange(config.images)
     pixels = images.load(indices)[0].to(device)
-    keeps = random_keeps(env, config.keep, seed=0)
+    keeps = random_keeps(game, episodes, config.keep, seed=0)
 
     observed = env.reset(indices=indices)
     rollout, _ = play(env, learner, observed, game.num_stages, _generator(device))
@@ -129,11 +133,7 @@ def measure(config: EnvSpeedConfig) -> dict[str, Any]:
         joint[seen.alive] = action
         played.append(joint)
     decisions = sum(len(action) for action in rollout.action)
-    alive = torch.ones(env.num_envs, env.num_agents, dtype=torch.bool, device=device)
-    random_decisions = 0
-    for keep in keeps:
-        random_decisions += int(alive.sum())
-        alive &= keep == 1
+    random_decisions = decisions_of(torch.stack(keeps))
     dict_decisions = play_dicts(single, keeps, config.dict_episodes)
 
     def whole_rollout() -> None:
@@ -148,6 +148,20 @@ def measure(config: EnvSpeedConfig) -> dict[str, Any]:
     }
     seconds = _interleaved(variants, config.rounds, device)
     dict_speed = dict_decisions / seconds["dicts, random"]
+    by_adapter = {}
+    for count in config.adapter_images:
+        joint = torch.stack(random_keeps(game, count, config.keep, seed=0))
+        players = adapters(
+            model,
+            images,
+            joint,
+            {
+                "prune_before": settings.prune_before,
+                "observation": settings.observation,
+                "device": device,
+            },
+        )
+        by_adapter[count] = rows(_interleaved(players, config.rounds, device), decisions_of(joint))
     return {
         "episodes": episodes,
         "threads": torch.get_num_threads(),
@@ -167,6 +181,7 @@ def measure(config: EnvSpeedConfig) -> dict[str, Any]:
             "images_per_second": config.dict_episodes / seconds["dicts, random"],
             "decisions_per_second": dict_speed,
         },
+        "adapters": by_adapter,
     }
 
 

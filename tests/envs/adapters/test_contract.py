@@ -147,6 +147,25 @@ class PettingZoo(Gym):
         return torch.stack(list(rewards.values()), 1), torch.stack(list(seen.values()), 1)
 
 
+class TorchRL(Gym):
+    batch = BATCH
+
+    def make(self, batch, game):
+        from tokenprune.envs.adapters.torchrl import TokenPruneTorchRL
+
+        return TokenPruneTorchRL(batch, **game)
+
+    def begin(self, env, seed=None, indices=None):
+        if seed is not None:
+            env.set_seed(seed)
+        return env.reset(indices=indices)["token", "observation"]
+
+    def step(self, env, keep):
+        actions = env.full_action_spec.zero().set(("token", "action"), keep.long())
+        after = env.step(actions)["next", "token"]
+        return after["reward"].squeeze(-1), after["observation"]
+
+
 DRIVERS = {
     "pettingzoo": PettingZoo,
     "gymnasium": Gym,
@@ -155,11 +174,14 @@ DRIVERS = {
     "epymarl": Epymarl,
     "rllib": RllibSingle,
     "rllib vector": Rllib,
+    "torchrl": TorchRL,
 }
 
 
 @pytest.fixture(params=DRIVERS)
 def driver(request):
+    if request.param == "torchrl":
+        pytest.importorskip("torchrl")
     return DRIVERS[request.param]()
 
 

@@ -1,0 +1,129 @@
+"""What the adapters of ``envs.adapters`` cost over the bare ``TokenGame``; a part of
+``python -m benchmarks.env_speed``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tokenprune.envs.adapters.common import GameArguments
+from tokenprune.envs.adapters.gymnasium import TokenPruneVector
+from tokenprune.envs.adapters.sb3 import TokenVecEnv
+from tokenprune.envs.backbone import StagedViT
+from tokenprune.envs.datasets import ImageSet
+from tokenprune.envs.game import TokenGame
+from tokenprune.envs.token_prune import TokenPruneEnv
+
+Play = Callable[[], object]  # an episode of all images
+BARE = "TokenGame"
+
+
+def bare_game(game: TokenGame, images: ImageSet, keeps: Tensor) -> Play:
+    """The images' loading and the game: nobody observes anything.
+
+    Args:
+        game: a game.
+        images: of which the first are played.
+        keeps: joint actions int64 [T, B, N].
+    """
+
+    def play() -> None:
+        game.reset(*images.load(range(keeps.shape[1])))
+        for keep in keeps:
+            game.step(keep == 1)
+
+    return play
+
+
+def gymnasium_vector(keeps: Tensor, tensors: bool, game: GameArguments) -> Play:
+    """``TokenPruneVector``, which begins the next episode in the last step of the one before."""
+    env = TokenPruneVector(keeps.shape[1], tensors=tensors, **game)
+    actions = list(keeps) if tensors else list(keeps.cpu().numpy().astype(np.int8))
+    env.reset(seed=0)
+    return lambda: [env.step(action) for action in actions]
+
+
+def sb3_vec_env(keeps: Tensor, game: GameArguments) -> Play:
+    """``TokenVecEnv``, which begins the next episode in the last step of the one before."""
+    env = TokenVecEnv(keeps.shape[1], **game)
+    actions = list(keeps.flatten(1).cpu().numpy())
+    env.reset()
+    return lambda: [env.step(action) for action in actions]
+
+
+def torchrl_native(keeps: Tensor, game: GameArguments) -> Play:
+    """``TokenPruneTorchRL``."""
+    from tokenprune.envs.adapters.torchrl import TokenPruneTorchRL
+
+    return _torchrl(TokenPruneTorchRL(keeps.shape[1], **game), keeps)
+
+
+def torchrl_wrapper(keeps: Tensor, game: GameArguments) -> Play:
+    """TorchRL's own ``PettingZooWrapper`` around ``TokenPruneEnv``, one image at a time."""
+    from torchrl.envs.libs.pettingzoo import PettingZooWrapper
+
+    with warnings.catch_warnings():
+        # it names the only version of PettingZoo that it was tested with
+        warnings.simplefilter("ignore", UserWarning)
+        env = PettingZooWrapper(TokenPruneEnv(pruned_agents="stay", **game))
+    return _torchrl(env, keeps[:, 0])
+
+
+def _torchrl(env: Any, keeps: Tensor) -> Play:
+    def play() -> None:
+        seen = env.reset()
+        for keep in keeps:
+            seen = env.step(seen.set(("token", "action"), keep))["next"]
+
+    return play
+
+
+def adapters(
+    model: nn.Module, images: ImageSet, keeps: Tensor, game: GameArguments
+) -> dict[str, Play]:
+    """What is timed on B images, by name; TorchRL where it is installed, its wrapper where B is 1.
+
+    Args:
+        model: the backbone.
+        images: what is played.
+        keeps: joint actions int64 [T, B, N].
+        game: further arguments of every environment.
+    """
+    arguments: GameArguments = {**game, "backbone": model, "dataset": images}
+    staged = StagedViT(model, game.get("prune_before"))
+    players = {
+        BARE: bare_game(TokenGame(staged), images, keeps),
+        "gymnasium vector, arrays": gymnasium_vector(keeps, False, arguments),
+        "gymnasium vector, tensors": gymnasium_vector(keeps, True, arguments),
+        "sb3": sb3_vec_env(keeps, arguments),
+    }
+    if importlib.util.find_spec("torchrl") is not None:
+        players["torchrl"] = torchrl_native(keeps, arguments)
+        if keeps.shape[1] == 1:
+            players["torchrl, PettingZooWrapper"] = torchrl_wrapper(keeps, arguments)
+    return players
+
+
+def decisions_of(keeps: Tensor) -> int:
+    """How often a living agent decides."""
+    alive = torch.ones_like(keeps[0], dtype=torch.bool)
+    asked = 0
+    for keep in keeps:
+        asked += int(alive.sum())
+        alive = alive & (keep == 1)
+    return asked
+
+
+def rows(seconds: dict[str, float], decisions: int) -> dict[str, dict[str, float]]:
+    """Speed of each adapter, and its time over the bare game's."""
+    return {
+        name: {"decisions_per_second": decisions / time, "over_bare_game": time / seconds[BARE]}
+        for name, time in seconds.items()
+    }

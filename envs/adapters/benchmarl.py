@@ -1,0 +1,120 @@
+"""BenchMARL: the game as a task for its experiments, on the native TorchRL environment.
+
+BenchMARL passes action masks to policies only where a task declares them; this one does, so that a
+pruned token can only go on pruning, which no gradient of a policy comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokenprune.envs.adapters.common import needs
+from tokenprune.envs.adapters.torchrl import GROUP, TokenPruneTorchRL
+
+with needs("benchmarl"):
+    from benchmarl.environments import TaskClass
+    from tensordict import TensorDictBase
+    from torchrl.data import Composite
+    from torchrl.envs import EnvBase, Transform
+
+
+class Normalised(Transform):
+    """Observations and states to mean 0 and variance 1 over their features: the embeddings of a
+    ViT are far from unit size. Zeros stay zeros.
+    """
+
+    def __init__(self) -> None:
+        keys = [(GROUP, "observation"), "state"]
+        super().__init__(in_keys=keys, out_keys=keys)
+
+    def _apply_transform(self, obs: Tensor) -> Tensor:
+        return F.layer_norm(obs, obs.shape[-1:])
+
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> Any:
+        return self._call(tensordict_reset)
+
+
+class TokenPruneTask(TaskClass):
+    """Pruning tokens, for ``benchmarl.experiment.Experiment``.
+
+    Args:
+        name: as BenchMARL's logs call it.
+        config: arguments of ``TokenPruneEnv`` but for its device, which is the experiment's.
+    """
+
+    def __init__(self, name: str = "token_prune", config: dict[str, Any] | None = None) -> None:
+        super().__init__(name, config or {})
+
+    @staticmethod
+    def env_name() -> str:
+        return "tokenprune"
+
+    @staticmethod
+    def log_info(batch: TensorDictBase) -> dict[str, float]:
+        """Accuracy and cost of the episodes that ended, policy not included."""
+        ended = batch.get(("next", "done"))
+        facts = batch.get(("next", "info"))
+        return {
+            "collection/accuracy": facts.get("correct")[ended].float().mean().item(),
+            "collection/gmacs": facts.get("gmacs")[ended].mean().item(),
+        }
+
+    def get_env_fun(
+        self, num_envs: int, continuous_actions: bool, seed: int | None, device: Any
+    ) -> Callable[[], EnvBase]:
+        def make() -> EnvBase:
+            env = TokenPruneTorchRL(num_envs, device=device, **self.config)
+            env.set_seed(seed)
+            return env
+
+        return make
+
+    def supports_continuous_actions(self) -> bool:
+        return False
+
+    def supports_discrete_actions(self) -> bool:
+        return True
+
+    def max_steps(self, env: EnvBase) -> int:
+        return env.num_stages
+
+    def has_render(self, env: EnvBase) -> bool:
+        return False
+
+    def group_map(self, env: EnvBase) -> dict[str, list[str]]:
+        return env.group_map
+
+    def observation_spec(self, env: EnvBase) -> Composite:
+        return _only(env.full_observation_spec_unbatched, (GROUP, "observation"))
+
+    def action_mask_spec(self, env: EnvBase) -> Composite:
+        return _only(env.full_observation_spec_unbatched, (GROUP, "action_mask"))
+
+    def state_spec(self, env: EnvBase) -> Composite:
+        return _only(env.full_observation_spec_unbatched, "state")
+
+    def info_spec(self, env: EnvBase) -> None:
+        return None
+
+    def action_spec(self, env: EnvBase) -> Composite:
+        return env.full_action_spec_unbatched
+
+    def get_env_transforms(self, env: EnvBase) -> list[Transform]:
+        return [Normalised()]
+
+
+def _only(spec: Composite, key: str | tuple[str, str]) -> Composite:
+    """``spec`` with one of its leaves."""
+    kept = spec.clone()
+    names = {key} if isinstance(key, str) else {key[0]}
+    for name in set(kept.keys()) - names:
+        del kept[name]
+    if isinstance(key, tuple):
+        group = kept[key[0]]
+        for name in set(group.keys()) - {key[1]}:
+            del group[name]
+    return kept

@@ -1,0 +1,176 @@
+"""TorchRL: B images at once as one ``EnvBase``, on the game's own tensors.
+
+All tokens are one group, ``token``. A pruned token stays to the end of the episode: it observes
+zeros, may only prune, and goes on being paid. Its ``mask`` says so, in the place where TorchRL's
+own ``PettingZooWrapper`` says it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from tokenprune.envs.adapters.common import GameArguments, HeldGame, joint_action, needs
+from tokenprune.envs.batched import Observed
+from tokenprune.envs.batched_tokens import BatchedTokenPrune
+
+with needs("torchrl"):
+    from tensordict import TensorDict, TensorDictBase
+    from torchrl.data import Categorical, Composite, Unbounded
+    from torchrl.envs import EnvBase
+
+GROUP = "token"
+
+
+class TokenPruneTorchRL(EnvBase):
+    """B images of N tokens, whose episodes all end together.
+
+    Batch size [B]. Of the group ``token``, each [B, N, ...]: ``observation`` float32, zeros where
+    pruned; ``action_mask`` bool [.., 2]; ``mask`` bool, who lives; ``action`` int64, 1 keeps and 0
+    prunes, ignored where pruned; ``reward`` float32 [.., 1]. At the root: ``state`` float32
+    [B, D_state] for central critics, ``done`` and ``terminated`` bool [B, 1], and ``info`` with
+    the image's ``index`` and ``label`` and, zero until the end, ``correct`` and ``gmacs`` (policy
+    not included), each [B, 1].
+
+    ``reset(indices=[...])`` names the B images instead of drawing them.
+
+    Args:
+        num_envs: B.
+        game: arguments of ``TokenPruneEnv``.
+
+    Attributes:
+        num_stages: steps of an episode.
+        group_map: the tokens' names, by group.
+    """
+
+    def __init__(self, num_envs: int = 64, **game: Unpack[GameArguments]) -> None:
+        held = HeldGame(num_envs, game)
+        env = held.env
+        super().__init__(device=env.device, batch_size=torch.Size([num_envs]))
+        self._held = held
+        self._seed: int | None = None
+        self.num_stages = env.game.num_stages
+        self.group_map = {GROUP: [f"{GROUP}_{i}" for i in range(env.num_agents)]}
+        self._make_specs(env)
+        self.is_closed = False
+
+    def to(self, device: str | torch.device) -> TokenPruneTorchRL:
+        """Itself.
+
+        Raises:
+            ValueError: another device than the one that the game was made on.
+        """
+        wanted = torch.empty(0, device=device).device
+        if wanted != self.device:
+            raise ValueError(
+                f"the game runs on {self.device}: make another with device={str(device)!r}"
+            )
+        return self
+
+    def close(self, *, raise_if_closed: bool = True) -> None:
+        """Lets go of the backbone; once is enough."""
+        self._held.close()
+        super().close(raise_if_closed=raise_if_closed)
+
+    def _set_seed(self, seed: int | None) -> None:
+        self._seed = seed
+
+    def _reset(
+        self,
+        tensordict: TensorDictBase | None = None,
+        indices: Sequence[int] | Tensor | None = None,
+        **kwargs: Any,
+    ) -> TensorDictBase:
+        if kwargs:
+            raise TypeError(f"reset takes indices=[...] and nothing else: got {sorted(kwargs)}")
+        wanted = None if tensordict is None else tensordict.get("_reset", None)
+        if wanted is not None and not wanted.all():
+            raise ValueError("all episodes begin and end together: reset takes them all, not some")
+        observed = self._held.env.reset(self._seed, indices=indices)
+        self._seed = None
+        return self._tensordict(observed, torch.zeros_like(observed.alive[:, :1]))
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        env = self._held.env
+        transition = env.step(joint_action(tensordict.get((GROUP, "action")), env.device))
+        shown = self._tensordict(transition.observed, transition.terminated[:, None])
+        shown.set((GROUP, "reward"), transition.reward[..., None])
+        return shown
+
+    def _tensordict(self, observed: Observed, done: Tensor) -> TensorDict:
+        env = self._held.env
+        batch = self.batch_size
+        group = TensorDict(
+            {
+                "observation": observed.observation,
+                "action_mask": observed.action_mask,
+                "mask": observed.alive,
+            },
+            [*batch, env.num_agents],
+            device=self.device,
+        )
+        outcome = env.outcome
+        info = TensorDict(
+            {
+                "index": env.indices[:, None],
+                "label": env.labels[:, None],
+                "correct": outcome.correct[:, None] if outcome else torch.zeros_like(done),
+                "gmacs": outcome.gmacs[:, None] if outcome else done.float(),
+            },
+            batch,
+            device=self.device,
+        )
+        return TensorDict(
+            {
+                GROUP: group,
+                "state": observed.state,
+                "info": info,
+                "done": done,
+                # losses may write on one of them
+                "terminated": done.clone(),
+            },
+            batch,
+            device=self.device,
+        )
+
+    def _make_specs(self, env: BatchedTokenPrune) -> None:
+        batch, device = tuple(self.batch_size), self.device
+        agents = (*batch, env.num_agents)
+
+        def real(*shape: int) -> Unbounded:
+            return Unbounded(shape=shape, device=device, dtype=torch.float32)
+
+        def flags(*shape: int) -> Categorical:
+            return Categorical(2, shape=shape, device=device, dtype=torch.bool)
+
+        def numbers(*shape: int) -> Unbounded:
+            return Unbounded(shape=shape, device=device, dtype=torch.int64)
+
+        def of_group(**specs: Any) -> Composite:
+            return Composite({GROUP: Composite(specs, shape=agents, device=device)}, shape=batch)
+
+        seen = of_group(
+            observation=real(*agents, *env.observation_space.shape),
+            action_mask=flags(*agents, int(env.action_space.n)),
+            mask=flags(*agents),
+        )
+        seen["state"] = real(*batch, *env.state_space.shape)
+        seen["info"] = Composite(
+            index=numbers(*batch, 1),
+            label=numbers(*batch, 1),
+            correct=flags(*batch, 1),
+            gmacs=real(*batch, 1),
+            shape=batch,
+            device=device,
+        )
+        self.observation_spec = seen
+        self.action_spec = of_group(
+            action=Categorical(int(env.action_space.n), shape=agents, device=device)
+        )
+        self.reward_spec = of_group(reward=real(*agents, 1))
+        self.done_spec = Composite(
+            done=flags(*batch, 1), terminated=flags(*batch, 1), shape=batch, device=device
+        )

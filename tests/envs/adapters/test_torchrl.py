@@ -1,0 +1,108 @@
+"""TorchRL: specs that hold, and the stock wrapper for PettingZoo as it has to be set up."""
+
+import pytest
+import torch
+
+from tokenprune.envs.backbone import StagedViT
+from tokenprune.envs.game import GameError, TokenGame
+from tokenprune.envs.token_prune import TokenPruneEnv
+
+pytest.importorskip("torchrl")
+from torchrl.envs import check_env_specs
+from torchrl.envs.libs.pettingzoo import PettingZooWrapper
+
+from tokenprune.envs.adapters.torchrl import TokenPruneTorchRL
+
+PATCHES, STAGES, BATCH = 16, (0, 1, 3), 4
+INDICES = [7, 2, 11, 0]
+
+
+@pytest.fixture
+def game(vit, some_images):
+    return {"backbone": vit, "dataset": some_images, "prune_before": STAGES, "device": "cpu"}
+
+
+@pytest.fixture
+def env(game):
+    return TokenPruneTorchRL(BATCH, **game)
+
+
+def act(env, keep):
+    return env.step(env.full_action_spec.zero().set(("token", "action"), keep.long()))["next"]
+
+
+def test_specs_hold(env):
+    check_env_specs(env, break_when_any_done="both")
+
+
+def test_masks_say_who_is_pruned(env, keeps):
+    seen = env.reset()
+    alive = torch.ones(BATCH, PATCHES, dtype=torch.bool)
+    for keep in keeps(BATCH, len(STAGES), PATCHES):
+        torch.testing.assert_close(seen["token", "mask"], alive)
+        torch.testing.assert_close(seen["token", "action_mask"][..., 1], alive)
+        assert seen["token", "action_mask"][..., 0].all()
+        torch.testing.assert_close(seen["token", "observation"].any(-1), alive)
+        assert not seen["done"].any()
+        alive = alive & keep
+        seen = act(env, keep)
+    assert seen["done"].all()
+    assert seen["terminated"].all()
+
+
+def test_infos_tell_of_the_image_and_its_end(env, vit, some_images, keeps):
+    bare = TokenGame(StagedViT(vit, STAGES))
+    bare.reset(*some_images.load(INDICES))
+    seen = env.reset(indices=INDICES)
+    for keep in keeps(BATCH, len(STAGES), PATCHES):
+        assert not seen["info", "gmacs"].any()
+        assert seen["info", "index"].flatten().tolist() == INDICES
+        stage, seen = bare.step(keep), act(env, keep)
+    torch.testing.assert_close(seen["info", "gmacs"].squeeze(1), stage.outcome.gmacs)
+    torch.testing.assert_close(seen["info", "correct"].squeeze(1), stage.outcome.correct)
+
+
+def test_rollouts_go_on_into_the_next_episodes(env):
+    played = env.rollout(2 * len(STAGES), break_when_any_done=False)
+    ends = [False, False, True] * 2
+    assert played["next", "done"].squeeze(-1).tolist() == [ends] * BATCH
+    first, second = played["info", "index"].squeeze(-1)[0, [0, -1]].tolist()
+    assert (
+        first != second or (played["info", "index"][:, 0] != played["info", "index"][:, -1]).any()
+    )
+
+
+def test_what_makes_no_sense_is_refused(env):
+    seen = env.reset()
+    some = seen.empty().set("_reset", torch.tensor([[True], [False], [True], [True]]))
+    with pytest.raises(ValueError, match="takes them all, not some"):
+        env.reset(some)
+    with pytest.raises(TypeError, match="indices="):
+        env.reset(images=3)
+    with pytest.raises(ValueError, match="the game runs on cpu"):
+        env.to("meta")
+    assert env.to("cpu") is env
+    env.close()
+    with pytest.raises(GameError, match="closed"):
+        env.reset()
+
+
+@pytest.mark.filterwarnings("ignore:PettingZoo in TorchRL")
+def test_the_stock_wrapper_delivers_what_the_game_pays(game, vit, some_images, keeps):
+    """It needs agents that stay: it looks for an action mask of each, also of those that left."""
+    env = PettingZooWrapper(TokenPruneEnv(pruned_agents="stay", **game), return_state=True)
+    check_env_specs(env)
+    bare = TokenGame(StagedViT(vit, STAGES))
+    bare.reset(*some_images.load(INDICES[:1]))
+    env.reset(options={"indices": INDICES[:1]})
+    alive = torch.ones(PATCHES, dtype=torch.bool)
+    for keep in keeps(2, len(STAGES), PATCHES)[:, 1:]:
+        stage, seen = bare.step(keep), act(env, keep[0])
+        alive = alive & keep[0]
+        paid = seen["token", "reward"].squeeze(-1)
+        torch.testing.assert_close(paid, stage.reward[0], rtol=1e-4, atol=1e-5)
+        if not seen["done"]:
+            torch.testing.assert_close(seen["token", "action_mask"][:, 1], alive)
+    assert seen["done"]
+    assert 0 < alive.sum() < PATCHES
+    assert paid.all()

@@ -1,0 +1,122 @@
+"""BenchMARL's algorithms learn the game, and what they learned prunes."""
+
+import json
+import pickle
+
+import pytest
+import torch
+
+pytest.importorskip("benchmarl")
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from tokenprune.envs.adapters.benchmarl import TokenPruneTask
+from tokenprune.trainers import benchmarl
+from tokenprune.trainers.benchmarl import (
+    ALGORITHMS,
+    BenchmarlConfig,
+    actor_of,
+    main,
+    make_experiment,
+    run,
+)
+
+PATCHES, STAGES = 16, (1, 3)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+@pytest.fixture
+def task(vit, some_images):
+    return TokenPruneTask(config={"backbone": vit, "dataset": some_images, "prune_before": STAGES})
+
+
+@pytest.fixture
+def experiment(task, tmp_path):
+    """``experiment(algorithm, ...)``: a tiny one."""
+
+    def make(algorithm, **settings):
+        config = BenchmarlConfig(
+            algorithm=algorithm, num_envs=4, iterations=2, hidden=(8,), device="cpu", **settings
+        )
+        return make_experiment(config, task, tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_trains_and_its_actor_decides_as_its_policy(
+    experiment, task, tmp_path, algorithm
+):
+    made = experiment(algorithm)
+    before = [value.clone() for value in actor_of(made).parameters()]
+    run(made)
+    actor = actor_of(made)
+    assert any((p != old).any() for p, old in zip(actor.parameters(), before, strict=True))
+    (folder,) = tmp_path.iterdir()
+    assert list(folder.glob("checkpoints/*.pt"))
+    assert (folder / folder.name / "scalars" / "collection_accuracy.csv").is_file()
+
+    seen = task.get_env_fun(4, False, 0, "cpu")()
+    shown = seen.reset()
+    half = torch.arange(PATCHES) % 2
+    act = seen.full_action_spec.zero().set(("token", "action"), half.expand(4, -1))
+    shown = shown.update(act)
+    shown = seen.step(shown)["next"].exclude(("token", "reward"))
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        scores = actor(shown["token", "observation"].flatten(0, 1)).unflatten(0, (4, PATCHES))
+        for transform in task.get_env_transforms(seen):
+            shown = transform._call(shown)
+        chosen = made.policy(shown)["token", "action"]
+    living = shown["token", "mask"]
+    torch.testing.assert_close(chosen[living], scores.argmax(-1)[living])
+    assert not chosen[~living].any()
+
+
+def test_time_that_is_up_ends_the_training_with_a_checkpoint(experiment, tmp_path):
+    made = experiment("ippo", minutes=1e-9)
+    run(made)
+    assert made.n_iters_performed == 0
+    assert list(tmp_path.glob("*/checkpoints/*.pt"))
+
+
+def test_a_task_survives_pickling(task):
+    again = pickle.loads(pickle.dumps(task))
+    env = again.get_env_fun(2, False, 0, "cpu")()
+    assert env.batch_size == (2,)
+    assert again.max_steps(env) == len(STAGES)
+
+
+@pytest.mark.slow
+def test_mappo_learns_to_prune_the_digits(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmarl, "RUNS", tmp_path)
+    main(["--num-envs", "32", "--iterations", "30", "--run-name", "one", "--device", "cpu"])
+    report = json.loads((tmp_path / "one" / "report.json").read_text())
+    policies = report["policies"]
+    assert report["iterations"] == 30
+    assert policies["mappo"]["gmacs"] < 0.8 * policies["dense"]["gmacs"]
+    assert policies["mappo"]["accuracy"] > policies["dense"]["accuracy"] - 0.15
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-1].split()[:2] == ["mappo", f"{100 * policies['mappo']['accuracy']:.2f}%"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-envs", "0"], "num_envs=0 must be positive"),
+        (["--minutes", "-1"], "minutes=-1.0 must be positive"),
+        (["--reward", "fame"], "fame"),
+        (["--prune-before", "99"], "99"),
+    ],
+)
+def test_wrong_settings_end_in_one_line(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(benchmarl, "RUNS", tmp_path)
+    with pytest.raises(SystemExit, match=message) as ended:
+        main(arguments)
+    assert str(ended.value).startswith("error: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_runs_folder_is_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmarl, "RUNS", tmp_path)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(SystemExit, match="give another --run-name"):
+        main(["--run-name", "mine"])
