@@ -7,12 +7,17 @@ from typing import Any
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-# Multiply-accumulates below which oneDNN's fixed cost weighs more than what it saves. Measured on
-# two AVX2 cores, widths of 64 to 768: half as fast at 1e6, about as fast at 5e6, faster above; for
-# 24 to 200 rows of width 384 and more 1.3 to 1.5 times as fast, for thousands 1.1 times.
+# Measured on two AVX2 cores, widths of 64 to 768. Below so many multiply-accumulates oneDNN's fixed
+# cost weighs more than what it saves; for 24 to 200 rows of width 384 and more it is 1.3 to 1.5
+# times as fast, for thousands no more than 1.1 times.
 WORTH_MACS = 1 << 22
+MOST_ROWS = 256
+# oneDNN builds a kernel, of about 0.7 MB in 0.8 ms, for each number of rows that it meets: rows are
+# padded to multiples of this, so that it meets few.
+ROW_STEP = 16
 
 _MKLDNN = torch.ops.mkldnn
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(_MKLDNN, "_linear_pointwise")
@@ -32,13 +37,17 @@ def runs_by_onednn(layer: nn.Module, x: Tensor) -> bool:
     """Whether ``linear`` takes ``x`` [..., in] through oneDNN: in float32 on a CPU, where nobody
     asks for gradients and the product is large enough.
     """
-    if not HAS_ONEDNN or torch.compiler.is_compiling() or type(layer) is not nn.Linear:
+    if not HAS_ONEDNN or type(layer) is not nn.Linear:
         return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False  # whoever reads the graph knows the layer, not this
     weight = layer.weight
+    rows = x.numel() // layer.in_features
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and x.numel() * layer.out_features >= WORTH_MACS
+        and 0 < rows <= MOST_ROWS
+        and rows * weight.numel() >= WORTH_MACS
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not torch.is_autocast_enabled("cpu")
         and not (layer._forward_hooks or layer._forward_pre_hooks)
@@ -47,25 +56,33 @@ def runs_by_onednn(layer: nn.Module, x: Tensor) -> bool:
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)``."""
-    if runs_by_onednn(layer, x):
-        return _onednn(layer, x, "none", "")
-    return layer(x)
+    if not runs_by_onednn(layer, x):
+        return layer(x)
+    rows, count = _padded(x)
+    return _onednn(layer, rows)[:count].unflatten(0, x.shape[:-1])
 
 
 def mlp(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)`` of a block's MLP, GELU in one with the first product where timm's is plain."""
+    """``layer(x)`` of a block's MLP; of timm's plain one the first product and its GELU in one."""
     if type(layer) is not Mlp or layer.training or not runs_by_onednn(layer.fc1, x):
         return layer(x)
+    rows, count = _padded(x)
     if type(layer.act) is nn.GELU:
-        approximate = layer.act.approximate
-        assert isinstance(approximate, str)
-        hidden = _onednn(layer.fc1, x, "gelu", approximate)
+        hidden = _onednn(layer.fc1, rows, "gelu", layer.act.approximate)
     else:
-        hidden = layer.act(linear(layer.fc1, x))
-    return linear(layer.fc2, layer.norm(hidden))
+        hidden = layer.act(_onednn(layer.fc1, rows))
+    out = linear(layer.fc2, layer.norm(hidden))
+    return out[:count].unflatten(0, x.shape[:-1])
 
 
-def _onednn(layer: Any, x: Tensor, activation: str, algorithm: str) -> Tensor:
-    out = _MKLDNN._linear_pointwise(x, layer.weight, layer.bias, activation, [], algorithm)
+def _padded(x: Tensor) -> tuple[Tensor, int]:
+    """[..., D] as rows, with zeros behind them up to a multiple of ``ROW_STEP``; how many are x's."""
+    rows = x.flatten(0, -2)
+    return F.pad(rows, (0, 0, 0, -len(rows) % ROW_STEP)), len(rows)
+
+
+def _onednn(layer: Any, rows: Tensor, activation: str = "none", algorithm: str = "") -> Tensor:
+    weight, bias = layer.weight, layer.bias
+    out = _MKLDNN._linear_pointwise(rows, weight, bias, activation, [], algorithm)
     assert isinstance(out, Tensor)
     return out

@@ -35,7 +35,7 @@ def calls(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(5, 12), (2, 3, 12), (0, 12), (1, 12)])
+@pytest.mark.parametrize("shape", [(5, 12), (2, 3, 12), (16, 12), (1, 12), (256, 12)])
 def test_the_product_is_the_layers(bias, shape, calls):
     layer = torch.nn.Linear(12, 7, bias=bias)
     x = torch.randn(shape)
@@ -96,11 +96,26 @@ def test_what_somebody_put_in_the_way_runs(calls):
 
 
 @torch.no_grad()
-def test_small_products_are_not_worth_it(monkeypatch):
-    monkeypatch.setattr(module, "WORTH_MACS", 5 * 4 * 3)
+def test_small_products_and_many_rows_are_not_worth_it(monkeypatch):
     layer = torch.nn.Linear(4, 3)
+    assert runs_by_onednn(layer, torch.randn(256, 4))
+    assert not runs_by_onednn(layer, torch.randn(257, 4))
+    assert not runs_by_onednn(layer, torch.randn(0, 4))
+    monkeypatch.setattr(module, "WORTH_MACS", 5 * 4 * 3)
     assert runs_by_onednn(layer, torch.randn(5, 4))
     assert not runs_by_onednn(layer, torch.randn(4, 4))
+
+
+@torch.no_grad()
+def test_kernels_are_built_for_few_numbers_of_rows(calls):
+    """Each costs memory and time, and pruning leaves any number."""
+    layers = Mlp(4, 64).eval(), torch.nn.Linear(4, 3)
+    for rows in range(1, 257):
+        x = torch.randn(rows, 4)
+        assert mlp(layers[0], x).shape == (rows, 4)
+        assert linear(layers[1], x).shape == (rows, 3)
+    assert len(calls) == 3 * 256
+    assert {len(rows) for _, rows, *_ in calls} == set(range(16, 257, 16))
 
 
 @torch.no_grad()
@@ -109,7 +124,8 @@ def test_those_who_count_operations_find_them(calls):
     for shape in ((5, 12), (2, 3, 12)):
         with FlopCounterMode(display=False) as counter:
             linear(layer, torch.randn(shape))
-        assert counter.get_total_flops() == 2 * math.prod(shape) * 7
+        padded = math.ceil(math.prod(shape[:-1]) / module.ROW_STEP) * module.ROW_STEP
+        assert counter.get_total_flops() == 2 * padded * 12 * 7
     assert len(calls) == 2
 
 

@@ -11,12 +11,15 @@ NEEDS = [
     ("tokenprune.envs.adapters.sb3_contrib", "sb3_contrib", "sb3"),
     ("tokenprune.envs.adapters.rllib", "ray", "rllib"),
     ("tokenprune.trainers.rllib", "ray", "rllib"),
+    ("tokenprune.envs.adapters.torchrl", "torchrl", "torchrl"),
+    ("tokenprune.envs.adapters.benchmarl", "benchmarl", "benchmarl"),
+    ("tokenprune.trainers.benchmarl", "benchmarl", "benchmarl"),
 ]
 
 
 @pytest.mark.parametrize(("module", "library", "extra"), NEEDS)
 def test_a_missing_library_is_named_with_its_extra(monkeypatch, module, library, extra):
-    ours = {"tokenprune.envs.adapters.rllib", module}
+    ours = {name for name, _, _ in NEEDS}
     for name in list(sys.modules):
         # as if neither had been imported before
         if name in ours or name.partition(".")[0] == library:
