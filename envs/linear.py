@@ -76,7 +76,7 @@ def mlp(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _padded(x: Tensor) -> tuple[Tensor, int]:
-    """[..., D] as rows, with zeros behind them up to a multiple of ``ROW_STEP``; how many are x's."""
+    """[..., D] as rows, zeros behind them up to a multiple of ``ROW_STEP``; how many are x's."""
     rows = x.flatten(0, -2)
     return F.pad(rows, (0, 0, 0, -len(rows) % ROW_STEP)), len(rows)
 
