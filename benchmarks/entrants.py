@@ -41,7 +41,7 @@ from tokenprune.trainers.config import MappoConfig
 from tokenprune.trainers.dynamic_vit import DynamicViTConfig
 from tokenprune.trainers.dynamic_vit_run import execute as train_dynamic_vit
 from tokenprune.trainers.evaluation import Traced, evaluate, schedules_at
-from tokenprune.trainers.run_folder import describe
+from tokenprune.trainers.run_folder import RunFolder, describe
 from tokenprune.trainers.runs import Run, learn
 
 BISECTIONS = 12
@@ -315,7 +315,7 @@ def dynamic_vit(name: str, fine_tune: bool, arena: Arena, seed: int) -> At:
     )
     _check_settings(folder, describe(config))
     if not (folder / RUN_WEIGHTS).is_file():
-        was_begun = (folder / "checkpoint.safetensors").is_file()
+        was_begun = RunFolder(folder).is_begun
         train_dynamic_vit(DynamicViTConfig(resume=folder) if was_begun else config)
     trained = PrunedViT.from_run(folder).to(arena.backbone.device)
 

@@ -352,6 +352,12 @@ class Trainer:
     def _begins_anew(self) -> bool:
         return self.iteration % self.config.checkpoint_every == 0
 
+    @property
+    def is_resumable(self) -> bool:
+        """Whether a run that goes on from here ends as if it had never stopped."""
+        is_last = self.iteration == self.config.iterations
+        return self.env.episode_length is not None or self._begins_anew() or is_last
+
     def state_dict(self) -> dict[str, object]:
         """All that the next iteration depends on."""
         return {

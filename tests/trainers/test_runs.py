@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tokenprune.agents.actor_critic import Critic, TokenActor
 from tokenprune.envs.models import create_backbone, write_weights
 from tokenprune.trainers import mappo, runs
+from tokenprune.trainers.checkpoint import load_checkpoint
 from tokenprune.trainers.config import MappoConfig, defaults_for
 
 SPREAD = "pettingzoo:mpe2.simple_spread_v3"
@@ -149,7 +151,7 @@ def check_same(folder, other):
     assert names[0] == names[1]
     assert "policy.safetensors" in names[0]
     for name in names[0]:
-        if name != "checkpoint.safetensors":  # the clock's seconds are in there
+        if not name.startswith("checkpoint"):  # the clock's seconds are in there
             assert (folder / name).read_bytes() == (other / name).read_bytes()
     assert metrics(folder) == metrics(other)
     assert report_of(folder) == report_of(other)
@@ -180,14 +182,14 @@ def whole_spread(tmp_path_factory):
         return Path("runs/whole").absolute()
 
 
-# A SIGKILL at the n-th call of a function, in a process of its own for each run.
+# A signal at the n-th call of a function, in a process of its own for each run.
 KILLER = """
-import importlib, json, os, signal, sys
+import importlib, json, os, sys
 import torch
 from tokenprune.trainers import runs
 
 codes = []
-for owner, name, count, arguments in json.loads(sys.argv[1]):
+for owner, name, count, number, arguments in json.loads(sys.argv[1]):
     child = os.fork()
     if child:
         codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
@@ -197,7 +199,7 @@ for owner, name, count, arguments in json.loads(sys.argv[1]):
     def call_or_die(*args, **kwargs):
         calls.append(0)
         if len(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return function(*args, **kwargs)
     setattr(owner, name, call_or_die)
     runs.main(arguments)
@@ -223,7 +225,8 @@ def killed(tmp_path_factory, tokens):
     cwd = tmp_path_factory.mktemp("killed")
     kinds = {"tokens": tokens, "spread": spread}
     scenarios = [
-        (*where, kinds[name.partition("-")[0]](name)) for name, (where, _, _) in KILLS.items()
+        (*where, signal.SIGKILL, kinds[name.partition("-")[0]](name))
+        for name, (where, _, _) in KILLS.items()
     ]
     ended = subprocess.run(
         [sys.executable, "-c", KILLER, json.dumps(scenarios)],
@@ -244,6 +247,60 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(name, killed, whole, whole_
     runs.main([*kind, "--resume", str(folder)])
     check_same(folder, whole_spread if kind else whole)
     assert not list(folder.glob(".*"))
+
+
+# Ctrl-C and SIGTERM in the middle of the fourth iteration: games whose episodes end with an
+# iteration go on from the third, others from the last one after which all began anew
+STOPS = {
+    "tokens-stopped": (signal.SIGTERM, 3),
+    "tokens-interrupted": (signal.SIGINT, 3),
+    "spread-stopped": (signal.SIGTERM, 2),
+}
+
+
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(tokens, whole, whole_spread):
+    kinds = {"tokens": (tokens, whole), "spread": (spread, whole_spread)}
+    scenarios = [
+        ("Adam", "step", 3 * STEPS + 2, number, kinds[name.partition("-")[0]][0](name))
+        for name, (number, _) in STOPS.items()
+    ]
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLER, json.dumps(scenarios)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    codes = [128 + number for number, _ in STOPS.values()]
+    assert ended.stdout.splitlines()[-1:] == [str(codes)], ended.stderr
+    for name, (number, iteration) in STOPS.items():
+        folder = Path("runs") / name
+        assert (
+            f"stopped by {number.name}; iteration {iteration} is saved; "
+            f"go on by --resume {folder}\n"
+        ) in ended.stderr
+        assert iteration_of(folder) == len(metrics(folder)) == iteration
+        kind, _, _ = name.partition("-")
+        runs.main([*(["--env", SPREAD] if kind == "spread" else []), "--resume", str(folder)])
+        check_same(folder, kinds[kind][1])
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_process_that_is_stopped_is_gone_within_5_seconds(tokens):
+    command = [sys.executable, "-m", "tokenprune.trainers.mappo"]
+    command += map(str, tokens("long", iterations=100_000, eval_every=100_000))
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        while not Path("runs/long/metrics.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)  # twice, as from a terminal and from a parent
+        start = time.monotonic()
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert time.monotonic() - start < 5
+    assert process.returncode == 128 + signal.SIGINT
+    assert said.splitlines()[-1].endswith("is saved; go on by --resume runs/long")
+    assert iteration_of(Path("runs/long")) >= COMMON["checkpoint_every"]
 
 
 def test_a_finished_run_is_only_reported_again(whole, monkeypatch, tmp_path):
@@ -274,8 +331,9 @@ def test_another_seed_is_another_run(tokens, whole):
 
 def test_a_run_leaves_its_files(whole):
     assert sorted(file.name for file in whole.iterdir() if "tfevents" not in file.name) == [
-        "checkpoint.safetensors", "config.json", "curve.png", "metrics.jsonl",
-        "policy.safetensors", "pruned.png", "report.json",
+        "checkpoint-1.safetensors", "checkpoint-2.safetensors", "checkpoint.safetensors",
+        "config.json", "curve.png", "metrics.jsonl", "policy.safetensors", "pruned.png",
+        "report.json",
     ]  # fmt: skip
     for name in ("pruned.png", "curve.png"):
         with Image.open(whole / name) as image:
@@ -424,7 +482,9 @@ def edited(**changes):
 def test_what_is_damaged_is_named(name, damage, message, whole, tmp_path):
     folder = tmp_path / "damaged"
     # without what isn't read, so that nothing can be written either
-    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("*.png", "report*", "policy*"))
+    shutil.copytree(
+        whole, folder, ignore=shutil.ignore_patterns("*.png", "report*", "policy*", "checkpoint-*")
+    )
     if damage is None:
         (folder / name).unlink()
     else:
@@ -432,6 +492,20 @@ def test_what_is_damaged_is_named(name, damage, message, whole, tmp_path):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert message in error_of(["--resume", folder])
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(whole, tmp_path, capsys):
+    folder = shutil.copytree(whole, tmp_path / "damaged")
+    content = bytearray((folder / "checkpoint.safetensors").read_bytes())
+    content[-3] ^= 1
+    (folder / "checkpoint.safetensors").write_bytes(content)
+    (folder / "checkpoint-1.safetensors").write_bytes(b"")
+    run(["--resume", str(folder)])
+    said = capsys.readouterr().err
+    for name in ("checkpoint", "checkpoint-1"):
+        assert f"warning: {folder / name}.safetensors is damaged" in said
+    assert f"going on from {folder}/checkpoint-2.safetensors" in said
+    check_same(folder, whole)
 
 
 def test_the_checkpoint_of_another_backbone_is_named(whole, tokens, tmp_path, weights):
@@ -509,7 +583,7 @@ def test_bad_games_are_named_at_once(settings, messages):
 
 
 def iteration_of(folder):
-    return runs.load_checkpoint(folder / "checkpoint.safetensors")["iteration"]
+    return load_checkpoint(folder / "checkpoint.safetensors")["iteration"]
 
 
 @pytest.mark.parametrize(
