@@ -170,9 +170,7 @@ def test_any_flipped_bit_is_noticed(file):
         if content[i : i + 1] == b" ":
             continue  # fills up the header, and says nothing
         file.write_bytes(content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
-        with pytest.raises(
-            CheckpointError, match=r"safetensors is (damaged|of format)"
-        ):
+        with pytest.raises(CheckpointError, match=r"safetensors is (damaged|of format)"):
             load_checkpoint(file)
 
 
