@@ -32,12 +32,11 @@ from tokenprune.trainers.checkpoint import (
     write_text,
 )
 from tokenprune.trainers.config import MappoConfig, defaults_for
-from tokenprune.trainers.mappo import Trainer
+from tokenprune.trainers.mappo import NotFiniteError, Trainer
 from tokenprune.trainers.stopping import ends_in_one_line, says_how_to_go_on
 from tokenprune.trainers.tasks import Task, make_task
 
 RUNS = Path("runs")
-LOSSES = ("policy_loss", "value_loss", "grad_norm")
 
 
 class RunError(RuntimeError):
@@ -193,7 +192,10 @@ def learn(run: Run) -> tuple[Task, Trainer, float]:
 
 def train(run: Run, task: Task, trainer: Trainer, start: float) -> None:
     """Iterates to the end, logs, evaluates and writes checkpoints on the way, and one of the last
-    whole iteration where it is stopped.
+    whole iteration where it is stopped or fails.
+
+    Raises:
+        RunError: a reward, a loss or a gradient is not finite.
     """
     config = run.config
     board = SummaryWriter(str(run.folder), purge_step=trainer.iteration + 1)
@@ -211,9 +213,9 @@ def train(run: Run, task: Task, trainer: Trainer, start: float) -> None:
                 iteration = trainer.iteration
                 if iteration % config.checkpoint_every == 0 or iteration == config.iterations:
                     run.save(whole, time.monotonic() - start)
-    except KeyboardInterrupt as stopped:
+    except (KeyboardInterrupt, RunError) as ended:
         run.save(whole, time.monotonic() - start)
-        stopped.add_note(f"iteration {whole['iteration']} is saved")
+        ended.add_note(f"iteration {whole['iteration']} is saved")
         raise
 
 
@@ -222,10 +224,14 @@ def _iterate(
 ) -> dict[str, float]:
     """Plays and learns once, evaluates when it is time to; returns what was logged."""
     config = trainer.config
-    record = trainer.iterate()
+    try:
+        record = trainer.iterate()
+    except NotFiniteError as error:
+        raise RunError(
+            f"the {error} of iteration {trainer.iteration + 1} is not finite, playing "
+            f"{task.played()}: try a smaller --lr, or look at them"
+        ) from error
     iteration = trainer.iteration
-    if not all(math.isfinite(record.get(name, 0.0)) for name in LOSSES):
-        raise RunError(f"the losses of iteration {iteration} are not finite: try a smaller --lr")
     # a mean over the episodes that ended, where none did
     record = {name: value for name, value in record.items() if not math.isnan(value)}
     bar.update()

@@ -52,6 +52,10 @@ class Task(Protocol):
         """What of an iteration's record a progress bar shows."""
         ...
 
+    def played(self) -> str:
+        """What the last iteration was played on, for a message about what went wrong in it."""
+        ...
+
     def report(self, actor: nn.Module, folder: Path) -> dict[str, Any]:
         """Judges the trained actor once and for all, draws the pictures, and returns what to write
         down.
@@ -151,6 +155,10 @@ class TokenPruneTask:
             f"reward {record['reward']:.3f}"
         )
 
+    def played(self) -> str:
+        images = self.env.indices[:: self.env.rollouts_per_start].tolist()
+        return f"training images {' '.join(map(str, images))}"
+
     def report(self, actor: nn.Module, folder: Path) -> dict[str, Any]:
         from tokenprune.trainers.report import report_pruning
 
@@ -210,6 +218,9 @@ class PettingZooTask:
 
     def progress(self, record: dict[str, float]) -> str:
         return f"return {record.get('episode_return', float('nan')):.2f}"
+
+    def played(self) -> str:
+        return f"{self.env.num_envs} episodes of {self.config.env}"
 
     def report(self, actor: nn.Module, folder: Path) -> dict[str, Any]:
         from tokenprune.trainers.report import draw_curve

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tokenprune.agents.actor_critic import Critic, TokenActor
+from tokenprune.envs.batched_tokens import BatchedTokenPrune
 from tokenprune.envs.models import create_backbone, write_weights
 from tokenprune.trainers import mappo, runs
 from tokenprune.trainers.checkpoint import load_checkpoint
@@ -614,19 +615,77 @@ def test_a_full_disk_leaves_what_was_there(name, count, tokens, whole, monkeypat
     check_same(folder, whole)
 
 
-def test_a_training_without_finite_losses_keeps_the_last_checkpoint(tokens, monkeypatch):
-    learn, calls = mappo.learn, []
+def poisoned(function, count, poison):
+    """``function``, whose result goes through ``poison`` from the ``count``-th call on."""
+    calls = []
 
-    def diverge(*arguments):
+    def call(*args, **kwargs):
         calls.append(0)
-        losses = learn(*arguments)
-        return losses | ({"policy_loss": math.nan} if len(calls) == 4 else {})
+        result = function(*args, **kwargs)
+        return poison(result) if len(calls) >= count else result
 
-    monkeypatch.setattr(mappo, "learn", diverge)
-    message = error_of(tokens("r"))
-    assert "iteration 4 are not finite" in message
-    assert "--lr" in message
-    assert iteration_of(Path("runs/r")) == 2
+    return call
+
+
+def not_finite(x):
+    return x * math.inf - x * math.inf
+
+
+class NanGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.nan
+
+
+PLAYS = 2  # the stages of an iteration
+# name: which function fails from when on, and how: always in the fourth iteration
+FAULTS = {
+    "reward": (
+        BatchedTokenPrune, "step", 3 * PLAYS + 1,
+        lambda transition: dataclasses.replace(transition, reward=transition.reward / 0),
+    ),
+    "value_loss": (mappo, "value_loss", 3 * STEPS + 1, not_finite),
+    "policy_loss": (mappo, "policy_loss", 3 * STEPS + 1, not_finite),
+    "grad_norm": (mappo, "policy_loss", 3 * STEPS + STEPS, NanGradient.apply),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("term", FAULTS)
+def test_what_is_not_finite_stops_the_run_before_it_is_saved(term, tokens, monkeypatch):
+    owner, name, count, poison = FAULTS[term]
+    critic = {"critic": "local", "critic_hidden": (8,)} if term == "value_loss" else {}
+    reset, played = BatchedTokenPrune.reset, []
+
+    def watch(env, *args):
+        observed = reset(env, *args)
+        played.append(env.indices[::4].tolist())
+        return observed
+
+    with monkeypatch.context() as context:
+        context.setattr(BatchedTokenPrune, "reset", watch)
+        context.setattr(owner, name, poisoned(getattr(owner, name), count, poison))
+        message = error_of(tokens("r", **critic))
+    assert f"error: the {term} of iteration 4 is not finite" in message
+    assert len(played) == 4
+    assert f"playing training images {' '.join(map(str, played[3]))}" in message
+    assert message.endswith("; iteration 3 is saved")
+    assert iteration_of(Path("runs/r")) == 3
+    state = load_checkpoint(Path("runs/r/checkpoint.safetensors"))
+    assert all(tensor.isfinite().all() for tensor in state["learner"].values())
+    # what was saved is what a run without the fault is after three iterations
+    run(["--resume", "runs/r"])
+    run(tokens("sound", **critic))
+    check_same(Path("runs/r"), Path("runs/sound"))
+
+
+def test_other_games_say_what_they_played(monkeypatch):
+    monkeypatch.setattr(mappo, "policy_loss", poisoned(mappo.policy_loss, 1, not_finite))
+    message = error_of(spread("r"))
+    assert f"policy_loss of iteration 1 is not finite, playing 2 episodes of {SPREAD}" in message
 
 
 def test_a_learning_rate_out_of_bounds_is_noticed(tokens):
