@@ -227,7 +227,8 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     strange = sorted(
         key
         for key in (found.keys() | wanted.keys()) - set(RUNS_OWN)
-        if found.get(key) != wanted.get(key)
+        # what a run doesn't know of came later, and was off then
+        if found.get(key, False) != wanted.get(key, False)
     )
     if strange:
         raise ValueError(

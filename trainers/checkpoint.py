@@ -92,7 +92,7 @@ def _checksum(skeleton: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(skeleton.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -159,8 +159,8 @@ def load_newest(path: Path) -> dict[str, Any]:
         except CheckpointError as error:
             damaged.append(error)
             continue
-        for error in damaged:
-            print(f"warning: {error}; going on from {file}", file=sys.stderr)
+        for damage in damaged:
+            print(f"warning: {damage}; going on from {file}", file=sys.stderr)
         return state
     raise damaged[0]
 

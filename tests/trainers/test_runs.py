@@ -688,5 +688,23 @@ def test_other_games_say_what_they_played(monkeypatch):
     assert f"policy_loss of iteration 1 is not finite, playing 2 episodes of {SPREAD}" in message
 
 
+def test_bad_images_are_named_or_skipped(tokens, photographs, tmp_path, capsys):
+    root = shutil.copytree(photographs.removeprefix("folder:"), tmp_path / "images")
+    for name in ("train/dark/3.png", "test/bright/0.png"):
+        (root / name).write_bytes(b"")
+    changes = {"dataset": f"folder:{root}", "rollouts_per_image": 1, "critic": "local"}
+    message = error_of(tokens("r", num_envs=30, critic_hidden=(8,), **changes))
+    assert f"{root}/train/dark/3.png can't be read as an image" in message
+    shutil.rmtree("runs")
+    capsys.readouterr()
+    run([*tokens("r", num_envs=30, critic_hidden=(8,), **changes), "--skip-bad-images"])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "2 bad images are skipped"
+    assert {line.split(" ")[0] for line in lines[1:3]} == {
+        f"{root}/train/dark/3.png", f"{root}/test/bright/0.png",
+    }  # fmt: skip
+    assert tuple(report_of("runs/r")["policies"]) == POLICIES
+
+
 def test_a_learning_rate_out_of_bounds_is_noticed(tokens):
     assert "not finite" in error_of(tokens("r", lr=1e30))
