@@ -41,7 +41,7 @@ from tokenprune.trainers.config import MappoConfig
 from tokenprune.trainers.dynamic_vit import DynamicViTConfig
 from tokenprune.trainers.dynamic_vit_run import execute as train_dynamic_vit
 from tokenprune.trainers.evaluation import Traced, evaluate, schedules_at
-from tokenprune.trainers.run_folder import describe
+from tokenprune.trainers.run_folder import RunFolder, describe
 from tokenprune.trainers.runs import Run, learn
 
 BISECTIONS = 12
@@ -227,7 +227,8 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     strange = sorted(
         key
         for key in (found.keys() | wanted.keys()) - set(RUNS_OWN)
-        if found.get(key) != wanted.get(key)
+        # what a run doesn't know of came later, and was off then
+        if found.get(key, False) != wanted.get(key, False)
     )
     if strange:
         raise ValueError(
@@ -315,7 +316,7 @@ def dynamic_vit(name: str, fine_tune: bool, arena: Arena, seed: int) -> At:
     )
     _check_settings(folder, describe(config))
     if not (folder / RUN_WEIGHTS).is_file():
-        was_begun = (folder / "checkpoint.safetensors").is_file()
+        was_begun = RunFolder(folder).is_begun
         train_dynamic_vit(DynamicViTConfig(resume=folder) if was_begun else config)
     trained = PrunedViT.from_run(folder).to(arena.backbone.device)
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol, get_args, runtime_checkable
@@ -19,7 +18,14 @@ from torch.nn import functional as F
 
 from tokenprune.envs import digits
 from tokenprune.envs.digits import Split
-from tokenprune.envs.image_sources import DatasetError, ImageSource, Openers, folder_openers
+from tokenprune.envs.image_sources import (
+    DECODING_THREADS,
+    DatasetError,
+    FolderSource,
+    ImageSource,
+    Openers,
+    folder_openers,
+)
 from tokenprune.envs.timm_sources import TIMM_PREFIXES, timm_openers
 
 __all__ = ["DatasetError", "DigitsInClutter", "ImageSet", "Photographs", "Split", "open_images"]
@@ -31,7 +37,6 @@ DEFAULT_SIZES: dict[Split, int] = {"train": 20_000, "validation": 2_000, "test":
 MAX_ROTATION = math.radians(10)
 MAX_SHEAR = 0.15
 COLOUR_MODES = {1: "L", 3: "RGB"}  # by number of channels
-DECODING_THREADS = min(8, os.cpu_count() or 1)
 
 
 class ImageSet(Protocol):
@@ -218,6 +223,7 @@ def open_images(
     size: int | None = None,
     seed: int = 0,
     augment: bool | Mapping[str, Any] = False,
+    skip: Collection[str] = (),
 ) -> ImageSet:
     """Opens one split of a dataset, its images prepared as the backbone takes them.
 
@@ -238,6 +244,7 @@ def open_images(
         seed: of the draw, of the subset and of the augmentation.
         augment: True for the training transform, anew each time an image is loaded; for
             photographs also a mapping of arguments of ``timm.data.create_transform``.
+        skip: of folders, files that are left out, as ``find_bad_images`` names them.
 
     Raises:
         DatasetError: the dataset is unknown, missing, empty or without such a split; its splits
@@ -252,11 +259,27 @@ def open_images(
             raise DatasetError("digits have an augmentation of their own, which has no arguments")
         _check_takes_digits(data_config)
         return DigitsInClutter(split, size, seed, augment)
-    source, indices = _open_split(dataset, split)
+    source, indices = _open_split(dataset, split, skip)
     if size is not None and size < len(indices):
         indices = np.random.RandomState(seed).permutation(indices)[:size]
     augmentation = None if augment is False else {} if augment is True else augment
     return Photographs(source, indices, data_config, augmentation, seed)
+
+
+def find_bad_images(dataset: str) -> dict[str, str]:
+    """The damaged files of all splits of a folder, and what is wrong with each; decodes them all.
+
+    Raises:
+        DatasetError: as ``open_images``, or the dataset is no folder.
+    """
+    if not dataset.startswith(FOLDER_PREFIX):
+        raise DatasetError(f"images can be skipped in folder:PATH only, not in {dataset}")
+    bad: dict[str, str] = {}
+    for opener in _openers(dataset).values():
+        source = opener()
+        assert isinstance(source, FolderSource)
+        bad |= source.bad_files()
+    return bad
 
 
 def read_class_names(dataset: str) -> tuple[str, ...]:
@@ -280,9 +303,9 @@ def _times(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def _openers(dataset: str) -> Openers:
+def _openers(dataset: str, skip: Collection[str] = ()) -> Openers:
     if dataset.startswith(FOLDER_PREFIX):
-        openers = folder_openers(dataset.removeprefix(FOLDER_PREFIX))
+        openers = folder_openers(dataset.removeprefix(FOLDER_PREFIX), skip)
     elif dataset.lower().startswith(TIMM_PREFIXES):
         openers = timm_openers(dataset)
     else:
@@ -296,9 +319,11 @@ def _openers(dataset: str) -> Openers:
     return openers
 
 
-def _open_split(dataset: str, split: Split) -> tuple[ImageSource, NDArray[np.int64]]:
+def _open_split(
+    dataset: str, split: Split, skip: Collection[str]
+) -> tuple[ImageSource, NDArray[np.int64]]:
     """The source that holds ``split``, and which of its images are it."""
-    openers = _openers(dataset)
+    openers = _openers(dataset, skip)
     held_out: list[Split] = [name for name in ("validation", "test") if name in openers]
     train = openers["train"]()
     if split == "test" and not held_out:

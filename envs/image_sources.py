@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import IO, Protocol
@@ -22,6 +23,7 @@ SPLIT_NAMES: Mapping[Split, Sequence[str]] = {
     "validation": ("validation", "val"),
     "test": ("test",),
 }
+DECODING_THREADS = min(8, os.cpu_count() or 1)
 
 
 class DatasetError(ValueError):
@@ -62,14 +64,21 @@ def decode(file: IO[bytes] | Path, mode: str, name: str) -> Image.Image:
     """Decodes an image to PIL's colour ``mode``, or raises a ``DatasetError`` that has its name."""
     try:
         with Image.open(file) as image:
-            return image.convert(mode)
-    # Pillow's plugins report damage as any of these
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            return _in_eight_bits(image).convert(mode)
+    # Pillow's plugins report damage by errors of any kind
+    except Exception as error:
         raise DatasetError(f"{name} can't be read as an image: {error}") from error
 
 
-def folder_openers(path: str) -> Openers:
-    """Finds the splits below ``path``; opening one lists its files.
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    """Scales 16 bits down, of which Pillow's ``convert`` would make white of all above 255."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+
+
+def folder_openers(path: str, skip: Collection[str] = ()) -> Openers:
+    """Finds the splits below ``path``; opening one lists its files, but those to ``skip``.
 
     Raises:
         DatasetError: there is no such folder, no train folder in it, or a split has two folders.
@@ -83,7 +92,7 @@ def folder_openers(path: str) -> Openers:
         if len(found) > 1:
             raise DatasetError(f"{found[0]} and {found[1]} both exist: keep one of them")
         if found:
-            openers[split] = partial(FolderSource, found[0])
+            openers[split] = partial(FolderSource, found[0], skip)
     if "train" not in openers:
         raise DatasetError(f"no folder {root / 'train'}: images are expected in PATH/train/CLASS")
     return openers
@@ -94,12 +103,13 @@ class FolderSource:
 
     Args:
         root: the folder of one split.
+        skip: files that are not to be read.
 
     Raises:
         DatasetError: there is no class, or a class without images.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, skip: Collection[str] = ()) -> None:
         folders = [
             entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != "."
         ]
@@ -110,12 +120,20 @@ class FolderSource:
         self._files: list[str] = []
         self._labels: list[int] = []
         for label, name in enumerate(self.class_names):
-            files = _image_files(root / name)
+            files = [file for file in _image_files(root / name) if file not in skip]
+            if not files:
+                raise DatasetError(f"every image of the class folder {root / name} is skipped")
             self._files += files
             self._labels += [label] * len(files)
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def bad_files(self) -> dict[str, str]:
+        """Decodes every image; those that are damaged, and what is wrong with each."""
+        with ThreadPoolExecutor(DECODING_THREADS) as pool:
+            found = zip(self._files, pool.map(_damage, self._files), strict=True)
+            return {file: damage for file, damage in found if damage is not None}
 
     def prepare(self, indices: NDArray[np.int64]) -> None:
         del indices
@@ -123,6 +141,14 @@ class FolderSource:
     def read(self, index: int, mode: str) -> tuple[Image.Image, int]:
         file = self._files[index]
         return decode(Path(file), mode, file), self._labels[index]
+
+
+def _damage(file: str) -> str | None:
+    try:
+        decode(Path(file), "RGB", file)
+    except DatasetError as error:
+        return str(error)
+    return None
 
 
 def _image_files(folder: Path) -> list[str]:

@@ -8,7 +8,6 @@ A run writes ``backbone.safetensors`` and ``backbone.json`` in the form of the f
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -32,6 +31,7 @@ from tokenprune.trainers.run_folder import (
     describe,
     open_run,
 )
+from tokenprune.trainers.stopping import ends_in_one_line, says_how_to_go_on
 from tokenprune.trainers.supervised import (
     Learner,
     TrainingImages,
@@ -158,7 +158,7 @@ def train(config: BackboneConfig) -> dict[str, Any]:
     except ValueError as error:
         raise TrainingError(str(error)) from error
     num_classes = len(read_class_names(config.dataset))
-    goes_on = run.checkpoint.exists()
+    goes_on = run.is_begun
     model = build(config, num_classes, has_weights=goes_on)
     model = model.to(device).to(memory_format=torch.channels_last)
     data_config = resolve_model_data_config(model)
@@ -178,28 +178,27 @@ def train(config: BackboneConfig) -> dict[str, Any]:
         run.create(config)
     start_time -= records[-1]["seconds"] if records else 0.0
     mixup = make_mixup(config, num_classes)
-    for epoch in range(len(records), config.epochs):
-        record = {
-            "epoch": epoch,
-            "loss": train_epoch(learner, images, epoch, device, mixup),
-            "validation_accuracy": accuracy(averaged, validation, device),
-            "seconds": time.monotonic() - start_time,
-        }
-        records.append(record)
-        run.save_epoch(learner.state_dict(), records)
-        write_backbone(run.path, averaged.state_dict(), config, num_classes)
-        print(json.dumps(record), flush=True)
+    with says_how_to_go_on(run.path):
+        for epoch in range(len(records), config.epochs):
+            record = {
+                "epoch": epoch,
+                "loss": train_epoch(learner, images, epoch, device, mixup),
+                "validation_accuracy": accuracy(averaged, validation, device),
+                "seconds": time.monotonic() - start_time,
+            }
+            records.append(record)
+            run.save_epoch(learner.state_dict(), records)
+            write_backbone(run.path, averaged.state_dict(), config, num_classes)
+            print(json.dumps(record), flush=True)
     return finish(run, config, averaged, test, records, device, start_time)
 
 
 def main() -> None:
     """The command line."""
     config = tyro.cli(BackboneConfig, description=__doc__)
-    try:
+    with ends_in_one_line(BackboneError, DatasetError, CheckpointError, TrainingError, OSError):
         report = train(config)
-    except (BackboneError, DatasetError, CheckpointError, TrainingError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(f"test accuracy {report['test_accuracy']:.4f} after {report['seconds']:.0f} s")
+        print(f"test accuracy {report['test_accuracy']:.4f} after {report['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

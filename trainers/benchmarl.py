@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -33,6 +32,7 @@ from tokenprune.envs.token_prune import pick_device
 from tokenprune.trainers.checkpoint import write_json
 from tokenprune.trainers.evaluation import Evaluation, evaluate
 from tokenprune.trainers.sb3 import table
+from tokenprune.trainers.stopping import ends_in_one_line
 
 with needs("benchmarl"):
     from benchmarl.algorithms import (
@@ -273,12 +273,10 @@ def train(config: BenchmarlConfig) -> dict[str, Evaluation]:
 
 def main(arguments: list[str] | None = None) -> None:
     """``python -m trainers.benchmarl``."""
-    try:
+    with ends_in_one_line(ValueError, OSError, ImportError):
         config = tyro.cli(BenchmarlConfig, args=arguments, prog="python -m trainers.benchmarl")
         results = train(config)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    print(table(results))
+        print(table(results))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,30 @@
 """Checkpoints without pickle: tensors as safetensors, the rest as JSON, written atomically.
 
 A checkpoint is a tree of dicts and lists whose leaves are tensors or JSON values. It is one
-safetensors file; the tree's skeleton stands in the file's metadata.
+safetensors file; the tree's skeleton and a checksum stand in the file's metadata. The ones written
+before it are kept for a while: should the newest be damaged, a run goes on from there.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-FORMAT = "tokenprune-checkpoint-1"
+FORMAT = "tokenprune-checkpoint-2"
+FORMAT_WITHOUT_CHECKSUM = "tokenprune-checkpoint-1"
+KEPT = 3  # checkpoints of a run, the newest included
 
 
 class CheckpointError(RuntimeError):
@@ -80,8 +87,42 @@ def _join(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
     return skeleton
 
 
+def _checksum(skeleton: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all that a checkpoint says, in hexadecimal digits."""
+    digest = hashlib.sha256(skeleton.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _names(path: Path) -> list[Path]:
+    return [path, *(path.with_stem(f"{path.stem}-{age}") for age in range(1, KEPT))]
+
+
+def existing(path: Path) -> list[Path]:
+    """``path`` and what ``save_checkpoint`` kept of it, the newest first; what there is of them."""
+    return [file for file in _names(path) if file.exists()]
+
+
+def _keep(path: Path) -> None:
+    """Gives the checkpoint at ``path`` a second name; at no time there is none of its first."""
+    files = _names(path)
+    for age in range(KEPT - 1, 1, -1):
+        if files[age - 1].exists():
+            files[age - 1].replace(files[age])
+    # two names of one file are not moved onto each other
+    files[1].unlink(missing_ok=True)
+    if path.exists():
+        try:
+            os.link(path, files[1])
+        # not every file system has hard links
+        except OSError:
+            shutil.copyfile(path, files[1])
+
+
 def save_checkpoint(path: Path, tree: Mapping[str, Any]) -> None:
-    """Writes ``tree`` to ``path``, atomically.
+    """Writes ``tree`` to ``path``, atomically; ``existing`` finds the ones before it.
 
     Args:
         path: the file to write.
@@ -92,24 +133,50 @@ def save_checkpoint(path: Path, tree: Mapping[str, Any]) -> None:
         TypeError: a leaf is neither a tensor nor a JSON value.
     """
     tensors: dict[str, Tensor] = {}
-    metadata = {"format": FORMAT, "skeleton": json.dumps(_split(tree, tensors))}
+    skeleton = json.dumps(_split(tree, tensors))
+    checksum = _checksum(skeleton, tensors)
     # safetensors' own save_file leaves a file of another name behind when it is killed
-    content = save(tensors, metadata)
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    content = save(tensors, {"format": FORMAT, "skeleton": skeleton, "sha256": checksum})
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+        _keep(path)
+
+    write_atomically(path, write)
+
+
+def load_newest(path: Path) -> dict[str, Any]:
+    """The newest sound checkpoint of those that ``existing`` finds; damaged ones before it are
+    named on the standard error output.
+
+    Raises:
+        CheckpointError: none of them is sound; the newest one's damage.
+    """
+    damaged: list[CheckpointError] = []
+    for file in existing(path) or [path]:
+        try:
+            state = load_checkpoint(file)
+        except CheckpointError as error:
+            damaged.append(error)
+            continue
+        for damage in damaged:
+            print(f"warning: {damage}; going on from {file}", file=sys.stderr)
+        return state
+    raise damaged[0]
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Reads what ``save_checkpoint`` wrote; tensors come back on the CPU.
 
     Raises:
-        CheckpointError: the file is missing, truncated, or no checkpoint of this version.
+        CheckpointError: the file is missing, damaged, or no checkpoint of this version.
     """
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            if metadata.get("format") not in (FORMAT, FORMAT_WITHOUT_CHECKSUM):
                 raise CheckpointError(
                     f"{path} is of format {metadata.get('format')!r}, this version reads {FORMAT!r}"
                 )
@@ -117,6 +184,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged and can't be read: {error}") from error
     try:
-        return _join(json.loads(metadata["skeleton"]), tensors)
+        skeleton = metadata["skeleton"]
+        if metadata["format"] == FORMAT and metadata["sha256"] != _checksum(skeleton, tensors):
+            raise CheckpointError(f"{path} is damaged: its checksum is another one")
+        return _join(json.loads(skeleton), tensors)
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: its tensors and its index differ") from error

@@ -36,6 +36,9 @@ class MappoConfig:
     """token-prune: digits, folder:PATH, or a name that timm.data.create_dataset takes."""
     augment: bool = True
     """Vary training images each time they are played (photographs: timm's training transform)."""
+    skip_bad_images: bool = False
+    """Decode every image of a folder at the start, and leave out and list those that are damaged;
+    otherwise the first one that is read ends the run."""
     prune_before: tuple[int, ...] | None = (1, 3)
     """Blocks, 0-based, before which tokens can be pruned; None: all but the first."""
     observation: tuple[str, ...] = ("token", "cls", "stage", "cls_attention")

@@ -5,8 +5,8 @@ It is judged on the validation split alone; the test split is never read.
 
 from __future__ import annotations
 
+import copy
 import math
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from tokenprune.trainers.checkpoint import CheckpointError, write_atomically, wr
 from tokenprune.trainers.dynamic_vit import DynamicViTConfig, Trainer
 from tokenprune.trainers.evaluation import evaluate
 from tokenprune.trainers.run_folder import Record, RunFolder, TrainingError, open_run
+from tokenprune.trainers.stopping import ends_in_one_line, says_how_to_go_on
 from tokenprune.trainers.supervised import versions
 from tokenprune.trainers.tasks import load_backbone
 
@@ -54,12 +55,13 @@ def execute(config: DynamicViTConfig) -> dict[str, Any]:
     dense = evaluate(PrunedViT(backbone, KeepAll()), validation)
     trainer = Trainer(backbone, policy, images, config)
     records: list[Record] = []
-    if run.checkpoint.exists():
+    if run.is_begun:
         records = _restore(run, trainer)
     else:
         run.create(config)
     start -= records[-1]["seconds"] if records else 0.0
-    train(run, trainer, records, validation, start)
+    with says_how_to_go_on(run.path):
+        train(run, trainer, records, validation, start)
     _write_networks(run.path, trainer)
 
     result = evaluate(PrunedViT(backbone, policy), validation)
@@ -104,29 +106,43 @@ def train(
     Raises:
         TrainingError: the loss is not finite.
     """
+    whole = copy.deepcopy(trainer.state_dict())  # after the last whole iteration
+    done = len(records)
+    try:
+        with tqdm(
+            total=trainer.config.iterations, initial=done, disable=None, desc=run.path.name
+        ) as bar:
+            while trainer.iteration < trainer.config.iterations:
+                records.append(_iterate(trainer, validation, bar, start))
+                whole, done = copy.deepcopy(trainer.state_dict()), len(records)
+                last = done == trainer.config.iterations
+                if done % trainer.config.checkpoint_every == 0 or last:
+                    run.save_epoch(whole, records)
+    except KeyboardInterrupt as stopped:
+        run.save_epoch(whole, records[:done])
+        stopped.add_note(f"iteration {done} is saved")
+        raise
+
+
+def _iterate(trainer: Trainer, validation: ImageSet, bar: tqdm, start: float) -> Record:
+    """Learns once, evaluates when it is time to; returns the record."""
     config = trainer.config
-    pruned = PrunedViT(trainer.backbone, trainer.policy)
-    bar = tqdm(total=config.iterations, initial=trainer.iteration, disable=None, desc=run.path.name)
-    with bar:
-        while trainer.iteration < config.iterations:
-            record: Record = trainer.iterate()
-            iteration = trainer.iteration
-            if not math.isfinite(record["loss"]):
-                raise TrainingError(f"the loss of iteration {iteration} is not finite: lower --lr")
-            last = iteration == config.iterations
-            bar.update()
-            bar.set_postfix_str(f"loss {record['loss']:.3f} kept {record['keep_ratio']:.3f}")
-            if iteration % config.eval_every == 0 or last:
-                result = evaluate(pruned, validation, config.eval_size)
-                record["validation_accuracy"] = result.accuracy
-                record["validation_gmacs"] = result.gmacs
-                bar.write(
-                    f"iteration {iteration}: validation accuracy {result.accuracy:.4f} "
-                    f"gmacs {result.gmacs:.4f}"
-                )
-            records.append(record | {"iteration": iteration, "seconds": time.monotonic() - start})
-            if iteration % config.checkpoint_every == 0 or last:
-                run.save_epoch(trainer.state_dict(), records)
+    record: Record = trainer.iterate()
+    iteration = trainer.iteration
+    if not math.isfinite(record["loss"]):
+        raise TrainingError(f"the loss of iteration {iteration} is not finite: lower --lr")
+    bar.update()
+    bar.set_postfix_str(f"loss {record['loss']:.3f} kept {record['keep_ratio']:.3f}")
+    if iteration % config.eval_every == 0 or iteration == config.iterations:
+        pruned = PrunedViT(trainer.backbone, trainer.policy)
+        result = evaluate(pruned, validation, config.eval_size)
+        record["validation_accuracy"] = result.accuracy
+        record["validation_gmacs"] = result.gmacs
+        bar.write(
+            f"iteration {iteration}: validation accuracy {result.accuracy:.4f} "
+            f"gmacs {result.gmacs:.4f}"
+        )
+    return record | {"iteration": iteration, "seconds": time.monotonic() - start}
 
 
 def _write_networks(folder: Path, trainer: Trainer) -> None:
@@ -164,9 +180,6 @@ def format_report(report: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """``python -m trainers.dynamic_vit``."""
-    try:
+    with ends_in_one_line(CheckpointError, TrainingError, ValueError, OSError):
         config = tyro.cli(DynamicViTConfig, args=arguments, prog="python -m trainers.dynamic_vit")
-        report = execute(config)
-    except (CheckpointError, TrainingError, ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    print(format_report(report))
+        print(format_report(execute(config)))

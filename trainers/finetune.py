@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -43,6 +42,7 @@ from tokenprune.trainers.run_folder import (
     describe,
     open_run,
 )
+from tokenprune.trainers.stopping import ends_in_one_line, says_how_to_go_on
 from tokenprune.trainers.supervised import (
     Learner,
     TrainingImages,
@@ -276,7 +276,7 @@ def train(config: FinetuneConfig) -> dict[str, Any]:
     steps = config.epochs * images.steps_an_epoch
     learner = Learner(model, Distillation(model, teacher, config), config, steps)
     averaged = learner.ema.module
-    if run.checkpoint.exists():
+    if run.is_begun:
         state, records = run.read_epochs()
         learner.load_state_dict(state)
         start_time -= records[-1]["seconds"]
@@ -287,15 +287,16 @@ def train(config: FinetuneConfig) -> dict[str, Any]:
         records = [{"epoch": 0} | judge(averaged, validation) | dense | seconds]
         run.save_epoch(learner.state_dict(), records)
         print(json.dumps(records[0]), flush=True)
-    for epoch in range(len(records) - 1, config.epochs):
-        record = (
-            {"epoch": epoch + 1, "loss": train_epoch(learner, images, epoch, device)}
-            | judge(averaged, validation)
-            | {"seconds": time.monotonic() - start_time}
-        )
-        records.append(record)
-        run.save_epoch(learner.state_dict(), records)
-        print(json.dumps(record), flush=True)
+    with says_how_to_go_on(run.path):
+        for epoch in range(len(records) - 1, config.epochs):
+            record = (
+                {"epoch": epoch + 1, "loss": train_epoch(learner, images, epoch, device)}
+                | judge(averaged, validation)
+                | {"seconds": time.monotonic() - start_time}
+            )
+            records.append(record)
+            run.save_epoch(learner.state_dict(), records)
+            print(json.dumps(record), flush=True)
     return finish(run, config, averaged, validation, records, start_time)
 
 
@@ -315,11 +316,9 @@ def table(report: dict[str, Any]) -> str:
 def main() -> None:
     """The command line."""
     config = tyro.cli(FinetuneConfig, description=__doc__)
-    try:
+    with ends_in_one_line(ValueError, CheckpointError, TrainingError, OSError):
         report = train(config)
-    except (ValueError, CheckpointError, TrainingError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    print(f"{table(report)}\n{report['seconds']:.0f} s, {report['validation_images']} images")
+        print(f"{table(report)}\n{report['seconds']:.0f} s, {report['validation_images']} images")
 
 
 if __name__ == "__main__":

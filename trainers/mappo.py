@@ -26,6 +26,10 @@ ADAM_EPS = 1e-5
 MASKED_LOGIT = -1e9
 
 
+class NotFiniteError(ArithmeticError):
+    """A reward, a loss or a gradient that is not finite; the message is its name."""
+
+
 class Learner(nn.Module):
     """All that learns, and how: actor, critic, value normalisation, optimizer.
 
@@ -258,12 +262,15 @@ def minibatches(
 
 
 def learn(learner: Learner, decisions: Decisions, generator: torch.Generator) -> dict[str, float]:
-    """One iteration's optimizer steps; the losses' means."""
+    """One iteration's optimizer steps; the losses' means.
+
+    Raises:
+        NotFiniteError: a loss or a gradient is not; the learner is of no use any more.
+    """
     config, optimizer = learner.config, learner.optimizer
     if learner.critic is not None:
         learner.value_norm.update(decisions.returns)
-    sums: dict[str, Tensor] = {}
-    steps = 0
+    history: dict[str, list[Tensor]] = {}  # one entry a step
     for _ in range(config.epochs):
         for batch in minibatches(decisions, config.minibatches, generator):
             log_probs = learner.log_probs(batch.observation, batch.seen, batch.mask)
@@ -285,10 +292,16 @@ def learn(learner: Learner, decisions: Decisions, generator: torch.Generator) ->
             )
             optimizer.step()
             terms["kl"] = mean(batch.log_prob - log_prob)
-            steps += 1
             for name, term in terms.items():
-                sums[name] = sums.get(name, torch.zeros_like(term)) + term.detach()
-    return {name: float(total) / steps for name, total in sums.items()}
+                history.setdefault(name, []).append(term.detach())
+    sums = {name: float(sum(each, torch.zeros_like(each[0]))) for name, each in history.items()}
+    if not all(map(math.isfinite, sums.values())):
+        # the first step tells the cause: in the next one everything else is infected
+        steps = zip(*history.values(), strict=True)
+        first = next(step for step in steps if not torch.stack(step).isfinite().all())
+        finite = torch.stack(first).isfinite().tolist()
+        raise NotFiniteError(list(history)[finite.index(False)])
+    return {name: total / len(history[name]) for name, total in sums.items()}
 
 
 def learning_rate(config: MappoConfig, iteration: int) -> float:
@@ -323,7 +336,11 @@ class Trainer:
         self._observed: Observed | None = None
 
     def iterate(self) -> dict[str, float]:
-        """Plays and learns once; returns what there is to log."""
+        """Plays and learns once; returns what there is to log.
+
+        Raises:
+            NotFiniteError: a reward, a loss or a gradient is not.
+        """
         config, env, learner = self.config, self.env, self.learner
         seed = iteration_seed(config, self.iteration)
         generator = torch.Generator(env.device).manual_seed(seed)
@@ -338,10 +355,13 @@ class Trainer:
             env, learner, self._observed, fixed or config.rollout_steps, generator
         )
         self._observed = following
+        reward = float(torch.stack(rollout.reward).sum(0).mean())
+        if not math.isfinite(reward):
+            raise NotFiniteError("reward")
         losses = learn(learner, judge(rollout, learner, env), generator)
         self.iteration += 1
         return losses | {
-            "reward": float(torch.stack(rollout.reward).sum(0).mean()),
+            "reward": reward,
             "lr": learning_rate(config, self.iteration - 1),
             **{
                 name: float(torch.stack(values).nanmean())
@@ -351,6 +371,12 @@ class Trainer:
 
     def _begins_anew(self) -> bool:
         return self.iteration % self.config.checkpoint_every == 0
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether a run that goes on from here ends as if it had never stopped."""
+        is_last = self.iteration == self.config.iterations
+        return self.env.episode_length is not None or self._begins_anew() or is_last
 
     def state_dict(self) -> dict[str, object]:
         """All that the next iteration depends on."""

@@ -42,7 +42,7 @@ def report_pruning(task: TokenPruneTask, actor: nn.Module, folder: Path) -> dict
     for name in ("random", "attention"):
         tokens = best_topk(task.backbone, task.validation, target.gmacs, target.kept, name, size)
         models[name] = PrunedViT(task.backbone, TopK(tokens, name, task.config.seed))
-    test = open_images(task.config.dataset, "test", task.data_config)
+    test = open_images(task.config.dataset, "test", task.data_config, skip=task.skipped)
     results = {name: evaluate(model, test) for name, model in models.items()}
 
     count = max(min(SPEED_IMAGES, len(test)) // SPEED_BATCH, 1) * SPEED_BATCH

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -32,6 +31,7 @@ from tokenprune.envs.token_prune import pick_device
 from tokenprune.trainers.checkpoint import write_json
 from tokenprune.trainers.evaluation import Evaluation, evaluate
 from tokenprune.trainers.sb3 import table
+from tokenprune.trainers.stopping import ends_in_one_line
 
 with needs("rllib"):
     import ray
@@ -231,12 +231,10 @@ def train(config: RllibConfig) -> dict[str, Evaluation]:
 
 def main(arguments: list[str] | None = None) -> None:
     """``python -m trainers.rllib``."""
-    try:
+    with ends_in_one_line(ValueError, OSError, ImportError):
         config = tyro.cli(RllibConfig, args=arguments, prog="python -m trainers.rllib")
         results = train(config)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    print(table(results))
+        print(table(results))
 
 
 if __name__ == "__main__":

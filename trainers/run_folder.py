@@ -12,7 +12,8 @@ import tyro
 
 from tokenprune.trainers.checkpoint import (
     CheckpointError,
-    load_checkpoint,
+    existing,
+    load_newest,
     save_checkpoint,
     write_json,
     write_text,
@@ -107,6 +108,11 @@ class RunFolder:
         except (ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{file} is damaged or of another version: {error}") from error
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is an epoch to go on from."""
+        return bool(existing(self.checkpoint))
+
     def save_epoch(self, state: Mapping[str, Any], records: list[Record]) -> None:
         """Notes that so many epochs are done as there are ``records``."""
         # a kill before the checkpoint is there leaves one record too many, which reading drops
@@ -119,7 +125,7 @@ class RunFolder:
         Raises:
             CheckpointError: the files are damaged, or don't belong together.
         """
-        state = load_checkpoint(self.checkpoint)
+        state = load_newest(self.checkpoint)
         try:
             lines = self._metrics.read_text(encoding="utf-8").splitlines()[: state["epoch"]]
             records = [json.loads(line) for line in lines]

@@ -4,10 +4,12 @@ resuming.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -22,18 +24,19 @@ from tqdm import tqdm
 
 from tokenprune.trainers.checkpoint import (
     CheckpointError,
-    load_checkpoint,
+    existing,
+    load_newest,
     save_checkpoint,
     write_atomically,
     write_json,
     write_text,
 )
 from tokenprune.trainers.config import MappoConfig, defaults_for
-from tokenprune.trainers.mappo import Trainer
+from tokenprune.trainers.mappo import NotFiniteError, Trainer
+from tokenprune.trainers.stopping import ends_in_one_line, says_how_to_go_on
 from tokenprune.trainers.tasks import Task, make_task
 
 RUNS = Path("runs")
-LOSSES = ("policy_loss", "value_loss", "grad_norm")
 
 
 class RunError(RuntimeError):
@@ -55,18 +58,19 @@ class Run:
         self._metrics = folder / "metrics.jsonl"
         self.records: list[dict[str, float]] = []
 
-    def save(self, trainer: Trainer, seconds: float) -> None:
+    def save(self, state: Mapping[str, Any], seconds: float) -> None:
         """Writes metrics and checkpoint: killed in between, the records beyond the checkpoint are
         dropped later.
         """
-        write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in self.records))
-        save_checkpoint(self.checkpoint, {"seconds": seconds, **trainer.state_dict()})
+        records = self.records[: state["iteration"]]
+        write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in records))
+        save_checkpoint(self.checkpoint, {"seconds": seconds, **state})
 
     def restore(self, trainer: Trainer) -> float:
         """Puts ``trainer`` where the checkpoint stands; returns the seconds spent until then."""
-        if not self.checkpoint.exists():
+        if not existing(self.checkpoint):
             return 0.0
-        state = load_checkpoint(self.checkpoint)
+        state = load_newest(self.checkpoint)
         try:
             trainer.load_state_dict(state)
             seconds = float(state["seconds"])
@@ -153,12 +157,13 @@ def execute(config: MappoConfig) -> dict[str, Any]:
         OSError: the disk is full or not writable; the last checkpoint is left as it was.
     """
     run = open_run(config)
-    start = time.monotonic()
-    task, trainer, before = learn(run)
-    start -= before
-    report = task.report(trainer.learner.actor, run.folder)
-    report |= {"seconds": time.monotonic() - start, "seed": run.config.seed}
-    write_json(run.folder / "report.json", report)
+    with says_how_to_go_on(run.folder):
+        start = time.monotonic()
+        task, trainer, before = learn(run)
+        start -= before
+        report = task.report(trainer.learner.actor, run.folder)
+        report |= {"seconds": time.monotonic() - start, "seed": run.config.seed}
+        write_json(run.folder / "report.json", report)
     task.env.close()
     return report
 
@@ -186,38 +191,59 @@ def learn(run: Run) -> tuple[Task, Trainer, float]:
 
 
 def train(run: Run, task: Task, trainer: Trainer, start: float) -> None:
-    """Iterates to the end, logs, evaluates and writes checkpoints on the way."""
+    """Iterates to the end, logs, evaluates and writes checkpoints on the way, and one of the last
+    whole iteration where it is stopped or fails.
+
+    Raises:
+        RunError: a reward, a loss or a gradient is not finite.
+    """
     config = run.config
     board = SummaryWriter(str(run.folder), purge_step=trainer.iteration + 1)
     bar = tqdm(
         total=config.iterations, initial=trainer.iteration, disable=None, desc=run.folder.name
     )
-    with board, bar:
-        while trainer.iteration < config.iterations:
-            record = trainer.iterate()
-            iteration = trainer.iteration
-            if not all(math.isfinite(record.get(name, 0.0)) for name in LOSSES):
-                raise RunError(
-                    f"the losses of iteration {iteration} are not finite: try a smaller --lr"
-                )
-            # a mean over the episodes that ended, where none did
-            record = {name: value for name, value in record.items() if not math.isnan(value)}
-            last = iteration == config.iterations
-            bar.update()
-            bar.set_postfix_str(task.progress(record))
-            if iteration % config.eval_every == 0 or last:
-                record |= task.evaluate(trainer.learner.actor)
-                shown = {k: v for k, v in record.items() if k.startswith("validation_")}
-                text = " ".join(
-                    f"{k.removeprefix('validation_')} {v:.4f}" for k, v in shown.items()
-                )
-                bar.write(f"iteration {iteration}: validation {text}")
-            for name, value in record.items():
-                board.add_scalar(name, value, iteration)
-            record |= {"iteration": iteration, "seconds": time.monotonic() - start}
-            run.records.append(record)
-            if iteration % config.checkpoint_every == 0 or last:
-                run.save(trainer, time.monotonic() - start)
+    # what an iteration changed before it was stopped is of no use
+    whole = copy.deepcopy(trainer.state_dict())
+    try:
+        with board, bar:
+            while trainer.iteration < config.iterations:
+                run.records.append(_iterate(task, trainer, board, bar, start))
+                if trainer.is_resumable:
+                    whole = copy.deepcopy(trainer.state_dict())
+                iteration = trainer.iteration
+                if iteration % config.checkpoint_every == 0 or iteration == config.iterations:
+                    run.save(whole, time.monotonic() - start)
+    except (KeyboardInterrupt, RunError) as ended:
+        run.save(whole, time.monotonic() - start)
+        ended.add_note(f"iteration {whole['iteration']} is saved")
+        raise
+
+
+def _iterate(
+    task: Task, trainer: Trainer, board: SummaryWriter, bar: tqdm, start: float
+) -> dict[str, float]:
+    """Plays and learns once, evaluates when it is time to; returns what was logged."""
+    config = trainer.config
+    try:
+        record = trainer.iterate()
+    except NotFiniteError as error:
+        raise RunError(
+            f"the {error} of iteration {trainer.iteration + 1} is not finite, playing "
+            f"{task.played()}: try a smaller --lr, or look at them"
+        ) from error
+    iteration = trainer.iteration
+    # a mean over the episodes that ended, where none did
+    record = {name: value for name, value in record.items() if not math.isnan(value)}
+    bar.update()
+    bar.set_postfix_str(task.progress(record))
+    if iteration % config.eval_every == 0 or iteration == config.iterations:
+        record |= task.evaluate(trainer.learner.actor)
+        shown = {k: v for k, v in record.items() if k.startswith("validation_")}
+        text = " ".join(f"{k.removeprefix('validation_')} {v:.4f}" for k, v in shown.items())
+        bar.write(f"iteration {iteration}: validation {text}")
+    for name, value in record.items():
+        board.add_scalar(name, value, iteration)
+    return record | {"iteration": iteration, "seconds": time.monotonic() - start}
 
 
 def parse(arguments: list[str]) -> MappoConfig:
@@ -235,12 +261,9 @@ def parse(arguments: list[str]) -> MappoConfig:
 
 def main(arguments: list[str] | None = None) -> None:
     """``python -m trainers.mappo``."""
-    try:
+    with ends_in_one_line(RunError, CheckpointError, ValueError, OSError):
         config = parse(sys.argv[1:] if arguments is None else arguments)
-        report = execute(config)
-    except (RunError, CheckpointError, ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    print(format_report(report))
+        print(format_report(execute(config)))
 
 
 def format_report(report: dict[str, Any]) -> str:

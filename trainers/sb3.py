@@ -7,7 +7,6 @@ and judged at the end by what it does when it prunes for good.
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -37,6 +36,7 @@ from tokenprune.envs.rewards import make_reward
 from tokenprune.envs.token_prune import pick_device
 from tokenprune.trainers.checkpoint import write_json
 from tokenprune.trainers.evaluation import Evaluation, evaluate
+from tokenprune.trainers.stopping import ends_in_one_line
 
 RUNS = Path("runs")
 GAMMA = 1.0  # an episode has as many steps as there are stages: nothing is far away
@@ -244,12 +244,10 @@ def table(results: dict[str, Evaluation]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """``python -m trainers.sb3``."""
-    try:
+    with ends_in_one_line(ValueError, OSError, ImportError):
         config = tyro.cli(Sb3Config, args=arguments, prog="python -m trainers.sb3")
         results = train(config)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    print(table(results))
+        print(table(results))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +18,7 @@ from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.batched import BatchedEnv
 from tokenprune.envs.batched_pettingzoo import BatchedPettingZoo, make_pettingzoo
 from tokenprune.envs.batched_tokens import BatchedTokenPrune
-from tokenprune.envs.datasets import DIGITS, open_images, read_class_names
+from tokenprune.envs.datasets import DIGITS, find_bad_images, open_images, read_class_names
 from tokenprune.envs.game import TokenGame
 from tokenprune.envs.models import create_backbone
 from tokenprune.envs.rewards import make_reward
@@ -52,6 +54,10 @@ class Task(Protocol):
         """What of an iteration's record a progress bar shows."""
         ...
 
+    def played(self) -> str:
+        """What the last iteration was played on, for a message about what went wrong in it."""
+        ...
+
     def report(self, actor: nn.Module, folder: Path) -> dict[str, Any]:
         """Judges the trained actor once and for all, draws the pictures, and returns what to write
         down.
@@ -85,6 +91,15 @@ def load_backbone(config: BackboneSettings) -> nn.Module:
     return model.to(device).to(memory_format=torch.channels_last).requires_grad_(False)
 
 
+def list_bad_images(dataset: str) -> Collection[str]:
+    """The damaged files of a folder, which the standard error output lists; raises what
+    ``find_bad_images`` raises.
+    """
+    bad = find_bad_images(dataset)
+    print(f"{len(bad)} bad images are skipped", *bad.values(), sep="\n", file=sys.stderr)
+    return bad.keys()
+
+
 class TokenPruneTask:
     """Token pruning on a backbone and a dataset."""
 
@@ -101,14 +116,23 @@ class TokenPruneTask:
         game = TokenGame(
             self.backbone, make_reward(config.reward, **options), config.rollouts_per_image
         )
+        self.skipped = list_bad_images(config.dataset) if config.skip_bad_images else ()
         self.env = BatchedTokenPrune(
             game,
-            open_images(config.dataset, "train", self.data_config, augment=config.augment),
+            open_images(
+                config.dataset,
+                "train",
+                self.data_config,
+                augment=config.augment,
+                skip=self.skipped,
+            ),
             config.num_envs,
             config.observation,
             config.alpha_range,
         )
-        self.validation = open_images(config.dataset, "validation", self.data_config)
+        self.validation = open_images(
+            config.dataset, "validation", self.data_config, skip=self.skipped
+        )
 
     def make_actor(self) -> nn.Module:
         attention = None
@@ -150,6 +174,10 @@ class TokenPruneTask:
             f"accuracy {record['accuracy']:.3f} kept {record['keep_ratio']:.3f} "
             f"reward {record['reward']:.3f}"
         )
+
+    def played(self) -> str:
+        images = self.env.indices[:: self.env.rollouts_per_start].tolist()
+        return f"training images {' '.join(map(str, images))}"
 
     def report(self, actor: nn.Module, folder: Path) -> dict[str, Any]:
         from tokenprune.trainers.report import report_pruning
@@ -210,6 +238,9 @@ class PettingZooTask:
 
     def progress(self, record: dict[str, float]) -> str:
         return f"return {record.get('episode_return', float('nan')):.2f}"
+
+    def played(self) -> str:
+        return f"{self.env.num_envs} episodes of {self.config.env}"
 
     def report(self, actor: nn.Module, folder: Path) -> dict[str, Any]:
         from tokenprune.trainers.report import draw_curve

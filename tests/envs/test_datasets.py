@@ -4,6 +4,7 @@ import random
 import socket
 import struct
 import sys
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 from tokenprune.envs import datasets, digits, timm_sources
-from tokenprune.envs.datasets import DatasetError, open_images, read_class_names
+from tokenprune.envs.datasets import DatasetError, find_bad_images, open_images, read_class_names
 
 SIZE = 16
 CONFIG = {
@@ -341,6 +342,97 @@ def test_a_damaged_image_is_named(tmp_path, damage, augment):
     images.load([0, 1])
     with pytest.raises(DatasetError, match=r"test/bee/9\.jpg"):
         images.load([0, 4])
+
+
+def png(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def bomb():
+    """A PNG of a few bytes that says it had 40,000 x 40,000 pixels."""
+    content = bytearray(png(np.zeros((1, 1), np.uint8)))
+    content[16:24] = struct.pack(">2I", 40_000, 40_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)
+
+
+BAD = {
+    "bomb.png": bomb(),
+    "corrupt.png": png(np.zeros((50, 50), np.uint8))[:45] + bytes(9) + b"IEND",
+    "text.jpeg": b"no image",
+    "truncated.jpg": None,
+    "zero.jpg": b"",
+}
+
+
+@pytest.fixture
+def with_bad_images(tmp_path):
+    """A folder of 8 training images and 2 test images, with one of each ``BAD`` beside them."""
+    dataset = make_folder(tmp_path, train=4, val=1, test=1)
+    noise = np.random.RandomState(0).randint(0, 255, (50, 50, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "JPEG")
+    for name, content in BAD.items():
+        where = tmp_path / ("test" if name == "zero.jpg" else "train") / "bee" / name
+        where.write_bytes(buffer.getvalue()[:-900] if content is None else content)
+    return dataset
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_whatever_is_bad_is_named(name, with_bad_images):
+    split = "test" if name == "zero.jpg" else "train"
+    images = open_images(with_bad_images, split, CONFIG)
+    source = images._source._files
+    index = next(i for i, file in enumerate(source) if file.endswith(name))
+    with pytest.raises(DatasetError, match=rf"{split}/bee/{name} can't be read as an image"):
+        images.load([index])
+
+
+def test_bad_images_are_found_and_left_out(with_bad_images):
+    bad = find_bad_images(with_bad_images)
+    assert {file.rpartition("/")[2] for file in bad} == set(BAD)
+    assert all(damage.startswith(file) for file, damage in bad.items())
+    sizes = {}
+    for split in ("train", "validation", "test"):
+        images = open_images(with_bad_images, split, CONFIG, skip=bad)
+        images.load(range(len(images)))
+        sizes[split] = len(images)
+    assert sizes == {"train": 8, "validation": 2, "test": 2}
+
+
+def test_what_is_no_folder_can_not_be_looked_through():
+    with pytest.raises(DatasetError, match="folder:PATH only, not in digits"):
+        find_bad_images("digits")
+
+
+def test_a_class_of_bad_images_only_is_named(tmp_path):
+    dataset = make_folder(tmp_path, train=3, test=3)
+    for file in (tmp_path / "test" / "bee").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"every image of .*test/bee is skipped"):
+        open_images(dataset, "test", CONFIG, skip=find_bad_images(dataset))
+
+
+@pytest.mark.parametrize("kind", ["L", "LA", "1", "P", "CMYK", "I;16"])
+def test_images_of_any_depth_and_colour_come_as_they_look(kind, tmp_path):
+    dataset = make_folder(tmp_path, train=4, test=1)
+    grey = Image.fromarray(np.full((SIZE, SIZE), 100, np.uint8))
+    if kind == "I;16":
+        grey = Image.fromarray(np.full((SIZE, SIZE), 100 * 257, np.uint16))
+    elif kind == "CMYK":
+        grey = Image.new("CMYK", (SIZE, SIZE), (155, 155, 155, 0))
+    elif kind == "1":
+        grey = Image.new("1", (SIZE, SIZE), 1)
+    else:
+        grey = grey.convert(kind)
+    form = "JPEG" if kind == "CMYK" else "PNG"
+    (tmp_path / "test" / "ant" / "0.png").unlink()
+    grey.save(tmp_path / "test" / "ant" / f"0.{form.lower()}", form)
+    loaded, _ = open_images(dataset, "test", CONFIG).load([0])
+    expected = (255 if kind == "1" else 100) / 255
+    assert torch.allclose(loaded, torch.tensor(2 * expected - 1), atol=2 / 255)
 
 
 # --- names ---

@@ -351,6 +351,8 @@ def test_what_can_not_be_resumed_is_named(config):
     contents = {file.name: file.read_bytes() for file in folder.iterdir()}
     described = json.loads(contents["config.json"])
     other = json.dumps(described | {"model_kwargs": MODEL | {"depth": 1}}).encode()
+    for file in Path("runs/r").glob("checkpoint-*"):
+        file.unlink()
     for name, content, message in (
         ("config.json", b'{"epochs": ', "damaged or of another version"),
         ("config.json", b'{"epoques": 3}', "epoques"),

@@ -9,8 +9,12 @@ from safetensors.torch import save_file
 from tokenprune.trainers import checkpoint
 from tokenprune.trainers.checkpoint import (
     FORMAT,
+    FORMAT_WITHOUT_CHECKSUM,
+    KEPT,
     CheckpointError,
+    existing,
     load_checkpoint,
+    load_newest,
     save_checkpoint,
     write_atomically,
     write_json,
@@ -159,6 +163,70 @@ def test_a_file_of_another_kind_is_named(tmp_path):
         load_checkpoint(tmp_path / "w.safetensors")
 
 
+def test_any_flipped_bit_is_noticed(file):
+    save_checkpoint(file, {"epoch": 1, "weights": torch.ones(3), "flag": torch.tensor(True)})
+    content = file.read_bytes()
+    for i in range(len(content)):
+        if content[i : i + 1] == b" ":
+            continue  # fills up the header, and says nothing
+        file.write_bytes(content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
+        with pytest.raises(CheckpointError, match=r"safetensors is (damaged|of format)"):
+            load_checkpoint(file)
+
+
+def test_a_checkpoint_from_before_there_were_checksums_is_read(tmp_path):
+    file = tmp_path / "w.safetensors"
+    skeleton = json.dumps({"$dict": [["a", {"$tensor": "0"}]]})
+    metadata = {"format": FORMAT_WITHOUT_CHECKSUM, "skeleton": skeleton}
+    save_file({"0": torch.ones(2)}, file, metadata=metadata)
+    assert equal(load_checkpoint(file), {"a": torch.ones(2)})
+
+
+# --- the ones before ---
+
+
+def epochs(file):
+    return [load_checkpoint(each)["epoch"] for each in existing(file)]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_the_last_few_are_kept(file, has_links, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    if not has_links:
+        monkeypatch.setattr(checkpoint.os, "link", refuse)
+    assert existing(file) == []
+    for epoch in range(5):
+        save_checkpoint(file, {"epoch": epoch})
+        assert epochs(file) == list(range(epoch, max(epoch - KEPT, -1), -1))
+    assert len(list(file.parent.iterdir())) == KEPT
+
+
+def test_the_newest_sound_one_is_loaded_and_the_damaged_are_named(file, capsys):
+    for epoch in range(3):
+        save_checkpoint(file, {"epoch": epoch})
+    assert load_newest(file) == {"epoch": 2}
+    assert capsys.readouterr().err == ""
+    newest, before, oldest = existing(file)
+    # a new file: the names must not share their content with each other
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert load_newest(file) == {"epoch": 1}
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {newest} is damaged")
+    assert said.endswith(f"; going on from {before}\n")
+    before.unlink()
+    assert load_newest(file) == {"epoch": 0}
+    oldest.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"checkpoint\.safetensors is damaged"):
+        load_newest(file)
+
+
+def test_none_at_all_is_named(file):
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        load_newest(file)
+
+
 # --- writing ---
 
 
@@ -213,11 +281,11 @@ def test_what_a_killed_writer_left_is_cleared(file, monkeypatch):
         context.setattr(checkpoint.Path, "replace", lambda *_: None)
         context.setattr(checkpoint.Path, "unlink", lambda *_, **__: None)
         save_checkpoint(file, {"epoch": 2})
-    assert len(list(file.parent.iterdir())) == 2
+    assert len(list(file.parent.glob(".*"))) == 1
     assert load_checkpoint(file) == {"epoch": 1}
     save_checkpoint(file, {"epoch": 3})
-    assert load_checkpoint(file) == {"epoch": 3}
-    assert list(file.parent.iterdir()) == [file]
+    assert epochs(file)[:2] == [3, 1]
+    assert not list(file.parent.glob(".*"))
 
 
 def test_a_place_that_can_not_be_written_is_named(tmp_path):

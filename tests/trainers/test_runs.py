@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tokenprune.agents.actor_critic import Critic, TokenActor
+from tokenprune.envs.batched_tokens import BatchedTokenPrune
 from tokenprune.envs.models import create_backbone, write_weights
 from tokenprune.trainers import mappo, runs
+from tokenprune.trainers.checkpoint import load_checkpoint
 from tokenprune.trainers.config import MappoConfig, defaults_for
 
 SPREAD = "pettingzoo:mpe2.simple_spread_v3"
@@ -149,7 +152,7 @@ def check_same(folder, other):
     assert names[0] == names[1]
     assert "policy.safetensors" in names[0]
     for name in names[0]:
-        if name != "checkpoint.safetensors":  # the clock's seconds are in there
+        if not name.startswith("checkpoint"):  # the clock's seconds are in there
             assert (folder / name).read_bytes() == (other / name).read_bytes()
     assert metrics(folder) == metrics(other)
     assert report_of(folder) == report_of(other)
@@ -180,14 +183,14 @@ def whole_spread(tmp_path_factory):
         return Path("runs/whole").absolute()
 
 
-# A SIGKILL at the n-th call of a function, in a process of its own for each run.
+# A signal at the n-th call of a function, in a process of its own for each run.
 KILLER = """
-import importlib, json, os, signal, sys
+import importlib, json, os, sys
 import torch
 from tokenprune.trainers import runs
 
 codes = []
-for owner, name, count, arguments in json.loads(sys.argv[1]):
+for owner, name, count, number, arguments in json.loads(sys.argv[1]):
     child = os.fork()
     if child:
         codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
@@ -197,7 +200,7 @@ for owner, name, count, arguments in json.loads(sys.argv[1]):
     def call_or_die(*args, **kwargs):
         calls.append(0)
         if len(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return function(*args, **kwargs)
     setattr(owner, name, call_or_die)
     runs.main(arguments)
@@ -223,7 +226,8 @@ def killed(tmp_path_factory, tokens):
     cwd = tmp_path_factory.mktemp("killed")
     kinds = {"tokens": tokens, "spread": spread}
     scenarios = [
-        (*where, kinds[name.partition("-")[0]](name)) for name, (where, _, _) in KILLS.items()
+        (*where, signal.SIGKILL, kinds[name.partition("-")[0]](name))
+        for name, (where, _, _) in KILLS.items()
     ]
     ended = subprocess.run(
         [sys.executable, "-c", KILLER, json.dumps(scenarios)],
@@ -244,6 +248,60 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(name, killed, whole, whole_
     runs.main([*kind, "--resume", str(folder)])
     check_same(folder, whole_spread if kind else whole)
     assert not list(folder.glob(".*"))
+
+
+# Ctrl-C and SIGTERM in the middle of the fourth iteration: games whose episodes end with an
+# iteration go on from the third, others from the last one after which all began anew
+STOPS = {
+    "tokens-stopped": (signal.SIGTERM, 3),
+    "tokens-interrupted": (signal.SIGINT, 3),
+    "spread-stopped": (signal.SIGTERM, 2),
+}
+
+
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(tokens, whole, whole_spread):
+    kinds = {"tokens": (tokens, whole), "spread": (spread, whole_spread)}
+    scenarios = [
+        ("Adam", "step", 3 * STEPS + 2, number, kinds[name.partition("-")[0]][0](name))
+        for name, (number, _) in STOPS.items()
+    ]
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLER, json.dumps(scenarios)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    codes = [128 + number for number, _ in STOPS.values()]
+    assert ended.stdout.splitlines()[-1:] == [str(codes)], ended.stderr
+    for name, (number, iteration) in STOPS.items():
+        folder = Path("runs") / name
+        assert (
+            f"stopped by {number.name}; iteration {iteration} is saved; "
+            f"go on by --resume {folder}\n"
+        ) in ended.stderr
+        assert iteration_of(folder) == len(metrics(folder)) == iteration
+        kind, _, _ = name.partition("-")
+        runs.main([*(["--env", SPREAD] if kind == "spread" else []), "--resume", str(folder)])
+        check_same(folder, kinds[kind][1])
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_process_that_is_stopped_is_gone_within_5_seconds(tokens):
+    command = [sys.executable, "-m", "tokenprune.trainers.mappo"]
+    command += map(str, tokens("long", iterations=100_000, eval_every=100_000))
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        while not Path("runs/long/metrics.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)  # twice, as from a terminal and from a parent
+        start = time.monotonic()
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert time.monotonic() - start < 5
+    assert process.returncode == 128 + signal.SIGINT
+    assert said.splitlines()[-1].endswith("is saved; go on by --resume runs/long")
+    assert iteration_of(Path("runs/long")) >= COMMON["checkpoint_every"]
 
 
 def test_a_finished_run_is_only_reported_again(whole, monkeypatch, tmp_path):
@@ -274,8 +332,9 @@ def test_another_seed_is_another_run(tokens, whole):
 
 def test_a_run_leaves_its_files(whole):
     assert sorted(file.name for file in whole.iterdir() if "tfevents" not in file.name) == [
-        "checkpoint.safetensors", "config.json", "curve.png", "metrics.jsonl",
-        "policy.safetensors", "pruned.png", "report.json",
+        "checkpoint-1.safetensors", "checkpoint-2.safetensors", "checkpoint.safetensors",
+        "config.json", "curve.png", "metrics.jsonl", "policy.safetensors", "pruned.png",
+        "report.json",
     ]  # fmt: skip
     for name in ("pruned.png", "curve.png"):
         with Image.open(whole / name) as image:
@@ -424,7 +483,9 @@ def edited(**changes):
 def test_what_is_damaged_is_named(name, damage, message, whole, tmp_path):
     folder = tmp_path / "damaged"
     # without what isn't read, so that nothing can be written either
-    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("*.png", "report*", "policy*"))
+    shutil.copytree(
+        whole, folder, ignore=shutil.ignore_patterns("*.png", "report*", "policy*", "checkpoint-*")
+    )
     if damage is None:
         (folder / name).unlink()
     else:
@@ -432,6 +493,20 @@ def test_what_is_damaged_is_named(name, damage, message, whole, tmp_path):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert message in error_of(["--resume", folder])
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(whole, tmp_path, capsys):
+    folder = shutil.copytree(whole, tmp_path / "damaged")
+    content = bytearray((folder / "checkpoint.safetensors").read_bytes())
+    content[-3] ^= 1
+    (folder / "checkpoint.safetensors").write_bytes(content)
+    (folder / "checkpoint-1.safetensors").write_bytes(b"")
+    run(["--resume", str(folder)])
+    said = capsys.readouterr().err
+    for name in ("checkpoint", "checkpoint-1"):
+        assert f"warning: {folder / name}.safetensors is damaged" in said
+    assert f"going on from {folder}/checkpoint-2.safetensors" in said
+    check_same(folder, whole)
 
 
 def test_the_checkpoint_of_another_backbone_is_named(whole, tokens, tmp_path, weights):
@@ -509,7 +584,7 @@ def test_bad_games_are_named_at_once(settings, messages):
 
 
 def iteration_of(folder):
-    return runs.load_checkpoint(folder / "checkpoint.safetensors")["iteration"]
+    return load_checkpoint(folder / "checkpoint.safetensors")["iteration"]
 
 
 @pytest.mark.parametrize(
@@ -540,19 +615,95 @@ def test_a_full_disk_leaves_what_was_there(name, count, tokens, whole, monkeypat
     check_same(folder, whole)
 
 
-def test_a_training_without_finite_losses_keeps_the_last_checkpoint(tokens, monkeypatch):
-    learn, calls = mappo.learn, []
+def poisoned(function, count, poison):
+    """``function``, whose result goes through ``poison`` from the ``count``-th call on."""
+    calls = []
 
-    def diverge(*arguments):
+    def call(*args, **kwargs):
         calls.append(0)
-        losses = learn(*arguments)
-        return losses | ({"policy_loss": math.nan} if len(calls) == 4 else {})
+        result = function(*args, **kwargs)
+        return poison(result) if len(calls) >= count else result
 
-    monkeypatch.setattr(mappo, "learn", diverge)
-    message = error_of(tokens("r"))
-    assert "iteration 4 are not finite" in message
-    assert "--lr" in message
-    assert iteration_of(Path("runs/r")) == 2
+    return call
+
+
+def not_finite(x):
+    return x * math.inf - x * math.inf
+
+
+class NanGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.nan
+
+
+PLAYS = 2  # the stages of an iteration
+# name: which function fails from when on, and how: always in the fourth iteration
+FAULTS = {
+    "reward": (
+        BatchedTokenPrune, "step", 3 * PLAYS + 1,
+        lambda transition: dataclasses.replace(transition, reward=transition.reward / 0),
+    ),
+    "value_loss": (mappo, "value_loss", 3 * STEPS + 1, not_finite),
+    "policy_loss": (mappo, "policy_loss", 3 * STEPS + 1, not_finite),
+    "grad_norm": (mappo, "policy_loss", 3 * STEPS + STEPS, NanGradient.apply),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("term", FAULTS)
+def test_what_is_not_finite_stops_the_run_before_it_is_saved(term, tokens, monkeypatch):
+    owner, name, count, poison = FAULTS[term]
+    critic = {"critic": "local", "critic_hidden": (8,)} if term == "value_loss" else {}
+    reset, played = BatchedTokenPrune.reset, []
+
+    def watch(env, *args):
+        observed = reset(env, *args)
+        played.append(env.indices[::4].tolist())
+        return observed
+
+    with monkeypatch.context() as context:
+        context.setattr(BatchedTokenPrune, "reset", watch)
+        context.setattr(owner, name, poisoned(getattr(owner, name), count, poison))
+        message = error_of(tokens("r", **critic))
+    assert f"error: the {term} of iteration 4 is not finite" in message
+    assert len(played) == 4
+    assert f"playing training images {' '.join(map(str, played[3]))}" in message
+    assert message.endswith("; iteration 3 is saved")
+    assert iteration_of(Path("runs/r")) == 3
+    state = load_checkpoint(Path("runs/r/checkpoint.safetensors"))
+    assert all(tensor.isfinite().all() for tensor in state["learner"].values())
+    # what was saved is what a run without the fault is after three iterations
+    run(["--resume", "runs/r"])
+    run(tokens("sound", **critic))
+    check_same(Path("runs/r"), Path("runs/sound"))
+
+
+def test_other_games_say_what_they_played(monkeypatch):
+    monkeypatch.setattr(mappo, "policy_loss", poisoned(mappo.policy_loss, 1, not_finite))
+    message = error_of(spread("r"))
+    assert f"policy_loss of iteration 1 is not finite, playing 2 episodes of {SPREAD}" in message
+
+
+def test_bad_images_are_named_or_skipped(tokens, photographs, tmp_path, capsys):
+    root = shutil.copytree(photographs.removeprefix("folder:"), tmp_path / "images")
+    for name in ("train/dark/3.png", "test/bright/0.png"):
+        (root / name).write_bytes(b"")
+    changes = {"dataset": f"folder:{root}", "rollouts_per_image": 1, "critic": "local"}
+    message = error_of(tokens("r", num_envs=30, critic_hidden=(8,), **changes))
+    assert f"{root}/train/dark/3.png can't be read as an image" in message
+    shutil.rmtree("runs")
+    capsys.readouterr()
+    run([*tokens("r", num_envs=30, critic_hidden=(8,), **changes), "--skip-bad-images"])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "2 bad images are skipped"
+    assert {line.split(" ")[0] for line in lines[1:3]} == {
+        f"{root}/train/dark/3.png", f"{root}/test/bright/0.png",
+    }  # fmt: skip
+    assert tuple(report_of("runs/r")["policies"]) == POLICIES
 
 
 def test_a_learning_rate_out_of_bounds_is_noticed(tokens):

@@ -1,0 +1,66 @@
+import os
+import signal
+
+import pytest
+
+from tokenprune.trainers.stopping import Stopped, ends_in_one_line, says_how_to_go_on
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+
+
+def handlers():
+    return [signal.getsignal(number) for number in SIGNALS]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_one_line_and_an_exit_code(number, tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    before = handlers()
+    with pytest.raises(SystemExit) as ended, ends_in_one_line(), says_how_to_go_on(tmp_path):
+        os.kill(os.getpid(), number)
+    assert ended.value.code == 128 + number
+    said = capsys.readouterr().err
+    assert said == f"stopped by {number.name}; go on by --resume {tmp_path}\n"
+    assert handlers() == before
+
+
+def test_what_was_not_begun_can_not_be_gone_on_with(tmp_path, capsys):
+    with pytest.raises(SystemExit), ends_in_one_line(), says_how_to_go_on(tmp_path):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert capsys.readouterr().err == "stopped by SIGTERM\n"
+
+
+def test_a_second_signal_does_not_disturb_the_last_checkpoint():
+    saved = []
+
+    def train():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            saved.append(True)
+            raise
+
+    with pytest.raises(SystemExit), ends_in_one_line():
+        train()
+    assert saved == [True]
+
+
+def test_nobody_takes_a_stop_for_an_error_to_recover_from():
+    assert not issubclass(Stopped, Exception)
+
+
+def test_an_expected_error_is_one_line():
+    before = handlers()
+    with pytest.raises(SystemExit) as ended, ends_in_one_line(ValueError, OSError):
+        raise OSError("no\n  such file")
+    assert ended.value.code == "error: no such file"
+    assert handlers() == before
+
+
+def test_other_errors_are_bugs_and_keep_their_traceback():
+    before = handlers()
+    with pytest.raises(ZeroDivisionError), ends_in_one_line(ValueError):
+        _ = 1 / 0
+    assert handlers() == before

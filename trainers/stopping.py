@@ -1,0 +1,60 @@
+"""How a training ends before its time: SIGTERM, Ctrl-C and errors, each in one line."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+EXIT_CODE = 128  # what shells add a signal's number to
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or Ctrl-C; its notes say what is left. No ``Exception``, as nothing is to go on."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = EXIT_CODE + number
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    # a process group may get the signal twice: the second must not stop the last checkpoint
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise Stopped(number)
+
+
+@contextmanager
+def ends_in_one_line(*errors: type[Exception]) -> Iterator[None]:
+    """Surrounds a command: ``errors`` exit with code 1, signals with 128 and their number.
+
+    Signals raise ``Stopped`` wherever the main thread is, in the middle of an iteration too: one
+    may take longer than whoever asked us to stop is going to wait.
+    """
+    before = {each: signal.signal(each, _stop) for each in SIGNALS}
+    try:
+        yield
+    except errors as error:
+        message = "; ".join([str(error), *getattr(error, "__notes__", ())])
+        sys.exit(f"error: {' '.join(message.split())}")
+    except Stopped as stopped:
+        print("; ".join([str(stopped), *getattr(stopped, "__notes__", ())]), file=sys.stderr)
+        sys.exit(stopped.exit_code)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@contextmanager
+def says_how_to_go_on(folder: Path) -> Iterator[None]:
+    """Adds to an interruption how the run in ``folder`` is resumed, if it has been begun."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        if (folder / "config.json").is_file():
+            stopped.add_note(f"go on by --resume {folder}")
+        raise
