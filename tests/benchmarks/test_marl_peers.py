@@ -34,7 +34,9 @@ def threads():
 
 def leftwards(observation):
     """Always action 1."""
-    return torch.nn.functional.one_hot(torch.ones(len(observation), dtype=torch.long), ACTIONS) * 9.0
+    return (
+        torch.nn.functional.one_hot(torch.ones(len(observation), dtype=torch.long), ACTIONS) * 9.0
+    )
 
 
 # --- the judge ---
@@ -218,9 +220,7 @@ def test_a_killed_comparison_goes_on_where_it_stood(tmp_path, monkeypatch):
     file.write_text(whole[:-9])  # the last is measured anew
     first = calls[:2]
     calls.clear()
-    monkeypatch.setattr(
-        marl_peers, "train", lambda *args: calls.append(args[1:4]) or record(*args)
-    )
+    monkeypatch.setattr(marl_peers, "train", lambda *args: calls.append(args[1:4]) or record(*args))
     rows = compare(config)
     assert first == [(0, "simple_spread", "ours-mappo"), (0, "simple_spread", "sb3-ppo")]
     assert [(seed, game) for game, _, seed in calls] == [
@@ -248,9 +248,7 @@ def test_the_table_has_means_and_intervals_ours_first(capsys):
         ["| simple_spread", "ours-mappo"], ["| simple_spread", "sb3-ppo"],
         ["| simple_reference", "ours-mappo"], ["| simple_reference", "sb3-ppo"],
     ]  # fmt: skip
-    assert lines[2].endswith(
-        "| 2 | 40 | -19.50 [-20.00, -19.00] | -20.50 [-21.00, -20.00] | 7 |"
-    )
+    assert lines[2].endswith("| 2 | 40 | -19.50 [-20.00, -19.00] | -20.50 [-21.00, -20.00] | 7 |")
 
 
 def test_the_curves_are_drawn(tmp_path):
