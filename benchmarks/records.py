@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,12 @@ class Records:
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
 
-def read(path: Path) -> list[Record]:
+def read(path: Path, fields: Set[str] = FIELDS) -> list[Record]:
     """The records of a file up to the last whole line.
+
+    Args:
+        path: the file.
+        fields: what each record has at least.
 
     Raises:
         ValueError: a line before that is no record.
@@ -69,7 +73,7 @@ def read(path: Path) -> list[Record]:
     for number, line in enumerate(lines[:-1], start=1):  # behind the last newline nothing is whole
         try:
             row = json.loads(line)
-            missing = FIELDS - row.keys()
+            missing = fields - row.keys()
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path}, line {number} is no record: {error}") from error
         if missing:
