@@ -91,7 +91,7 @@ class BatchedPettingZoo:
         self.num_envs = num_envs
         self.num_agents = len(self._layout.agents)
         self.device = torch.device(device)
-        self.action_space = Discrete(int(self._layout.action_space.n))
+        self.action_space: Discrete = Discrete(int(self._layout.action_space.n))
         self._now = _Frame(num_envs, self._layout, agent_ids)
         self._agent_ids = agent_ids
         self.observation_space = _unbounded(self._now.observation.shape[-1])

@@ -17,7 +17,7 @@ WORTH_MACS = 1 << 22
 MOST_ROWS = 256
 # oneDNN builds a kernel, of about 0.7 MB in 0.8 ms, for each number of rows that it meets: rows are
 # padded to multiples of this, so that it meets few.
-ROW_STEP = 16
+ROW_STEP = 8
 
 _MKLDNN = torch.ops.mkldnn
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(_MKLDNN, "_linear_pointwise")
@@ -64,14 +64,15 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 def mlp(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)`` of a block's MLP; of timm's plain one the first product and its GELU in one."""
-    if type(layer) is not Mlp or layer.training or not runs_by_onednn(layer.fc1, x):
+    parts: Any = layer
+    if type(layer) is not Mlp or layer.training or not runs_by_onednn(parts.fc1, x):
         return layer(x)
     rows, count = _padded(x)
-    if type(layer.act) is nn.GELU:
-        hidden = _onednn(layer.fc1, rows, "gelu", layer.act.approximate)
+    if type(parts.act) is nn.GELU:
+        hidden = _onednn(parts.fc1, rows, "gelu", parts.act.approximate)
     else:
-        hidden = layer.act(_onednn(layer.fc1, rows))
-    out = linear(layer.fc2, layer.norm(hidden))
+        hidden = parts.act(_onednn(parts.fc1, rows))
+    out = linear(parts.fc2, parts.norm(hidden))
     return out[:count].unflatten(0, x.shape[:-1])
 
 

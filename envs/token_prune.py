@@ -123,7 +123,9 @@ class TokenPruneEnv(ParallelEnv):
         self.agents: list[str] = []
         self.state_space = self.batched.state_space
         self._place = {agent: i for i, agent in enumerate(self.possible_agents)}
-        self._action_spaces = {agent: Discrete(2) for agent in self.possible_agents}
+        self._action_spaces: dict[str, Discrete] = {
+            agent: Discrete(2) for agent in self.possible_agents
+        }
         self._normalisation = (tuple(config["mean"]), tuple(config["std"]))
         self._observed: Observed | None = None
         self._history: list[Tensor] = []

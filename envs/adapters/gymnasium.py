@@ -149,7 +149,8 @@ class TokenPruneGym(gymnasium.Env[Any, NDArray[np.int8]]):
             self._info(transition.observed, transition.reward),
         )
 
-    def render(self) -> NDArray[np.uint8]:
+    def render(self) -> Any:
+        """uint8 [H, W, 3]."""
         return self._pictures.draw(self._held.env)[0]
 
     def close(self) -> None:
@@ -225,7 +226,8 @@ class TokenPruneVector(VectorEnv[Any, Any, Any]):
             infos,
         )
 
-    def render(self) -> tuple[NDArray[np.uint8], ...]:
+    def render(self) -> Any:
+        """A uint8 [H, W, 3] for each image."""
         return self._pictures.draw(self._held.env)
 
     def close_extras(self, **kwargs: Any) -> None:

@@ -115,7 +115,7 @@ def test_kernels_are_built_for_few_numbers_of_rows(calls):
         assert mlp(layers[0], x).shape == (rows, 4)
         assert linear(layers[1], x).shape == (rows, 3)
     assert len(calls) == 3 * 256
-    assert {len(rows) for _, rows, *_ in calls} == set(range(16, 257, 16))
+    assert {len(rows) for _, rows, *_ in calls} == set(range(module.ROW_STEP, 257, module.ROW_STEP))
 
 
 @torch.no_grad()
