@@ -12,6 +12,9 @@ from tokenprune.trainers.run_folder import JsonObject
 TOKEN_PRUNE = "token-prune"
 PETTINGZOO_PREFIX = "pettingzoo:"
 
+# that runs of before don't know of: how it was then
+LATER_SETTINGS: dict[str, object] = {"skip_bad_images": False}
+
 CriticKind = Literal["central", "local", "none"]
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -182,6 +185,7 @@ class MappoConfig:
         Raises:
             ValueError: a setting that this version doesn't have, or lacks.
         """
+        values = LATER_SETTINGS | values
         known = {f.name: f for f in dataclasses.fields(MappoConfig)}
         strange = sorted(set(values) ^ set(known))
         if strange:

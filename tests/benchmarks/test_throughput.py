@@ -326,7 +326,7 @@ def tiny_config(**changes):
 
 def test_records_have_all_keys():
     measured = list(measure(tiny_config()))
-    assert [(group[0]["batch_size"], len(group)) for group in measured] == [(1, 6), (2, 6)]
+    assert [(group[0]["batch_size"], len(group)) for group in measured] == [(1, 7), (2, 7)]
     for record in (row for group in measured for row in group):
         assert record.keys() >= KEYS
         assert (record["image_size"], record["device"]) == (64, "cpu")
@@ -391,7 +391,7 @@ def test_the_command_writes_records_and_figure(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["throughput", *arguments])
     throughput.main()
     records = json.loads(out.read_text())
-    assert len(records) == 12
+    assert len(records) == 14
     assert all(record.keys() >= KEYS for record in records)
     assert figure.read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
