@@ -150,8 +150,15 @@ def test_timms_validation_loop_runs_on_it(vit, some_images):
 
     model = pruned(vit)
     config = resolve_model_data_config(model)
+    # without workers: libraries that start processes anew could not send them a local class
     loader = create_loader(
-        Pictures(), batch_size=4, use_prefetcher=False, device=torch.device("cpu"), **config
+        Pictures(),
+        batch_size=4,
+        use_prefetcher=False,
+        device=torch.device("cpu"),
+        num_workers=0,
+        persistent_workers=False,
+        **config,
     )
     scores = [accuracy(model(batch), labels, topk=(1, 5))[1] for batch, labels in loader]
     assert scores == [100.0] * 3  # five classes: the label is among the five best
