@@ -1,4 +1,4 @@
-"""What the runners of other libraries share: their actors as ours, and their runs as pruned ViTs."""
+"""What the runners of other libraries share: their actors as ours, their runs as pruned ViTs."""
 
 import json
 from dataclasses import dataclass
