@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from tokenprune.benchmarks.adapter_speed import adapters, decisions_of, rows
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.batched import Observed
 from tokenprune.envs.batched_tokens import BatchedTokenPrune
-from tokenprune.envs.datasets import open_images
+from tokenprune.envs.datasets import ImageSet, open_images
 from tokenprune.envs.game import TokenGame
 from tokenprune.envs.models import create_backbone
 from tokenprune.envs.token_prune import TokenPruneEnv, pick_device
@@ -38,6 +38,10 @@ from tokenprune.trainers.mappo import Learner, play
 class EnvSpeedConfig:
     """What is measured."""
 
+    backbone: str = "digits_vit"
+    """digits_vit on digits, or any timm model name: with random weights, on noise."""
+    prune_before: tuple[int, ...] = (1, 3)
+    """The stages."""
     images: int = 32
     """Different images a rollout; each is played config.rollouts_per_image times."""
     keep: float = 0.7
@@ -54,6 +58,28 @@ class EnvSpeedConfig:
     """auto, cpu, cuda or mps."""
     out: Path | None = None
     """Also write the figures to this JSON file."""
+
+
+class Noise:
+    """Images of random pixels as an ``ImageSet``: as fast as memory.
+
+    Args:
+        shape: of an image, (C, H, W).
+        size: number of images.
+    """
+
+    num_classes = 1
+    class_names = ("noise",)
+
+    def __init__(self, shape: tuple[int, ...], size: int = 256) -> None:
+        self._pixels = torch.randn(size, *shape, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def load(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        chosen = torch.as_tensor(indices)
+        return self._pixels[chosen], torch.zeros_like(chosen)
 
 
 def random_keeps(game: TokenGame, images: int, keep: float, seed: int) -> list[Tensor]:
@@ -108,14 +134,16 @@ def measure(config: EnvSpeedConfig) -> dict[str, Any]:
     """All figures, from medians of interleaved repetitions."""
     settings = MappoConfig()
     device = pick_device(config.device)
-    model = create_backbone(settings.backbone).to(device)
-    images = open_images(settings.dataset, "train", resolve_model_data_config(model))
-    game = TokenGame(
-        StagedViT(model, settings.prune_before), rollouts_per_image=settings.rollouts_per_image
-    )
+    on_digits = config.backbone == settings.backbone
+    model = create_backbone(config.backbone, untrained=not on_digits).to(device)
+    staged = StagedViT(model, config.prune_before)
+    images: ImageSet = Noise(staged.image_shape)
+    if on_digits:
+        images = open_images(settings.dataset, "train", resolve_model_data_config(model))
+    game = TokenGame(staged, rollouts_per_image=settings.rollouts_per_image)
     episodes = config.images * settings.rollouts_per_image
     env = BatchedTokenPrune(game, images, episodes, settings.observation)
-    single = TokenPruneEnv(model, images, prune_before=settings.prune_before, device=device)
+    single = TokenPruneEnv(model, images, prune_before=config.prune_before, device=device)
     attention = env.field_slices["cls_attention"].start
     torch.manual_seed(0)
     actor = TokenActor(env.observation_space.shape[0], settings.hidden, attention)
@@ -156,13 +184,14 @@ def measure(config: EnvSpeedConfig) -> dict[str, Any]:
             images,
             joint,
             {
-                "prune_before": settings.prune_before,
+                "prune_before": config.prune_before,
                 "observation": settings.observation,
                 "device": device,
             },
         )
         by_adapter[count] = rows(_interleaved(players, config.rounds, device), decisions_of(joint))
     return {
+        "backbone": config.backbone,
         "episodes": episodes,
         "threads": torch.get_num_threads(),
         "device": str(device),
@@ -205,9 +234,9 @@ def _interleaved(
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    config = tyro.cli(EnvSpeedConfig, description=__doc__)
+    config = tyro.cli(EnvSpeedConfig, description=__doc__, args=arguments)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     figures = measure(config)

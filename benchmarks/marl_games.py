@@ -139,6 +139,7 @@ class Curve:
         greedy: mean return there where agents take their likeliest actions.
         sampled: the same where actions are drawn.
         seconds: of the training, between the first evaluation and the last.
+        cpu_seconds: that this process was busy in them, whatever else ran on the machine.
     """
 
     def __init__(self, game: str, settings: Settings, points: int, episodes: int) -> None:
@@ -147,22 +148,24 @@ class Curve:
         self._per_iteration = settings.frames_per_iteration
         self._episodes = episodes
         self._due = {round(point * last / points) for point in range(points + 1)}
-        self._started: float | None = None
+        self._started: tuple[float, float] | None = None
         self.frames: list[int] = []
         self.greedy: list[float] = []
         self.sampled: list[float] = []
-        self.seconds = 0.0
+        self.seconds = self.cpu_seconds = 0.0
 
     def after(self, iteration: int, act: Act) -> None:
         """Evaluates ``act`` if it is time to; to be called from 0 on, after each iteration."""
         if iteration not in self._due:
             return
         if self._started is not None:
-            self.seconds += time.perf_counter() - self._started
+            wall, cpu = self._started
+            self.seconds += time.perf_counter() - wall
+            self.cpu_seconds += time.process_time() - cpu
         self.frames.append(iteration * self._per_iteration)
         for greedy, returns in ((True, self.greedy), (False, self.sampled)):
             returns.append(mean_return(self._game, act, self._episodes, greedy))
-        self._started = time.perf_counter()
+        self._started = time.perf_counter(), time.process_time()
 
 
 Learn = Callable[[str, str, int, Settings, Curve], None]

@@ -34,7 +34,7 @@ from tokenprune.trainers.checkpoint import write_text
 FIGURE = "curves.png"
 FIELDS = {
     "game", "library", "algorithm", "seed", "frames", "points", "greedy", "sampled",
-    "wall_seconds", "threads", "settings", "versions", "command",
+    "wall_seconds", "cpu_seconds", "threads", "settings", "versions", "command",
 }  # fmt: skip
 
 
@@ -140,6 +140,7 @@ def train(
         "greedy": curve.greedy,
         "sampled": curve.sampled,
         "wall_seconds": curve.seconds,
+        "cpu_seconds": curve.cpu_seconds,
         "threads": torch.get_num_threads(),
         "settings": described(config, settings),
         "versions": {package: version(package) for package in packages},
@@ -209,16 +210,16 @@ def grouped(rows: Sequence[Record]) -> dict[str, dict[str, list[Record]]]:
 def table(rows: Sequence[Record]) -> str:
     """A line a game and entrant: what it reached at the end, over the seeds, and how fast."""
     lines = [
-        "| game | entrant | seeds | frames | return, greedy | return, drawn | training, s |",
-        "|---|---|---|---|---|---|---|",
+        "| game | entrant | seeds | frames | return, greedy | return, drawn | seconds | of CPU |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for game, entrants in grouped(rows).items():
         for name, group in entrants.items():
             greedy, sampled = ([row[key][-1] for row in group] for key in ("greedy", "sampled"))
-            seconds = [row["wall_seconds"] for row in group]
+            wall, cpu = ([row[key] for row in group] for key in ("wall_seconds", "cpu_seconds"))
             lines.append(
                 f"| {game} | {name} | {len(group)} | {group[0]['frames']:,} | {cell(greedy)} "
-                f"| {cell(sampled)} | {cell(seconds, digits=0)} |"
+                f"| {cell(sampled)} | {cell(wall, digits=0)} | {cell(cpu, digits=0)} |"
             )
     return "\n".join(lines)
 

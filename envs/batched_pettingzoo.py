@@ -58,6 +58,8 @@ class BatchedPettingZoo:
         device: of all tensors handed out; the environments themselves run on the CPU.
         agent_ids: append the agent's one-hot index [N] to its observation, so that agents which
             share a network can still differ.
+        with_state: ask the environments for their state, which some compute anew each time; without
+            it ``state`` is empty, [B, 0].
 
     Raises:
         TypeError: ``make_env`` makes no ``ParallelEnv``.
@@ -75,6 +77,7 @@ class BatchedPettingZoo:
         num_envs: int,
         device: torch.device | str = "cpu",
         agent_ids: bool = True,
+        with_state: bool = True,
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
@@ -92,8 +95,10 @@ class BatchedPettingZoo:
         self.num_agents = len(self._layout.agents)
         self.device = torch.device(device)
         self.action_space: Discrete = Discrete(int(self._layout.action_space.n))
-        self._now = _Frame(num_envs, self._layout, agent_ids)
-        self._agent_ids = agent_ids
+        self._make_frame = functools.partial(
+            _Frame, num_envs, self._layout, agent_ids=agent_ids, with_state=with_state
+        )
+        self._now = self._make_frame()
         self.observation_space = _unbounded(self._now.observation.shape[-1])
         self.state_space = _unbounded(self._now.state.shape[-1])
         self._index = {agent: i for i, agent in enumerate(self._layout.agents)}
@@ -175,7 +180,7 @@ class BatchedPettingZoo:
             if cut_off:
                 truncated[row] = True
                 if final is None:
-                    final = _Frame(self.num_envs, self._layout, self._agent_ids)
+                    final = self._make_frame()
                 # nobody acts on what was seen last, and its masks may well allow nothing
                 final.write(row, env, cut_off, observations, infos, masked=False)
             else:
@@ -272,7 +277,8 @@ class BatchedPettingZoo:
         exists = (chosen >= 0) & (chosen < count)
         index = np.where(exists, chosen, 0)[..., None]
         allowed = exists & np.take_along_axis(self._now.action_mask, index, axis=-1)[..., 0]
-        for row, i in np.argwhere(self._now.alive & ~allowed):
+        wrong = self._now.alive & ~allowed
+        for row, i in np.argwhere(wrong) if wrong.any() else ():
             choice = np.flatnonzero(self._now.action_mask[row, i]).tolist()
             raise ValueError(
                 f"agent {self._layout.agents[i]!r} in environment {row} can't take action "
@@ -281,6 +287,8 @@ class BatchedPettingZoo:
         return chosen.tolist()
 
     def _check_rewards(self, reward: np.ndarray) -> None:
+        if np.isfinite(reward).all():
+            return
         for row, i in np.argwhere(~np.isfinite(reward)):
             raise ValueError(
                 f"the reward of agent {self._layout.agents[i]!r} in environment {row} is "
@@ -334,12 +342,15 @@ class _Frame:
     Rows that were never written hold zeros, nobody alive, and action 0 allowed.
     """
 
-    def __init__(self, num_envs: int, layout: _Layout, agent_ids: bool) -> None:
+    def __init__(self, num_envs: int, layout: _Layout, agent_ids: bool, with_state: bool) -> None:
         n = len(layout.agents)
         self._layout = layout
+        self._with_state = with_state
+        self._written: list[Sequence[str]] = [()] * num_envs  # whom each row shows
         self._index = {agent: i for i, agent in enumerate(layout.agents)}
         self._size = flatdim(layout.observation_spaces[0])
         state_size = n * self._size if layout.state_space is None else flatdim(layout.state_space)
+        state_size *= with_state
         self._ids = np.eye(n, n if agent_ids else 0, dtype=np.float32)
         self.observation = np.zeros(
             (num_envs, n, self._size + self._ids.shape[1]), dtype=np.float32
@@ -362,10 +373,8 @@ class _Frame:
 
         Where not ``masked``, masks are not read and every action is allowed.
         """
-        self.observation[row] = 0
-        self.alive[row] = False
-        self.action_mask[row] = False
-        self.action_mask[row, :, 0] = True
+        if agents != self._written[row]:
+            self._show(row, agents)
         for agent in agents:
             i = self._index[agent]
             seen = _entry(observations, agent, row, "observation")
@@ -381,8 +390,8 @@ class _Frame:
             if isinstance(seen, Mapping) and not isinstance(space, Dict):
                 seen = seen.get("observation")
             self.observation[row, i, : self._size] = _flat(space, self._size, seen, whose)
-            self.observation[row, i, self._size :] = self._ids[i]
-            self.alive[row, i] = True
+        if not self._with_state:
+            return
         if self._layout.state_space is None:
             self.state[row] = self.observation[row, :, : self._size].reshape(-1)
         else:
@@ -390,6 +399,17 @@ class _Frame:
             self.state[row] = _flat(
                 self._layout.state_space, self.state.shape[1], env.state(), whose
             )
+
+    def _show(self, row: int, agents: Sequence[str]) -> None:
+        """Only ``agents`` are alive in ``row`` from here on."""
+        here = [self._index[agent] for agent in agents]
+        self.observation[row] = 0
+        self.observation[row, here, self._size :] = self._ids[here]
+        self.alive[row] = False
+        self.alive[row, here] = True
+        self.action_mask[row] = False
+        self.action_mask[row, :, 0] = True
+        self._written[row] = list(agents)
 
     def _allowed(self, mask: Any, agent: str, row: int) -> np.ndarray:
         allowed = np.asarray(mask, dtype=bool)
@@ -402,6 +422,8 @@ class _Frame:
 
     def check_finite(self) -> None:
         """Refuses NaN and infinity in what the agents see and in the state."""
+        if np.isfinite(self.observation).all() and np.isfinite(self.state).all():
+            return
         for row, i, at in np.argwhere(~np.isfinite(self.observation)):
             raise ValueError(
                 f"the observation of agent {self._layout.agents[i]!r} in environment {row} is "

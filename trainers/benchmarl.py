@@ -10,28 +10,18 @@ import contextlib
 import dataclasses
 import time
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 import tyro
-from timm.data import resolve_model_data_config
 from torch import nn
 
-from tokenprune.agents.actor_critic import LearnedPolicy
-from tokenprune.agents.heuristics import KeepAll
-from tokenprune.agents.pruned_vit import PrunedViT
 from tokenprune.envs.adapters.benchmarl import TokenPruneTask
 from tokenprune.envs.adapters.common import needs
 from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.datasets import open_images
-from tokenprune.envs.models import create_backbone
-from tokenprune.envs.rewards import make_reward
 from tokenprune.envs.token_prune import pick_device
-from tokenprune.trainers.checkpoint import write_json
-from tokenprune.trainers.evaluation import Evaluation, evaluate
-from tokenprune.trainers.sb3 import table
+from tokenprune.trainers.evaluation import Evaluation
+from tokenprune.trainers.library_run import GAMMA, LibraryConfig, LibraryRun, table
 from tokenprune.trainers.stopping import ends_in_one_line
 
 with needs("benchmarl"):
@@ -49,8 +39,6 @@ with needs("benchmarl"):
     from benchmarl.models.mlp import Mlp, MlpConfig
     from tensordict import TensorDictBase
 
-RUNS = Path("runs")
-GAMMA = 1.0  # an episode has as many steps as there are stages: nothing is far away
 EPOCHS = MINIBATCHES = 4  # of on-policy algorithms, an iteration
 REPLAYED_ITERATIONS = 8  # a frame holds what all tokens of an image see: memory ends soon
 REPLAY_STEPS = 8  # gradient steps of off-policy algorithms, an iteration
@@ -68,43 +56,19 @@ ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
 
 
 @dataclass
-class BenchmarlConfig:
+class BenchmarlConfig(LibraryConfig):
     """BenchMARL on the token-pruning game."""
+
+    library = "benchmarl"
 
     algorithm: Literal["mappo", "ippo", "qmix", "vdn", "iql", "masac", "isac"] = "mappo"
     """Who learns."""
-    backbone: str = "digits_vit"
-    """digits_vit (trained, comes with the package) or any timm model name."""
-    checkpoint: Path | None = None
-    """A file with the backbone's weights."""
-    dataset: str = "digits"
-    """digits, folder:PATH, or a name that timm.data.create_dataset takes."""
-    prune_before: tuple[int, ...] | None = (1, 3)
-    """Blocks, 0-based, before which tokens can be pruned; None: all but the first."""
-    observation: tuple[str, ...] = ("token", "cls", "stage", "cls_attention")
-    """What a token sees: token cls stage position cls_attention alive_fraction budget."""
-    reward: str = "team"
-    """team, markov-game (the paper's) or released-code (what its code computes)."""
-    alpha: float | None = None
-    """Price of the dense model's whole compute; the reward's own default if not given."""
-    num_envs: int = 128
-    """Images that are played at once."""
-    iterations: int = 300
-    """Rounds in which all images are played to the end."""
     minutes: float | None = None
     """Ends the training after so many minutes, even if iterations are left."""
-    lr: float = 1e-3
-    """Adam's learning rate."""
-    hidden: tuple[int, ...] = (64,)
-    """Widths of the hidden layers."""
-    seed: int = 0
-    """Seeds weights, images and actions."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    threads: int | None = None
-    """CPU threads; torch's own choice if not given."""
-    run_name: str | None = None
-    """The run is written to runs/RUN_NAME; a name made of algorithm, seed and time if not given."""
+
+    @property
+    def learner(self) -> str:
+        return self.algorithm
 
 
 class OutOfTime(KeyboardInterrupt):
@@ -143,7 +107,7 @@ def experiment_config(config: BenchmarlConfig, stages: int, folder: Path) -> Exp
     """BenchMARL's own settings of an experiment, with what the game asks of it: rounds of whole
     episodes, and memory for a few of them.
     """
-    frames = config.num_envs * stages
+    frames = config.images * stages
     device = str(pick_device(config.device))
     return dataclasses.replace(
         ExperimentConfig.get_from_yaml(),
@@ -157,11 +121,11 @@ def experiment_config(config: BenchmarlConfig, stages: int, folder: Path) -> Exp
         max_n_frames=None,
         exploration_anneal_frames=max(int(EXPLORING * config.iterations * frames), 1),
         on_policy_collected_frames_per_batch=frames,
-        on_policy_n_envs_per_worker=config.num_envs,
+        on_policy_n_envs_per_worker=config.images,
         on_policy_n_minibatch_iters=EPOCHS,
         on_policy_minibatch_size=max(frames // MINIBATCHES, 1),
         off_policy_collected_frames_per_batch=frames,
-        off_policy_n_envs_per_worker=config.num_envs,
+        off_policy_n_envs_per_worker=config.images,
         off_policy_n_optimizer_steps=REPLAY_STEPS,
         off_policy_train_batch_size=frames,
         off_policy_memory_size=REPLAYED_ITERATIONS * frames,
@@ -220,55 +184,14 @@ def train(config: BenchmarlConfig) -> dict[str, Evaluation]:
         ValueError: an unknown name or a wrong value; the message says which would be right.
         OSError: the run's folder can't be written.
     """
-    for setting in ("num_envs", "iterations", "minutes", "lr"):
-        value = getattr(config, setting)
-        if value is not None and value <= 0:
-            raise ValueError(f"{setting}={value} must be positive")
-    stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
-    name = config.run_name or f"benchmarl-{config.algorithm}-seed{config.seed}-{stamp}"
-    folder = RUNS / name
-    if folder.exists():
-        raise ValueError(f"{folder} exists: give another --run-name")
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    start = time.monotonic()
-    backbone = create_backbone(config.backbone, checkpoint=config.checkpoint).requires_grad_(False)
-    data_config = resolve_model_data_config(backbone)
-    options = {} if config.alpha is None else {"alpha": config.alpha}
-    arguments: dict[str, Any] = {
-        "backbone": backbone,
-        "dataset": open_images(config.dataset, "train", data_config, augment=True),
-        "prune_before": config.prune_before,
-        "observation": config.observation,
-        "reward": make_reward(config.reward, **options),
-    }
-    staged = StagedViT(backbone, config.prune_before)
-    write_json(
-        folder / "config.json",
-        {
-            key: str(v) if isinstance(v, Path) else v
-            for key, v in dataclasses.asdict(config).items()
-        },
-    )
-    experiment = make_experiment(config, TokenPruneTask(config=arguments), folder.resolve())
+    if config.minutes is not None and config.minutes <= 0:
+        raise ValueError(f"minutes={config.minutes} must be positive")
+    begun = LibraryRun(config)
+    begun.create()
+    game = {name: value for name, value in begun.game.items() if name != "device"}
+    experiment = make_experiment(config, TokenPruneTask(config=game), begun.folder.resolve())
     run(experiment)
-
-    policy = LearnedPolicy(actor_of(experiment).eval(), config.observation, staged.num_prefix)
-    test = open_images(config.dataset, "test", data_config)
-    results = {
-        "dense": evaluate(PrunedViT(staged, KeepAll()), test),
-        config.algorithm: evaluate(PrunedViT(staged, policy), test),
-    }
-    write_json(
-        folder / "report.json",
-        {
-            "policies": {name: dataclasses.asdict(result) for name, result in results.items()},
-            "iterations": experiment.n_iters_performed,
-            "seconds": time.monotonic() - start,
-            "seed": config.seed,
-        },
-    )
-    return results
+    return begun.conclude(actor_of(experiment), iterations=experiment.n_iters_performed)
 
 
 def main(arguments: list[str] | None = None) -> None:

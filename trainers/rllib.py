@@ -6,31 +6,19 @@ processes of their own, and judged at the end by what it does when it prunes for
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import tyro
-from timm.data import resolve_model_data_config
 from torch import Tensor
 
-from tokenprune.agents.actor_critic import Actor, Critic, LearnedPolicy
-from tokenprune.agents.heuristics import KeepAll
-from tokenprune.agents.pruned_vit import PrunedViT
+from tokenprune.agents.actor_critic import Actor, Critic
 from tokenprune.envs.adapters.common import needs
 from tokenprune.envs.adapters.rllib import TokenEnvRunner, TokenPruneMulti
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.datasets import open_images
-from tokenprune.envs.models import create_backbone
-from tokenprune.envs.rewards import make_reward
-from tokenprune.envs.token_prune import pick_device
-from tokenprune.trainers.checkpoint import write_json
-from tokenprune.trainers.evaluation import Evaluation, evaluate
-from tokenprune.trainers.sb3 import table
+from tokenprune.trainers.evaluation import Evaluation
+from tokenprune.trainers.library_run import GAMMA, LibraryConfig, LibraryRun, table
 from tokenprune.trainers.stopping import ends_in_one_line
 
 with needs("rllib"):
@@ -42,45 +30,25 @@ with needs("rllib"):
     from ray.rllib.core.rl_module.rl_module import RLModuleSpec
     from ray.rllib.core.rl_module.torch import TorchRLModule
 
-RUNS = Path("runs")
 POLICY = "token"
-GAMMA = 1.0  # an episode has as many steps as there are stages: nothing is far away
 
 
 @dataclass
-class RllibConfig:
+class RllibConfig(LibraryConfig):
     """RLlib's PPO on the token-pruning game."""
 
+    library = "rllib"
+
     num_env_runners: int = 0
-    """Processes that play; 0 plays in the learner's own."""
-    backbone: str = "digits_vit"
-    """digits_vit (trained, comes with the package) or any timm model name."""
-    checkpoint: Path | None = None
-    """A file with the backbone's weights."""
-    dataset: str = "digits"
-    """digits, folder:PATH, or a name that timm.data.create_dataset takes."""
-    prune_before: tuple[int, ...] | None = (1, 3)
-    """Blocks, 0-based, before which tokens can be pruned; None: all but the first."""
-    observation: tuple[str, ...] = ("token", "cls", "stage", "cls_attention")
-    """What a token sees: token cls stage position cls_attention alive_fraction budget."""
-    reward: str = "team"
-    """team, markov-game (the paper's) or released-code (what its code computes)."""
-    alpha: float | None = None
-    """Price of the dense model's whole compute; the reward's own default if not given."""
+    """Processes that play, on CPUs; 0 plays in the learner's own."""
     images: int = 64
     """Images that are played in an iteration, shared out among the processes."""
     iterations: int = 60
     """Rounds in which all images are played to the end."""
-    lr: float = 1e-3
-    """Adam's learning rate."""
-    hidden: tuple[int, ...] = (64,)
-    """Widths of the hidden layers."""
-    seed: int = 0
-    """Seeds weights, images and actions."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps: of the backbone that plays; with processes of their own, cpu."""
-    run_name: str | None = None
-    """The run is written to runs/RUN_NAME; a name made of seed and time if not given."""
+
+    @property
+    def learner(self) -> str:
+        return "ppo"
 
 
 class TokenModule(TorchRLModule, ValueFunctionAPI, InferenceOnlyAPI):
@@ -160,40 +128,18 @@ def train(config: RllibConfig) -> dict[str, Evaluation]:
         ValueError: an unknown name or a wrong value; the message says which would be right.
         OSError: the run's folder can't be written.
     """
-    for setting in ("images", "iterations", "lr"):
-        if getattr(config, setting) <= 0:
-            raise ValueError(f"{setting}={getattr(config, setting)} must be positive")
     if config.num_env_runners < 0:
         raise ValueError(f"num_env_runners={config.num_env_runners} must not be negative")
-    name = config.run_name or f"rllib-ppo-seed{config.seed}-{datetime.now():%Y%m%d-%H%M%S}"
-    folder = RUNS / name
-    if folder.exists():
-        raise ValueError(f"{folder} exists: give another --run-name")
-    start = time.monotonic()
-    backbone = create_backbone(config.backbone, checkpoint=config.checkpoint).requires_grad_(False)
-    data_config = resolve_model_data_config(backbone)
-    options = {} if config.alpha is None else {"alpha": config.alpha}
-    staged = StagedViT(backbone, config.prune_before)
-    game = {
-        "backbone": backbone,
-        "dataset": open_images(config.dataset, "train", data_config, augment=True),
-        "prune_before": config.prune_before,
-        "observation": config.observation,
-        "reward": make_reward(config.reward, **options),
-        # whoever plays in processes of their own gets no GPU from Ray
-        "device": "cpu" if config.num_env_runners else pick_device(config.device),
-    }
+    run = LibraryRun(config)
+    game = run.game
+    if config.num_env_runners:
+        game["device"] = "cpu"  # whoever plays in processes of their own gets no GPU from Ray
     started_here = not ray.is_initialized()
-    algorithm = make_algorithm(config, game, staged.num_patches, staged.num_stages)
+    algorithm = make_algorithm(config, game, run.staged.num_patches, run.staged.num_stages)
     try:
-        write_json(
-            folder / "config.json",
-            {
-                key: str(v) if isinstance(v, Path) else v
-                for key, v in dataclasses.asdict(config).items()
-            },
-        )
-        with (folder / "metrics.jsonl").open("w", encoding="utf-8") as log:
+        run.create()
+        start = time.monotonic()
+        with (run.folder / "metrics.jsonl").open("w", encoding="utf-8") as log:
             for iteration in range(1, config.iterations + 1):
                 played = algorithm.train()["env_runners"]
                 row = {
@@ -205,28 +151,13 @@ def train(config: RllibConfig) -> dict[str, Evaluation]:
                 }
                 log.write(json.dumps(row) + "\n")
                 log.flush()
-        algorithm.save_to_path((folder / "checkpoint").resolve())
-        module = algorithm.get_module(POLICY)
-        policy = LearnedPolicy(module.actor.cpu().eval(), config.observation, staged.num_prefix)
+        algorithm.save_to_path((run.folder / "checkpoint").resolve())
+        actor = algorithm.get_module(POLICY).actor.cpu()
     finally:
         algorithm.stop()
         if started_here:
             ray.shutdown()
-    test = open_images(config.dataset, "test", data_config)
-    staged = StagedViT(backbone.cpu(), config.prune_before)
-    results = {
-        "dense": evaluate(PrunedViT(staged, KeepAll()), test),
-        "ppo": evaluate(PrunedViT(staged, policy), test),
-    }
-    write_json(
-        folder / "report.json",
-        {
-            "policies": {name: dataclasses.asdict(result) for name, result in results.items()},
-            "seconds": time.monotonic() - start,
-            "seed": config.seed,
-        },
-    )
-    return results
+    return run.conclude(actor)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -195,7 +195,9 @@ class PettingZooTask:
             self._make = make_pettingzoo(
                 config.env.removeprefix(PETTINGZOO_PREFIX), **config.env_kwargs
             )
-            self.env: BatchedEnv = BatchedPettingZoo(self._make, config.num_envs, device)
+            self.env: BatchedEnv = BatchedPettingZoo(
+                self._make, config.num_envs, device, with_state=config.critic == "central"
+            )
         # a module that is missing, arguments that the environment doesn't take, no ParallelEnv
         except (ImportError, TypeError, AssertionError) as error:
             raise ValueError(f"{config.env} can't be made: {error}") from error
@@ -207,7 +209,8 @@ class PettingZooTask:
 
     @torch.no_grad()
     def evaluate(self, actor: nn.Module) -> dict[str, float]:
-        env = BatchedPettingZoo(self._make, self.config.num_envs, str(self.env.device))
+        device = str(self.env.device)
+        env = BatchedPettingZoo(self._make, self.config.num_envs, device, with_state=False)
         try:
             return {
                 "validation_episode_return": self._mean_return(env, actor, greedy=True),

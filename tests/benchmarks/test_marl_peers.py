@@ -172,7 +172,7 @@ def record(config, game, entrant, seed, settings):
     return {
         "game": game, "library": entrant.library, "algorithm": entrant.algorithm, "seed": seed,
         "frames": 40, "points": [0, 20, 40], "greedy": [-50.0, -30.0, end],
-        "sampled": [-27.0, -26.0, end - 1], "wall_seconds": 7.0, "threads": 1,
+        "sampled": [-27.0, -26.0, end - 1], "wall_seconds": 7.0, "cpu_seconds": 5.0, "threads": 1,
         "settings": marl_peers.described(config, settings), "versions": {}, "command": "",
     }  # fmt: skip
 
@@ -195,6 +195,7 @@ def test_a_record_says_all_that_was_done(monkeypatch):
     assert (row["library"], row["algorithm"], row["seed"]) == ("ours", "ippo", 4)
     assert (row["frames"], row["points"]) == (32, [0, 16, 32])
     assert len(row["greedy"]) == len(row["sampled"]) == 3
+    assert row["cpu_seconds"] > 0
     assert row["wall_seconds"] > 0
     assert row["versions"].keys() == {"torch", "pettingzoo", "mpe2", "tokenprune"}
     assert row["command"] == "python -m benchmarks.marl_peers --seeds 1"
@@ -248,7 +249,8 @@ def test_the_table_has_means_and_intervals_ours_first(capsys):
         ["| simple_spread", "ours-mappo"], ["| simple_spread", "sb3-ppo"],
         ["| simple_reference", "ours-mappo"], ["| simple_reference", "sb3-ppo"],
     ]  # fmt: skip
-    assert lines[2].endswith("| 2 | 40 | -19.50 [-20.00, -19.00] | -20.50 [-21.00, -20.00] | 7 |")
+    ended = "| 2 | 40 | -19.50 [-20.00, -19.00] | -20.50 [-21.00, -20.00] | 7 | 5 |"
+    assert lines[2].endswith(ended)
 
 
 def test_the_curves_are_drawn(tmp_path):

@@ -68,10 +68,12 @@ def all_end(t, how):
     return {t: dict.fromkeys(Scripted.agent_names, how)}
 
 
-def batched(*scripts, of=Scripted, agent_ids=False):
+def batched(*scripts, of=Scripted, agent_ids=False, **options):
     """One environment for each script, in that order."""
     made = iter([of(script) for script in scripts])
-    return BatchedPettingZoo(lambda: next(made), num_envs=len(scripts), agent_ids=agent_ids)
+    return BatchedPettingZoo(
+        lambda: next(made), num_envs=len(scripts), agent_ids=agent_ids, **options
+    )
 
 
 def zeros(env):
@@ -115,6 +117,18 @@ class WithState(Scripted):
 
     def state(self):
         return np.array([[self.t, 7], [len(self.agents), 9]], dtype=np.float32)
+
+
+def test_without_state_nobody_is_asked_for_one():
+    class Secretive(WithState):
+        def state(self):
+            raise AssertionError
+
+    for of in (Secretive, Scripted):
+        env = batched(all_end(1, TRUNCATED), of=of, with_state=False)
+        assert env.state_space.shape == (0,)
+        assert env.reset(seed=0).state.shape == (1, 0)
+        assert env.step(zeros(env)).final.state.shape == (1, 0)
 
 
 def test_state_is_the_environments_own_where_it_has_one():

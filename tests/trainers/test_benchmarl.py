@@ -10,7 +10,7 @@ pytest.importorskip("benchmarl")
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from tokenprune.envs.adapters.benchmarl import TokenPruneTask
-from tokenprune.trainers import benchmarl
+from tokenprune.trainers import library_run
 from tokenprune.trainers.benchmarl import (
     ALGORITHMS,
     BenchmarlConfig,
@@ -35,7 +35,7 @@ def experiment(task, tmp_path):
 
     def make(algorithm, **settings):
         config = BenchmarlConfig(
-            algorithm=algorithm, num_envs=4, iterations=2, hidden=(8,), device="cpu", **settings
+            algorithm=algorithm, images=4, iterations=2, hidden=(8,), device="cpu", **settings
         )
         return make_experiment(config, task, tmp_path)
 
@@ -87,8 +87,8 @@ def test_a_task_survives_pickling(task):
 
 @pytest.mark.slow
 def test_mappo_learns_to_prune_the_digits(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmarl, "RUNS", tmp_path)
-    main(["--num-envs", "32", "--iterations", "30", "--run-name", "one", "--device", "cpu"])
+    monkeypatch.setattr(library_run, "RUNS", tmp_path)
+    main(["--images", "32", "--iterations", "30", "--run-name", "one", "--device", "cpu"])
     report = json.loads((tmp_path / "one" / "report.json").read_text())
     policies = report["policies"]
     assert report["iterations"] == 30
@@ -101,14 +101,14 @@ def test_mappo_learns_to_prune_the_digits(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--num-envs", "0"], "num_envs=0 must be positive"),
+        (["--images", "0"], "images=0 must be positive"),
         (["--minutes", "-1"], "minutes=-1.0 must be positive"),
         (["--reward", "fame"], "fame"),
         (["--prune-before", "99"], "99"),
     ],
 )
 def test_wrong_settings_end_in_one_line(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr(benchmarl, "RUNS", tmp_path)
+    monkeypatch.setattr(library_run, "RUNS", tmp_path)
     with pytest.raises(SystemExit, match=message) as ended:
         main(arguments)
     assert str(ended.value).startswith("error: ")
@@ -116,7 +116,7 @@ def test_wrong_settings_end_in_one_line(tmp_path, monkeypatch, arguments, messag
 
 
 def test_a_runs_folder_is_not_overwritten(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmarl, "RUNS", tmp_path)
+    monkeypatch.setattr(library_run, "RUNS", tmp_path)
     (tmp_path / "mine").mkdir()
     with pytest.raises(SystemExit, match="give another --run-name"):
         main(["--run-name", "mine"])

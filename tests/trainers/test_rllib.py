@@ -10,7 +10,7 @@ import ray
 import torch
 from ray.rllib.algorithms.ppo import PPO
 
-from tokenprune.trainers import rllib
+from tokenprune.trainers import library_run
 from tokenprune.trainers.rllib import POLICY, RllibConfig, main, make_algorithm
 
 PATCHES, STAGES = 16, (1, 3)
@@ -46,7 +46,7 @@ def test_a_round_plays_new_images_to_the_end_and_moves_the_policy(one_core, vit,
 
 @pytest.mark.slow
 def test_a_run_leaves_its_record_and_a_checkpoint(one_core, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(rllib, "RUNS", tmp_path)
+    monkeypatch.setattr(library_run, "RUNS", tmp_path)
     main(["--images", "8", "--iterations", "2", "--run-name", "one", "--device", "cpu"])
     folder = tmp_path / "one"
     report = json.loads((folder / "report.json").read_text())["policies"]
@@ -73,7 +73,7 @@ def test_a_run_leaves_its_record_and_a_checkpoint(one_core, tmp_path, monkeypatc
     ],
 )
 def test_wrong_settings_end_in_one_line(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr(rllib, "RUNS", tmp_path)
+    monkeypatch.setattr(library_run, "RUNS", tmp_path)
     with pytest.raises(SystemExit, match=message) as ended:
         main(arguments)
     assert str(ended.value).startswith("error: ")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tokenprune.envs.adapters.sb3 import TokenVecEnv
-from tokenprune.trainers import sb3
+from tokenprune.trainers import library_run
 from tokenprune.trainers.sb3 import Sb3Config, TokenDQN, actor_of, main, make_algorithm
 
 PATCHES, STAGES = 16, (1, 3)
@@ -54,7 +54,7 @@ def test_tokens_explore_each_for_itself(env, tmp_path):
 
 @pytest.mark.slow
 def test_ppo_learns_to_prune_the_digits(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sb3, "RUNS", tmp_path)
+    monkeypatch.setattr(library_run, "RUNS", tmp_path)
     main(["--images", "32", "--iterations", "20", "--run-name", "one", "--device", "cpu"])
     report = json.loads((tmp_path / "one" / "report.json").read_text())["policies"]
     assert (tmp_path / "one" / "model.zip").is_file()
@@ -73,7 +73,7 @@ def test_ppo_learns_to_prune_the_digits(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_wrong_settings_end_in_one_line(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr(sb3, "RUNS", tmp_path)
+    monkeypatch.setattr(library_run, "RUNS", tmp_path)
     with pytest.raises(SystemExit, match=message) as ended:
         main(arguments)
     assert str(ended.value).startswith("error: ")
@@ -81,7 +81,7 @@ def test_wrong_settings_end_in_one_line(tmp_path, monkeypatch, arguments, messag
 
 
 def test_a_runs_folder_is_not_overwritten(tmp_path, monkeypatch):
-    monkeypatch.setattr(sb3, "RUNS", tmp_path)
+    monkeypatch.setattr(library_run, "RUNS", tmp_path)
     (tmp_path / "mine").mkdir()
     with pytest.raises(SystemExit, match="give another --run-name"):
         main(["--run-name", "mine"])

@@ -1,0 +1,60 @@
+"""The game's speed is measured, its adapters' too."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from tokenprune.benchmarks import env_speed
+from tokenprune.benchmarks.env_speed import main
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_every_adapter_is_measured_beside_the_bare_game(tmp_path, capsys):
+    file = tmp_path / "speed.json"
+    main(
+        [
+            "--backbone", "test_vit", "--images", "1", "--rounds", "1", "--dict-episodes", "1",
+            "--adapter-images", "1", "2", "--threads", "1", "--device", "cpu",
+            "--out", str(file),
+        ]
+    )  # fmt: skip
+    figures = json.loads(file.read_text())
+    assert json.loads(capsys.readouterr().out) == figures
+    assert (figures["backbone"], figures["threads"]) == ("test_vit", 1)
+    names = {"TokenGame", "gymnasium vector, arrays", "gymnasium vector, tensors", "sb3"}
+    if importlib.util.find_spec("torchrl") is not None:
+        names.add("torchrl")
+    assert figures["adapters"]["2"].keys() == names
+    for rows in figures["adapters"].values():
+        assert rows["TokenGame"]["over_bare_game"] == 1
+        assert all(row["decisions_per_second"] > 0 for row in rows.values())
+    for path in ("rollout", "game", "dict_api"):
+        assert figures[path]["decisions_per_second"] > figures[path]["images_per_second"] > 0
+
+
+def test_times_are_medians_of_what_is_interleaved_without_the_first(monkeypatch):
+    clock = {"now": 0.0}
+    monkeypatch.setattr(env_speed.time, "perf_counter", lambda: clock["now"])
+    order = []
+
+    def variant(name, seconds):
+        taken = iter(seconds)
+
+        def run():
+            order.append(name)
+            clock["now"] += next(taken)
+
+        return run
+
+    variants = {"a": variant("a", [100, 1, 5, 3]), "b": variant("b", [100, 2, 2, 9])}
+    seconds = env_speed._interleaved(variants, 3, torch.device("cpu"))
+    assert seconds == {"a": 3, "b": 2}
+    assert order == ["a", "b"] * 4
