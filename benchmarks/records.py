@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
 from tokenprune.trainers.checkpoint import write_text
@@ -17,6 +18,7 @@ Record = dict[str, Any]
 FILE = "records.jsonl"
 CONFIDENCE = 0.95
 RESAMPLES = 9_999
+CURVE_RESAMPLES = 1_999  # of so many columns at once
 FIELDS = {
     "game", "policy", "seed", "point", "fine_tuned", "accuracy", "dense_accuracy", "gmacs",
     "dense_gmacs", "kept", "left", "speedup", "command",
@@ -48,13 +50,21 @@ class Records:
             )
 
     def has(self, policy: str, seed: int, point: float) -> bool:
-        return any(
-            (row["policy"], row["seed"], row["point"]) == (policy, seed, point) for row in self.rows
-        )
+        return self.find(policy, seed, point) is not None
+
+    def find(self, policy: str, seed: int, point: float) -> Record | None:
+        for row in self.rows:
+            if (row["policy"], row["seed"], row["point"]) == (policy, seed, point):
+                return row
+        return None
 
     def add(self, rows: Sequence[Record]) -> None:
         """Writes all records anew, atomically: readers see whole lines."""
         self.rows += rows
+        self.save()
+
+    def save(self) -> None:
+        """Writes what ``rows`` say by now."""
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
 
@@ -99,6 +109,17 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
             if np.isfinite(found.low) and np.isfinite(found.high):
                 break
     return float(found.low), float(found.high)
+
+
+def intervals(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The bootstrapped 95% confidence interval (percentile) of the mean of each column."""
+    if len(values) < 2:
+        return values[0], values[0]
+    found = bootstrap(
+        (values,), np.mean, confidence_level=CONFIDENCE, n_resamples=CURVE_RESAMPLES,
+        method="percentile", rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    return found.low, found.high
 
 
 def cell(values: Sequence[float], digits: int = 2, unit: str = "") -> str:
