@@ -7,6 +7,7 @@ validation images: ours cost at most what the point says, policies to compare wi
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -68,8 +69,14 @@ def best_schedule(
 ) -> Knobs:
     """Equal lengths; of several ways to spread them over the stages the best of a top-k by
     ``score`` on validation.
+
+    Raises:
+        UnreachableError: with no patch kept it costs more.
     """
     backbone = arena.backbone
+    least = backbone.uniform_macs([0] * backbone.num_stages, pays_attention) / 1e9
+    if least > gmacs:
+        raise UnreachableError(f"with no patch kept it costs {least:.4f} GMACs")
     shapes = [[shape**stage for stage in range(backbone.num_stages)] for shape in SHAPES]
     ways = {
         tuple(tokens)
@@ -230,10 +237,11 @@ def evit(with_fused: bool, arena: Arena, seed: int) -> Contender:
         return Peer(peer, backbone, count(tokens), kept)
 
     def tune(gmacs: float) -> Knobs:
-        enough = [tokens for tokens in schedules if count(tokens) >= gmacs * 1e9]
-        if not enough:
+        # more patches cost more
+        place = bisect_left(schedules, gmacs * 1e9, key=count)
+        if place == len(schedules):
             raise UnreachableError("all of its patches cost less")
-        return {"tokens": list(min(enough, key=count))}
+        return {"tokens": list(schedules[place])}
 
     return Contender(tune, make)
 

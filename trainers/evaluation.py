@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Protocol
 
 import torch
@@ -210,20 +211,16 @@ class Stopwatch:
     """
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        arguments = (theirs, torch.get_num_threads())
-        self._process = context.Process(target=_time, args=arguments, daemon=True)
-        self._process.start()
-        # the child's end is open there alone: should it die, there is nothing to wait for
-        theirs.close()
+        self._process: BaseProcess | None = None
+        self._connection: Connection | None = None
 
     def __enter__(self) -> Stopwatch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._connection.close()  # which ends the process
-        self._process.join()
+        if self._connection is not None and self._process is not None:
+            self._connection.close()  # which ends the process
+            self._process.join()
 
     def round_seconds(
         self, models: Mapping[str, nn.Module], images: Tensor, batch_size: int, rounds: int
@@ -231,13 +228,26 @@ class Stopwatch:
         """As the function of that name; raises RuntimeError where the process dies of it."""
         if images.device.type != "cpu":
             return round_seconds(models, images, batch_size, rounds)
+        connection = self._connected()
         try:
             # not among the process's arguments: PyTorch can't hand so many tensors to one that
             # begins
-            self._connection.send((dict(models), images, batch_size, rounds))
-            return self._connection.recv()
+            connection.send((dict(models), images, batch_size, rounds))
+            return connection.recv()
         except (EOFError, OSError) as error:
             raise RuntimeError("the process that timed the models died") from error
+
+    def _connected(self) -> Connection:
+        """To the process, which begins when it is first needed."""
+        if self._connection is None:
+            context = multiprocessing.get_context("spawn")
+            self._connection, theirs = context.Pipe()
+            arguments = (theirs, torch.get_num_threads())
+            self._process = context.Process(target=_time, args=arguments, daemon=True)
+            self._process.start()
+            # the child's end is open there alone: should it die, there is nothing to wait for
+            theirs.close()
+        return self._connection
 
 
 def speeds_of_fresh_process(

@@ -78,7 +78,10 @@ PICTURES = Pictures(
             [*ROWS, *more("mappo-fine-tuned")],
             ["tradeoff.png", "fine_tuning.png", "knob.png", "adaptive.png"],
         ),
-        (ROWS[:4] + [CURVE, PICTURES], ["tradeoff.png", "pruned.png", "curves.png", "adaptive.png"]),
+        (
+            [*ROWS[:4], CURVE, PICTURES],
+            ["tradeoff.png", "pruned.png", "curves.png", "adaptive.png"],
+        ),
     ],
 )
 def test_what_the_records_show_is_drawn(tmp_path, rows, names):
@@ -98,7 +101,9 @@ def test_what_the_records_show_is_drawn(tmp_path, rows, names):
 def drawn_lines(monkeypatch, draw_figure, *arguments):
     """The lines of a figure by their label."""
     figures = []
-    monkeypatch.setattr("tokenprune.benchmarks.figures.save", lambda figure, _: figures.append(figure))
+    monkeypatch.setattr(
+        "tokenprune.benchmarks.figures.save", lambda figure, _: figures.append(figure)
+    )
     draw_figure(*arguments)
     return {line.get_label(): line for line in figures[0].axes[0].lines}
 
