@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -156,8 +156,10 @@ def compare(config: CompareConfig) -> list[Record]:
         for name in config.policies
         for seed in range(config.seeds if ENTRANTS[name].is_seeded else 1)
     ]
+    # the same for all records of as many images
+    dense_of = cache(lambda size: dense_accuracy(arena.model, test, size))
     for name, seed in field:
-        measure(name, seed, config, records, arena, test)
+        measure(name, seed, config, records, arena, test, dense_of)
     leave_curves(field, config.out, arena)
     leave_pictures(field, config.out, records, arena, test)
     if config.speed:
@@ -166,9 +168,17 @@ def compare(config: CompareConfig) -> list[Record]:
 
 
 def measure(
-    name: str, seed: int, config: CompareConfig, records: Records, arena: Arena, test: ImageSet
+    name: str,
+    seed: int,
+    config: CompareConfig,
+    records: Records,
+    arena: Arena,
+    test: ImageSet,
+    dense_of: Callable[[int], float],
 ) -> None:
-    """Trains a policy where that is due, and judges it at each point that has no record."""
+    """Trains a policy where that is due, and judges it at each point that has no record;
+    ``dense_of`` so many images is the dense model's accuracy on them.
+    """
     entrant = ENTRANTS[name]
     due = [point for point in arena.game.points if not records.has(name, seed, point)]
     if not due:
@@ -193,7 +203,7 @@ def measure(
             **knobs,
             "fine_tuned": entrant.fine_tunes,
             "accuracy": result.accuracy,
-            "dense_accuracy": dense_accuracy(arena.model, test, size),
+            "dense_accuracy": dense_of(size),
             "images": size,
             "gmacs": result.gmacs,
             "dense_gmacs": arena.backbone.dense_macs / 1e9,
@@ -222,7 +232,6 @@ def judged(
     return evaluate(contender.make(knobs), images, size)
 
 
-@lru_cache(maxsize=2)  # it is the same for all records of as many images
 @torch.inference_mode()
 def dense_accuracy(model: nn.Module, images: ImageSet, size: int) -> float:
     """Share of ``size`` images that timm's own model gets right."""

@@ -84,11 +84,11 @@ def best_schedule(
         for tokens in schedules_at(backbone, gmacs, shape, pays_attention)
     }
 
-    def accuracy(tokens: tuple[int, ...]) -> float:
+    def accuracy(tokens: Sequence[int]) -> float:
         model = PrunedViT(backbone, TopK(tokens, score, seed))
         return evaluate(model, arena.validation, arena.size).accuracy
 
-    return {"tokens": list(max(sorted(ways), key=accuracy))}
+    return {"tokens": max(map(list, sorted(ways)), key=accuracy)}
 
 
 def top_k(score: Score, arena: Arena, seed: int) -> Contender:

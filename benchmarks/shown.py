@@ -141,7 +141,7 @@ def take_pictures(
     shown = denormalise(pixels, tuple(data_config["mean"]), tuple(data_config["std"]))
     colours = (shown.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
     before = read_pictures(folder)
-    alive = {}
+    alive: dict[str, NDArray[np.bool_]] = {}
     if before is not None and np.array_equal(before.images, colours):
         alive.update(before.alive)
     on_device = pixels.to(backbone.device)

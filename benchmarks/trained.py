@@ -178,7 +178,7 @@ def one_price_each(ours: Recipe, arena: Arena, seed: int) -> Contender:
         name = f"mappo-each-price-{percent:.0f}"
         price = learned("mappo", ours, arena, seed).tune(gmacs)["budget"]
         run = trained_run(arena, name, seed, changes | {"alpha": float(f"{price:.2g}")}).name
-        return {"run": run} | tuned(arena, load(run), gmacs)
+        return {"run": run, **tuned(arena, load(run), gmacs)}
 
     return Contender(tune, lambda knobs: set_to(load(knobs["run"]), knobs))
 
