@@ -130,7 +130,10 @@ def cell(values: Sequence[float], digits: int = 2, unit: str = "") -> str:
 
 
 def table(rows: Sequence[Record]) -> str:
-    """A line a policy and operating point, over the seeds; the best accuracy of a point first."""
+    """A line a policy and operating point, over the seeds; the best accuracy of a point first. What
+    was judged on fewer images than others says on how many.
+    """
+    most = max((_images(row) for row in rows), default=0)
     lines = [
         "| point | policy | seeds | accuracy | loss | GMACs, % of dense | speed-up |",
         "|---|---|---|---|---|---|---|",
@@ -142,15 +145,21 @@ def table(rows: Sequence[Record]) -> str:
                 groups.setdefault(row["policy"], []).append(row)
         ranked = sorted(groups.items(), key=lambda item: -_mean(item[1], "accuracy"))
         for policy, group in ranked:
+            images = min(_images(row) for row in group)
+            name = policy if images == most else f"{policy} ({images} images)"
             accuracy = [100 * row["accuracy"] for row in group]
             loss = [100 * (row["dense_accuracy"] - row["accuracy"]) for row in group]
             cost = [100 * row["gmacs"] / row["dense_gmacs"] for row in group]
             speeds = [row["speedup"] for row in group if row["speedup"] is not None]
             lines.append(
-                f"| {100 * point:.0f}% | {policy} | {len(group)} | {cell(accuracy)} | {cell(loss)} "
+                f"| {100 * point:.0f}% | {name} | {len(group)} | {cell(accuracy)} | {cell(loss)} "
                 f"| {np.mean(cost):.1f} | {cell(speeds, unit='x') if speeds else 'not timed'} |"
             )
     return "\n".join(lines)
+
+
+def _images(row: Record) -> int:
+    return sum(row["left"])
 
 
 def _mean(rows: Sequence[Record], key: str) -> float:
