@@ -56,7 +56,9 @@ class CompareConfig:
 
     game: str = "digits"
     """digits, cifar10 or imagenet."""
-    policies: tuple[str, ...] = ("mappo", "attention", "threshold", "ats", "random", "norm", "tome")
+    policies: tuple[str, ...] = (
+        "mappo", "dynamic-vit", "attention", "threshold", "ats", "evit", "tome", "random", "norm",
+    )  # fmt: skip
     """Who takes part; an unknown name lists them all."""
     seeds: int = 5
     """Trainings of each policy that learns, and draws of each that is random."""
