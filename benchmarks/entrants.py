@@ -30,8 +30,11 @@ from tokenprune.benchmarks.peers.tome import (
     token_counts,
 )
 from tokenprune.benchmarks.trained import (
+    BENCHMARL,
+    BENCHMARL_MINUTES,
     OURS,
     RECIPES,
+    benchmarl,
     dynamic_vit,
     fine_tuned,
     learned,
@@ -281,6 +284,13 @@ ENTRANTS: Mapping[str, Entrant] = {
     **{
         name: Entrant(recipe.title, partial(learned, name, recipe))
         for name, recipe in RECIPES.items()
+    },
+    **{
+        f"benchmarl-{name}": Entrant(
+            f"BenchMARL's {name.upper()}, {BENCHMARL_MINUTES:g} minutes",
+            partial(benchmarl, f"benchmarl-{name}", name),
+        )
+        for name in BENCHMARL
     },
     "mappo-each-price": Entrant(
         "ours, a training for each operating point", partial(one_price_each, OURS)

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -28,6 +29,8 @@ from tokenprune.trainers.runs import Run, learn
 
 ODDS = (1e-4, 1e4)  # of keep, between which a threshold is looked for
 PRICES_BEYOND = 8.0  # prices are looked for so far beyond those that a policy was trained under
+BENCHMARL_MINUTES = 2.0
+BENCHMARL = ("mappo", "ippo", "qmix", "vdn", "iql", "masac", "isac")
 RUNS_OWN = ("threads", "device", "run", "run_name", "resume")  # settings that change no policy
 
 Stages = Literal["game", "first", "released"]
@@ -266,6 +269,51 @@ def dynamic_vit(name: str, fine_tune: bool, arena: Arena, seed: int) -> Contende
         return {"keep": 1 / bisected(cost, 1.0, patches, gmacs, at_least=True)}
 
     return Contender(tune, make)
+
+
+def benchmarl(name: str, algorithm: str, arena: Arena, seed: int) -> Contender:
+    """An algorithm of BenchMARL, in ``BENCHMARL_MINUTES``; set by the threshold on how much better
+    it thinks of keep.
+    """
+    base, folder = arena.base, arena.runs / f"{name}-{seed}"
+
+    def train() -> None:
+        # an extra: who doesn't compare with it needn't have it
+        from tokenprune.trainers.benchmarl import BenchmarlConfig
+        from tokenprune.trainers.benchmarl import train as train_benchmarl
+
+        if base.pretrained:
+            raise ValueError(f"{name} can't take downloaded weights: give --checkpoint FILE")
+        config = BenchmarlConfig(
+            algorithm=cast("Any", algorithm),
+            minutes=BENCHMARL_MINUTES,
+            backbone=base.backbone,
+            model_kwargs=base.model_kwargs,
+            checkpoint=base.checkpoint,
+            dataset=base.dataset,
+            prune_before=base.prune_before,
+            seed=seed,
+            device=base.device,
+            threads=base.threads,
+            run_name=str(folder.absolute()),
+        )
+        if arena.iterations is not None:
+            config = replace(config, iterations=arena.iterations)
+        check_settings(folder, config.described())
+        if not (folder / RUN_WEIGHTS).is_file():
+            # what was killed can't go on: BenchMARL's own checkpoints come at the end
+            shutil.rmtree(folder, ignore_errors=True)
+            train_benchmarl(config)
+
+    @cache
+    def load() -> PrunedViT:
+        return placed(PrunedViT.from_run(folder), arena)
+
+    def tune(gmacs: float) -> Knobs:
+        train()
+        return tuned(arena, load(), gmacs)
+
+    return Contender(tune, lambda knobs: set_to(load(), knobs))
 
 
 # --- who there is ---

@@ -84,6 +84,29 @@ def test_ours_spend_at_most_as_much(arena, name, monkeypatch):
         assert knobs == {knob: getattr(pruned.policy, knob)}
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_another_librarys_algorithm_is_trained_once_and_set_by_its_threshold(arena, monkeypatch):
+    pytest.importorskip("benchmarl")
+    from tokenprune.trainers import benchmarl
+
+    trainings = []
+    original = benchmarl.train
+    monkeypatch.setattr(
+        benchmarl, "train", lambda config: trainings.append(config) or original(config)
+    )
+    (arena.runs / "benchmarl-iql-3").mkdir(parents=True)  # killed before it wrote anything
+    contender = ENTRANTS["benchmarl-iql"].open(arena, 3)
+    for point in (0.4, 0.7):
+        target = arena.gmacs_at(point)
+        knobs = contender.tune(target)
+        assert evaluate(contender.make(knobs), arena.validation, arena.size).gmacs <= target
+    assert [(config.algorithm, config.seed, config.iterations) for config in trainings] == [
+        ("iql", 3, 1)
+    ]
+    with pytest.raises(ValueError, match="other settings"):
+        ENTRANTS["benchmarl-iql"].open(replace(arena, iterations=2), 3).tune(1.0)
+
+
 def test_what_can_not_be_so_cheap_is_not_there(arena):
     for name in ("attention", "random", "oracle"):
         with pytest.raises(UnreachableError, match="no patch kept"):
