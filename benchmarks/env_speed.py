@@ -69,7 +69,7 @@ class Noise:
     """
 
     num_classes = 1
-    class_names = ("noise",)
+    class_names: tuple[str, ...] = ("noise",)
 
     def __init__(self, shape: tuple[int, ...], size: int = 256) -> None:
         self._pixels = torch.randn(size, *shape, generator=torch.Generator().manual_seed(0))
