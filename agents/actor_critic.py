@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from tokenprune.envs.observations import Rows, View, field_size
 
 HIDDEN_GAIN = math.sqrt(2)
 POLICY_GAIN = 0.01  # MAPPO: a first policy that is nearly uniform
+PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)  # their roots are irrational
 PRIOR_FLOOR = 1e-3  # class attention times N below which the prior falls no further
 
 
@@ -165,6 +167,27 @@ class Critic(nn.Module):
         return self.net(inputs).squeeze(-1)
 
 
+@cache
+def dither_levels(height: int, width: int, stage: int, device: torch.device) -> Tensor:
+    """Levels between 0 and 1, each once, for the patches of a grid: every neighbourhood has low and
+    high ones, and which a patch has at one stage says nothing of the next.
+
+    The ranks of a Kronecker sequence over rows and columns (Roberts 2018, "The unreasonable
+    effectiveness of quasirandom sequences"), with irrational steps of its own for each stage.
+
+    Returns:
+        float32 [height * width], row by row.
+    """
+    down, right = (math.sqrt(PRIMES[(2 * stage + i) % len(PRIMES)]) for i in range(2))
+    rows, columns = torch.meshgrid(
+        torch.arange(height, dtype=torch.float64),
+        torch.arange(width, dtype=torch.float64),
+        indexing="ij",
+    )
+    phase = (rows * down + columns * right).frac().flatten()
+    return ((phase.argsort().argsort().float() + 0.5) / len(phase)).to(device)
+
+
 class LearnedPolicy(nn.Module):
     """A trained actor as a ``Policy``: keeps a patch whose probability of keep is high enough.
 
@@ -176,6 +199,10 @@ class LearnedPolicy(nn.Module):
             the fewer patches stay. Can be set anew at any time.
         threshold: probability of keep above which a patch stays; 0.5 keeps it where that is the
             likelier action. Can be set anew at any time.
+        dither: let the threshold vary from patch to patch and stage to stage, as much as a draw
+            would, in a pattern that neighbours share out evenly. Alike patches, which one threshold
+            keeps or prunes all together, then stay in the share that their probability says, spread
+            over the image; the same ones each time. Can be set anew at any time.
 
     Raises:
         ValueError: a price that is not positive, none for an actor that observes one, or one for an
@@ -189,9 +216,11 @@ class LearnedPolicy(nn.Module):
         num_prefix: int | None = None,
         budget: float | None = None,
         threshold: float = 0.5,
+        dither: bool = False,
     ) -> None:
         super().__init__()
         self.actor = actor
+        self.dither = dither
         self.fields = tuple(fields)
         self.num_prefix = num_prefix
         self.needs_attention = "cls_attention" in self.fields
@@ -268,12 +297,16 @@ class LearnedPolicy(nn.Module):
         # a sum is finite only where all its terms are, and asks the device but once
         if not math.isfinite(margin.sum()):
             raise ValueError("the policy's logits are not finite: check its weights and the images")
-        keep = self.stays(margin)
-        return view.scatter(keep) if rows is None else view.at_patches(keep)
+        return self.keep(view, view.scatter(margin) if rows is None else view.at_patches(margin))
 
-    def stays(self, margin: Tensor) -> Tensor:
-        """Who stays by how much likelier keep is than prune, bool [R]."""
-        return margin > math.log(self.threshold / (1 - self.threshold))
+    def keep(self, view: View, margin: Tensor) -> Tensor:
+        """Who stays by how much likelier keep is than prune: float [B, N], read where a patch
+        lives, -> bool [B, N].
+        """
+        if self.dither:
+            height, width = view.backbone.grid_size
+            margin = margin - dither_levels(height, width, view.stage, margin.device).logit()
+        return (margin > math.log(self.threshold / (1 - self.threshold))) & view.alive
 
     def logits(self, view: View) -> Tensor:
         """The actor's logits for the living patches, [R, 2]."""

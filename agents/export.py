@@ -77,7 +77,7 @@ class OneImage(nn.Module):
     def _decide(self, view: View) -> Tensor:
         view = self.policy.priced(view)
         logits = self.policy.logits(view)
-        return view.scatter(self.policy.stays(logits[:, 1] - logits[:, 0]))
+        return self.policy.keep(view, view.scatter(logits[:, 1] - logits[:, 0]))
 
     def _prune(self, tokens: Tokens, keep: Tensor) -> Tokens:
         prefix = self.backbone.num_prefix

@@ -113,6 +113,7 @@ def describe_policy(policy: Policy) -> dict[str, Any]:
             "attention_prior": policy.actor.attention is not None,
             "budget": policy.budget,
             "threshold": policy.threshold,
+            "dither": policy.dither,
         }
     if isinstance(policy, DynamicViTPolicy):
         return {"kind": "dynamic-vit", "keep": policy.keep, "hidden": policy.hidden}
@@ -140,6 +141,7 @@ def make_policy(described: Mapping[str, Any], backbone: StagedViT) -> Policy:
         described.get("budget"),
     )
     policy.threshold = described.get("threshold", 0.5)
+    policy.dither = described.get("dither", False)
     return policy
 
 

@@ -25,6 +25,8 @@ class Game:
         released_stages: three stages like RL4EViT's (3, 6, 9) of 12.
         points: operating points, shares of the dense model's compute.
         alpha_range: prices that a policy for many budgets is trained under.
+        dithers: whether policies of ours may dither, where that is better on validation: in
+            photographs neighbours are alike.
         training: further options of ``trainers.mappo``.
         fine_tuning: options of ``trainers.finetune``.
     """
@@ -37,6 +39,7 @@ class Game:
     released_stages: tuple[int, ...]
     points: tuple[float, ...]
     alpha_range: tuple[float, float]
+    dithers: bool = False
     training: Mapping[str, Any] = field(default_factory=dict)
     fine_tuning: Mapping[str, Any] = field(default_factory=dict)
 
@@ -87,6 +90,7 @@ GAMES: Mapping[str, Game] = {
             released_stages=(2, 4, 6),
             points=(0.5, 0.6, 0.7, 0.8),
             alpha_range=(0.05, 1.0),
+            dithers=True,
             # the augmentation that the backbone learned with
             fine_tuning={"augmentation": {"scale": [0.5, 1], "color_jitter": 0.0}},
         ),
@@ -99,6 +103,7 @@ GAMES: Mapping[str, Game] = {
             released_stages=(3, 6, 9),
             points=(0.5, 0.6, 0.7, 0.8),
             alpha_range=(0.05, 1.0),
+            dithers=True,
             training={"eval_every": 250, "eval_size": 5_000},
             fine_tuning={"epochs": 1, "epoch_size": 1_300_000},
         ),

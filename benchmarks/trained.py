@@ -19,10 +19,11 @@ from tokenprune.agents.actor_critic import LearnedPolicy
 from tokenprune.agents.dynamic_vit import DynamicViTPolicy
 from tokenprune.agents.pruned_vit import PrunedViT
 from tokenprune.agents.saved import RUN_WEIGHTS
-from tokenprune.benchmarks.arena import Arena, Contender, Knobs, bisected
+from tokenprune.benchmarks.arena import Arena, Contender, Knobs, UnreachableError, bisected
 from tokenprune.trainers import finetune
 from tokenprune.trainers.dynamic_vit import DynamicViTConfig
 from tokenprune.trainers.dynamic_vit_run import execute as train_dynamic_vit
+from tokenprune.trainers.evaluation import evaluate
 from tokenprune.trainers.finetune import FinetuneConfig
 from tokenprune.trainers.run_folder import RunFolder, describe
 from tokenprune.trainers.runs import Run, learn
@@ -114,7 +115,9 @@ def placed(model: PrunedViT, arena: Arena) -> PrunedViT:
 
 
 def set_to(model: PrunedViT, knobs: Knobs) -> PrunedViT:
-    """The same networks under the ``budget`` or the ``threshold`` of ``knobs``."""
+    """The same networks under the ``budget`` or the ``threshold`` of ``knobs``, and its
+    ``dither``.
+    """
     policy = model.policy
     assert isinstance(policy, LearnedPolicy)
     prices = "budget" in policy.fields
@@ -124,14 +127,33 @@ def set_to(model: PrunedViT, knobs: Knobs) -> PrunedViT:
         policy.num_prefix,
         knobs["budget"] if prices else None,
         0.5 if prices else knobs["threshold"],
+        knobs.get("dither", False),
     )
     return PrunedViT(model.backbone, own)
 
 
 def tuned(arena: Arena, model: PrunedViT, gmacs: float) -> Knobs:
     """The price at which ``model`` costs no more than ``gmacs``; the threshold where it was trained
-    for one price.
+    for one price. Where the game has alike neighbours, with ``dither`` if that is better on
+    validation.
     """
+    if not arena.game.dithers:
+        return _tuned(arena, model, gmacs, {})
+    ways = []
+    for dither in (False, True):
+        try:
+            ways.append(_tuned(arena, model, gmacs, {"dither": dither}))
+        except UnreachableError:
+            # one way may not come so low; that neither does is the other's to say
+            if dither and not ways:
+                raise
+    return max(
+        ways,
+        key=lambda knobs: evaluate(set_to(model, knobs), arena.validation, arena.size).accuracy,
+    )
+
+
+def _tuned(arena: Arena, model: PrunedViT, gmacs: float, shared: Knobs) -> Knobs:
     policy = model.policy
     assert isinstance(policy, LearnedPolicy)
     low, high = ODDS
@@ -140,9 +162,9 @@ def tuned(arena: Arena, model: PrunedViT, gmacs: float) -> Knobs:
         low, high = low / PRICES_BEYOND, high * PRICES_BEYOND
 
     def knobs(value: float) -> Knobs:
-        return (
-            {"budget": value} if "budget" in policy.fields else {"threshold": value / (1 + value)}
-        )
+        if "budget" in policy.fields:
+            return {"budget": value, **shared}
+        return {"threshold": value / (1 + value), **shared}
 
     def cost(value: float) -> float:
         return arena.gmacs_of(set_to(model, knobs(value)))

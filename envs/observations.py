@@ -300,12 +300,12 @@ class View:
             start += values.shape[1]
         return Rows(tuple(shown), layout)
 
-    def at_patches(self, flags: Tensor) -> Tensor:
-        """Flags of packed rows, bool [S], at the living patches they stand for, [B, N]; False
-        elsewhere.
+    def at_patches(self, values: Tensor) -> Tensor:
+        """Values of packed rows, [S], at the patches they stand for, [B, N]; anything where no
+        patch lives.
         """
         row = self._tokens.row.view(len(self.alive), self.backbone.num_slots)
-        return flags[row[:, self.backbone.num_prefix :]] & self.alive
+        return values[row[:, self.backbone.num_prefix :]]
 
     def distinct(self, fields: Sequence[str]) -> tuple[Tensor, Tensor]:
         """``living`` without what episodes that begin alike repeat.

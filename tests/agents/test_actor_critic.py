@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from tokenprune.agents import LearnedPolicy, Policy, TokenActor
-from tokenprune.agents.actor_critic import POLICY_GAIN, PRIOR_FLOOR, Actor, Critic, mlp
+from tokenprune.agents.actor_critic import (
+    POLICY_GAIN,
+    PRIOR_FLOOR,
+    Actor,
+    Critic,
+    dither_levels,
+    mlp,
+)
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.observations import View, field_slices
 
@@ -187,11 +194,51 @@ def test_packed_rows_are_judged_as_if_fields_were_joined(
         assert margin.shape == (len(now.x),)
         living = margin[now.row.view(len(which), -1)[:, 1:]][view.alive]
         torch.testing.assert_close(living, keep - prune, rtol=1e-4, atol=1e-4)
-        expected = view.scatter(policy.stays(keep - prune))
+        expected = policy.keep(view, view.scatter(keep - prune))
         assert "token" not in fields or (keep - prune).std() > 0.1
         with monkeypatch.context() as patch:
             patch.setattr(View, "living", None)
             assert torch.equal(policy(view), expected)
+
+
+@torch.no_grad()
+def test_dither_keeps_alike_patches_in_the_share_of_their_probability(vit, some_images):
+    """Spread over the image, other ones at the next stage; packed and masked alike."""
+    backbone = StagedViT(vit, (1, 3))
+    images = some_images.load(range(4))[0]
+    actor = TokenActor(2, (4,), None)
+    for parameter in actor.parameters():
+        torch.nn.init.zeros_(parameter)
+    policy = LearnedPolicy(actor, ("stage",), dither=True)
+    for share in (0.25, 0.5, 0.75):
+        actor.keep_bias.fill_(torch.tensor(share).logit() / actor.PRIOR_SPEED)
+        decided = {}
+        for execution in ("packed", "masked"):
+            tokens = backbone.begin(images, execution=execution)
+            first = policy(View(backbone, tokens, 0, torch.zeros(4)))
+            after = backbone.advance(tokens, first, 0)
+            second = policy(View(backbone, after, 1, torch.zeros(4)))
+            decided[execution] = torch.stack([first, second])
+        assert torch.equal(decided["packed"], decided["masked"])
+        first, second = decided["packed"]
+        assert (first.sum(1) == share * 16).all()
+        # each half of the image has its part
+        assert (first.unflatten(1, (2, 8)).sum(2) >= share * 8 - 1).all()
+        assert not (second & ~first).any()
+        assert 0 < second.sum() < first.sum()
+    policy.dither = False
+    kept = policy(View(backbone, backbone.begin(images), 0, torch.zeros(4)))
+    assert kept.all()  # all together
+
+
+def test_every_patch_has_a_level_of_its_own():
+    for height, width in ((4, 4), (8, 8), (14, 14), (5, 9)):
+        for stage in range(8):
+            levels = dither_levels(height, width, stage, torch.device("cpu"))
+            count = height * width
+            expected = (torch.arange(count) + 0.5) / count
+            torch.testing.assert_close(levels.sort().values, expected)
+            assert levels.logit().isfinite().all()
 
 
 @torch.no_grad()
@@ -203,7 +250,7 @@ def test_what_rows_do_not_show_is_gathered(views, fields):
         policy = full_policy(view.backbone, fields)
         assert policy.priced(view).rows(fields) is None
         prune, keep = policy.logits(policy.priced(view)).unbind(1)
-        assert torch.equal(policy(view), view.scatter(policy.stays(keep - prune)))
+        assert torch.equal(policy(view), policy.keep(view, view.scatter(keep - prune)))
 
 
 @torch.no_grad()

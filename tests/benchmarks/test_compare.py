@@ -60,9 +60,11 @@ def test_who_is_compared_with_spends_at_least_as_much(arena, name):
     assert target <= spent < 1.06 * target
 
 
+@pytest.mark.parametrize("dithers", [False, True])
 @pytest.mark.parametrize("name", ["mappo", "mappo-one-price"])
-def test_ours_spend_at_most_as_much(arena, name, monkeypatch):
+def test_ours_spend_at_most_as_much(arena, name, dithers, monkeypatch):
     """With an actor whose patches differ: price and threshold both move what it costs."""
+    arena = replace(arena, game=replace(arena.game, dithers=dithers))
     recipe = RECIPES[name]
     folder = trained.trained_run(arena, name, 0, recipe.settings(arena))
     model = PrunedViT.from_run(folder)
@@ -81,7 +83,9 @@ def test_ours_spend_at_most_as_much(arena, name, monkeypatch):
         spent = evaluate(pruned, arena.validation, arena.size).gmacs
         assert 0.85 * target < spent <= target
         knob = "budget" if recipe.many_prices else "threshold"
-        assert knobs == {knob: getattr(pruned.policy, knob)}
+        assert knobs == {knob: getattr(pruned.policy, knob)} | (
+            {"dither": pruned.policy.dither} if dithers else {}
+        )
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
