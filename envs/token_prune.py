@@ -41,9 +41,11 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        torch.zeros(1, device=chosen).cpu()  # "meta" can be made, but holds nothing
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {str(device)!r} can't be used here: {error}") from error
+        # what follows is for those who develop PyTorch, and thousands of characters long
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise ValueError(f"device {str(device)!r} can't be used here: {reason}") from error
     return chosen
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from tokenprune.envs.rewards import LARGEST_NUMBER
 from tokenprune.trainers.run_folder import JsonObject
 
 TOKEN_PRUNE = "token-prune"
@@ -141,8 +142,12 @@ class MappoConfig:
         self._check_positive("lr", "clip", "huber_delta", "max_grad_norm")
         self._check_share("gamma", "gae_lambda")
         for name in ("entropy", "value_weight", "attention_prior"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be a number of at least 0")
+            if not 0 <= getattr(self, name) <= LARGEST_NUMBER:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be a number from 0 to {LARGEST_NUMBER:g}"
+                )
+        if not abs(self.keep_bias) <= LARGEST_NUMBER:
+            raise ValueError(f"keep_bias={self.keep_bias} must be a number a logit can be")
         for name in ("hidden", "critic_hidden"):
             if any(not 1 <= width <= LARGEST_WIDTH for width in getattr(self, name)):
                 raise ValueError(
@@ -182,8 +187,10 @@ class MappoConfig:
 
     def _check_positive(self, *names: str) -> None:
         for name in names:
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+            if not 0 < getattr(self, name) <= LARGEST_NUMBER:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be positive, and at most {LARGEST_NUMBER:g}"
+                )
 
     def _check_share(self, *names: str) -> None:
         for name in names:

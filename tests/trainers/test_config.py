@@ -150,11 +150,12 @@ def test_settings_of_a_wrong_type_are_named(name, value):
         ("seed", -1),
         ("seed", 2**32),
         *((name, value) for name in ("lr", "clip", "huber_delta", "max_grad_norm")
-          for value in (0.0, -1.0, float("inf"), float("nan"))),
+          for value in (0.0, -1.0, 1e300, float("inf"), float("nan"))),
         *((name, value) for name in ("gamma", "gae_lambda")
           for value in (-0.1, 1.1, float("nan"))),
-        *((name, value) for name in ("entropy", "value_weight")
-          for value in (-0.1, float("inf"), float("nan"))),
+        *((name, value) for name in ("entropy", "value_weight", "attention_prior")
+          for value in (-0.1, 1e300, float("inf"), float("nan"))),
+        *(("keep_bias", value) for value in (-1e300, float("inf"), float("nan"))),
         ("hidden", (32, 0)),
         ("hidden", (32, 10**6)),
         ("critic_hidden", (-1,)),
