@@ -42,7 +42,7 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     try:
         chosen = torch.device(device)
         torch.zeros(1, device=chosen).cpu()  # "meta" can be made, but holds nothing
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         # what follows is for those who develop PyTorch, and thousands of characters long
         reason = str(error).splitlines()[0].partition(". ")[0]
         raise ValueError(f"device {str(device)!r} can't be used here: {reason}") from error
