@@ -1,5 +1,7 @@
 """TokenGame: the rules, whole episodes in both executions, and what it refuses."""
 
+import copy
+
 import pytest
 import torch
 
@@ -160,6 +162,19 @@ def test_a_game_may_begin_again_at_any_time(game, batch, keeps):
     game.reset(images.flip(0), labels.flip(0))
     game.step(keep[0])
     assert_same(play(game, images, labels, keep), expected)
+
+
+def test_a_copy_goes_on_alone_on_the_same_backbone(game, batch, keeps):
+    images, labels = batch
+    keep = keeps(BATCH, len(STAGES), PATCHES)
+    expected = play(game, images, labels, keep)
+    begun = [game.reset(images, labels), game.step(keep[0])]
+    twin, again = copy.deepcopy([game, game])
+    assert twin is again is not game
+    assert twin.backbone is game.backbone
+    other = [game.step(~decision) for decision in keep[1:]]
+    assert_same([*begun, *(twin.step(decision) for decision in keep[1:])], expected)
+    assert not torch.equal(other[-1].alive, expected[-1].alive)
 
 
 # --- several rollouts of one image ---

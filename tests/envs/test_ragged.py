@@ -197,3 +197,30 @@ def test_without_first(lengths, count):
     torch.testing.assert_close(
         layout.mean(rest), layout_of(layout.lengths.tolist()).mean(rest), rtol=0, atol=0
     )
+
+
+# --- devices ---
+
+
+@pytest.mark.parametrize("lengths", [[3, 1, 4], [2, 2], [70, 5, 5, 6]])
+def test_everything_is_made_on_the_device_of_the_rows(lengths):
+    """ "meta" stands for a GPU: like one, it refuses to meet what was left on the CPU."""
+    meta = torch.device("meta")
+    layout = Layout.of(np.array(lengths, np.int64), HEADS * SIZE, meta)
+    assert {layout.first.device, layout.image.device, layout.bounds.device} == {meta}
+    assert layout.buckets.device == CPU
+    rows = torch.empty(sum(lengths), 6, device=meta)
+    rest, without = layout.without_first(rows, 1)
+    padded, valid = layout.pad(rows)
+    q, k = (torch.empty(n, HEADS, SIZE, device=meta) for n in (len(lengths), sum(lengths)))
+    for made in (
+        layout.mean(rows),
+        layout.max(rows),
+        padded,
+        valid,
+        rest,
+        without.image,
+        attention(k, k, k, layout),
+        first_row_attention(q, k, layout),
+    ):
+        assert made.device == meta

@@ -167,6 +167,13 @@ def test_released_code_has_the_numbers_of_the_code():
     assert ReleasedCodeReward() == ReleasedCodeReward(pot=24.0, keep=0.7)
 
 
+def test_nothing_is_blamed_where_everybody_is_to_stay_and_does():
+    reward = ReleasedCodeReward(keep=1.0)
+    assert not reward.stage(stage([[1, 1], [1, 1]], [[1, 1], [1, 1]])).any()
+    pruned = reward.stage(stage([[1, 1], [1, 1]], [[1, 0], [1, 1]]))
+    assert_pays(pruned, [0.0, -math.exp(0.5)], [0.0, 0.0])
+
+
 # --- by name ---
 
 
@@ -183,8 +190,9 @@ def test_an_unknown_reward_is_refused():
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_an_unknown_option_is_refused(name):
-    with pytest.raises(ValueError, match=f"'{name}' has no gamma: it takes .*alpha"):
-        make_reward(name, gamma=1.0)
+    known = ", ".join(sorted(vars(REWARDS[name]())))
+    with pytest.raises(ValueError, match=f"'{name}' has no gamma, lam: it takes {known}$"):
+        make_reward(name, lam=0.5, gamma=1.0)
 
 
 @pytest.mark.parametrize(
