@@ -8,7 +8,12 @@ import torch
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.game import GameError, TokenGame
 from tokenprune.envs.observations import FIELDS
-from tokenprune.envs.rewards import MarkovGameReward, ReleasedCodeReward, TeamReward
+from tokenprune.envs.rewards import (
+    LARGEST_NUMBER,
+    MarkovGameReward,
+    ReleasedCodeReward,
+    TeamReward,
+)
 
 BATCH, PATCHES = 6, 16
 STAGES = (0, 1, 3)
@@ -216,6 +221,7 @@ def test_each_episode_has_its_price(vit, batch, keeps):
     game = TokenGame(StagedViT(vit, STAGES), TeamReward(alpha=0.5, beta=0.0))
     keep = keeps(BATCH, len(STAGES), PATCHES)
     prices = torch.linspace(0, 2, BATCH, dtype=torch.float64)
+    prices[-1] = LARGEST_NUMBER
     dear = play(game, images, labels, keep, prices)
     own = play(game, images, labels, keep)
     for stage, at_own_price in zip(dear[1:], own[1:], strict=True):

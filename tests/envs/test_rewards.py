@@ -9,6 +9,7 @@ import torch
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.game import TokenGame
 from tokenprune.envs.rewards import (
+    LARGEST_NUMBER,
     REWARDS,
     EndFacts,
     MarkovGameReward,
@@ -193,6 +194,12 @@ def test_an_unknown_option_is_refused(name):
     known = ", ".join(sorted(vars(REWARDS[name]())))
     with pytest.raises(ValueError, match=f"'{name}' has no gamma, lam: it takes {known}$"):
         make_reward(name, lam=0.5, gamma=1.0)
+
+
+def test_the_largest_and_the_smallest_numbers_are_taken():
+    for number in (0.0, LARGEST_NUMBER):
+        assert TeamReward(alpha=number, beta=number).beta == number
+    assert ReleasedCodeReward(keep=1.0).keep == 1.0
 
 
 @pytest.mark.parametrize(
