@@ -182,6 +182,20 @@ def test_a_copy_goes_on_alone_on_the_same_backbone(game, batch, keeps):
     assert not torch.equal(other[-1].alive, expected[-1].alive)
 
 
+def test_nobody_observes_attention_on_the_way_to_the_dense_answer(game, batch, monkeypatch):
+    ended = []
+    finish = StagedViT.finish
+    monkeypatch.setattr(
+        StagedViT, "finish", lambda self, tokens: ended.append(tokens) or finish(self, tokens)
+    )
+    assert game.reward.needs_dense
+    game.reset(*batch)
+    (tokens,) = ended
+    assert tokens.alive.all()
+    assert [ran.stop for ran in tokens.passes] == [0, 1, 3, 4]
+    assert not any(ran.observed for ran in tokens.passes)
+
+
 # --- several rollouts of one image ---
 
 

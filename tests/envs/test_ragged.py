@@ -232,6 +232,7 @@ def test_everything_is_made_on_the_device_of_the_rows(lengths):
     layout = Layout.of(np.array(lengths, np.int64), HEADS * SIZE, meta)
     assert {layout.first.device, layout.image.device, layout.bounds.device} == {meta}
     assert layout.buckets.device == CPU
+    assert len(layout.buckets) == 1  # a call each would keep a GPU waiting
     rows = torch.empty(sum(lengths), 6, device=meta)
     rest, without = layout.without_first(rows, 1)
     padded, valid = layout.pad(rows)
