@@ -137,9 +137,14 @@ class TokenActor(Actor):
         spread = (squares / size - mean.square()).clamp(min=0).add(norm.eps).rsqrt()
         centred = torch.addcmul(projected, mean, weight.sum(1), value=-1)
         bias = torch.addmv(first.bias, first.weight, norm.bias)
-        hidden = self.net[2:-1](torch.addcmul(bias, centred, spread))
-        constant = last.bias[1] - last.bias[0] + self.keep_bias * self.PRIOR_SPEED
-        margin = hidden @ (last.weight[1] - last.weight[0]) + constant
+        normed = torch.addcmul(bias, centred, spread)
+        constant = self.keep_bias * self.PRIOR_SPEED
+        if last is first:  # without hidden layers these are the logits
+            margin = normed[:, 1] - normed[:, 0] + constant
+        else:
+            hidden = self.net[2:-1](normed)
+            constant = last.bias[1] - last.bias[0] + constant
+            margin = hidden @ (last.weight[1] - last.weight[0]) + constant
         if self.attention is not None:
             prior = rows.column(self.attention).clamp(min=PRIOR_FLOOR).log()
             margin = torch.addcmul(margin, prior, self.prior_weight, value=self.PRIOR_SPEED)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property
+from operator import index
 
 import torch
 from gymnasium.spaces import Box, Discrete
@@ -16,8 +17,10 @@ from tokenprune.envs.batched import Observed, Transition
 from tokenprune.envs.datasets import ImageSet, Reseedable
 from tokenprune.envs.game import Outcome, Stage, TokenGame
 from tokenprune.envs.observations import DEFAULT_FIELDS, View, field_slices, state_size
+from tokenprune.envs.rewards import LARGEST_NUMBER
 
 PRUNE, KEEP = 0, 1
+MOST_SEED = 2**63 - 1  # a generator takes larger ones for negative
 
 
 class ViewObserved(Observed):
@@ -61,6 +64,16 @@ class ViewObserved(Observed):
 def action_mask(alive: Tensor) -> Tensor:
     """Living agents may keep or prune, pruned ones only prune: bool [B, N] -> [B, N, 2]."""
     return torch.stack([torch.ones_like(alive), alive], dim=-1)
+
+
+def _checked_seed(seed: int) -> int:
+    try:
+        number = index(seed)  # numpy's integers too
+    except TypeError:
+        number = -1
+    if not 0 <= number <= MOST_SEED:
+        raise ValueError(f"seed={seed!r} must be a whole number from 0 to {MOST_SEED}")
+    return number
 
 
 def _whole_numbers(indices: Sequence[int] | Tensor) -> Tensor:
@@ -117,8 +130,11 @@ class BatchedTokenPrune:
                 f"the dataset has {images.num_classes} classes, "
                 f"the backbone tells {game.backbone.num_classes} apart"
             )
-        if alpha_range is not None and not 0 < alpha_range[0] <= alpha_range[1] < float("inf"):
-            raise ValueError(f"alpha_range={alpha_range}: two positive prices, the lower one first")
+        if alpha_range is not None and not 0 < alpha_range[0] <= alpha_range[1] <= LARGEST_NUMBER:
+            raise ValueError(
+                f"alpha_range={alpha_range}: two positive prices of at most {LARGEST_NUMBER:g}, "
+                "the lower one first"
+            )
         self.game = game
         self.images = images
         self.alpha_range = alpha_range
@@ -151,10 +167,12 @@ class BatchedTokenPrune:
             indices: images to play instead, num_envs / rollouts_per_image of them.
 
         Raises:
-            ValueError: a wrong number of indices, or one that the dataset doesn't have.
+            ValueError: a wrong number of indices, or one that the dataset doesn't have; a seed that
+                is no whole number from 0 on.
         """
         count = self.num_envs // self.rollouts_per_start
         if seed is not None:
+            seed = _checked_seed(seed)
             self._generator.manual_seed(seed)
             if isinstance(self.images, Reseedable):
                 self.images.reseed(seed)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenprune.envs.backbone import StagedViT, Tokens
 from tokenprune.envs.observations import View
-from tokenprune.envs.rewards import EndFacts, Reward, StageFacts, TeamReward
+from tokenprune.envs.rewards import LARGEST_NUMBER, EndFacts, Reward, StageFacts, TeamReward
 
 
 class GameError(RuntimeError):
@@ -102,7 +102,7 @@ class TokenGame:
 
         Raises:
             ValueError: images of a wrong size, type or channels, or not finite; labels outside the
-                classes; prices of a wrong number, not finite, or negative.
+                classes; prices of a wrong number, negative, or too large.
         """
         images, labels = self._checked(images, labels)
         prices = self._checked_prices(alpha, labels)
@@ -235,8 +235,10 @@ class TokenGame:
             raise ValueError(
                 f"alpha of shape {tuple(alpha.shape)}, one for each of {len(labels)} images"
             )
-        if not (alpha.isfinite() & (alpha >= 0)).all():
-            raise ValueError(f"alpha={alpha.tolist()}: prices are finite numbers of at least 0")
+        if not ((alpha >= 0) & (alpha <= LARGEST_NUMBER)).all():
+            raise ValueError(
+                f"alpha={alpha.tolist()}: prices are numbers from 0 to {LARGEST_NUMBER:g}"
+            )
         return alpha.to(labels.device, torch.float32)
 
 

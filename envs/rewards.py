@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Accuracy = Literal["correct", "confidence", "agreement", "kl"]
+# of prices and worths: what is made of them stays finite in float32, its square too
+LARGEST_NUMBER = 1e12
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,8 @@ def _check(accuracy: str, **numbers: float) -> None:
             f"unknown accuracy {accuracy!r}: choose from {', '.join(get_args(Accuracy))}"
         )
     for name, value in numbers.items():
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name}={value} must be a finite number of at least 0")
+        if not 0 <= value <= LARGEST_NUMBER:
+            raise ValueError(f"{name}={value} must be a number from 0 to {LARGEST_NUMBER:g}")
 
 
 @dataclass(frozen=True)

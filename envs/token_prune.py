@@ -41,9 +41,11 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {str(device)!r} can't be used here: {error}") from error
+        torch.zeros(1, device=chosen).cpu()  # "meta" can be made, but holds nothing
+    except (RuntimeError, AssertionError, ImportError) as error:
+        # what follows is for those who develop PyTorch, and thousands of characters long
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise ValueError(f"device {str(device)!r} can't be used here: {reason}") from error
     return chosen
 
 
@@ -143,8 +145,11 @@ class TokenPruneEnv(ParallelEnv):
         """Begins an episode on images that ``seed`` draws, or on ``options["indices"]``.
 
         Raises:
-            ValueError: a wrong number of indices, or one that the dataset doesn't have.
+            ValueError: a wrong number of indices, or one that the dataset doesn't have; a seed that
+                is no whole number from 0 on; options that are no mapping.
         """
+        if options is not None and not isinstance(options, Mapping):
+            raise ValueError(f"options must be a mapping, as {{'indices': [0]}}: got {options!r}")
         unknown = set(options or {}) - {"indices"}
         if unknown:
             # PettingZoo's own test passes options that mean nothing, so this can't be an error
@@ -170,7 +175,8 @@ class TokenPruneEnv(ParallelEnv):
 
         Raises:
             GameError: before ``reset``, or after the episode's end.
-            ValueError: agents unknown, missing or gone, or an action that is not 0 or 1.
+            ValueError: agents unknown, missing or gone, or an action that is not 0 or 1; whatever
+                was wrong, the episode goes on from where it stood.
         """
         if not self.agents:
             raise GameError("no episode to step in: call reset first (also after an episode's end)")
@@ -246,6 +252,8 @@ class TokenPruneEnv(ParallelEnv):
             plt.close("token_prune")
 
     def _joint_action(self, actions: Mapping[str, Any]) -> Tensor:
+        if not isinstance(actions, Mapping):
+            raise ValueError(f"actions must be a mapping from agents to actions: got {actions!r}")
         missing = [agent for agent in self.agents if agent not in actions]
         surplus = [agent for agent in actions if agent not in self._place]
         gone = set(actions) - set(self.agents) - set(surplus)
@@ -265,13 +273,21 @@ class TokenPruneEnv(ParallelEnv):
                     raise ValueError(f"action {action!r} of {agent}: choose 0 (prune) or 1 (keep)")
                 joint[0, self._place[agent]] = int(number.item())
             return joint
-        columns = [torch.as_tensor(actions[agent], device=device) for agent in self.agents]
-        for agent, column in zip(self.agents, columns, strict=True):
+        columns = []
+        for agent in self.agents:
+            try:
+                column = torch.as_tensor(actions[agent], device=device)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"action of {agent} must be integers {list(shape)}: "
+                    f"got {actions[agent]!r} ({error})"
+                ) from error
             if column.shape != shape or column.is_floating_point() or column.is_complex():
                 raise ValueError(
                     f"action of {agent} must be integers {list(shape)}: "
                     f"got {column.dtype} {list(column.shape)}"
                 )
+            columns.append(column)
         joint = torch.stack(columns, dim=1).long()
         if ((joint != PRUNE) & (joint != KEEP)).any():
             raise ValueError("actions must be 0 (prune) or 1 (keep)")

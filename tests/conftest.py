@@ -3,10 +3,27 @@
 import pytest
 import timm
 import torch
+from hypothesis import settings
 from timm.layers import Attention
 
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.trainers import evaluation, report
+
+# The same examples every time, however fast the machine is; to look for others, give
+# --hypothesis-profile=search.
+settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=40)
+settings.register_profile("search", deadline=None, max_examples=1_000)
+settings.load_profile("fixed")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--command-lines",
+        type=int,
+        default=200,
+        help="how many random command lines of trainers.mappo are tried (default: 200)",
+    )
+
 
 VIT = "vit_tiny_patch16_224"
 SMALL = {

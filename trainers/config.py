@@ -5,12 +5,21 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from tokenprune.envs.rewards import LARGEST_NUMBER
 from tokenprune.trainers.run_folder import JsonObject
 
 TOKEN_PRUNE = "token-prune"
 PETTINGZOO_PREFIX = "pettingzoo:"
+
+# what is counted stays in range of what counts it, whatever it is multiplied by
+LARGEST_COUNT = 1_000_000_000
+LARGEST_SEED = 2**32 - 1
+LARGEST_WIDTH = 65_536
+# more end the process where the system refuses them, without a word
+MOST_THREADS = 1_024
 
 # that runs of before don't know of: how it was then
 LATER_SETTINGS: dict[str, object] = {"skip_bad_images": False}
@@ -126,18 +135,24 @@ class MappoConfig:
                 f"unknown env {self.env!r}: choose {TOKEN_PRUNE} or {PETTINGZOO_PREFIX}MODULE, "
                 f"as in {PETTINGZOO_PREFIX}mpe2.simple_spread_v3"
             )
-        self._check_positive(
+        self._check_counts(
             "num_envs", "rollout_steps", "iterations", "rollouts_per_image", "epochs",
-            "minibatches", "eval_every", "eval_size", "checkpoint_every", "lr", "clip",
-            "huber_delta", "max_grad_norm",
+            "minibatches", "eval_every", "eval_size", "checkpoint_every",
         )  # fmt: skip
+        self._check_positive("lr", "clip", "huber_delta", "max_grad_norm")
         self._check_share("gamma", "gae_lambda")
         for name in ("entropy", "value_weight", "attention_prior"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be a number of at least 0")
+            if not 0 <= getattr(self, name) <= LARGEST_NUMBER:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be a number from 0 to {LARGEST_NUMBER:g}"
+                )
+        if not abs(self.keep_bias) <= LARGEST_NUMBER:
+            raise ValueError(f"keep_bias={self.keep_bias} must be a number a logit can be")
         for name in ("hidden", "critic_hidden"):
-            if any(width < 1 for width in getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)}: widths must be at least 1")
+            if any(not 1 <= width <= LARGEST_WIDTH for width in getattr(self, name)):
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: widths must be from 1 to {LARGEST_WIDTH}"
+                )
         if (self.alpha_range is not None) != ("budget" in self.observation):
             raise ValueError(
                 "a policy for many prices needs both --alpha-range and budget in --observation: "
@@ -145,8 +160,10 @@ class MappoConfig:
             )
         if self.alpha_range is not None and self.alpha is not None:
             raise ValueError("give --alpha or --alpha-range, not both")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads={self.threads} must be at least 1")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise ValueError(f"threads={self.threads} must be from 1 to {MOST_THREADS}")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise ValueError(f"seed={self.seed} must be from 0 to {LARGEST_SEED}")
         if self.critic == "none" and self.is_token_prune and self.rollouts_per_image < 2:
             raise ValueError(
                 "without a critic an image's rollouts are the only baseline: "
@@ -161,10 +178,19 @@ class MappoConfig:
     def is_token_prune(self) -> bool:
         return self.env == TOKEN_PRUNE
 
+    def _check_counts(self, *names: str) -> None:
+        for name in names:
+            if not 1 <= getattr(self, name) <= LARGEST_COUNT:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be positive, and at most {LARGEST_COUNT}"
+                )
+
     def _check_positive(self, *names: str) -> None:
         for name in names:
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+            if not 0 < getattr(self, name) <= LARGEST_NUMBER:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be positive, and at most {LARGEST_NUMBER:g}"
+                )
 
     def _check_share(self, *names: str) -> None:
         for name in names:
@@ -198,7 +224,28 @@ class MappoConfig:
                 read[key] = Path(str(value))
             else:
                 read[key] = value
+        types = get_type_hints(MappoConfig)
+        for key, value in read.items():
+            if not _fits(value, types[key]):
+                raise ValueError(f"{key}={value!r} is not of its type")
         return MappoConfig(**read)
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether ``value`` is of the type that an annotation wants."""
+    origin, parts = get_origin(wanted), get_args(wanted)
+    if origin is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        types = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+        return len(types) == len(value) and all(map(_fits, value, types))
+    if wanted in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, int | float if wanted is float else origin or wanted)
 
 
 def defaults_for(env: str) -> MappoConfig:

@@ -11,6 +11,9 @@ from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_CODE = 128  # what shells add a signal's number to
+# what PyTorch says of memory that it doesn't get, on a CPU and on other devices
+MEMORY_MESSAGES = ("not enough memory", "can't allocate memory", "out of memory")
+MEMORY_REASON = 200  # characters of it that are shown
 
 
 class Stopped(KeyboardInterrupt):
@@ -28,9 +31,15 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise Stopped(number)
 
 
+def _is_lack_of_memory(error: Exception) -> bool:
+    told = any(message in str(error) for message in MEMORY_MESSAGES)
+    return told or isinstance(error, MemoryError)
+
+
 @contextmanager
 def ends_in_one_line(*errors: type[Exception]) -> Iterator[None]:
-    """Surrounds a command: ``errors`` exit with code 1, signals with 128 and their number.
+    """Surrounds a command: ``errors``, and memory that doesn't suffice, exit with code 1, signals
+    with 128 and their number.
 
     Signals raise ``Stopped`` wherever the main thread is, in the middle of an iteration too: one
     may take longer than whoever asked us to stop is going to wait.
@@ -41,6 +50,11 @@ def ends_in_one_line(*errors: type[Exception]) -> Iterator[None]:
     except errors as error:
         message = "; ".join([str(error), *getattr(error, "__notes__", ())])
         sys.exit(f"error: {' '.join(message.split())}")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:MEMORY_REASON]
+        sys.exit(f"error: the memory doesn't suffice, make something smaller: {reason}")
     except Stopped as stopped:
         print("; ".join([str(stopped), *getattr(stopped, "__notes__", ())]), file=sys.stderr)
         sys.exit(stopped.exit_code)

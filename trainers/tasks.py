@@ -28,6 +28,8 @@ from tokenprune.trainers.evaluation import evaluate
 from tokenprune.trainers.mappo import MASKED_LOGIT, sample
 
 EVALUATION_SEED = 987_654_321
+# arguments of a backbone that are not the model's
+OTHER_SETTINGS = {"name", "pretrained", "checkpoint", "num_classes", "untrained"}
 
 
 class Task(Protocol):
@@ -77,7 +79,18 @@ class BackboneSettings(Protocol):
 
 
 def load_backbone(config: BackboneSettings) -> nn.Module:
-    """The backbone, frozen, on its device; a random one has the dataset's classes."""
+    """The backbone, frozen, on its device; a random one has the dataset's classes.
+
+    Raises:
+        BackboneError: it can't be made.
+        ValueError: ``model_kwargs`` name what isn't theirs.
+    """
+    surplus = sorted(OTHER_SETTINGS & config.model_kwargs.keys())
+    if surplus:
+        raise ValueError(
+            f"model_kwargs can't set {', '.join(surplus)}: the dataset has its number of classes, "
+            "the rest are settings of their own"
+        )
     fits_data = not config.pretrained and config.checkpoint is None and config.dataset != DIGITS
     model = create_backbone(
         config.backbone,

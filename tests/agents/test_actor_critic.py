@@ -155,13 +155,13 @@ def test_a_policy_keeps_where_keep_is_likelier(views, fields):
         assert 0 < keep.sum() < view.alive.sum()
 
 
-def full_policy(backbone, fields):
+def full_policy(backbone, fields, hidden=(8, 6)):
     """A policy in which every weight matters."""
     slices = field_slices(backbone, fields)
     size = max(part.stop for part in slices.values())
     attention = slices["cls_attention"].start if "cls_attention" in slices else None
     price = slices["budget"].start if "budget" in fields else None
-    actor = TokenActor(size, (8, 6), attention, 0.7, budget=price)
+    actor = TokenActor(size, hidden, attention, 0.7, budget=price)
     for parameter in actor.parameters():
         torch.nn.init.normal_(parameter)
     return LearnedPolicy(actor, fields, budget=None if price is None else 0.1, threshold=0.4)
@@ -169,6 +169,7 @@ def full_policy(backbone, fields):
 
 @torch.no_grad()
 @pytest.mark.parametrize("which", [(0, 1, 2, 3), (2,)])
+@pytest.mark.parametrize("hidden", [(8, 6), (8,), ()])
 @pytest.mark.parametrize(
     "fields",
     [
@@ -179,11 +180,11 @@ def full_policy(backbone, fields):
     ],
 )
 def test_packed_rows_are_judged_as_if_fields_were_joined(
-    vit, some_images, keeps, fields, which, monkeypatch
+    vit, some_images, keeps, fields, hidden, which, monkeypatch
 ):
     """Nothing is gathered for them: neither where all images have one length nor elsewhere."""
     backbone = StagedViT(vit, (1, 3))
-    policy = full_policy(backbone, fields)
+    policy = full_policy(backbone, fields, hidden)
     tokens = backbone.begin(some_images.load(which)[0])
     after = backbone.advance(tokens, keeps(4, 2, 16)[0, list(which)], 0)
     for stage, now in enumerate((tokens, after)):

@@ -1,12 +1,19 @@
 """TokenGame: the rules, whole episodes in both executions, and what it refuses."""
 
+import copy
+
 import pytest
 import torch
 
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.game import GameError, TokenGame
 from tokenprune.envs.observations import FIELDS
-from tokenprune.envs.rewards import MarkovGameReward, ReleasedCodeReward, TeamReward
+from tokenprune.envs.rewards import (
+    LARGEST_NUMBER,
+    MarkovGameReward,
+    ReleasedCodeReward,
+    TeamReward,
+)
 
 BATCH, PATCHES = 6, 16
 STAGES = (0, 1, 3)
@@ -162,6 +169,33 @@ def test_a_game_may_begin_again_at_any_time(game, batch, keeps):
     assert_same(play(game, images, labels, keep), expected)
 
 
+def test_a_copy_goes_on_alone_on_the_same_backbone(game, batch, keeps):
+    images, labels = batch
+    keep = keeps(BATCH, len(STAGES), PATCHES)
+    expected = play(game, images, labels, keep)
+    begun = [game.reset(images, labels), game.step(keep[0])]
+    twin, again = copy.deepcopy([game, game])
+    assert twin is again is not game
+    assert twin.backbone is game.backbone
+    other = [game.step(~decision) for decision in keep[1:]]
+    assert_same([*begun, *(twin.step(decision) for decision in keep[1:])], expected)
+    assert not torch.equal(other[-1].alive, expected[-1].alive)
+
+
+def test_nobody_observes_attention_on_the_way_to_the_dense_answer(game, batch, monkeypatch):
+    ended = []
+    finish = StagedViT.finish
+    monkeypatch.setattr(
+        StagedViT, "finish", lambda self, tokens: ended.append(tokens) or finish(self, tokens)
+    )
+    assert game.reward.needs_dense
+    game.reset(*batch)
+    (tokens,) = ended
+    assert tokens.alive.all()
+    assert [ran.stop for ran in tokens.passes] == [0, 1, 3, 4]
+    assert not any(ran.observed for ran in tokens.passes)
+
+
 # --- several rollouts of one image ---
 
 
@@ -201,6 +235,7 @@ def test_each_episode_has_its_price(vit, batch, keeps):
     game = TokenGame(StagedViT(vit, STAGES), TeamReward(alpha=0.5, beta=0.0))
     keep = keeps(BATCH, len(STAGES), PATCHES)
     prices = torch.linspace(0, 2, BATCH, dtype=torch.float64)
+    prices[-1] = LARGEST_NUMBER
     dear = play(game, images, labels, keep, prices)
     own = play(game, images, labels, keep)
     for stage, at_own_price in zip(dear[1:], own[1:], strict=True):
@@ -306,11 +341,11 @@ def test_one_price_for_each_image_is_needed(game, batch, shape):
         game.reset(*batch, torch.ones(shape))
 
 
-@pytest.mark.parametrize("price", [torch.nan, torch.inf, -1.0])
-def test_prices_are_finite_and_not_negative(game, batch, price):
-    alpha = torch.ones(BATCH)
+@pytest.mark.parametrize("price", [torch.nan, torch.inf, -1.0, 1.1e12])
+def test_prices_are_neither_negative_nor_too_large(game, batch, price):
+    alpha = torch.ones(BATCH, dtype=torch.float64)
     alpha[2] = price
-    with pytest.raises(ValueError, match=r"alpha=\[1.0, 1.0, (nan|inf|-1.0).*at least 0"):
+    with pytest.raises(ValueError, match=r"alpha=\[1.0, 1.0, (nan|inf|-1.0|11).*from 0 to 1e\+12"):
         game.reset(*batch, alpha)
 
 

@@ -93,6 +93,29 @@ def test_buckets_are_those_that_should_take_the_least_time():
         assert chosen == edges[int(np.argmin(costs))]
 
 
+def test_buckets_are_ranges_of_length():
+    lengths = np.array([1, 3, 4, 5, 8, 9, 16, 17])
+    assert ragged._cut(lengths, 1).tolist() == list(range(9))
+    assert ragged._cut(lengths, 4).tolist() == [0, 3, 5, 6, 7, 8]
+    assert ragged._cut(lengths, 16).tolist() == [0, 7, 8]
+    assert ragged._cut(lengths, 1 << 30).tolist() == [0, 8]
+
+
+@pytest.mark.parametrize(
+    ("edges", "calls", "squares", "gathered"),
+    [
+        ([0, 1, 3, 4], 3, 3**2 + 2 * 5**2 + 7**2, 0),
+        # gathering and scattering queries, keys, values and results takes calls of its own
+        ([0, 2, 4], 2 + 4, 2 * 5**2 + 2 * 7**2, 4 * 6 * (2 * 5 + 2 * 7)),
+    ],
+)
+def test_what_buckets_are_taken_to_cost(monkeypatch, edges, calls, squares, gathered):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    seconds = ragged._seconds(np.array([3, 5, 5, 7]), np.array(edges), 6)
+    shared = ragged.MAC_SECONDS * 2 * 6 * squares + ragged.GATHER_SECONDS * gathered
+    assert seconds == pytest.approx(ragged.CALL_SECONDS * calls + shared / 3, rel=1e-9)
+
+
 @each_lengths
 def test_a_layout_knows_images_of_one_length(lengths):
     layout = layout_of(lengths)
@@ -197,3 +220,31 @@ def test_without_first(lengths, count):
     torch.testing.assert_close(
         layout.mean(rest), layout_of(layout.lengths.tolist()).mean(rest), rtol=0, atol=0
     )
+
+
+# --- devices ---
+
+
+@pytest.mark.parametrize("lengths", [[3, 1, 4], [2, 2], [70, 5, 5, 6]])
+def test_everything_is_made_on_the_device_of_the_rows(lengths):
+    """ "meta" stands for a GPU: like one, it refuses to meet what was left on the CPU."""
+    meta = torch.device("meta")
+    layout = Layout.of(np.array(lengths, np.int64), HEADS * SIZE, meta)
+    assert {layout.first.device, layout.image.device, layout.bounds.device} == {meta}
+    assert layout.buckets.device == CPU
+    assert len(layout.buckets) == 1  # a call each would keep a GPU waiting
+    rows = torch.empty(sum(lengths), 6, device=meta)
+    rest, without = layout.without_first(rows, 1)
+    padded, valid = layout.pad(rows)
+    q, k = (torch.empty(n, HEADS, SIZE, device=meta) for n in (len(lengths), sum(lengths)))
+    for made in (
+        layout.mean(rows),
+        layout.max(rows),
+        padded,
+        valid,
+        rest,
+        without.image,
+        attention(k, k, k, layout),
+        first_row_attention(q, k, layout),
+    ):
+        assert made.device == meta

@@ -1,6 +1,7 @@
 """Rewards against values worked out by hand."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.game import TokenGame
 from tokenprune.envs.rewards import (
+    LARGEST_NUMBER,
     REWARDS,
     EndFacts,
     MarkovGameReward,
@@ -166,6 +168,13 @@ def test_released_code_has_the_numbers_of_the_code():
     assert ReleasedCodeReward() == ReleasedCodeReward(pot=24.0, keep=0.7)
 
 
+def test_nothing_is_blamed_where_everybody_is_to_stay_and_does():
+    reward = ReleasedCodeReward(keep=1.0)
+    assert not reward.stage(stage([[1, 1], [1, 1]], [[1, 1], [1, 1]])).any()
+    pruned = reward.stage(stage([[1, 1], [1, 1]], [[1, 0], [1, 1]]))
+    assert_pays(pruned, [0.0, -math.exp(0.5)], [0.0, 0.0])
+
+
 # --- by name ---
 
 
@@ -182,8 +191,15 @@ def test_an_unknown_reward_is_refused():
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_an_unknown_option_is_refused(name):
-    with pytest.raises(ValueError, match=f"'{name}' has no gamma: it takes .*alpha"):
-        make_reward(name, gamma=1.0)
+    known = ", ".join(sorted(vars(REWARDS[name]())))
+    with pytest.raises(ValueError, match=f"'{name}' has no gamma, lam: it takes {known}$"):
+        make_reward(name, lam=0.5, gamma=1.0)
+
+
+def test_the_largest_and_the_smallest_numbers_are_taken():
+    for number in (0.0, LARGEST_NUMBER):
+        assert TeamReward(alpha=number, beta=number).beta == number
+    assert ReleasedCodeReward(keep=1.0).keep == 1.0
 
 
 @pytest.mark.parametrize(
@@ -192,14 +208,14 @@ def test_an_unknown_option_is_refused(name):
         (TeamReward, {"accuracy": "f1"}, "'f1'.*correct, confidence, agreement, kl"),
         (MarkovGameReward, {"accuracy": "f1"}, "'f1'.*correct, confidence, agreement, kl"),
         *(
-            (reward, {number: value}, f"{number}={value}")
+            (reward, {number: value}, re.escape(f"{number}={value}"))
             for reward, numbers in (
                 (TeamReward, ("alpha", "beta")),
                 (MarkovGameReward, ("alpha", "beta")),
                 (ReleasedCodeReward, ("alpha", "pot")),
             )
             for number in numbers
-            for value in (-1.0, math.nan, math.inf)
+            for value in (-1.0, math.nan, math.inf, 1e300)  # that one is infinite in float32
         ),
         *((ReleasedCodeReward, {"keep": value}, f"keep={value}") for value in (0.0, 1.1, math.nan)),
     ],

@@ -656,6 +656,8 @@ def test_rendering_out_of_turn(make_env):
         ({"num_envs": 13}, ValueError, "num_envs=13.*the dataset has 12"),
         ({"pruned_agents": "die"}, ValueError, "pruned_agents='die': choose from leave, stay"),
         ({"device": "abacus"}, ValueError, "device 'abacus' can't be used here"),
+        ({"device": "hpu"}, ValueError, "device 'hpu' can't be used here"),
+        ({"device": "meta"}, ValueError, "device 'meta' can't be used here"),
         ({"execution": "jagged"}, ValueError, "unknown execution 'jagged'"),
         ({"render_mode": "ansi"}, ValueError, "render_mode='ansi': choose from rgb_array, human"),
     ],

@@ -114,6 +114,29 @@ def test_settings_of_another_version_are_named():
         MappoConfig.from_json(values)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", "fast"),
+        ("lr", None),
+        ("num_envs", 4.5),
+        ("num_envs", True),
+        ("augment", 1),
+        ("dataset", 3),
+        ("hidden", 4),
+        ("hidden", [4, "8"]),
+        ("alpha_range", [0.1]),
+        ("prune_before", "13"),
+        ("critic", "best"),
+        ("model_kwargs", []),
+    ],
+)
+def test_settings_of_a_wrong_type_are_named(name, value):
+    values = json.loads(json.dumps(MappoConfig().to_json())) | {name: value}
+    with pytest.raises(ValueError, match=rf"^{name}=.* is not of its type"):
+        MappoConfig.from_json(values)
+
+
 # --- bad values ---
 
 
@@ -123,14 +146,18 @@ def test_settings_of_another_version_are_named():
         *((name, value) for name in ("num_envs", "rollout_steps", "iterations", "epochs",
                                      "minibatches", "rollouts_per_image", "eval_every",
                                      "eval_size", "checkpoint_every", "threads")
-          for value in (0, -1)),
+          for value in (0, -1, 10**10)),
+        ("seed", -1),
+        ("seed", 2**32),
         *((name, value) for name in ("lr", "clip", "huber_delta", "max_grad_norm")
-          for value in (0.0, -1.0, float("inf"), float("nan"))),
+          for value in (0.0, -1.0, 1e300, float("inf"), float("nan"))),
         *((name, value) for name in ("gamma", "gae_lambda")
           for value in (-0.1, 1.1, float("nan"))),
-        *((name, value) for name in ("entropy", "value_weight")
-          for value in (-0.1, float("inf"), float("nan"))),
+        *((name, value) for name in ("entropy", "value_weight", "attention_prior")
+          for value in (-0.1, 1e300, float("inf"), float("nan"))),
+        *(("keep_bias", value) for value in (-1e300, float("inf"), float("nan"))),
         ("hidden", (32, 0)),
+        ("hidden", (32, 10**6)),
         ("critic_hidden", (-1,)),
     ],
 )  # fmt: skip

@@ -33,6 +33,11 @@ def test_an_episode_that_goes_on_bootstraps_from_what_comes_next():
     assert advantages(PAID, VALUE, (4.0, 6.0, 10.0)) == [1 + (1 + 3 / 4) / 4, 1 + 3 / 4, 3]
 
 
+def test_an_iteration_may_have_a_single_step():
+    flags = {"alive": (1,), "next_alive": (1,), "ended": (0,)}
+    assert advantages((1.0,), (2.0,), (4.0,), **flags) == [1 + 4 / 2 - 2]
+
+
 def test_lambda_0_is_one_step_and_lambda_1_the_whole_return():
     next_value = (4.0, 6.0, 10.0)
     assert advantages(PAID, VALUE, next_value, lam=0.0) == [1, 1, 3]

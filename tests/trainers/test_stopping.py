@@ -2,6 +2,7 @@ import os
 import signal
 
 import pytest
+import torch
 
 from tokenprune.trainers.stopping import Stopped, ends_in_one_line, says_how_to_go_on
 
@@ -64,3 +65,24 @@ def test_other_errors_are_bugs_and_keep_their_traceback():
     with pytest.raises(ZeroDivisionError), ends_in_one_line(ValueError):
         _ = 1 / 0
     assert handlers() == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 8 TiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 8 GiB"),
+    ],
+)
+def test_too_little_memory_is_one_line(error):
+    with pytest.raises(SystemExit) as ended, ends_in_one_line():
+        raise error
+    assert ended.value.code.startswith("error: the memory doesn't suffice")
+    assert " allocate 8 " in ended.value.code
+    assert "\n" not in ended.value.code
+
+
+def test_an_error_of_ours_is_not_hidden():
+    with pytest.raises(RuntimeError, match="shapes differ"), ends_in_one_line(ValueError):
+        raise RuntimeError("shapes differ")

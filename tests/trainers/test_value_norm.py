@@ -30,6 +30,15 @@ def test_two_updates_by_hand():
     assert statistics(norm) == pytest.approx([mean, (square - mean**2) ** 0.5])
 
 
+def test_by_default_an_update_is_a_hundredth_and_the_variance_at_least_that():
+    norm = ValueNorm()
+    norm.update(torch.tensor([0.0]))
+    assert statistics(norm) == pytest.approx([0, 0.1])
+    norm.update(torch.tensor([1.0]))
+    mean = 1 / 1.99  # the first weighs 0.99 times as much
+    assert statistics(norm) == pytest.approx([mean, (mean - mean**2) ** 0.5], rel=1e-4)
+
+
 def test_a_batch_weighs_the_same_whatever_its_size():
     one, many = ValueNorm(), ValueNorm()
     for norm, size in ((one, 1), (many, 50)):
