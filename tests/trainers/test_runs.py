@@ -624,6 +624,58 @@ def test_a_full_disk_leaves_what_was_there(name, count, tokens, whole, monkeypat
     check_same(folder, whole)
 
 
+# Fills the disk that it runs on, beginning when the second iteration is saved.
+FILLER = """
+import json, sys
+from tokenprune.trainers import runs
+
+save = runs.save_checkpoint
+
+def save_and_fill(path, tree):
+    save(path, tree)
+    runs.save_checkpoint = save
+    with open("filler", "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(2**16))
+        except OSError:
+            pass
+
+runs.save_checkpoint = save_and_fill
+runs.main(json.loads(sys.argv[1]))
+"""
+# what is mounted in a name space is gone with it: the run is carried out of there
+ON_A_SMALL_DISK = """
+mkdir disk && mount -t tmpfs -o size=4m tmpfs disk || exit 99
+(cd disk && "$@")
+code=$?
+cp -r disk/runs/r .
+exit $code
+"""
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_last_checkpoint_is_intact(tokens, whole):
+    name_space = ["unshare", "--user", "--map-root-user", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*name_space, "true"]).returncode:
+        pytest.skip("no name space of one's own is to be had here")
+    script = [sys.executable, "-c", FILLER, json.dumps(list(map(str, tokens("r"))))]
+    ended = subprocess.run(
+        [*name_space, "sh", "-c", ON_A_SMALL_DISK, "sh", *script],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if ended.returncode == 99:
+        pytest.skip("no file system can be mounted here")
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == (
+        "error: [Errno 28] could not write runs/r/metrics.jsonl: No space left on device"
+    )
+    assert "Traceback" not in ended.stderr
+    assert iteration_of(Path("r")) == 2
+    assert not list(Path("r").glob(".*"))
+    run(["--resume", "r"])
+    check_same(Path("r"), whole)
+
+
 def poisoned(function, count, poison):
     """``function``, whose result goes through ``poison`` from the ``count``-th call on."""
     calls = []
