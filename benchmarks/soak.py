@@ -8,7 +8,6 @@ On Linux.
 from __future__ import annotations
 
 import gc
-import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -24,9 +23,9 @@ from numpy.typing import NDArray
 from tokenprune.benchmarks.iterations import Noise
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.batched_tokens import BatchedTokenPrune
-from tokenprune.envs.game import TokenGame
 from tokenprune.envs.datasets import DigitsInClutter
 from tokenprune.envs.digits import IMAGE_SIZE
+from tokenprune.envs.game import TokenGame
 from tokenprune.envs.models import DIGITS_VIT, create_backbone, write_weights
 from tokenprune.envs.token_prune import TokenPruneEnv
 from tokenprune.trainers import runs
@@ -82,18 +81,14 @@ class Growth:
 
     @property
     def slope(self) -> tuple[float, float]:
-        """Bytes from the first to the last settled look by a straight line fitted to them, and the
-        standard error of that.
+        """Bytes from the first to the last settled look by a straight line fitted to them, and its
+        standard error, looks taken as independent.
         """
         held = self.settled()
         place = np.linspace(-0.5, 0.5, len(held))
         slope = float(place @ held / (place @ place))
         rest = held - held.mean() - slope * place
-        # looks that follow each other are alike: as many count as are independent (AR(1))
-        alike = float(rest[1:] @ rest[:-1] / max(rest @ rest, 1.0))
-        independent = max(len(held) * (1 - alike) / (1 + max(alike, 0.0)), 3.0)
-        spread = float(rest.std()) * math.sqrt(len(held) / independent)
-        return slope, spread / math.sqrt(float(place @ place))
+        return slope, float(rest.std() / np.linalg.norm(place))
 
     def check(self, what: str) -> str:
         """What there is to say, in a line.
@@ -195,8 +190,13 @@ def soak(config: SoakConfig) -> dict[str, Growth]:
     """Plays and trains; what was seen meanwhile."""
     torch.set_num_threads(1)
     playing, training = (Looks(n, config.samples) for n in (config.steps, config.iterations))
-    play(config.steps, playing)
-    train(config.iterations, training)
+    gc.collect()
+    gc.freeze()  # what was there before need not be looked through each time
+    try:
+        play(config.steps, playing)
+        train(config.iterations, training)
+    finally:
+        gc.unfreeze()
     return {
         f"{config.steps} game steps": playing.seen,
         f"{config.iterations} trainer iterations": training.seen,

@@ -7,9 +7,9 @@ a training, split into load, backbone, policy and update. Beside them, in turns,
 - ``straw``: the same arithmetic driven image by image and stage by stage in Python, as RL4EViT's
   released code drives its own; written here for the comparison (``benchmarks/peers/straw.py``);
 - ``benchmarl``: BenchMARL's MAPPO as ``trainers.benchmarl`` sets it up, on the same game with as
-  many episodes; its actor starts out keeping as many tokens as ours does. Its own learning set-up,
-  with a central critic and four minibatches an epoch, does more than ours;
-- ``like-benchmarl``: our trainer in that learning set-up.
+  many episodes. Its learning set-up, with a central critic, four minibatches an epoch and every
+  image once, does more than ours;
+- ``like-benchmarl``: our trainer in that set-up; both start out keeping as many tokens as ours.
 
 Then, with ``--grid``, what an iteration costs by number of tokens, episodes and stages: each in a
 process of its own, for its peak memory. There images are noise and weights random, and half of the
@@ -21,12 +21,14 @@ Figures are medians; ratios are those within a round.
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import multiprocessing
 import os
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -166,11 +168,12 @@ class Contest:
             self._ours.iterate()
 
     def measure(self) -> dict[str, Row]:
-        """A round more than asked for, of which the first is not counted."""
-        self.rows = {"ours": Row(), "forward": Row()}
-        others = self._others()
-        self._round(others)  # warms up, and tells BenchMARL how many tokens to keep
+        """Rounds of all variants; a first one is not counted."""
+        self._ours.iterate()
         keep = self._ours.played.kept[0]
+        others = self._others(keep)
+        self.rows = {"ours": Row(), "forward": Row()}
+        self._round(others)
         self.rows = {name: Row() for name in self.rows}
         rounds = self._config.rounds
         if "benchmarl" not in self._config.peers:
@@ -192,20 +195,22 @@ class Contest:
         iterate(self._settings, self._model, self._images, keep, rounds + 1, take_turn)
         return self.rows | {"benchmarl": theirs}
 
-    def _others(self) -> dict[str, Any]:
-        others: dict[str, Any] = {}
+    def _others(self, keep: float) -> dict[str, Straw | WatchedTrainer]:
+        """Those that don't take their turns by themselves; ``keep``: as for BenchMARL."""
+        others: dict[str, Straw | WatchedTrainer] = {}
         if "straw" in self._config.peers:
             learner = copy.deepcopy(self._ours.trainer.learner)
             others["straw"] = Straw(learner, self._ours.game, self._ours.env.fields)
         if "like-benchmarl" in self._config.peers:
             alike = replace(
                 self._settings, critic="central", critic_hidden=(64,), hidden=(64,),
-                rollouts_per_image=1, minibatches=4,
+                rollouts_per_image=1, minibatches=4, attention_prior=0.0,
+                keep_bias=math.log(keep / (1 - keep)),
             )  # fmt: skip
             others["like-benchmarl"] = WatchedTrainer(alike, self._model, self._images)
         return others
 
-    def _round(self, others: dict[str, Any]) -> None:
+    def _round(self, others: dict[str, Straw | WatchedTrainer]) -> None:
         ours = self._ours
         self._note("ours", ours.iterate(), ours)
         forward = self.rows["forward"]
@@ -300,8 +305,8 @@ def in_a_process(cell: Cell) -> Record:
 
 
 HEAD = (
-    f"{'variant':<15}{'images/s':>9}{'decisions/s':>13}{'kept':>6}{'over forward':>14}{'over ours':>11}"
-    f"{'load':>8}{'backbone':>10}{'policy':>8}{'update':>8}  ms"
+    f"{'variant':<15}{'images/s':>9}{'decisions/s':>13}{'kept':>6}{'over forward':>14}"
+    f"{'over ours':>11}{'load':>8}{'backbone':>10}{'policy':>8}{'update':>8}  ms"
 )
 
 
@@ -357,7 +362,11 @@ def report(config: TrainSpeedConfig) -> None:
         return
     print(GRID_HEAD)
     for cell in cells(config):
-        records["grid"].append(in_a_process(cell))
+        try:
+            records["grid"].append(in_a_process(cell))
+        except BrokenProcessPool:
+            print(f"{cell.tokens:>6}{cell.batch:>10}{cell.stages:>8}  was killed: out of memory?")
+            continue
         print(grid_line(records["grid"][-1]), flush=True)
         if config.out is not None:
             write_json(config.out, records)
@@ -367,7 +376,7 @@ def without_missing(config: TrainSpeedConfig) -> TrainSpeedConfig:
     """``config`` without BenchMARL where it is not installed, which is said."""
     if "benchmarl" in config.peers:
         try:
-            import tokenprune.benchmarks.peers.iterations_benchmarl  # noqa: F401
+            importlib.import_module("tokenprune.benchmarks.peers.iterations_benchmarl")
         except ImportError as error:
             print(f"benchmarl is left out: {error}", file=sys.stderr)
             return replace(config, peers=tuple(p for p in config.peers if p != "benchmarl"))

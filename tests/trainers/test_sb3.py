@@ -9,6 +9,7 @@ import pytest
 import torch
 from stable_baselines3 import PPO
 
+from tokenprune.envs import datasets
 from tokenprune.envs.adapters.sb3 import TokenVecEnv
 from tokenprune.trainers import library_run
 from tokenprune.trainers.sb3 import Sb3Config, TokenDQN, actor_of, main, make_algorithm
@@ -57,6 +58,7 @@ def test_tokens_explore_each_for_itself(env, tmp_path):
 
 def test_a_training_that_is_stopped_leaves_its_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sb3, "RUNS", tmp_path)
+    monkeypatch.setitem(datasets.DEFAULT_SIZES, "train", 20)
     seen, step = [], TokenVecEnv.step_wait
 
     def stop(env):
