@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,8 @@ SIGNIFICANT = 3.0  # standard errors from which on a slope is none by chance
 NOISE_SHARE = 0.01  # of the memory held: less growth than that over the whole soak is noise
 MIB = 2**20
 EPISODES = 8  # at once
-TINY = {"patch_size": 16, "embed_dim": 16, "depth": 3, "num_heads": 2}  # 16 patches of a digit
+# 16 patches of a digit
+TINY: dict[str, Any] = {"patch_size": 16, "embed_dim": 16, "depth": 3, "num_heads": 2}
 STAGES = (1, 2)
 
 
