@@ -1,9 +1,15 @@
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tokenprune.trainers.stopping import Stopped, ends_in_one_line, says_how_to_go_on
+from tokenprune.trainers.stopping import (
+    Stopped,
+    ends_in_one_line,
+    finishing_first,
+    says_how_to_go_on,
+)
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
@@ -45,6 +51,38 @@ def test_a_second_signal_does_not_disturb_the_last_checkpoint():
     with pytest.raises(SystemExit), ends_in_one_line():
         train()
     assert saved == [True]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_waits_for_what_must_be_finished(number):
+    before, done = handlers(), []
+
+    def train():
+        with finishing_first():
+            os.kill(os.getpid(), number)
+            done.append("inside")
+        done.append("behind")
+
+    with pytest.raises(SystemExit) as ended, ends_in_one_line():
+        train()
+    assert ended.value.code == 128 + number
+    assert done == ["inside"]
+    assert handlers() == before
+
+
+def test_without_a_signal_nothing_is_held_back():
+    def train():
+        with finishing_first():
+            return "done"
+
+    before = handlers()
+    with pytest.raises(ZeroDivisionError), finishing_first():
+        _ = 1 / 0
+    assert train() == "done"
+    assert handlers() == before
+    # signals are the main thread's, others have none to hold back
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train).result() == "done"
 
 
 def test_nobody_takes_a_stop_for_an_error_to_recover_from():
