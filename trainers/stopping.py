@@ -71,10 +71,12 @@ def finishing_first() -> Iterator[None]:
 
 @contextmanager
 def says_how_to_go_on(folder: Path) -> Iterator[None]:
-    """Adds to an interruption how the run in ``folder`` is resumed, if it has been begun."""
+    """Adds to an interruption, or a disk that is full, how the run in ``folder`` is resumed, if it
+    has been begun.
+    """
     try:
         yield
-    except KeyboardInterrupt as stopped:
+    except (KeyboardInterrupt, OSError) as stopped:
         if (folder / "config.json").is_file():
             stopped.add_note(f"go on by --resume {folder}")
         raise

@@ -30,6 +30,14 @@ def test_a_signal_is_one_line_and_an_exit_code(number, tmp_path, capsys):
     assert handlers() == before
 
 
+def test_a_disk_that_is_full_is_told_how_to_go_on(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SystemExit) as ended, ends_in_one_line(OSError), says_how_to_go_on(tmp_path):
+        raise OSError(28, "No space left on device")
+    said = f"error: [Errno 28] No space left on device; go on by --resume {tmp_path}"
+    assert ended.value.code == said
+
+
 def test_what_was_not_begun_can_not_be_gone_on_with(tmp_path, capsys):
     with pytest.raises(SystemExit), ends_in_one_line(), says_how_to_go_on(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
