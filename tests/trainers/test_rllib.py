@@ -12,7 +12,7 @@ import ray
 import torch
 from ray.rllib.algorithms.ppo import PPO
 
-from tokenprune.trainers import library_run
+from tokenprune.trainers import library_run, rllib
 from tokenprune.trainers.rllib import POLICY, RllibConfig, main, make_algorithm
 
 PATCHES, STAGES = 16, (1, 3)
@@ -65,7 +65,7 @@ def test_a_run_leaves_its_record_and_a_checkpoint(one_core, tmp_path, monkeypatc
 
 
 def test_a_training_that_is_stopped_leaves_a_checkpoint(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(rllib, "RUNS", tmp_path)
+    monkeypatch.setattr(library_run, "RUNS", tmp_path)
     done = []
 
     class Algorithm:

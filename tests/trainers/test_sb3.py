@@ -57,7 +57,7 @@ def test_tokens_explore_each_for_itself(env, tmp_path):
 
 
 def test_a_training_that_is_stopped_leaves_its_model(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sb3, "RUNS", tmp_path)
+    monkeypatch.setattr(library_run, "RUNS", tmp_path)
     monkeypatch.setitem(datasets.DEFAULT_SIZES, "train", 20)
     seen, step = [], TokenVecEnv.step_wait
 
