@@ -132,7 +132,7 @@ def play(steps: int, look: Callable[[], None]) -> None:
     """Random games, on tensors and through PettingZoo's API in turns."""
     torch.manual_seed(0)
     backbone = create_backbone(DIGITS_VIT, untrained=True, **TINY)
-    images = Noise(4 * EPISODES, (1, IMAGE_SIZE, IMAGE_SIZE))
+    images = Noise((1, IMAGE_SIZE, IMAGE_SIZE))
     tensors = BatchedTokenPrune(TokenGame(StagedViT(backbone, STAGES)), images, EPISODES)
     dicts = TokenPruneEnv(backbone, images, prune_before=STAGES, device="cpu")
     generator = torch.Generator().manual_seed(0)

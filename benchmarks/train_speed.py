@@ -106,7 +106,7 @@ def check(config: TrainSpeedConfig) -> None:
         raise ValueError(f"tokens={config.tokens}: square numbers, as 64 256 1024")
     if not all(1 <= n <= 7 for n in config.stages):
         raise ValueError(f"stages={config.stages}: each 1..7, there are 8 blocks")
-    limit = MappoConfig.iterations - config.rounds - 1
+    limit = MappoConfig.iterations - config.rounds - 2  # two warm up
     if not config.after or any(not 0 <= n <= limit for n in config.after):
         raise ValueError(f"after={config.after}: each 0..{limit}, a training has an end")
     if list(config.after) != sorted(set(config.after)):

@@ -50,8 +50,8 @@ def test_files_that_stay_open_are_named():
 def test_a_short_soak_looks_as_often_as_it_should(monkeypatch):
     for split in ("train", "validation"):
         monkeypatch.setitem(datasets.DEFAULT_SIZES, split, 40)
-    seen = soak(SoakConfig(steps=80, iterations=16, samples=8))
-    assert list(seen) == ["80 game steps", "16 trainer iterations"]
+    seen = soak(SoakConfig(steps=32, iterations=8, samples=8))
+    assert list(seen) == ["32 game steps", "8 trainer iterations"]
     for each in seen.values():
         assert len(each.memory) == len(each.files) == 8
         assert min(each.memory) > 50 * MIB
