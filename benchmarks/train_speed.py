@@ -30,6 +30,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,11 +107,12 @@ def check(config: TrainSpeedConfig) -> None:
         raise ValueError(f"tokens={config.tokens}: square numbers, as 64 256 1024")
     if not all(1 <= n <= 7 for n in config.stages):
         raise ValueError(f"stages={config.stages}: each 1..7, there are 8 blocks")
-    limit = MappoConfig.iterations - config.rounds - 2  # two warm up
+    taken = config.rounds + 2  # two warm up
+    limit = MappoConfig.iterations - taken
     if not config.after or any(not 0 <= n <= limit for n in config.after):
         raise ValueError(f"after={config.after}: each 0..{limit}, a training has an end")
-    if list(config.after) != sorted(set(config.after)):
-        raise ValueError(f"after={config.after}: ascending")
+    if any(later - earlier < taken for earlier, later in pairwise(config.after)):
+        raise ValueError(f"after={config.after}: ascending, and {taken} apart or more")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no CUDA device")
 

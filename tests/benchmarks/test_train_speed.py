@@ -12,7 +12,7 @@ from tokenprune.trainers.config import MappoConfig
 
 TINY = {"num_envs": 8, "rollouts_per_image": 4, "prune_before": (1, 3), "hidden": (8,)}
 PEERS = "tokenprune.benchmarks.peers.iterations_benchmarl"
-SMALL = ["--after", "0", "2", "--rounds", "1", "--num-envs", "8", "--threads", "1"]
+SMALL = ["--after", "0", "3", "--rounds", "1", "--num-envs", "8", "--threads", "1"]
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_the_command_measures_and_writes(vit, some_images, tmp_path, monkeypatch
     rows = {(row["after"], row["variant"]): row for row in records["variants"]}
     assert list(rows) == [
         (after, variant)
-        for after in (0, 2)
+        for after in (0, 3)
         for variant in ("ours", "forward", "straw", "like-benchmarl")
     ]
     for row in rows.values():
@@ -91,7 +91,7 @@ def test_the_command_measures_and_writes(vit, some_images, tmp_path, monkeypatch
     ]  # fmt: skip
     assert all(cell["memory"] > 50 * 2**20 for cell in records["grid"])
     shown = capsys.readouterr().out
-    assert "after 2 iterations, 8 episodes each" in shown
+    assert "after 3 iterations, 8 episodes each" in shown
     assert shown.count("straw") == 2
 
 
@@ -165,6 +165,7 @@ def test_benchmarl_takes_turns_on_the_same_game(vit, some_images):
         (["--stages", "8"], "stages=(8,)"),
         (["--after", "499"], "after=(499,)"),
         (["--after", "5", "1"], "after=(5, 1): ascending"),
+        (["--after", "0", "10", "--rounds", "9"], "after=(0, 10): ascending, and 11 apart"),
     ],
 )
 def test_settings_that_make_no_sense_are_one_line(arguments, message):
