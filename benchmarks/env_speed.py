@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tokenprune.agents.actor_critic import TokenActor
 from tokenprune.benchmarks.adapter_speed import adapters, decisions_of, rows
+from tokenprune.benchmarks.iterations import Noise
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.batched import Observed
 from tokenprune.envs.batched_tokens import BatchedTokenPrune
@@ -58,28 +59,6 @@ class EnvSpeedConfig:
     """auto, cpu, cuda or mps."""
     out: Path | None = None
     """Also write the figures to this JSON file."""
-
-
-class Noise:
-    """Images of random pixels as an ``ImageSet``: as fast as memory.
-
-    Args:
-        shape: of an image, (C, H, W).
-        size: number of images.
-    """
-
-    num_classes = 1
-    class_names: tuple[str, ...] = ("noise",)
-
-    def __init__(self, shape: tuple[int, ...], size: int = 256) -> None:
-        self._pixels = torch.randn(size, *shape, generator=torch.Generator().manual_seed(0))
-
-    def __len__(self) -> int:
-        return len(self._pixels)
-
-    def load(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-        chosen = torch.as_tensor(indices)
-        return self._pixels[chosen], torch.zeros_like(chosen)
 
 
 def random_keeps(game: TokenGame, images: int, keep: float, seed: int) -> list[Tensor]:

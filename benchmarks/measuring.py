@@ -70,18 +70,19 @@ def interleaved(
     for turn in range(warmup + rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            edges = [_now(device)]
+            edges = [now(device)]
             for call in variants[name]:
                 call()
                 if each_call:
-                    edges.append(_now(device))
+                    edges.append(now(device))
             if turn >= warmup:
-                timings[name].passes.append(_now(device) - edges[0])
+                timings[name].passes.append(now(device) - edges[0])
                 timings[name].calls.extend(np.diff(edges).tolist())
     return timings
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """The clock, in seconds, once ``device`` has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

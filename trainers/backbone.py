@@ -34,6 +34,7 @@ from tokenprune.trainers.run_folder import (
 from tokenprune.trainers.stopping import ends_in_one_line, says_how_to_go_on
 from tokenprune.trainers.supervised import (
     Learner,
+    Place,
     TrainingImages,
     accuracy,
     train_epoch,
@@ -171,18 +172,27 @@ def train(config: BackboneConfig) -> dict[str, Any]:
     learner = Learner(model.train(), loss, config, steps, config.optimizer)
     averaged = learner.ema.module
     records: list[Record] = []
+    place: Place | None = None
     if goes_on:
         state, records = run.read_epochs()
         learner.load_state_dict(state)
+        place = state.get("place")
+        start_time -= state["seconds"] if place else records[-1]["seconds"]
     else:
         run.create(config)
-    start_time -= records[-1]["seconds"] if records else 0.0
     mixup = make_mixup(config, num_classes)
+
+    def save(place: Place) -> None:
+        seconds = time.monotonic() - start_time
+        run.save_epoch(learner.state_dict() | {"place": place, "seconds": seconds}, records)
+
     with says_how_to_go_on(run.path):
         for epoch in range(len(records), config.epochs):
+            loss_of_epoch = train_epoch(learner, images, epoch, device, mixup, place, save)
+            place = None
             record = {
                 "epoch": epoch,
-                "loss": train_epoch(learner, images, epoch, device, mixup),
+                "loss": loss_of_epoch,
                 "validation_accuracy": accuracy(averaged, validation, device),
                 "seconds": time.monotonic() - start_time,
             }

@@ -76,7 +76,7 @@ class OutOfTime(KeyboardInterrupt):
 
 
 class Clock(Callback):
-    """Ends an experiment when its time is up, with a checkpoint as at the end that it knows.
+    """Ends an experiment when its time is up.
 
     Args:
         seconds: from now on.
@@ -88,9 +88,20 @@ class Clock(Callback):
 
     def on_batch_collected(self, batch: TensorDictBase) -> None:
         if time.monotonic() >= self._end:
-            # later is too late: closing the experiment takes its collector apart
-            self.experiment._save_experiment()
             raise OutOfTime
+
+
+class SavedExperiment(Experiment):
+    """Leaves a checkpoint where it is interrupted, too, which BenchMARL can go on from."""
+
+    def _collection_loop(self) -> None:
+        try:
+            super()._collection_loop()
+        except KeyboardInterrupt as stopped:
+            # later is too late: closing the experiment takes its collector apart
+            self._save_experiment()
+            stopped.add_note(f"{self._checkpointed_files[-1]} is saved")
+            raise
 
 
 def algorithm_config(name: str) -> AlgorithmConfig:
@@ -149,7 +160,7 @@ def make_experiment(config: BenchmarlConfig, task: TokenPruneTask, folder: Path)
         folder: where BenchMARL writes, which is there.
     """
     stages = StagedViT(task.config["backbone"], task.config["prune_before"]).num_stages
-    return Experiment(
+    return SavedExperiment(
         task=task,
         algorithm_config=algorithm_config(config.algorithm),
         model_config=MlpConfig(

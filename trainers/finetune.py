@@ -45,6 +45,7 @@ from tokenprune.trainers.run_folder import (
 from tokenprune.trainers.stopping import ends_in_one_line, says_how_to_go_on
 from tokenprune.trainers.supervised import (
     Learner,
+    Place,
     TrainingImages,
     accuracy,
     train_epoch,
@@ -276,10 +277,12 @@ def train(config: FinetuneConfig) -> dict[str, Any]:
     steps = config.epochs * images.steps_an_epoch
     learner = Learner(model, Distillation(model, teacher, config), config, steps)
     averaged = learner.ema.module
+    place: Place | None = None
     if run.is_begun:
         state, records = run.read_epochs()
         learner.load_state_dict(state)
-        start_time -= records[-1]["seconds"]
+        place = state.get("place")
+        start_time -= state["seconds"] if place else records[-1]["seconds"]
     else:
         run.create(config)
         dense = {"dense_accuracy": accuracy(teacher, validation, device)}
@@ -287,10 +290,17 @@ def train(config: FinetuneConfig) -> dict[str, Any]:
         records = [{"epoch": 0} | judge(averaged, validation) | dense | seconds]
         run.save_epoch(learner.state_dict(), records)
         print(json.dumps(records[0]), flush=True)
+
+    def save(place: Place) -> None:
+        seconds = time.monotonic() - start_time
+        run.save_epoch(learner.state_dict() | {"place": place, "seconds": seconds}, records)
+
     with says_how_to_go_on(run.path):
         for epoch in range(len(records) - 1, config.epochs):
+            loss = train_epoch(learner, images, epoch, device, None, place, save)
+            place = None
             record = (
-                {"epoch": epoch + 1, "loss": train_epoch(learner, images, epoch, device)}
+                {"epoch": epoch + 1, "loss": loss}
                 | judge(averaged, validation)
                 | {"seconds": time.monotonic() - start_time}
             )

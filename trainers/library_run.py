@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import partial
@@ -149,6 +150,20 @@ class LibraryRun:
             OSError: the folder can't be written.
         """
         write_json(self.folder / "config.json", self.config.described())
+
+    @contextmanager
+    def keeping(self, save: Callable[[Path], object], name: str) -> Iterator[None]:
+        """Surrounds the learning: ``save`` is given the path of ``name`` in the folder when it is
+        done, and when it is stopped.
+        """
+        path = self.folder / name
+        try:
+            yield
+        except KeyboardInterrupt as stopped:
+            save(path)
+            stopped.add_note(f"{path} holds what was learned until then")
+            raise
+        save(path)
 
     def conclude(self, actor: nn.Module, **facts: Any) -> dict[str, Evaluation]:
         """Writes what was learned, and how it and the dense model do on the test images.

@@ -139,7 +139,10 @@ def train(config: RllibConfig) -> dict[str, Evaluation]:
     try:
         run.create()
         start = time.monotonic()
-        with (run.folder / "metrics.jsonl").open("w", encoding="utf-8") as log:
+        with (
+            run.keeping(lambda path: algorithm.save_to_path(path.resolve()), "checkpoint"),
+            (run.folder / "metrics.jsonl").open("w", encoding="utf-8") as log,
+        ):
             for iteration in range(1, config.iterations + 1):
                 played = algorithm.train()["env_runners"]
                 row = {
@@ -151,7 +154,6 @@ def train(config: RllibConfig) -> dict[str, Evaluation]:
                 }
                 log.write(json.dumps(row) + "\n")
                 log.flush()
-        algorithm.save_to_path((run.folder / "checkpoint").resolve())
         actor = algorithm.get_module(POLICY).actor.cpu()
     finally:
         algorithm.stop()

@@ -114,13 +114,15 @@ class RunFolder:
         return bool(existing(self.checkpoint))
 
     def save_epoch(self, state: Mapping[str, Any], records: list[Record]) -> None:
-        """Notes that so many epochs are done as there are ``records``."""
+        """Notes that so many epochs are done as there are ``records``, and in ``state`` what goes
+        on from there, in the course of the next epoch too.
+        """
         # a kill before the checkpoint is there leaves one record too many, which reading drops
         write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in records))
         save_checkpoint(self.checkpoint, {"epoch": len(records), **state})
 
     def read_epochs(self) -> tuple[dict[str, Any], list[Record]]:
-        """The state at the end of the last epoch, and the records up to there.
+        """The last state, and the records up to there.
 
         Raises:
             CheckpointError: the files are damaged, or don't belong together.

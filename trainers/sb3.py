@@ -142,8 +142,8 @@ def train(config: Sb3Config) -> dict[str, Evaluation]:
     run.create()
     stages = run.staged.num_stages
     model = make_algorithm(config, env, stages, run.folder)
-    model.learn(config.iterations * stages * env.num_envs, tb_log_name="log")
-    model.save(run.folder / "model.zip")
+    with run.keeping(model.save, "model.zip"):
+        model.learn(config.iterations * stages * env.num_envs, tb_log_name="log")
     env.close()
     return run.conclude(actor_of(model))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,11 +65,32 @@ def ends_in_one_line(*errors: type[Exception]) -> Iterator[None]:
 
 
 @contextmanager
-def says_how_to_go_on(folder: Path) -> Iterator[None]:
-    """Adds to an interruption how the run in ``folder`` is resumed, if it has been begun."""
+def finishing_first() -> Iterator[None]:
+    """Holds signals back until what is inside is done: for steps that nobody could go on from
+    half-way, and that are short.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    held: list[int] = []
+    before = {each: signal.signal(each, lambda number, _: held.append(number)) for each in SIGNALS}
     try:
         yield
-    except KeyboardInterrupt as stopped:
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    if held:
+        signal.raise_signal(held[0])
+
+
+@contextmanager
+def says_how_to_go_on(folder: Path) -> Iterator[None]:
+    """Adds to an interruption, or a disk that is full, how the run in ``folder`` is resumed, if it
+    has been begun.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, OSError) as stopped:
         if (folder / "config.json").is_file():
             stopped.add_note(f"go on by --resume {folder}")
         raise

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import platform
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,16 +24,23 @@ from tqdm import tqdm
 from tokenprune.envs.datasets import ImageSet, open_images
 from tokenprune.trainers.checkpoint import CheckpointError
 from tokenprune.trainers.run_folder import TrainingError
+from tokenprune.trainers.stopping import finishing_first
 
 EVALUATION_BATCH = 250
 MAX_GRAD_NORM = 1.0
 MAX_SEED = 4_000_000  # the seeds of its epochs stay below 2**32, which NumPy asks for
 SEEDS_A_RUN = 1_000  # for its epochs: another run seed doesn't see the draws of this one
+SECONDS_AT_STAKE = 300.0  # of an epoch, that a kill may cost
 PACKAGES = ("tokenprune", "torch", "timm", "numpy")
 
 # inputs float32 [B, C, H, W]; targets int64 [B], or float32 [B, classes] where they were mixed;
 # the number of the step, counted from 0 over all epochs -> a scalar
 Loss = Callable[[Tensor, Tensor, int], Tensor]
+
+
+# how far an epoch is: the losses until then, and the states of the global generators; as a tree
+# that save_checkpoint takes
+Place = dict[str, Any]
 
 
 class Recipe(Protocol):
@@ -99,6 +108,26 @@ def seed_global_generators(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def global_generators() -> dict[str, Any]:
+    """The states of what ``seed_global_generators`` seeds; CUDA's apart, where no run repeats bit
+    for bit anyway.
+    """
+    kind, key, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, np.asarray(key).tolist(), *rest],
+        "torch": torch.get_rng_state(),
+    }
+
+
+def restore_global_generators(states: Mapping[str, Any]) -> None:
+    """Goes back to what ``global_generators`` gave."""
+    edition, key, gauss = states["python"]
+    random.setstate((edition, tuple(key), gauss))
+    np.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(states["torch"])
 
 
 class TrainingImages:
@@ -223,8 +252,21 @@ def train_epoch(
     epoch: int,
     device: torch.device,
     mixup: Mixup | None = None,
+    place: Place | None = None,
+    save: Callable[[Place], object] = lambda place: None,
 ) -> float:
     """Takes a step a batch of epoch number ``epoch``, counted from 0; returns the mean loss.
+
+    Args:
+        learner: who learns.
+        images: from what.
+        epoch: which one.
+        device: where the model lies.
+        mixup: mixes the images of a batch, if any.
+        place: where to go on in the epoch, as ``save`` was given it; the images of the steps before
+            are read once more, for what their augmentation draws.
+        save: called from time to time, and where the training is stopped, with the place that the
+            learner has come to.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -233,14 +275,39 @@ def train_epoch(
     # images of an epoch are a draw of their own: seed 0 is what the game trains on
     seed = recipe.seed * SEEDS_A_RUN + epoch + 1
     seed_global_generators(seed)
+    losses: list[Tensor] = []
+    if place is not None:
+        losses = list(place["losses"].to(device))
+        restore_global_generators(place["generators"])
+    done = len(losses)
     title = f"epoch {epoch + 1}/{recipe.epochs}"
-    progress = tqdm(images.epoch(seed), title, images.steps_an_epoch, disable=None)
-    losses = []
-    for step, (inputs, labels) in enumerate(progress, start=epoch * images.steps_an_epoch):
-        inputs, labels = inputs.to(device), labels.to(device)
-        if mixup is not None:
-            inputs, labels = mixup(inputs, labels)
-        losses.append(learner.learn(inputs, labels, step))
+    batches_left = islice(images.epoch(seed), done, None)
+    progress = tqdm(batches_left, title, images.steps_an_epoch, initial=done, disable=None)
+    saved_at = time.monotonic()
+    try:
+        for step, (inputs, labels) in enumerate(progress, epoch * images.steps_an_epoch + done):
+            with finishing_first():
+                inputs, labels = inputs.to(device), labels.to(device)
+                if mixup is not None:
+                    inputs, labels = mixup(inputs, labels)
+                losses.append(learner.learn(inputs, labels, step))
+            if time.monotonic() - saved_at >= SECONDS_AT_STAKE:
+                save(_place(losses))
+                saved_at = time.monotonic()
+    except KeyboardInterrupt as stopped:
+        if losses:
+            save(_place(losses))
+            stopped.add_note(f"{len(losses)} steps of epoch {epoch + 1} are saved")
+        raise
+    return _mean(losses)
+
+
+def _place(losses: list[Tensor]) -> Place:
+    _mean(losses)  # what has diverged is not worth going on from
+    return {"losses": torch.stack(losses), "generators": global_generators()}
+
+
+def _mean(losses: list[Tensor]) -> float:
     loss = float(torch.stack(losses).mean())
     if not math.isfinite(loss):
         raise TrainingError("the loss is not finite: try a smaller lr")

@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset
 
 from tokenprune.envs import datasets, digits, timm_sources
 from tokenprune.envs.datasets import DatasetError, find_bad_images, open_images, read_class_names
+from tokenprune.envs.image_sources import FolderSource
 
 SIZE = 16
 CONFIG = {
@@ -255,6 +256,27 @@ def test_the_number_of_threads_changes_nothing(tmp_path, monkeypatch):
 
     for augment in (False, {"auto_augment": "rand-m9-mstd0.5", "re_prob": 0.5}):
         assert torch.equal(load(1, augment), load(6, augment))
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("death", [MemoryError("no memory left"), SystemExit(3)])
+def test_a_worker_that_dies_is_an_error_and_no_hang(tmp_path, monkeypatch, death, augment):
+    images = open_images(make_folder(tmp_path, train=40, test=1), "train", CONFIG, augment=augment)
+    read = FolderSource.read
+
+    def die(source, index, mode):
+        if index == 5:
+            raise death
+        return read(source, index, mode)
+
+    with monkeypatch.context() as context:
+        context.setattr(FolderSource, "read", die)
+        with pytest.raises(type(death)) as raised:
+            images.load(range(30))
+        assert raised.value is death
+    # and the next batch is read as if nothing had been
+    assert images.load(range(30))[0].isfinite().all()
 
 
 def test_augmentation_comes_from_its_seed_and_leaves_global_generators_alone(tmp_path):

@@ -289,6 +289,34 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(config, tmp_path):
     assert same_run("whole", "r")
 
 
+@pytest.mark.parametrize("ending", ["stopped", "killed"])
+def test_an_epoch_that_was_cut_off_is_not_lost(config, monkeypatch, ending):
+    config = replace(
+        config, mixup=0.2, cutmix=1.0, model_kwargs=MODEL | {"embed_layer": "conv_stem"}
+    )
+    train(replace(config, run_name="whole"))
+    last, learn, taken = 8, supervised.Learner.learn, []
+
+    def learn_to_the_end(self, inputs, targets, step):
+        taken.append(step)
+        if len(taken) == last + 1 and ending == "killed":
+            raise RuntimeError("killed")
+        if len(taken) == last + 1:
+            os.kill(os.getpid(), signal.SIGINT)  # in the midst of a step
+        return learn(self, inputs, targets, step)
+
+    monkeypatch.setattr(supervised.Learner, "learn", learn_to_the_end)
+    monkeypatch.setattr(supervised, "SECONDS_AT_STAKE", 0.0 if ending == "killed" else 1e9)
+    with pytest.raises(RuntimeError if ending == "killed" else KeyboardInterrupt) as ended:
+        train(config)
+    if ending == "stopped":
+        assert ended.value.__notes__[0] == "4 steps of epoch 2 are saved"
+    assert len(read_metrics("r")) == 1
+    train(BackboneConfig(resume=Path("runs/r")))
+    assert taken[last + 1] == (last if ending == "killed" else last + 1)
+    assert same_run("whole", "r")
+
+
 @pytest.mark.parametrize("file", ["metrics.jsonl", "checkpoint.safetensors", "backbone.json"])
 def test_a_run_whose_disk_is_full_can_be_resumed(config, monkeypatch, file):
     train(replace(config, run_name="whole"))

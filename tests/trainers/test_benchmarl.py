@@ -2,11 +2,13 @@
 
 import json
 import pickle
+import signal
 
 import pytest
 import torch
 
 pytest.importorskip("benchmarl")
+from benchmarl.experiment import Callback, Experiment
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from tokenprune.envs.adapters.benchmarl import TokenPruneTask
@@ -19,6 +21,7 @@ from tokenprune.trainers.benchmarl import (
     make_experiment,
     run,
 )
+from tokenprune.trainers.stopping import Stopped
 
 PATCHES, STAGES = 16, (1, 3)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -76,6 +79,24 @@ def test_time_that_is_up_ends_the_training_with_a_checkpoint(experiment, tmp_pat
     run(made)
     assert made.n_iters_performed == 0
     assert list(tmp_path.glob("*/checkpoints/*.pt"))
+
+
+def test_a_training_that_is_stopped_leaves_a_checkpoint_to_go_on_from(experiment, tmp_path):
+    made = experiment("ippo")
+
+    class Stop(Callback):
+        def on_train_step(self, batch, group):
+            raise Stopped(signal.SIGTERM)
+
+    made.callbacks.append(Stop())
+    with pytest.raises(Stopped) as stopped:
+        run(made)
+    (checkpoint,) = tmp_path.glob("*/checkpoints/*.pt")
+    assert stopped.value.__notes__ == [f"{checkpoint} is saved"]
+    again = Experiment.reload_from_file(str(checkpoint))
+    weights = actor_of(again).state_dict()
+    for name, weight in actor_of(made).state_dict().items():
+        assert torch.equal(weights[name], weight)
 
 
 def test_a_task_survives_pickling(task):

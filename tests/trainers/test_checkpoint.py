@@ -1,6 +1,10 @@
+import errno
 import json
+import os
 import resource
+import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -236,6 +240,45 @@ def test_a_full_disk_leaves_the_previous_checkpoint(file):
         save_checkpoint(file, {"epoch": 2, **BIG})
     assert load_checkpoint(file) == {"epoch": 1}
     assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "count"),
+    [
+        (Path, "write_bytes", 1),  # the new one's content
+        (Path, "replace", 1),  # of an older one's name
+        (shutil, "copyfile", 1),  # of the last one, where it can't have a second name
+        (os, "fsync", 1),
+        (Path, "replace", 2),  # of the new one's name
+    ],
+)
+def test_the_disk_may_be_full_at_any_moment(file, monkeypatch, owner, name, count):
+    do, seen = getattr(owner, name), []
+
+    def full(*args):
+        seen.append(0)
+        if len(seen) < count:
+            return do(*args)
+        if name in ("write_bytes", "copyfile"):
+            Path(args[0] if name == "write_bytes" else args[1]).write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    for epoch in range(1, KEPT + 1):
+        save_checkpoint(file, {"epoch": epoch})
+    with monkeypatch.context() as context:
+        context.setattr(owner, name, full)
+        if name == "copyfile":
+            context.setattr(os, "link", refuse)
+        with pytest.raises(OSError, match=r"could not write .*checkpoint\.safetensors: No space"):
+            save_checkpoint(file, {"epoch": 9})
+    assert len(seen) == count
+    assert load_newest(file) == load_checkpoint(file) == {"epoch": KEPT}
+    assert not list(file.parent.glob(".*"))
+    save_checkpoint(file, {"epoch": 10})
+    assert load_checkpoint(file) == {"epoch": 10}
 
 
 def test_a_full_disk_leaves_the_previous_json(tmp_path):

@@ -339,20 +339,21 @@ def test_a_policy_for_many_prices_acts_under_the_one_given(trained, config):
 @pytest.mark.parametrize("step", [2, STEPS + 2])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(config, monkeypatch, step):
     train(replace(config, run_name="whole"))
-    learn = supervised.Learner.learn
+    learn, taken = supervised.Learner.learn, []
 
     def learn_or_die(self, inputs, targets, now):
-        if now == step:
+        taken.append(now)
+        if len(taken) == step + 1:
             raise KeyboardInterrupt
         return learn(self, inputs, targets, now)
 
-    with monkeypatch.context() as context:
-        context.setattr(supervised.Learner, "learn", learn_or_die)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
+    monkeypatch.setattr(supervised.Learner, "learn", learn_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
     assert len(read_metrics("r")) == 1 + step // STEPS
     assert not Path("runs/r/report.json").exists()
     train(FinetuneConfig(resume=Path("runs/r")))
+    assert taken[step : step + 2] == [step, step]  # those before are not taken again
     assert same_run("whole", "r")
 
 

@@ -1,6 +1,8 @@
 """RLlib's PPO learns the game, and what it learned prunes."""
 
 import json
+import os
+import signal
 
 import pytest
 
@@ -10,7 +12,7 @@ import ray
 import torch
 from ray.rllib.algorithms.ppo import PPO
 
-from tokenprune.trainers import library_run
+from tokenprune.trainers import library_run, rllib
 from tokenprune.trainers.rllib import POLICY, RllibConfig, main, make_algorithm
 
 PATCHES, STAGES = 16, (1, 3)
@@ -60,6 +62,30 @@ def test_a_run_leaves_its_record_and_a_checkpoint(one_core, tmp_path, monkeypatc
     seen = torch.randn(3, *restored.get_module(POLICY).observation_space.shape)
     assert restored.get_module(POLICY).forward_inference({"obs": seen})
     restored.stop()
+
+
+def test_a_training_that_is_stopped_leaves_a_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(library_run, "RUNS", tmp_path)
+    done = []
+
+    class Algorithm:
+        def train(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        def save_to_path(self, path):
+            done.append(path)
+
+        def stop(self):
+            done.append("stopped")
+
+    monkeypatch.setattr(rllib, "make_algorithm", lambda *_: Algorithm())
+    with pytest.raises(SystemExit) as ended:
+        main(["--run-name", "one", "--device", "cpu"])
+    assert ended.value.code == 128 + signal.SIGTERM
+    checkpoint = tmp_path / "one" / "checkpoint"
+    assert done == [checkpoint, "stopped"]
+    said = f"stopped by SIGTERM; {checkpoint} holds what was learned until then"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from tokenprune.agents.actor_critic import Critic, TokenActor
 from tokenprune.envs.batched_tokens import BatchedTokenPrune
@@ -613,8 +614,10 @@ def test_a_full_disk_leaves_what_was_there(name, count, tokens, whole, monkeypat
     with monkeypatch.context() as context:
         context.setattr(Path, "replace", fail)
         message = error_of(tokens("r"))
-    assert message == f"error: [Errno 28] could not write runs/r/{name}: No space left on device"
     folder = Path("runs/r")
+    begun = "" if name == "config.json" else f"; go on by --resume {folder}"
+    full = f"error: [Errno 28] could not write {folder / name}: No space left on device"
+    assert message == full + begun
     assert not list(folder.glob(".*"))
     if name == "config.json":
         run(tokens("r"))
@@ -622,6 +625,78 @@ def test_a_full_disk_leaves_what_was_there(name, count, tokens, whole, monkeypat
         assert iteration_of(folder) == (2 if count == 2 else COMMON["iterations"])
         run(["--resume", str(folder)])
     check_same(folder, whole)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_is_full_for_tensorboard_is_one_line_too(tokens, whole, monkeypatch):
+    write, written = RecordWriter.write, []
+
+    def fail(*args):  # in a thread of TensorBoard's own
+        written.append(0)
+        if len(written) > 20:  # of the third iteration
+            raise OSError(28, "No space left on device")
+        return write(*args)
+
+    with monkeypatch.context() as context:
+        context.setattr(RecordWriter, "write", fail)
+        message = error_of(tokens("r"))
+    assert message == "error: [Errno 28] No space left on device; go on by --resume runs/r"
+    assert iteration_of(Path("runs/r")) == 2
+    run(["--resume", "runs/r"])
+    check_same(Path("runs/r"), whole)
+
+
+# Fills the disk that it runs on, beginning when the second iteration is saved.
+FILLER = """
+import json, sys
+from tokenprune.trainers import runs
+
+save = runs.save_checkpoint
+
+def save_and_fill(path, tree):
+    save(path, tree)
+    runs.save_checkpoint = save
+    with open("filler", "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(2**16))
+        except OSError:
+            pass
+
+runs.save_checkpoint = save_and_fill
+runs.main(json.loads(sys.argv[1]))
+"""
+# what is mounted in a name space is gone with it: the run is carried out of there
+ON_A_SMALL_DISK = """
+mkdir disk && mount -t tmpfs -o size=4m tmpfs disk || exit 99
+(cd disk && "$@")
+code=$?
+cp -r disk/runs/r .
+exit $code
+"""
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_last_checkpoint_is_intact(tokens, whole):
+    name_space = ["unshare", "--user", "--map-root-user", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*name_space, "true"]).returncode:
+        pytest.skip("no name space of one's own is to be had here")
+    script = [sys.executable, "-c", FILLER, json.dumps(list(map(str, tokens("r"))))]
+    ended = subprocess.run(
+        [*name_space, "sh", "-c", ON_A_SMALL_DISK, "sh", *script],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if ended.returncode == 99:
+        pytest.skip("no file system can be mounted here")
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == (
+        "error: [Errno 28] could not write runs/r/metrics.jsonl: No space left on device; "
+        "go on by --resume runs/r"
+    )
+    assert "Traceback" not in ended.stderr
+    assert iteration_of(Path("r")) == 2
+    assert not list(Path("r").glob(".*"))
+    run(["--resume", "r"])
+    check_same(Path("r"), whole)
 
 
 def poisoned(function, count, poison):

@@ -1,11 +1,15 @@
 """Stable-Baselines3's algorithms learn the game, and what they learned prunes."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
+from stable_baselines3 import PPO
 
+from tokenprune.envs import datasets
 from tokenprune.envs.adapters.sb3 import TokenVecEnv
 from tokenprune.trainers import library_run
 from tokenprune.trainers.sb3 import Sb3Config, TokenDQN, actor_of, main, make_algorithm
@@ -50,6 +54,29 @@ def test_tokens_explore_each_for_itself(env, tmp_path):
     assert 0 < min(shares) < max(shares) < 0.6
     model.exploration_rate = 0.0
     np.testing.assert_array_equal(model.predict(seen)[0], greedy)
+
+
+def test_a_training_that_is_stopped_leaves_its_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(library_run, "RUNS", tmp_path)
+    monkeypatch.setitem(datasets.DEFAULT_SIZES, "train", 20)
+    seen, step = [], TokenVecEnv.step_wait
+
+    def stop(env):
+        seen.append(0)
+        if len(seen) == 5:  # in the third iteration
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(env)
+
+    monkeypatch.setattr(TokenVecEnv, "step_wait", stop)
+    with pytest.raises(SystemExit) as ended:
+        main(["--images", "2", "--iterations", "9", "--run-name", "one", "--device", "cpu"])
+    assert ended.value.code == 128 + signal.SIGTERM
+    saved = tmp_path / "one" / "model.zip"
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"stopped by SIGTERM; {saved} holds what was learned until then"
+    model = PPO.load(saved, device="cpu")
+    assert model.num_timesteps == 2 * 2 * 64 * len(STAGES)
+    assert len(seen) == 5
 
 
 @pytest.mark.slow

@@ -1,10 +1,16 @@
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from tokenprune.trainers.stopping import Stopped, ends_in_one_line, says_how_to_go_on
+from tokenprune.trainers.stopping import (
+    Stopped,
+    ends_in_one_line,
+    finishing_first,
+    says_how_to_go_on,
+)
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
@@ -23,6 +29,14 @@ def test_a_signal_is_one_line_and_an_exit_code(number, tmp_path, capsys):
     said = capsys.readouterr().err
     assert said == f"stopped by {number.name}; go on by --resume {tmp_path}\n"
     assert handlers() == before
+
+
+def test_a_disk_that_is_full_is_told_how_to_go_on(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SystemExit) as ended, ends_in_one_line(OSError), says_how_to_go_on(tmp_path):
+        raise OSError(28, "No space left on device")
+    said = f"error: [Errno 28] No space left on device; go on by --resume {tmp_path}"
+    assert ended.value.code == said
 
 
 def test_what_was_not_begun_can_not_be_gone_on_with(tmp_path, capsys):
@@ -46,6 +60,38 @@ def test_a_second_signal_does_not_disturb_the_last_checkpoint():
     with pytest.raises(SystemExit), ends_in_one_line():
         train()
     assert saved == [True]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_waits_for_what_must_be_finished(number):
+    before, done = handlers(), []
+
+    def train():
+        with finishing_first():
+            os.kill(os.getpid(), number)
+            done.append("inside")
+        done.append("behind")
+
+    with pytest.raises(SystemExit) as ended, ends_in_one_line():
+        train()
+    assert ended.value.code == 128 + number
+    assert done == ["inside"]
+    assert handlers() == before
+
+
+def test_without_a_signal_nothing_is_held_back():
+    def train():
+        with finishing_first():
+            return "done"
+
+    before = handlers()
+    with pytest.raises(ZeroDivisionError), finishing_first():
+        _ = 1 / 0
+    assert train() == "done"
+    assert handlers() == before
+    # signals are the main thread's, others have none to hold back
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train).result() == "done"
 
 
 def test_nobody_takes_a_stop_for_an_error_to_recover_from():

@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+
+from tokenprune.benchmarks.soak import MIB, Growth, SoakConfig, SoakError, soak
+from tokenprune.envs import datasets
+
+LOOKS = 200
+NOISE = np.random.default_rng(0).normal(0, MIB / 4, LOOKS)
+
+
+def growth(memory, files=None):
+    return Growth([int(held) for held in memory], files or [5] * LOOKS)
+
+
+def test_noise_is_no_growth():
+    assert "slope" in growth(300 * MIB + NOISE).check("steps")
+
+
+def test_what_fills_up_at_first_is_no_growth():
+    early = 100 * MIB * np.minimum(np.arange(LOOKS) / 40, 1)
+    growth(300 * MIB + early + NOISE).check("steps")
+
+
+def test_looks_that_follow_each_other_are_alike_and_no_growth():
+    walk = np.cumsum(np.random.default_rng(1).normal(0, MIB / 10, LOOKS))
+    growth(300 * MIB + walk).check("steps")
+
+
+def test_the_slope_has_a_standard_error():
+    slopes = []
+    for seed in range(50):
+        noise = np.random.default_rng(seed).normal(0, MIB, LOOKS)
+        slope, error = growth(300 * MIB + np.linspace(0, 8 * MIB, LOOKS) + noise).slope
+        slopes.append(slope)
+    assert np.mean(slopes) == pytest.approx(6 * MIB, rel=0.05)
+    assert np.std(slopes) == pytest.approx(error, rel=0.4)
+
+
+def test_a_leak_is_named():
+    leak = np.linspace(0, 20 * MIB, LOOKS)
+    with pytest.raises(SoakError, match=r"memory grows; steps: .* slope \+14\.9"):
+        growth(300 * MIB + leak).check("steps")
+
+
+def test_files_that_stay_open_are_named():
+    with pytest.raises(SoakError, match="open files grow"):
+        growth(300 * MIB + NOISE, list(range(LOOKS))).check("steps")
+
+
+def test_a_short_soak_looks_as_often_as_it_should(monkeypatch):
+    for split in ("train", "validation"):
+        monkeypatch.setitem(datasets.DEFAULT_SIZES, split, 40)
+    seen = soak(SoakConfig(steps=32, iterations=8, samples=8))
+    assert list(seen) == ["32 game steps", "8 trainer iterations"]
+    for each in seen.values():
+        assert len(each.memory) == len(each.files) == 8
+        assert min(each.memory) > 50 * MIB
+        assert each.files[-1] <= each.files[0]
