@@ -40,7 +40,7 @@ GAMES = {
 def test_learns_beyond_random(game):
     env_kwargs, settings, least_gain = GAMES[game]
     config = replace(
-        defaults_for(f"pettingzoo:{game}"), env_kwargs=env_kwargs, eval_size=48, **settings
+        defaults_for(f"pettingzoo:{game}"), env_kwargs=env_kwargs, eval_size=24, **settings
     )
     task = PettingZooTask(config)
     untrained = Actor(task.env.observation_space.shape[0], int(task.env.action_space.n), (64, 64))
