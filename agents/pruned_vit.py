@@ -133,6 +133,11 @@ class PrunedViT(
     @torch.compiler.disable
     @torch.no_grad()
     def _decide(self, view: View) -> Tensor:
+        device = view.alive.device.type
+        if torch.is_autocast_enabled(device):
+            # for the blocks, not for the policy: rounding would move its decisions
+            with torch.autocast(device, enabled=False):
+                return self._decide(view)
         keep = self.policy(view)
         if keep.dtype != torch.bool or keep.shape != view.alive.shape:
             raise ValueError(

@@ -152,6 +152,10 @@ class StagedViT(nn.Module):
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
     @torch.compiler.disable(recursive=False)
     def begin(
         self, images: Tensor, with_attention: bool = True, execution: Execution | None = None
@@ -189,7 +193,11 @@ class StagedViT(nn.Module):
         # timm can't embed no images: it infers shapes from the number of elements
         some = images if batch else images.new_zeros(1, *self.image_shape)
         x, rotary = self.family.embed(self.model, some)
-        x = x[:batch]
+        return self._whole(x[:batch], rotary, execution)
+
+    def _whole(self, x: Tensor, rotary: Rotary | None, execution: Execution | None) -> Tokens:
+        """Images x [B, L, D] of which nothing has been pruned."""
+        batch = len(x)
         alive = torch.ones(batch, self.num_slots, dtype=torch.bool, device=x.device)
         layout = None
         if (execution or self.execution) == "packed":
@@ -202,6 +210,19 @@ class StagedViT(nn.Module):
             attention=None,
             rotary=rotary,
         )
+
+    def rebuild(self, x: Tensor, attention: Tensor | None, rotary: Rotary | None) -> Tokens:
+        """What ``begin`` returned, from its parts.
+
+        Args:
+            x: embeddings of images with all their tokens [B, L, D].
+            attention: likewise, [B, L].
+            rotary: of any of these images.
+        """
+        tokens = self._whole(x, rotary, None)
+        ran = Pass(tokens.alive, 0, self.prune_before[0], attention is not None)
+        paid = None if attention is None else attention.flatten()
+        return replace(tokens, attention=paid, passes=(ran,))
 
     @torch.compiler.disable(recursive=False)
     def advance(

@@ -60,6 +60,8 @@ class BatchedPettingZoo:
             share a network can still differ.
         with_state: ask the environments for their state, which some compute anew each time; without
             it ``state`` is empty, [B, 0].
+        first: number of the first environment, by which it is seeded: one of B environments and one
+            with those from number B on play what one of 2B would.
 
     Raises:
         TypeError: ``make_env`` makes no ``ParallelEnv``.
@@ -78,6 +80,7 @@ class BatchedPettingZoo:
         device: torch.device | str = "cpu",
         agent_ids: bool = True,
         with_state: bool = True,
+        first: int = 0,
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
@@ -92,6 +95,7 @@ class BatchedPettingZoo:
                     f"number {copy} has {layout}"
                 )
         self.num_envs = num_envs
+        self._first = first
         self.num_agents = len(self._layout.agents)
         self.device = torch.device(device)
         self.action_space: Discrete = Discrete(int(self._layout.action_space.n))
@@ -211,7 +215,8 @@ class BatchedPettingZoo:
     def _begin(self, row: int) -> None:
         """Resets environment ``row`` to its next episode and writes what it shows."""
         assert self._seeds is not None
-        seeds = np.random.SeedSequence(self._seeds.entropy, spawn_key=(row, self._episodes[row]))
+        key = (self._first + row, self._episodes[row])
+        seeds = np.random.SeedSequence(self._seeds.entropy, spawn_key=key)
         seed = int(seeds.generate_state(1)[0]) % SEED_LIMIT
         self._episodes[row] += 1
         observations, infos = self._envs[row].reset(seed=seed)

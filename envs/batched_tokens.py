@@ -12,8 +12,10 @@ from operator import index
 import torch
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor
+from torch.profiler import record_function
 
 from tokenprune.envs.batched import Observed, Transition
+from tokenprune.envs.beginnings import Beginnings
 from tokenprune.envs.datasets import ImageSet, Reseedable
 from tokenprune.envs.game import Outcome, Stage, TokenGame
 from tokenprune.envs.observations import DEFAULT_FIELDS, View, field_slices, state_size
@@ -21,6 +23,7 @@ from tokenprune.envs.rewards import LARGEST_NUMBER
 
 PRUNE, KEEP = 0, 1
 MOST_SEED = 2**63 - 1  # a generator takes larger ones for negative
+PART_STRIDE = 2_654_435_769  # between the seeds of what parts draw each for itself
 
 
 class ViewObserved(Observed):
@@ -98,11 +101,17 @@ class BatchedTokenPrune:
         observation: fields that agents see, of ``observations.FIELDS``.
         alpha_range: lowest and highest price of compute: each image gets its own, drawn so that
             its logarithm is uniform. The reward's own for all where None.
+        part: (i, n) where n environments with the same seed share every draw of images and prices,
+            and this is the i-th of them, counted from 0: together they play what one would that is
+            n times as large.
+        cache: bytes of memory that keep what the blocks before the first stage made of images,
+            which must then be the same each time they are loaded.
 
     Attributes:
         field_slices: where each field stands in an observation.
         indices: image of each episode under way, int64 [B]; ``labels`` likewise.
-        pixels: the images themselves, once each, [B / rollouts_per_image, C, H, W] on the CPU.
+        pixels: the images themselves, once each, [B / rollouts_per_image, C, H, W] on the CPU;
+            empty with a cache, which does without them.
         survivors: living agents after the last step, bool [B, N].
         outcome: of the episodes that the last step ended, else None.
     """
@@ -114,16 +123,21 @@ class BatchedTokenPrune:
         num_envs: int,
         observation: Sequence[str] = DEFAULT_FIELDS,
         alpha_range: tuple[float, float] | None = None,
+        part: tuple[int, int] = (0, 1),
+        cache: float = 0,
     ) -> None:
         rollouts = game.rollouts_per_image
         if num_envs < 1 or num_envs % rollouts:
             raise ValueError(
                 f"num_envs={num_envs} must be a positive multiple of rollouts_per_image={rollouts}"
             )
-        if num_envs // rollouts > len(images):
+        place, parts = part
+        if not 0 <= place < parts:
+            raise ValueError(f"part={part}: (i, n) with i in 0..n - 1")
+        if parts * num_envs // rollouts > len(images):
             raise ValueError(
-                f"num_envs={num_envs} with rollouts_per_image={rollouts} needs "
-                f"{num_envs // rollouts} different images, the dataset has {len(images)}"
+                f"num_envs={parts * num_envs} with rollouts_per_image={rollouts} needs "
+                f"{parts * num_envs // rollouts} different images, the dataset has {len(images)}"
             )
         if images.num_classes > game.backbone.num_classes:
             raise ValueError(
@@ -138,6 +152,8 @@ class BatchedTokenPrune:
         self.game = game
         self.images = images
         self.alpha_range = alpha_range
+        self.part = part
+        self._beginnings = Beginnings(game, images, cache) if cache else None
         self.num_envs = num_envs
         self.num_agents = game.num_agents
         self.fields = tuple(observation)
@@ -175,9 +191,9 @@ class BatchedTokenPrune:
             seed = _checked_seed(seed)
             self._generator.manual_seed(seed)
             if isinstance(self.images, Reseedable):
-                self.images.reseed(seed)
+                self.images.reseed(seed + self.part[0] * PART_STRIDE)
         if indices is None:
-            chosen = torch.randperm(len(self.images), generator=self._generator)[:count]
+            chosen = self._mine(torch.randperm(len(self.images), generator=self._generator), count)
         else:
             chosen = _whole_numbers(indices)
             if chosen.shape != (count,):
@@ -186,12 +202,16 @@ class BatchedTokenPrune:
                 raise ValueError(
                     f"image indices {chosen.tolist()}: the dataset has 0..{len(self.images) - 1}"
                 )
-        pixels, labels = self.images.load(chosen)
-        stage = self.game.reset(pixels, labels, self._draw_prices(count))
+        if self._beginnings is not None:
+            beginning, labels = self._beginnings.load(chosen)
+            stage = self.game.reset_to(beginning, labels, self._draw_prices(count))
+        else:
+            with record_function("load images"):
+                self.pixels, labels = self.images.load(chosen)
+            stage = self.game.reset(self.pixels, labels, self._draw_prices(count))
         times = self.rollouts_per_start
         self.indices = chosen.repeat_interleave(times).to(self.device)
         self.labels = labels.repeat_interleave(times).to(self.device)
-        self.pixels = pixels
         self.outcome = None
         return self._observed(stage)
 
@@ -226,7 +246,12 @@ class BatchedTokenPrune:
         if self.alpha_range is None:
             return None
         low, high = (math.log(price) for price in self.alpha_range)
-        return (low + (high - low) * torch.rand(count, generator=self._generator)).exp()
+        drawn = torch.rand(count * self.part[1], generator=self._generator)
+        return (low + (high - low) * self._mine(drawn, count)).exp()
+
+    def _mine(self, drawn: Tensor, count: int) -> Tensor:
+        """Of what all parts share, the ``count`` that are this one's."""
+        return drawn[self.part[0] * count :][:count]
 
     def close(self) -> None:
         """Frees the episode's tensors; the backbone belongs to whoever made it."""
@@ -248,8 +273,11 @@ class BatchedTokenPrune:
         )
 
     def _metrics(self, outcome: Outcome) -> dict[str, Tensor]:
-        return {
+        metrics = {
             "accuracy": outcome.correct.float(),
             "gmacs": outcome.gmacs,
             "keep_ratio": outcome.kept.float().mean(1) / self.num_agents,
         }
+        if self._beginnings is not None:
+            metrics["cache_hits"] = torch.full_like(outcome.gmacs, self._beginnings.hits)
+        return metrics

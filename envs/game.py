@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from tokenprune.envs.backbone import StagedViT, Tokens
 from tokenprune.envs.observations import View
@@ -36,6 +37,19 @@ class Outcome:
     gmacs: Tensor
     kept: Tensor
     decisions: Tensor
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Images before the first stage.
+
+    Attributes:
+        tokens: theirs.
+        dense_logits: what the unpruned model answers [n, classes]; None where no reward asks.
+    """
+
+    tokens: Tokens
+    dense_logits: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -104,10 +118,24 @@ class TokenGame:
             ValueError: images of a wrong size, type or channels, or not finite; labels outside the
                 classes; prices of a wrong number, negative, or too large.
         """
+        beginning, labels = self.begin(images, labels)
+        return self.reset_to(beginning, labels, alpha)
+
+    @torch.no_grad()
+    def begin(self, images: Tensor, labels: Tensor) -> tuple[Beginning, Tensor]:
+        """Runs what comes before the first stage; ``labels`` come back on the backbone's device.
+        Arguments and errors as of ``reset``.
+        """
         images, labels = self._checked(images, labels)
+        with record_function("blocks before the first stage"):
+            tokens = self.backbone.begin(images)
+            dense_logits = self.dense_logits(tokens) if self.reward.needs_dense else None
+        return Beginning(tokens, dense_logits), labels
+
+    def reset_to(self, beginning: Beginning, labels: Tensor, alpha: Tensor | None = None) -> Stage:
+        """``reset`` to what ``begin`` returned, now or earlier."""
         prices = self._checked_prices(alpha, labels)
-        tokens = self.backbone.begin(images)
-        dense_logits = self.dense_logits(tokens) if self.reward.needs_dense else None
+        tokens, dense_logits = beginning.tokens, beginning.dense_logits
         times = self.rollouts_per_image
         beginnings = tokens
         if times > 1:
@@ -145,7 +173,8 @@ class TokenGame:
                 f"keep must be bool {tuple(before.shape)} (images, agents): "
                 f"got {keep.dtype} {tuple(keep.shape)}"
             )
-        tokens = backbone.advance(episode.tokens, keep.to(before.device), stage)
+        with record_function("blocks after it"):
+            tokens = backbone.advance(episode.tokens, keep.to(before.device), stage)
         alive = tokens.alive[:, backbone.num_prefix :]
         kept = (*episode.kept, alive)
         count = alive.sum(1)
@@ -161,7 +190,7 @@ class TokenGame:
             return Stage(stage + 1, alive, reward, view)
 
         self._episode = None
-        logits = backbone.finish(tokens)
+        logits = backbone.finish(tokens).float()
         history = torch.stack(kept)
         reward = reward + self.reward.terminal(
             EndFacts(history, logits, episode.dense_logits, episode.labels)
@@ -200,7 +229,7 @@ class TokenGame:
         )
         for stage in range(self.num_stages):
             tokens = self.backbone.advance(tokens, keep_all, stage, with_attention=False)
-        return self.backbone.finish(tokens)
+        return self.backbone.finish(tokens).float()
 
     def _checked(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         shape = self.backbone.image_shape
@@ -225,8 +254,7 @@ class TokenGame:
                 f"{self.backbone.num_classes} classes 0..{self.backbone.num_classes - 1}"
             )
         device = self.backbone.device
-        dtype = next(self.backbone.parameters()).dtype
-        return images.to(device, dtype), labels.to(device)
+        return images.to(device, self.backbone.dtype), labels.to(device)
 
     def _checked_prices(self, alpha: Tensor | None, labels: Tensor) -> Tensor:
         if alpha is None:

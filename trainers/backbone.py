@@ -24,11 +24,13 @@ from tokenprune.envs.models import BackboneError, create_backbone, sha256
 from tokenprune.envs.token_prune import pick_device
 from tokenprune.trainers.backbone_run import BackboneConfig, write_backbone
 from tokenprune.trainers.checkpoint import CheckpointError, write_json
+from tokenprune.trainers.ranks import ALONE, Ranks, RanksError, join_ranks
 from tokenprune.trainers.run_folder import (
     Record,
     RunFolder,
     TrainingError,
     describe,
+    device_of,
     open_run,
 )
 from tokenprune.trainers.stopping import ends_in_one_line, says_how_to_go_on
@@ -53,7 +55,7 @@ class CrossEntropy:
     """The loss of a backbone whose patches are left out in turns.
 
     Args:
-        model: what learns; gets a place for patches to be left out.
+        model: what shall learn; gets a place for patches to be left out.
         config: how.
 
     Raises:
@@ -67,15 +69,14 @@ class CrossEntropy:
             # arXiv 2208.07220; not among the model's arguments, which the weights are stored with
             prefix: Any = model.num_prefix_tokens
             model.patch_drop = self._patch_drop = PatchDropout(num_prefix_tokens=prefix)
-        self._model = model
         self._config = config
 
-    def __call__(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
+    def __call__(self, model: nn.Module, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         """As ``Loss``; targets that were mixed are smoothed already."""
         if self._config.patch_dropout:
             self._patch_drop.prob = patch_dropout(self._config, step)
         smoothing = self._config.label_smoothing if targets.ndim == 1 else 0.0
-        return F.cross_entropy(self._model(inputs), targets, label_smoothing=smoothing)
+        return F.cross_entropy(model(inputs).float(), targets, label_smoothing=smoothing)
 
 
 def build(config: BackboneConfig, num_classes: int, has_weights: bool) -> nn.Module:
@@ -142,8 +143,9 @@ def finish(
     return report
 
 
-def train(config: BackboneConfig) -> dict[str, Any]:
-    """Trains one backbone in its run folder, and returns the report that was written there.
+def train(config: BackboneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """Trains one backbone in its run folder, and returns the report that was written there; nothing
+    on other ranks than the first.
 
     Raises:
         BackboneError: the backbone is unknown, or can't be built or loaded.
@@ -151,9 +153,10 @@ def train(config: BackboneConfig) -> dict[str, Any]:
         CheckpointError: the run to be resumed is missing or damaged.
         TrainingError: the run can't begin for another reason, or diverged.
         OSError: the disk is full or not writable; the last epoch's files are left as they were.
+        RanksError: another rank has ended.
     """
     start_time = time.monotonic()
-    run, config = open_run(config)
+    run, config = open_run(config, ranks)
     try:
         device = pick_device(config.device)
     except ValueError as error:
@@ -166,10 +169,10 @@ def train(config: BackboneConfig) -> dict[str, Any]:
     validation, test = (
         open_images(config.dataset, split, data_config) for split in ("validation", "test")
     )
-    images = TrainingImages(config.dataset, config, data_config)
+    images = TrainingImages(config.dataset, config, data_config, ranks)
     loss = CrossEntropy(model, config)
     steps = config.epochs * images.steps_an_epoch
-    learner = Learner(model.train(), loss, config, steps, config.optimizer)
+    learner = Learner(model.train(), loss, config, steps, config.optimizer, ranks)
     averaged = learner.ema.module
     records: list[Record] = []
     place: Place | None = None
@@ -177,7 +180,13 @@ def train(config: BackboneConfig) -> dict[str, Any]:
         state, records = run.read_epochs()
         learner.load_state_dict(state)
         place = state.get("place")
+        if place and ranks.count > 1:
+            raise TrainingError(
+                f"{run.path} was stopped in the course of an epoch of a single process: "
+                "only a single one can go on from there"
+            )
         start_time -= state["seconds"] if place else records[-1]["seconds"]
+        ranks.wait()  # all have read what there was
     else:
         run.create(config)
     mixup = make_mixup(config, num_classes)
@@ -186,29 +195,37 @@ def train(config: BackboneConfig) -> dict[str, Any]:
         seconds = time.monotonic() - start_time
         run.save_epoch(learner.state_dict() | {"place": place, "seconds": seconds}, records)
 
-    with says_how_to_go_on(run.path):
+    # within an epoch each rank's generators stand elsewhere, and rank zero knows its own alone
+    saver = save if ranks.count == 1 else None
+    with says_how_to_go_on(run.path), ranks.stop_together():
         for epoch in range(len(records), config.epochs):
-            loss_of_epoch = train_epoch(learner, images, epoch, device, mixup, place, save)
+            loss_of_epoch = train_epoch(learner, images, epoch, device, mixup, place, saver)
             place = None
             record = {
                 "epoch": epoch,
                 "loss": loss_of_epoch,
-                "validation_accuracy": accuracy(averaged, validation, device),
+                "validation_accuracy": accuracy(averaged, validation, device, ranks),
                 "seconds": time.monotonic() - start_time,
             }
             records.append(record)
             run.save_epoch(learner.state_dict(), records)
-            write_backbone(run.path, averaged.state_dict(), config, num_classes)
-            print(json.dumps(record), flush=True)
+            if ranks.is_first:
+                write_backbone(run.path, averaged.state_dict(), config, num_classes)
+                print(json.dumps(record), flush=True)
+    if not ranks.is_first:
+        return {}
     return finish(run, config, averaged, test, records, device, start_time)
 
 
 def main() -> None:
     """The command line."""
     config = tyro.cli(BackboneConfig, description=__doc__)
-    with ends_in_one_line(BackboneError, DatasetError, CheckpointError, TrainingError, OSError):
-        report = train(config)
-        print(f"test accuracy {report['test_accuracy']:.4f} after {report['seconds']:.0f} s")
+    with ends_in_one_line(
+        BackboneError, DatasetError, CheckpointError, TrainingError, OSError, RanksError
+    ):
+        report = train(config, join_ranks(device_of(config)))
+        if report:
+            print(f"test accuracy {report['test_accuracy']:.4f} after {report['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenprune.envs.models import write_weights
 from tokenprune.trainers.checkpoint import write_atomically
 from tokenprune.trainers.run_folder import RUNS, JsonObject
-from tokenprune.trainers.supervised import unfit
+from tokenprune.trainers.supervised import Precision, unfit
 
 OWN_OPTIONS = ("pretrained", "checkpoint", "num_classes", "untrained")  # not for model_kwargs
 
@@ -52,7 +52,12 @@ class BackboneConfig:
     """Images an epoch: as many digits are drawn anew; of photographs a new random part is taken,
     or all of them where they are fewer."""
     batch_size: int = 128
-    """Images a step."""
+    """Images a step, of all ranks together."""
+    accumulate: int = 1
+    """Parts of a rank's batch whose gradients are added up before the step, for less memory."""
+    precision: Precision = "float32"
+    """bfloat16 has the model compute in it (autocast); its weights, the loss and the optimizer stay
+    in float32."""
     optimizer: str = "adamw"
     """One of timm.optim.list_optimizers(). nmuon learns photographs in far fewer steps."""
     lr: float = 2e-3

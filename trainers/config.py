@@ -22,10 +22,16 @@ LARGEST_WIDTH = 65_536
 MOST_THREADS = 1_024
 
 # that runs of before don't know of: how it was then
-LATER_SETTINGS: dict[str, object] = {"skip_bad_images": False}
+LATER_SETTINGS: dict[str, object] = {
+    "skip_bad_images": False,
+    "backbone_dtype": "float32",
+    "cache_gb": 0.0,
+    "profile": False,
+}
 
 CriticKind = Literal["central", "local", "none"]
 Schedule = Literal["constant", "linear", "cosine"]
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass
@@ -44,10 +50,18 @@ class MappoConfig:
     """Download the timm model's weights."""
     checkpoint: Path | None = None
     """A file with the backbone's weights (safetensors, or a state dict of torch.save)."""
+    backbone_dtype: Dtype = "float32"
+    """What the frozen backbone computes in, in training and in its evaluations; the policy, the
+    rewards and all that is learned stay in float32."""
     dataset: str = "digits"
     """token-prune: digits, folder:PATH, or a name that timm.data.create_dataset takes."""
     augment: bool = True
     """Vary training images each time they are played (photographs: timm's training transform)."""
+    cache_gb: float = 0.0
+    """Memory, in GB a process, that keeps what the blocks before the first stage made of the images
+    played, so that it is computed once; the images must not be varied (augment). A resumed run then
+    ends like the one that was not stopped up to rounding only, as other images go together through
+    those blocks."""
     skip_bad_images: bool = False
     """Decode every image of a folder at the start, and leave out and list those that are damaged;
     otherwise the first one that is read ends the run."""
@@ -75,7 +89,7 @@ class MappoConfig:
     keep_bias: float = 3.0
     """Logit of keep that the actor starts from; positive prunes little at first."""
     num_envs: int = 256
-    """Episodes that are played at once."""
+    """Episodes that are played at once, by all ranks together."""
     rollout_steps: int = 128
     """Steps an iteration where episodes vary in length; a game of fixed length is played to its end
     instead.
@@ -124,6 +138,9 @@ class MappoConfig:
     """auto, cpu, cuda or mps."""
     threads: int | None = None
     """CPU threads; torch's own choice if not given."""
+    profile: bool = False
+    """Trace the third and fourth iteration (trace.json, by torch.profiler) and print where an
+    iteration goes; for that there must be four."""
     run_name: str | None = None
     """The run is written to runs/RUN_NAME; a name made of game, seed and time if not given."""
     resume: Path | None = None
@@ -160,6 +177,21 @@ class MappoConfig:
             )
         if self.alpha_range is not None and self.alpha is not None:
             raise ValueError("give --alpha or --alpha-range, not both")
+        if self.profile and self.iterations < 4:
+            raise ValueError(f"iterations={self.iterations}: a profile needs 4")
+        if not 0 <= self.cache_gb <= LARGEST_NUMBER:
+            raise ValueError(
+                f"cache_gb={self.cache_gb} must be a number from 0 to {LARGEST_NUMBER:g}"
+            )
+        if self.cache_gb and (self.augment or not self.is_token_prune):
+            raise ValueError(
+                "a cache needs images that are the same each time: give --no-augment with "
+                "--cache-gb, in the token game"
+            )
+        if self.backbone_dtype not in get_args(Dtype):
+            raise ValueError(
+                f"backbone_dtype={self.backbone_dtype!r}: choose from {', '.join(get_args(Dtype))}"
+            )
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
             raise ValueError(f"threads={self.threads} must be from 1 to {MOST_THREADS}")
         if not 0 <= self.seed <= LARGEST_SEED:

@@ -19,6 +19,7 @@ from tokenprune.agents.heuristics import Score, TopK
 from tokenprune.agents.pruned_vit import PrunedViT, Trace
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.datasets import ImageSet
+from tokenprune.trainers.ranks import ALONE, Ranks
 
 BATCH_SIZE = 250
 ROUNDS = 15  # in which models take turns
@@ -50,11 +51,15 @@ class Traced(Protocol):
     def trace(self, images: Tensor) -> Trace: ...
 
 
-def evaluate(model: Traced, images: ImageSet, size: int | None = None) -> Evaluation:
+def evaluate(
+    model: Traced, images: ImageSet, size: int | None = None, ranks: Ranks = ALONE
+) -> Evaluation:
     """Runs ``model`` over ``size`` images (all where None), evenly spread: a folder's are sorted by
-    class.
+    class. ``ranks`` share them, and each gets the result of all.
     """
-    return evaluate_traces(lambda pixels, _: model.trace(pixels), model.backbone, images, size)
+    return evaluate_traces(
+        lambda pixels, _: model.trace(pixels), model.backbone, images, size, ranks
+    )
 
 
 @torch.inference_mode()
@@ -63,6 +68,7 @@ def evaluate_traces(
     backbone: StagedViT,
     images: ImageSet,
     size: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """``evaluate`` of what may look at the labels.
 
@@ -70,20 +76,23 @@ def evaluate_traces(
         trace_of: images [B, C, H, W] and labels [B], on the backbone's device -> what was done.
         backbone: that is pruned.
         images: of which ``size`` are taken (all where None).
+        ranks: who share them.
     """
     count = len(images) if size is None else min(size, len(images))
     chosen = [i * len(images) // count for i in range(count)]
     device = backbone.device
     right, macs, kept = 0, 0, torch.zeros(backbone.num_stages)
     left = torch.zeros(backbone.num_patches + 1, dtype=torch.int64)
-    for start in range(0, count, BATCH_SIZE):
+    for start in range(0, count, BATCH_SIZE)[ranks.rank :: ranks.count]:
         pixels, labels = images.load(chosen[start : start + BATCH_SIZE])
-        trace = trace_of(pixels.to(device), labels.to(device))
+        trace = trace_of(pixels.to(device, backbone.dtype), labels.to(device))
         right += int((trace.logits.argmax(1).cpu() == labels).sum())
         macs += int(trace.macs.sum())
         survivors = trace.alive.sum(2).cpu()  # [B, T]
         kept += survivors.sum(0) / backbone.num_patches
         left += survivors[:, -1].bincount(minlength=len(left))
+    right, macs = ranks.total(right), ranks.total(macs)
+    kept, left = (ranks.total_of(each) for each in (kept, left))
     return Evaluation(
         right / count, macs / count / 1e9, tuple((kept / count).tolist()), tuple(left.tolist())
     )

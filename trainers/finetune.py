@@ -33,6 +33,7 @@ from tokenprune.envs.datasets import ImageSet, open_images
 from tokenprune.envs.token_prune import pick_device
 from tokenprune.trainers.checkpoint import CheckpointError, write_json
 from tokenprune.trainers.evaluation import evaluate
+from tokenprune.trainers.ranks import ALONE, Ranks, RanksError, join_ranks
 from tokenprune.trainers.run_folder import (
     RUNS,
     JsonObject,
@@ -40,12 +41,14 @@ from tokenprune.trainers.run_folder import (
     RunFolder,
     TrainingError,
     describe,
+    device_of,
     open_run,
 )
 from tokenprune.trainers.stopping import ends_in_one_line, says_how_to_go_on
 from tokenprune.trainers.supervised import (
     Learner,
     Place,
+    Precision,
     TrainingImages,
     accuracy,
     train_epoch,
@@ -87,7 +90,12 @@ class FinetuneConfig:
     """Images an epoch: as many digits are drawn anew; of photographs a new random part is taken,
     or all of them where they are fewer."""
     batch_size: int = 128
-    """Images a step."""
+    """Images a step, of all ranks together."""
+    accumulate: int = 1
+    """Parts of a rank's batch whose gradients are added up before the step, for less memory."""
+    precision: Precision = "float32"
+    """bfloat16 has the ViT compute in it (autocast); its weights, the policy, the losses and the
+    optimizer stay in float32."""
     lr: float = 3e-4
     """Peak learning rate; linear warm-up, then a cosine to zero."""
     warmup: float = 0.05
@@ -137,27 +145,25 @@ class Distillation:
     """The loss of a pruned ViT that learns from the unpruned one and from labels.
 
     Args:
-        student: the pruned ViT.
         teacher: timm's model with its original weights.
         config: what counts how much.
     """
 
-    def __init__(self, student: PrunedViT, teacher: nn.Module, config: FinetuneConfig) -> None:
-        self._student = student
+    def __init__(self, teacher: nn.Module, config: FinetuneConfig) -> None:
         self._teacher = teacher
         self._config = config
 
-    def __call__(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
+    def __call__(self, student: nn.Module, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         """As ``Loss``; raises TrainingError where the student has diverged."""
         try:
-            logits = self._student(inputs)
+            logits = student(inputs).float()
         # a policy refuses tokens that are not finite
         except ValueError as error:
             raise TrainingError(f"{error}; or try a smaller lr") from error
         loss = self._config.labels * F.cross_entropy(logits, targets)
         if self._config.distillation:
             with torch.no_grad():
-                taught = self._teacher(inputs).log_softmax(1)
+                taught = self._teacher(inputs).float().log_softmax(1)
             divergence = F.kl_div(
                 logits.log_softmax(1), taught, log_target=True, reduction="batchmean"
             )
@@ -201,9 +207,9 @@ def load_run(config: FinetuneConfig, device: torch.device) -> tuple[PrunedViT, s
     return model, saved.read_json(config.run / saved.CONFIG)["dataset"]
 
 
-def judge(model: PrunedViT, validation: ImageSet) -> Record:
-    """How ``model`` does on validation, by the names that records have."""
-    result = evaluate(model, validation)
+def judge(model: PrunedViT, validation: ImageSet, ranks: Ranks = ALONE) -> Record:
+    """How ``model`` does on validation, by the names of records; ``ranks`` share the work."""
+    result = evaluate(model, validation, ranks=ranks)
     return {
         "validation_accuracy": result.accuracy,
         "validation_gmacs": result.gmacs,
@@ -254,8 +260,9 @@ def finish(
     return report
 
 
-def train(config: FinetuneConfig) -> dict[str, Any]:
-    """Fine-tunes in a run folder of its own, and returns the report that was written there.
+def train(config: FinetuneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """Fine-tunes in a run folder of its own, and returns the report that was written there; nothing
+    on other ranks than the first.
 
     Raises:
         ValueError: the run holds no finished policy for token pruning, or its backbone or dataset
@@ -263,50 +270,63 @@ def train(config: FinetuneConfig) -> dict[str, Any]:
         CheckpointError: the fine-tuning to be resumed is missing or damaged.
         TrainingError: it can't begin for another reason, or diverged.
         OSError: the disk is full or not writable; the last epoch's files are left as they were.
+        RanksError: another rank has ended.
     """
     start_time = time.monotonic()
-    run, config = open_run(config)
+    run, config = open_run(config, ranks)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
     model, dataset = load_run(config, device)
     teacher = copy.deepcopy(model.backbone.model).requires_grad_(False)
     data_config = resolve_model_data_config(teacher)
-    images = TrainingImages(dataset, config, data_config)
+    images = TrainingImages(dataset, config, data_config, ranks)
     validation = open_images(dataset, "validation", data_config, size=config.validation_size)
     steps = config.epochs * images.steps_an_epoch
-    learner = Learner(model, Distillation(model, teacher, config), config, steps)
+    learner = Learner(model, Distillation(teacher, config), config, steps, ranks=ranks)
     averaged = learner.ema.module
     place: Place | None = None
     if run.is_begun:
         state, records = run.read_epochs()
         learner.load_state_dict(state)
         place = state.get("place")
+        if place and ranks.count > 1:
+            raise TrainingError(
+                f"{run.path} was stopped in the course of an epoch of a single process: "
+                "only a single one can go on from there"
+            )
         start_time -= state["seconds"] if place else records[-1]["seconds"]
+        ranks.wait()  # all have read what there was
     else:
         run.create(config)
-        dense = {"dense_accuracy": accuracy(teacher, validation, device)}
+        dense = {"dense_accuracy": accuracy(teacher, validation, device, ranks)}
         seconds = {"seconds": time.monotonic() - start_time}
-        records = [{"epoch": 0} | judge(averaged, validation) | dense | seconds]
+        records = [{"epoch": 0} | judge(averaged, validation, ranks) | dense | seconds]
         run.save_epoch(learner.state_dict(), records)
-        print(json.dumps(records[0]), flush=True)
+        if ranks.is_first:
+            print(json.dumps(records[0]), flush=True)
 
     def save(place: Place) -> None:
         seconds = time.monotonic() - start_time
         run.save_epoch(learner.state_dict() | {"place": place, "seconds": seconds}, records)
 
-    with says_how_to_go_on(run.path):
+    # within an epoch each rank's generators stand elsewhere, and rank zero knows its own alone
+    saver = save if ranks.count == 1 else None
+    with says_how_to_go_on(run.path), ranks.stop_together():
         for epoch in range(len(records) - 1, config.epochs):
-            loss = train_epoch(learner, images, epoch, device, None, place, save)
+            loss = train_epoch(learner, images, epoch, device, None, place, saver)
             place = None
             record = (
                 {"epoch": epoch + 1, "loss": loss}
-                | judge(averaged, validation)
+                | judge(averaged, validation, ranks)
                 | {"seconds": time.monotonic() - start_time}
             )
             records.append(record)
             run.save_epoch(learner.state_dict(), records)
-            print(json.dumps(record), flush=True)
+            if ranks.is_first:
+                print(json.dumps(record), flush=True)
+    if not ranks.is_first:
+        return {}
     return finish(run, config, averaged, validation, records, start_time)
 
 
@@ -326,9 +346,11 @@ def table(report: dict[str, Any]) -> str:
 def main() -> None:
     """The command line."""
     config = tyro.cli(FinetuneConfig, description=__doc__)
-    with ends_in_one_line(ValueError, CheckpointError, TrainingError, OSError):
-        report = train(config)
-        print(f"{table(report)}\n{report['seconds']:.0f} s, {report['validation_images']} images")
+    with ends_in_one_line(ValueError, CheckpointError, TrainingError, OSError, RanksError):
+        report = train(config, join_ranks(device_of(config)))
+        if report:
+            size = report["validation_images"]
+            print(f"{table(report)}\n{report['seconds']:.0f} s, {size} images")
 
 
 if __name__ == "__main__":

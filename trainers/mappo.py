@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import record_function
 
 from tokenprune.agents.actor_critic import Critic
 from tokenprune.envs.batched import BatchedEnv, Observed
 from tokenprune.trainers.config import MappoConfig
 from tokenprune.trainers.gae import gae, leave_one_out
+from tokenprune.trainers.ranks import ALONE, Ranks
 from tokenprune.trainers.value_norm import ValueNorm
 
 ADAM_EPS = 1e-5
@@ -37,11 +39,15 @@ class Learner(nn.Module):
         actor: observations [R, D_obs] -> logits [R, A].
         env: the game, for its sizes.
         config: the settings.
+        ranks: who learns together.
     """
 
-    def __init__(self, actor: nn.Module, env: BatchedEnv, config: MappoConfig) -> None:
+    def __init__(
+        self, actor: nn.Module, env: BatchedEnv, config: MappoConfig, ranks: Ranks = ALONE
+    ) -> None:
         super().__init__()
         self.config = config
+        self.ranks = ranks
         self.actor = actor.to(env.device)
         self.critic: Critic | None = None
         if config.critic != "none":
@@ -52,6 +58,17 @@ class Learner(nn.Module):
         self.value_norm = ValueNorm().to(env.device)
         learned = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(learned, lr=config.lr, eps=ADAM_EPS)
+        # what is called to learn; around the module and not in it
+        object.__setattr__(self, "wrapped", ranks.wrap(self))
+
+    wrapped: nn.Module
+
+    def forward(
+        self, observation: Tensor, seen: Tensor, mask: Tensor, critic_input: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """All that has gradients: ``log_probs``, and the critic's normalised values [R], if any."""
+        values = None if self.critic is None else self.critic(critic_input)
+        return self.log_probs(observation, seen, mask), values
 
     def log_probs(self, observation: Tensor, seen: Tensor, mask: Tensor) -> Tensor:
         """Log-probabilities of the actions, those not allowed at nearly -inf.
@@ -110,13 +127,15 @@ def play(
     value = learner.values(observed)
     for _ in range(steps):
         mask = observed.action_mask[observed.alive]
-        log_probs = learner.log_probs(*observed.distinct(), mask)
-        action = sample(log_probs, generator)
+        with record_function("policy and critic"):
+            log_probs = learner.log_probs(*observed.distinct(), mask)
+            action = sample(log_probs, generator)
         joint = torch.zeros(observed.alive.shape, dtype=torch.int64, device=env.device)
         joint[observed.alive] = action
         transition = env.step(joint)
 
-        following = learner.values(transition.observed)
+        with record_function("policy and critic"):
+            following = learner.values(transition.observed)
         next_value, next_alive = following, transition.observed.alive
         if transition.final is not None:
             # a truncated episode would have gone on from its own last observation, not from the
@@ -158,6 +177,8 @@ class Decisions:
         value: what the critic said when it was taken, normalised as it was then, [R].
         returns: targets of the critic, [R].
         advantage: normalised, [R].
+        count: what sums over the rows are divided by to be means: R, or on many ranks the mean of
+            theirs.
     """
 
     observation: Tensor
@@ -169,13 +190,16 @@ class Decisions:
     value: Tensor
     returns: Tensor
     advantage: Tensor
+    count: float
 
-    def rows(self, index: Tensor) -> Decisions:
+    def rows(self, index: Tensor, ranks: Ranks) -> Decisions:
         """A selection of the decisions."""
-        chosen = {name: part[index] for name, part in vars(self).items() if name != "observation"}
-        observation = self.observation[chosen["seen"]]
-        chosen["seen"] = torch.arange(len(observation), device=observation.device)
-        return Decisions(observation=observation, **chosen)
+        apart = ("observation", "seen", "count")
+        chosen = {name: part[index] for name, part in vars(self).items() if name not in apart}
+        observation = self.observation[self.seen[index]]
+        seen = torch.arange(len(observation), device=observation.device)
+        count = ranks.mean_count(len(index))
+        return Decisions(observation=observation, seen=seen, count=count, **chosen)
 
 
 def judge(rollout: Rollout, learner: Learner, env: BatchedEnv) -> Decisions:
@@ -212,22 +236,24 @@ def judge(rollout: Rollout, learner: Learner, env: BatchedEnv) -> Decisions:
         log_prob=torch.cat(rollout.log_prob),
         value=learner.value_norm.normalise(value[alive]),
         returns=returns,
-        advantage=normalised(advantage[alive]),
+        advantage=normalised(advantage[alive], learner.ranks),
+        count=learner.ranks.mean_count(len(seen)),
     )
 
 
-def normalised(advantage: Tensor) -> Tensor:
-    """Zero mean and unit spread; fewer than two are left alone."""
-    if advantage.numel() < 2:
+def normalised(advantage: Tensor, ranks: Ranks = ALONE) -> Tensor:
+    """Zero mean and unit spread over all ranks; fewer than two are left alone."""
+    if ranks.total(advantage.numel()) < 2:
         return advantage
-    return (advantage - advantage.mean()) / (advantage.std() + 1e-5)
+    mean, spread = ranks.mean_and_spread(advantage)
+    return (advantage - mean) / (spread + 1e-5)
 
 
 def policy_loss(log_prob: Tensor, batch: Decisions, clip: float) -> Tensor:
     """PPO's clipped surrogate (arXiv 1707.06347, eq. 7), negated."""
     ratio = (log_prob - batch.log_prob).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
-    return -mean(torch.minimum(ratio * batch.advantage, clipped * batch.advantage))
+    return -mean(torch.minimum(ratio * batch.advantage, clipped * batch.advantage), batch)
 
 
 def value_loss(
@@ -241,24 +267,26 @@ def value_loss(
     plain, cautious = (
         F.huber_loss(v, target, reduction="none", delta=delta) for v in (value, clipped)
     )
-    return mean(torch.maximum(plain, cautious))
+    return mean(torch.maximum(plain, cautious), batch)
 
 
-def mean(rows: Tensor) -> Tensor:
-    """Mean over rows; zero where nobody lived to decide."""
-    return rows.sum() / max(len(rows), 1)
+def mean(rows: Tensor, batch: Decisions) -> Tensor:
+    """Mean over a batch's rows; zero where nobody lived to decide."""
+    return rows.sum() / batch.count
 
 
 def minibatches(
-    decisions: Decisions, parts: int, generator: torch.Generator
+    decisions: Decisions, parts: int, generator: torch.Generator, ranks: Ranks = ALONE
 ) -> Iterator[Decisions]:
     """A random partition of the decisions; a single part needs no order."""
     if parts == 1:
         yield decisions
         return
     order = torch.randperm(len(decisions.action), generator=generator, device=generator.device)
-    for index in order.chunk(parts):
-        yield decisions.rows(index)
+    chunks = order.chunk(parts)
+    for part in range(ranks.most(len(chunks))):
+        # who has fewer decisions than others, takes its last steps with none
+        yield decisions.rows(chunks[part] if part < len(chunks) else order[:0], ranks)
 
 
 def learn(learner: Learner, decisions: Decisions, generator: torch.Generator) -> dict[str, float]:
@@ -267,19 +295,20 @@ def learn(learner: Learner, decisions: Decisions, generator: torch.Generator) ->
     Raises:
         NotFiniteError: a loss or a gradient is not; the learner is of no use any more.
     """
-    config, optimizer = learner.config, learner.optimizer
+    config, optimizer, ranks = learner.config, learner.optimizer, learner.ranks
     if learner.critic is not None:
-        learner.value_norm.update(decisions.returns)
+        learner.value_norm.update(decisions.returns, ranks)
     history: dict[str, list[Tensor]] = {}  # one entry a step
     for _ in range(config.epochs):
-        for batch in minibatches(decisions, config.minibatches, generator):
-            log_probs = learner.log_probs(batch.observation, batch.seen, batch.mask)
+        for batch in minibatches(decisions, config.minibatches, generator, ranks):
+            log_probs, value = learner.wrapped(
+                batch.observation, batch.seen, batch.mask, batch.critic_input
+            )
             log_prob = log_probs.gather(1, batch.action[:, None]).squeeze(1)
-            entropy = mean(-(log_probs.exp() * log_probs).sum(-1))
+            entropy = mean(-(log_probs.exp() * log_probs).sum(-1), batch)
             terms = {"policy_loss": policy_loss(log_prob, batch, config.clip), "entropy": entropy}
             loss = terms["policy_loss"] - config.entropy * entropy
-            if learner.critic is not None:
-                value = learner.critic(batch.critic_input)
+            if value is not None:
                 terms["value_loss"] = value_loss(
                     value, batch, learner.value_norm, config.clip, config.huber_delta
                 )
@@ -291,9 +320,10 @@ def learn(learner: Learner, decisions: Decisions, generator: torch.Generator) ->
                 config.max_grad_norm,
             )
             optimizer.step()
-            terms["kl"] = mean(batch.log_prob - log_prob)
+            terms["kl"] = mean(batch.log_prob - log_prob, batch)
             for name, term in terms.items():
                 history.setdefault(name, []).append(term.detach())
+    history = {name: list(ranks.average(torch.stack(each))) for name, each in history.items()}
     sums = {name: float(sum(each, torch.zeros_like(each[0]))) for name, each in history.items()}
     if not all(map(math.isfinite, sums.values())):
         # the first step tells the cause: in the next one everything else is infected
@@ -326,12 +356,16 @@ class Trainer:
         env: the game.
         actor: its logits [R, D_obs] -> [R, A].
         config: the settings.
+        ranks: who plays and learns together, each in an ``env`` of its own.
     """
 
-    def __init__(self, env: BatchedEnv, actor: nn.Module, config: MappoConfig) -> None:
+    def __init__(
+        self, env: BatchedEnv, actor: nn.Module, config: MappoConfig, ranks: Ranks = ALONE
+    ) -> None:
         self.env = env
         self.config = config
-        self.learner = Learner(actor, env, config)
+        self.ranks = ranks
+        self.learner = Learner(actor, env, config, ranks)
         self.iteration = 0
         self._observed: Observed | None = None
 
@@ -341,9 +375,9 @@ class Trainer:
         Raises:
             NotFiniteError: a reward, a loss or a gradient is not.
         """
-        config, env, learner = self.config, self.env, self.learner
+        config, env, learner, ranks = self.config, self.env, self.learner, self.ranks
         seed = iteration_seed(config, self.iteration)
-        generator = torch.Generator(env.device).manual_seed(seed)
+        generator = torch.Generator(env.device).manual_seed(ranks.own_seed(seed))
         for group in learner.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.iteration)
         fixed = env.episode_length
@@ -355,16 +389,19 @@ class Trainer:
             env, learner, self._observed, fixed or config.rollout_steps, generator
         )
         self._observed = following
-        reward = float(torch.stack(rollout.reward).sum(0).mean())
+        reward = float(ranks.average(torch.stack(rollout.reward).sum(0).mean()))
         if not math.isfinite(reward):
             raise NotFiniteError("reward")
-        losses = learn(learner, judge(rollout, learner, env), generator)
+        with record_function("advantages"):
+            decisions = judge(rollout, learner, env)
+        with record_function("update"):
+            losses = learn(learner, decisions, generator)
         self.iteration += 1
         return losses | {
             "reward": reward,
             "lr": learning_rate(config, self.iteration - 1),
             **{
-                name: float(torch.stack(values).nanmean())
+                name: float(ranks.nanmean(torch.stack(values)))
                 for name, values in rollout.metrics.items()
             },
         }

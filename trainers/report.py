@@ -49,7 +49,9 @@ def report_pruning(task: TokenPruneTask, actor: nn.Module, folder: Path) -> dict
     pixels, _ = test.load([i % len(test) for i in range(count)])
     # dense is timm's own model, not ours with nothing pruned
     timed = models | {"dense": task.model}
-    speeds = speeds_of_fresh_process(timed, pixels.to(task.backbone.device), SPEED_BATCH)
+    speeds = speeds_of_fresh_process(
+        timed, pixels.to(task.backbone.device, task.backbone.dtype), SPEED_BATCH
+    )
 
     draw_pruned(task, learned, test, folder / "pruned.png")
     draw_curve(folder)
@@ -90,7 +92,7 @@ def draw_pruned(task: TokenPruneTask, model: PrunedViT, images: Any, path: Path)
     """
     indices = np.linspace(0, len(images) - 1, PICTURES).astype(int).tolist()
     pixels, labels = images.load(indices)
-    trace = model.trace(pixels.to(task.backbone.device))
+    trace = model.trace(pixels.to(task.backbone.device, task.backbone.dtype))
     everyone = torch.ones_like(trace.alive[:, :1])
     alive = torch.cat([everyone, trace.alive], dim=1).cpu()
     shown = denormalise(pixels, tuple(task.data_config["mean"]), tuple(task.data_config["std"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar
@@ -18,6 +19,7 @@ from tokenprune.trainers.checkpoint import (
     write_json,
     write_text,
 )
+from tokenprune.trainers.ranks import ALONE, Ranks
 
 RUNS = Path("runs")
 
@@ -52,11 +54,13 @@ class Settings(Protocol):
 
     Attributes:
         resume: a run folder to go on with; None for a new run.
+        device: where it trains, as ``pick_device`` takes it.
         folder: where a new run is written.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     resume: Path | None
+    device: str
 
     @property
     def folder(self) -> Path: ...
@@ -80,15 +84,18 @@ class RunFolder:
 
     Args:
         path: the folder; ``create`` makes it.
+        ranks: who trains; all of them read the folder, the first alone writes there.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, ranks: Ranks = ALONE) -> None:
         self.path = path
+        self._ranks = ranks
         self.checkpoint = path / "checkpoint.safetensors"
         self._metrics = path / "metrics.jsonl"
 
     def create(self, settings: Settings) -> None:
-        write_json(self.path / "config.json", describe(settings))
+        if self._ranks.is_first:
+            write_json(self.path / "config.json", describe(settings))
 
     def read_settings(self, kind: type[S]) -> S:
         """What ``create`` wrote.
@@ -117,6 +124,8 @@ class RunFolder:
         """Notes that so many epochs are done as there are ``records``, and in ``state`` what goes
         on from there, in the course of the next epoch too.
         """
+        if not self._ranks.is_first:
+            return
         # a kill before the checkpoint is there leaves one record too many, which reading drops
         write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in records))
         save_checkpoint(self.checkpoint, {"epoch": len(records), **state})
@@ -138,7 +147,17 @@ class RunFolder:
         return state, records
 
 
-def open_run(settings: S) -> tuple[RunFolder, S]:
+def device_of(settings: Settings) -> str:
+    """Where the run trains that ``settings`` begin or go on with; what is wrong with one to be
+    resumed, ``open_run`` says.
+    """
+    if settings.resume is not None:
+        with suppress(CheckpointError):
+            return RunFolder(settings.resume).read_settings(type(settings)).device
+    return settings.device
+
+
+def open_run(settings: S, ranks: Ranks = ALONE) -> tuple[RunFolder, S]:
     """The folder of a run, new or to be resumed, and the settings that hold there.
 
     Raises:
@@ -147,11 +166,11 @@ def open_run(settings: S) -> tuple[RunFolder, S]:
     """
     if settings.resume is None:
         folder = settings.folder
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if ranks.is_first and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise TrainingError(
                 f"{folder} exists: go on with it by --resume {folder}, or give another --run-name"
             )
-        return RunFolder(folder), settings
+        return RunFolder(folder, ranks), settings
     kind = type(settings)
     default = describe(kind())
     changed = [name for name, value in describe(settings).items() if value != default[name]]
@@ -159,5 +178,5 @@ def open_run(settings: S) -> tuple[RunFolder, S]:
         raise TrainingError(
             f"--resume goes on in the run's own configuration: leave out {', '.join(changed)}"
         )
-    run = RunFolder(settings.resume)
+    run = RunFolder(settings.resume, ranks)
     return run, run.read_settings(kind)

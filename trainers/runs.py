@@ -9,7 +9,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 import tyro
 from safetensors.torch import save
 from torch import nn
+from torch.profiler import record_function
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -33,6 +35,7 @@ from tokenprune.trainers.checkpoint import (
 )
 from tokenprune.trainers.config import MappoConfig, defaults_for
 from tokenprune.trainers.mappo import NotFiniteError, Trainer
+from tokenprune.trainers.ranks import ALONE, Ranks, RanksError, join_ranks
 from tokenprune.trainers.stopping import ends_in_one_line, says_how_to_go_on
 from tokenprune.trainers.tasks import Task, make_task
 
@@ -49,11 +52,13 @@ class Run:
     Args:
         folder: runs/NAME.
         config: its settings.
+        ranks: who trains; all of them read the folder, the first alone writes there.
     """
 
-    def __init__(self, folder: Path, config: MappoConfig) -> None:
+    def __init__(self, folder: Path, config: MappoConfig, ranks: Ranks = ALONE) -> None:
         self.folder = folder
         self.config = config
+        self.ranks = ranks
         self.checkpoint = folder / "checkpoint.safetensors"
         self._metrics = folder / "metrics.jsonl"
         self.records: list[dict[str, float]] = []
@@ -62,6 +67,8 @@ class Run:
         """Writes metrics and checkpoint: killed in between, the records beyond the checkpoint are
         dropped later.
         """
+        if not self.ranks.is_first:
+            return
         records = self.records[: state["iteration"]]
         write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in records))
         save_checkpoint(self.checkpoint, {"seconds": seconds, **state})
@@ -107,7 +114,32 @@ class Run:
                 write_atomically(self.folder / f"{name}.safetensors", write)
 
 
-def open_run(config: MappoConfig) -> Run:
+def read_config(folder: Path) -> MappoConfig:
+    """The settings of the run in ``folder``.
+
+    Raises:
+        CheckpointError: there are none, or they are damaged.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{folder} is no run: it has no config.json")
+    try:
+        return MappoConfig.from_json(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged or of another version: {error}") from error
+
+
+def device_of(config: MappoConfig) -> str:
+    """Where the run trains that ``config`` begins or goes on with; what is wrong with one to be
+    resumed, ``open_run`` says.
+    """
+    if config.resume is not None:
+        with suppress(CheckpointError):
+            return read_config(config.resume).device
+    return config.device
+
+
+def open_run(config: MappoConfig, ranks: Ranks = ALONE) -> Run:
     """The run to begin, or to go on with.
 
     Raises:
@@ -115,13 +147,7 @@ def open_run(config: MappoConfig) -> Run:
         CheckpointError: there is nothing to resume, or its configuration is damaged.
     """
     if config.resume is not None:
-        file = config.resume / "config.json"
-        if not file.is_file():
-            raise CheckpointError(f"{config.resume} is no run: it has no config.json")
-        try:
-            saved = MappoConfig.from_json(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{file} is damaged or of another version: {error}") from error
+        saved = read_config(config.resume)
         default = defaults_for(config.env).to_json()
         changed = [
             name
@@ -135,19 +161,22 @@ def open_run(config: MappoConfig) -> Run:
             raise RunError(
                 f"--resume goes on under the run's own settings: leave out {', '.join(changed)}"
             )
-        return Run(config.resume, saved)
+        return Run(config.resume, saved, ranks)
     kind = config.env.split(":")[-1]
     name = config.run_name or f"{kind}-seed{config.seed}-{datetime.now():%Y%m%d-%H%M%S}"
-    folder = RUNS / name
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    folder = RUNS / ranks.agreed(name)
+    if ranks.is_first and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(
             f"{folder} exists: go on with it by --resume {folder}, or give another --run-name"
         )
-    return Run(folder, config)
+    return Run(folder, config, ranks)
 
 
-def execute(config: MappoConfig) -> dict[str, Any]:
+def execute(config: MappoConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Trains and reports, in the run's folder.
+
+    Returns:
+        the report; nothing on other ranks than the first, which writes it without them.
 
     Raises:
         RunError: the run can't begin.
@@ -155,12 +184,16 @@ def execute(config: MappoConfig) -> dict[str, Any]:
         ValueError: settings that don't go together, an unknown name, a bad image; the message says
             which.
         OSError: the disk is full or not writable; the last checkpoint is left as it was.
+        RanksError: another rank has ended.
     """
-    run = open_run(config)
+    run = open_run(config, ranks)
     with says_how_to_go_on(run.folder):
         start = time.monotonic()
         task, trainer, before = learn(run)
         start -= before
+        if not ranks.is_first:
+            task.env.close()
+            return {}
         report = task.report(trainer.learner.actor, run.folder)
         report |= {"seconds": time.monotonic() - start, "seed": run.config.seed}
         write_json(run.folder / "report.json", report)
@@ -175,18 +208,21 @@ def learn(run: Run) -> tuple[Task, Trainer, float]:
     Returns:
         the game, the trainer, and the seconds that went into the run before this call.
     """
-    config = run.config
+    config, ranks = run.config, run.ranks
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     start = time.monotonic()
-    task = make_task(config)
-    trainer = Trainer(task.env, task.make_actor(), config)
-    if not (run.folder / "config.json").exists():
-        write_json(run.folder / "config.json", config.to_json())
+    task = make_task(config, ranks)
+    trainer = Trainer(task.env, task.make_actor(), config, ranks)
     before = run.restore(trainer)
-    train(run, task, trainer, start - before)
-    run.write_networks(trainer)
+    ranks.wait()  # all have read what there was
+    if ranks.is_first and not (run.folder / "config.json").exists():
+        write_json(run.folder / "config.json", config.to_json())
+    with ranks.stop_together():
+        train(run, task, trainer, start - before)
+    if ranks.is_first:
+        run.write_networks(trainer)
     return task, trainer, before
 
 
@@ -197,35 +233,55 @@ def train(run: Run, task: Task, trainer: Trainer, start: float) -> None:
     Raises:
         RunError: a reward, a loss or a gradient is not finite.
     """
-    config = run.config
-    board = SummaryWriter(str(run.folder), purge_step=trainer.iteration + 1)
+    config, ranks = run.config, run.ranks
+    board = open_board(run, trainer.iteration + 1)
     bar = tqdm(
-        total=config.iterations, initial=trainer.iteration, disable=None, desc=run.folder.name
+        total=config.iterations,
+        initial=trainer.iteration,
+        disable=None if ranks.is_first else True,
+        desc=run.folder.name,
     )
     # what an iteration changed before it was stopped is of no use
     whole = copy.deepcopy(trainer.state_dict())
     try:
-        with board, bar:
+        with board or nullcontext(), bar, profiled_if_asked(run) as after_iteration:
             while trainer.iteration < config.iterations:
+                ranks.stop_if_asked()
                 run.records.append(_iterate(task, trainer, board, bar, start))
+                after_iteration()
                 if trainer.is_resumable:
                     whole = copy.deepcopy(trainer.state_dict())
                 iteration = trainer.iteration
                 if iteration % config.checkpoint_every == 0 or iteration == config.iterations:
                     run.save(whole, time.monotonic() - start)
-    except (KeyboardInterrupt, RunError) as ended:
+    except (KeyboardInterrupt, RunError, RanksError) as ended:
         run.save(whole, time.monotonic() - start)
         ended.add_note(f"iteration {whole['iteration']} is saved")
         raise
 
 
+def profiled_if_asked(run: Run) -> AbstractContextManager[Callable[[], object]]:
+    """What is to be called after each iteration; the first rank traces some where it shall."""
+    if run.config.profile and run.ranks.is_first:
+        from tokenprune.trainers.profiling import profiled
+
+        return profiled(run.folder)
+    return nullcontext(lambda: None)
+
+
+def open_board(run: Run, step: int) -> SummaryWriter | None:
+    """Where TensorBoard reads what is logged from ``step`` on; None where another rank logs."""
+    return SummaryWriter(str(run.folder), purge_step=step) if run.ranks.is_first else None
+
+
 def _iterate(
-    task: Task, trainer: Trainer, board: SummaryWriter, bar: tqdm, start: float
+    task: Task, trainer: Trainer, board: SummaryWriter | None, bar: tqdm, start: float
 ) -> dict[str, float]:
     """Plays and learns once, evaluates when it is time to; returns what was logged."""
     config = trainer.config
     try:
-        record = trainer.iterate()
+        with record_function("iteration"):
+            record = trainer.iterate()
     except NotFiniteError as error:
         raise RunError(
             f"the {error} of iteration {trainer.iteration + 1} is not finite, playing "
@@ -240,9 +296,11 @@ def _iterate(
         record |= task.evaluate(trainer.learner.actor)
         shown = {k: v for k, v in record.items() if k.startswith("validation_")}
         text = " ".join(f"{k.removeprefix('validation_')} {v:.4f}" for k, v in shown.items())
-        bar.write(f"iteration {iteration}: validation {text}")
-    for name, value in record.items():
-        board.add_scalar(name, value, iteration)
+        if trainer.ranks.is_first:
+            bar.write(f"iteration {iteration}: validation {text}")
+    if board is not None:
+        for name, value in record.items():
+            board.add_scalar(name, value, iteration)
     return record | {"iteration": iteration, "seconds": time.monotonic() - start}
 
 
@@ -261,9 +319,11 @@ def parse(arguments: list[str]) -> MappoConfig:
 
 def main(arguments: list[str] | None = None) -> None:
     """``python -m trainers.mappo``."""
-    with ends_in_one_line(RunError, CheckpointError, ValueError, OSError):
+    with ends_in_one_line(RunError, CheckpointError, ValueError, OSError, RanksError):
         config = parse(sys.argv[1:] if arguments is None else arguments)
-        print(format_report(execute(config)))
+        report = execute(config, join_ranks(device_of(config)))
+        if report:
+            print(format_report(report))
 
 
 def format_report(report: dict[str, Any]) -> str:

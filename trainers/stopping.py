@@ -5,10 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_CODE = 128  # what shells add a signal's number to
@@ -18,18 +19,46 @@ MEMORY_REASON = 200  # characters of it that are shown
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM or Ctrl-C; its notes say what is left. No ``Exception``, as nothing is to go on."""
+    """SIGTERM or Ctrl-C; its notes say what is left. No ``Exception``, as nothing is to go on.
 
-    def __init__(self, number: int) -> None:
+    Args:
+        number: of the signal.
+        is_told: whether this process is to say so; of those that stop together one does.
+    """
+
+    def __init__(self, number: int, is_told: bool = True) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.exit_code = EXIT_CODE + number
+        self.is_told = is_told
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
+def stop(number: int, is_told: bool = True) -> NoReturn:
+    """Raises ``Stopped``, and lets no signal disturb what then remains to be done."""
     # a process group may get the signal twice: the second must not stop the last checkpoint
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
-    raise Stopped(number)
+    raise Stopped(number, is_told)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    stop(number)
+
+
+@contextmanager
+def signals_are_noted(numbers: list[int]) -> Iterator[None]:
+    """Appends signals to ``numbers``, for whoever looks there, in the place of raising them."""
+    before = {
+        each: signal.signal(each, lambda number, _: numbers.append(number)) for each in SIGNALS
+    }
+    try:
+        yield
+    finally:
+        _handle(before)
+
+
+def _handle(handlers: Mapping[signal.Signals, Any]) -> None:
+    for each, handler in handlers.items():
+        signal.signal(each, handler)
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
@@ -57,11 +86,11 @@ def ends_in_one_line(*errors: type[Exception]) -> Iterator[None]:
         reason = " ".join(str(error).split())[:MEMORY_REASON]
         sys.exit(f"error: the memory doesn't suffice, make something smaller: {reason}")
     except Stopped as stopped:
-        print("; ".join([str(stopped), *getattr(stopped, "__notes__", ())]), file=sys.stderr)
+        if stopped.is_told:
+            print("; ".join([str(stopped), *getattr(stopped, "__notes__", ())]), file=sys.stderr)
         sys.exit(stopped.exit_code)
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        _handle(before)
 
 
 @contextmanager

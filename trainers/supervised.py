@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tokenprune.envs.datasets import ImageSet, open_images
+from tokenprune.envs.datasets import ImageSet, Reseedable, open_images
 from tokenprune.trainers.checkpoint import CheckpointError
+from tokenprune.trainers.ranks import ALONE, Ranks
 from tokenprune.trainers.run_folder import TrainingError
 from tokenprune.trainers.stopping import finishing_first
 
@@ -33,9 +34,11 @@ SEEDS_A_RUN = 1_000  # for its epochs: another run seed doesn't see the draws of
 SECONDS_AT_STAKE = 300.0  # of an epoch, that a kill may cost
 PACKAGES = ("tokenprune", "torch", "timm", "numpy")
 
-# inputs float32 [B, C, H, W]; targets int64 [B], or float32 [B, classes] where they were mixed;
-# the number of the step, counted from 0 over all epochs -> a scalar
-Loss = Callable[[Tensor, Tensor, int], Tensor]
+# the model to call; inputs float32 [B, C, H, W]; targets int64 [B], or float32 [B, classes] where
+# they were mixed; the number of the step, counted from 0 over all epochs -> a scalar, the mean
+Loss = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
+
+Precision = Literal["float32", "bfloat16"]
 
 
 # how far an epoch is: the losses until then, and the states of the global generators; as a tree
@@ -50,6 +53,8 @@ class Recipe(Protocol):
     epochs: int
     epoch_size: int
     batch_size: int
+    accumulate: int
+    precision: Precision
     lr: float
     warmup: float
     weight_decay: float
@@ -63,6 +68,8 @@ def unfit(recipe: Recipe) -> dict[str, bool]:
         "epochs": recipe.epochs < 1,
         "epoch_size": recipe.epoch_size < 1,
         "batch_size": recipe.batch_size < 1,
+        "accumulate": not 1 <= recipe.accumulate <= recipe.batch_size,
+        "precision": recipe.precision not in get_args(Precision),
         "lr": not 0 < recipe.lr < math.inf,
         "warmup": not 0 <= recipe.warmup <= 1,
         "weight_decay": not 0 <= recipe.weight_decay < math.inf,
@@ -77,22 +84,29 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | packages
 
 
-def batches(images: ImageSet, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All whole batches of ``images`` in an order drawn from ``seed``."""
+def batches(
+    images: ImageSet, batch_size: int, seed: int, ranks: Ranks = ALONE
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's part of all whole batches of ``images`` in an order drawn from ``seed``."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    mine = batch_size // ranks.count
     for start in range(0, len(order) - batch_size + 1, batch_size):
-        yield images.load(order[start : start + batch_size])
+        yield images.load(order[start + ranks.rank * mine :][:mine])
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: ImageSet, device: torch.device) -> float:
-    """Share of ``images`` that ``model``, in evaluation mode, classifies correctly."""
+def accuracy(
+    model: nn.Module, images: ImageSet, device: torch.device, ranks: Ranks = ALONE
+) -> float:
+    """Share of ``images`` that ``model``, in evaluation mode, classifies correctly; ``ranks`` share
+    them.
+    """
     correct = 0
-    for start in range(0, len(images), EVALUATION_BATCH):
+    for start in range(0, len(images), EVALUATION_BATCH)[ranks.rank :: ranks.count]:
         stop = min(start + EVALUATION_BATCH, len(images))
         inputs, labels = images.load(range(start, stop))
         correct += int((model(inputs.to(device)).argmax(1).cpu() == labels).sum())
-    return correct / len(images)
+    return ranks.total(correct) / len(images)
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
@@ -137,16 +151,28 @@ class TrainingImages:
         dataset: as ``open_images`` takes it.
         recipe: how many images an epoch and a batch have, and how they are augmented.
         data_config: timm's, of the backbone.
+        ranks: who share each batch.
 
     Raises:
         DatasetError: the split can't be opened.
-        TrainingError: there are fewer images than a batch holds.
+        TrainingError: there are fewer images than a batch holds, or a batch can't be shared evenly.
     """
 
-    def __init__(self, dataset: str, recipe: Recipe, data_config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        dataset: str,
+        recipe: Recipe,
+        data_config: Mapping[str, Any],
+        ranks: Ranks = ALONE,
+    ) -> None:
         self._dataset = dataset
         self._recipe = recipe
         self._data_config = data_config
+        self._ranks = ranks
+        try:
+            ranks.share_of("batch_size", recipe.batch_size)
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
         images = len(self._open(seed=0))
         self.steps_an_epoch = images // recipe.batch_size
         if not self.steps_an_epoch:
@@ -166,7 +192,10 @@ class TrainingImages:
 
     def epoch(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch; ``seed`` draws the images, their order and the augmentation."""
-        return batches(self._open(seed), self._recipe.batch_size, seed)
+        images = self._open(seed)
+        if isinstance(images, Reseedable):
+            images.reseed(self._ranks.own_seed(seed))
+        return batches(images, self._recipe.batch_size, seed, self._ranks)
 
 
 @contextmanager
@@ -188,16 +217,24 @@ class Learner:
     Args:
         model: what to train, on its device and in the mode in which it learns; parameters that need
             no gradient stay as they are.
-        loss: of a batch; it runs ``model``.
+        loss: of a batch; it runs ``model``, or what has to be called in its place.
         recipe: how.
         steps: of the whole training, all epochs together.
         optimizer: timm's name of it.
+        ranks: who learns together.
     """
 
     def __init__(
-        self, model: nn.Module, loss: Loss, recipe: Recipe, steps: int, optimizer: str = "adamw"
+        self,
+        model: nn.Module,
+        loss: Loss,
+        recipe: Recipe,
+        steps: int,
+        optimizer: str = "adamw",
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model = model
+        self.ranks = ranks
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)
         self.optimizer = create_optimizer_v2(
             model, opt=optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay
@@ -205,23 +242,44 @@ class Learner:
         self.recipe = recipe
         self.steps = steps
         self._loss = loss
+        self._wrapped = ranks.wrap(model)
 
     def learn(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
-        """Takes step number ``step``; arguments as of ``Loss``.
+        """Takes step number ``step``; arguments as of ``Loss``, this rank's part of a batch.
 
         Returns:
-            the loss, a scalar that carries no gradient.
+            the loss of all ranks, a scalar that carries no gradient.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, step, self.steps)
-        loss = self._loss(inputs.to(memory_format=torch.channels_last), targets, step)
+        inputs = inputs.to(memory_format=torch.channels_last)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss = self._accumulate(inputs, targets, step)
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
         with orthogonalise_in(torch.float32):
             self.optimizer.step()
         self.ema.update(self.model, step=step)
-        return loss.detach()
+        return self.ranks.average(loss)
+
+    def _accumulate(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
+        """Gradients of the batch, a part after the other; returns the loss."""
+        recipe, total = self.recipe, torch.zeros((), device=inputs.device)
+        parts = list(
+            zip(inputs.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True)
+        )
+        for i, (some, theirs) in enumerate(parts):
+            is_last = i + 1 == len(parts)
+            with (
+                self.ranks.averages_gradients(self._wrapped, when=is_last),
+                torch.autocast(
+                    inputs.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"
+                ),
+            ):
+                loss = self._loss(self._wrapped, some, theirs, step) * (len(some) / len(inputs))
+            with self.ranks.averages_gradients(self._wrapped, when=is_last):
+                loss.backward()
+            total += loss.detach()
+        return total
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next epoch depends on, as a tree that ``save_checkpoint`` takes."""
@@ -253,7 +311,7 @@ def train_epoch(
     device: torch.device,
     mixup: Mixup | None = None,
     place: Place | None = None,
-    save: Callable[[Place], object] = lambda place: None,
+    save: Callable[[Place], object] | None = None,
 ) -> float:
     """Takes a step a batch of epoch number ``epoch``, counted from 0; returns the mean loss.
 
@@ -266,36 +324,38 @@ def train_epoch(
         place: where to go on in the epoch, as ``save`` was given it; the images of the steps before
             are read once more, for what their augmentation draws.
         save: called from time to time, and where the training is stopped, with the place that the
-            learner has come to.
+            learner has come to; None where nobody can go on from there.
 
     Raises:
         TrainingError: the loss is not finite.
     """
-    recipe = learner.recipe
+    recipe, ranks = learner.recipe, learner.ranks
     # images of an epoch are a draw of their own: seed 0 is what the game trains on
     seed = recipe.seed * SEEDS_A_RUN + epoch + 1
-    seed_global_generators(seed)
+    seed_global_generators(ranks.own_seed(seed))
     losses: list[Tensor] = []
     if place is not None:
         losses = list(place["losses"].to(device))
         restore_global_generators(place["generators"])
     done = len(losses)
     title = f"epoch {epoch + 1}/{recipe.epochs}"
+    silent = None if ranks.is_first else True
     batches_left = islice(images.epoch(seed), done, None)
-    progress = tqdm(batches_left, title, images.steps_an_epoch, initial=done, disable=None)
+    progress = tqdm(batches_left, title, images.steps_an_epoch, initial=done, disable=silent)
     saved_at = time.monotonic()
     try:
         for step, (inputs, labels) in enumerate(progress, epoch * images.steps_an_epoch + done):
+            ranks.stop_if_asked()
             with finishing_first():
                 inputs, labels = inputs.to(device), labels.to(device)
                 if mixup is not None:
                     inputs, labels = mixup(inputs, labels)
                 losses.append(learner.learn(inputs, labels, step))
-            if time.monotonic() - saved_at >= SECONDS_AT_STAKE:
+            if save is not None and time.monotonic() - saved_at >= SECONDS_AT_STAKE:
                 save(_place(losses))
                 saved_at = time.monotonic()
     except KeyboardInterrupt as stopped:
-        if losses:
+        if save is not None and losses:
             save(_place(losses))
             stopped.add_note(f"{len(losses)} steps of epoch {epoch + 1} are saved")
         raise

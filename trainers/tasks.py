@@ -26,6 +26,7 @@ from tokenprune.envs.token_prune import pick_device
 from tokenprune.trainers.config import PETTINGZOO_PREFIX, MappoConfig
 from tokenprune.trainers.evaluation import evaluate
 from tokenprune.trainers.mappo import MASKED_LOGIT, sample
+from tokenprune.trainers.ranks import ALONE, Ranks
 
 EVALUATION_SEED = 987_654_321
 # arguments of a backbone that are not the model's
@@ -48,7 +49,7 @@ class Task(Protocol):
 
     def evaluate(self, actor: nn.Module) -> dict[str, float]:
         """How the greedy policy does on validation, by name; every name begins with
-        ``validation_``.
+        ``validation_``. All ranks call it, and get the same.
         """
         ...
 
@@ -116,9 +117,10 @@ def list_bad_images(dataset: str) -> Collection[str]:
 class TokenPruneTask:
     """Token pruning on a backbone and a dataset."""
 
-    def __init__(self, config: MappoConfig) -> None:
+    def __init__(self, config: MappoConfig, ranks: Ranks = ALONE) -> None:
         self.config = config
-        self.model = load_backbone(config)
+        self.ranks = ranks
+        self.model = load_backbone(config).to(getattr(torch, config.backbone_dtype))
         self.data_config = resolve_model_data_config(self.model)
         self.backbone = StagedViT(self.model, config.prune_before)
         options = {
@@ -139,9 +141,11 @@ class TokenPruneTask:
                 augment=config.augment,
                 skip=self.skipped,
             ),
-            config.num_envs,
+            ranks.share_of("num_envs", config.num_envs),
             config.observation,
             config.alpha_range,
+            (ranks.rank, ranks.count),
+            config.cache_gb * 1e9,
         )
         self.validation = open_images(
             config.dataset, "validation", self.data_config, skip=self.skipped
@@ -175,7 +179,7 @@ class TokenPruneTask:
         return PrunedViT(self.backbone, policy)
 
     def evaluate(self, actor: nn.Module) -> dict[str, float]:
-        result = evaluate(self.pruned(actor), self.validation, self.config.eval_size)
+        result = evaluate(self.pruned(actor), self.validation, self.config.eval_size, self.ranks)
         return {
             "validation_accuracy": result.accuracy,
             "validation_gmacs": result.gmacs,
@@ -201,15 +205,20 @@ class TokenPruneTask:
 class PettingZooTask:
     """Any PettingZoo ``ParallelEnv`` with like agents and discrete actions."""
 
-    def __init__(self, config: MappoConfig) -> None:
+    def __init__(self, config: MappoConfig, ranks: Ranks = ALONE) -> None:
         self.config = config
+        num_envs = ranks.share_of("num_envs", config.num_envs)
         device = str(pick_device(config.device))
         try:
             self._make = make_pettingzoo(
                 config.env.removeprefix(PETTINGZOO_PREFIX), **config.env_kwargs
             )
             self.env: BatchedEnv = BatchedPettingZoo(
-                self._make, config.num_envs, device, with_state=config.critic == "central"
+                self._make,
+                num_envs,
+                device,
+                with_state=config.critic == "central",
+                first=ranks.rank * num_envs,
             )
         # a module that is missing, arguments that the environment doesn't take, no ParallelEnv
         except (ImportError, TypeError, AssertionError) as error:
@@ -265,6 +274,6 @@ class PettingZooTask:
         return {"policies": {"learned": self.evaluate(actor)}}
 
 
-def make_task(config: MappoConfig) -> Task:
-    """The game that ``config`` names."""
-    return TokenPruneTask(config) if config.is_token_prune else PettingZooTask(config)
+def make_task(config: MappoConfig, ranks: Ranks = ALONE) -> Task:
+    """The game that ``config`` names, of which ``ranks`` play a part each."""
+    return TokenPruneTask(config, ranks) if config.is_token_prune else PettingZooTask(config, ranks)

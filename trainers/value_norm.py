@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tokenprune.trainers.ranks import ALONE, Ranks
+
 
 class ValueNorm(nn.Module):
     """Mean and spread of the returns, averaged exponentially and debiased (MAPPO, arXiv 2103.01955,
@@ -37,13 +39,13 @@ class ValueNorm(nn.Module):
         return mean, variance.sqrt()
 
     @torch.no_grad()
-    def update(self, returns: Tensor) -> None:
-        """Takes returns [R] into the statistics; no returns change nothing."""
-        if not returns.numel():
+    def update(self, returns: Tensor, ranks: Ranks = ALONE) -> None:
+        """Takes returns [R] of all ranks into the statistics; no returns change nothing."""
+        if not ranks.total(returns.numel()):
             return
         rest = 1 - self.decay
-        self.mean.mul_(self.decay).add_(rest * returns.mean())
-        self.square.mul_(self.decay).add_(rest * (returns**2).mean())
+        self.mean.mul_(self.decay).add_(rest * ranks.mean(returns))
+        self.square.mul_(self.decay).add_(rest * ranks.mean(returns**2))
         self.weight.mul_(self.decay).add_(rest)
 
     def normalise(self, returns: Tensor) -> Tensor:

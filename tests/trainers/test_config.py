@@ -49,6 +49,19 @@ def test_every_flag_of_the_issue_is_there():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"cache_gb": 1.0}, "give --no-augment with --cache-gb"),
+        ({"cache_gb": -1.0, "augment": False}, "at least 0"),
+        ({"backbone_dtype": "float16"}, "choose from float32, bfloat16"),
+    ],
+)
+def test_how_the_backbone_runs_is_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MappoConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
         ({"alpha_range": (0.1, 0.5)}, "needs both --alpha-range and budget"),
         ({"observation": ("token", "budget")}, "needs both --alpha-range and budget"),
         ({"alpha": 1.0, "alpha_range": (0.1, 0.5), "observation": ("budget",)}, "not both"),

@@ -169,7 +169,7 @@ class Fixed(nn.Module):
 def test_the_loss_is_divergence_from_the_teacher_and_cross_entropy(distillation, labels):
     student, teacher = Fixed([[1.0, -1.0], [0.5, 0.3]]), Fixed([[2.0, 0.0], [-1.0, 0.4]])
     config = FinetuneConfig(distillation=distillation, labels=labels)
-    loss = Distillation(student, teacher, config)(torch.zeros(2, 1), torch.tensor([1, 0]), 0)
+    loss = Distillation(teacher, config)(student, torch.zeros(2, 1), torch.tensor([1, 0]), 0)
     p, q = teacher.logits.softmax(1), student.logits.softmax(1)
     divergence = (p * (p / q).log()).sum(1).mean()
     cross_entropy = -(q[0, 1].log() + q[1, 0].log()) / 2

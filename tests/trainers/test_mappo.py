@@ -118,7 +118,7 @@ def judged(env, **changes):
 
 @pytest.fixture
 def raw_advantages(monkeypatch):
-    monkeypatch.setattr(mappo, "normalised", lambda advantage: advantage)
+    monkeypatch.setattr(mappo, "normalised", lambda advantage, ranks: advantage)
 
 
 # --- ends of episodes, by hand ---
@@ -208,7 +208,7 @@ def test_what_the_dead_see_changes_nothing(critic):
         outcomes.append((decisions, losses, learner.state_dict(), env.played))
     (before, losses, weights, played), (after, *others) = outcomes
     for name, part in vars(before).items():
-        assert torch.equal(part, getattr(after, name)), name
+        assert torch.equal(*map(torch.as_tensor, (part, getattr(after, name)))), name
     assert losses == others[0]
     assert all(torch.equal(weights[key], others[1][key]) for key in weights)
     assert all(map(torch.equal, played, others[2]))
@@ -218,7 +218,10 @@ def test_the_dead_are_out_of_losses_and_of_advantage_statistics():
     env = with_dead(0.0)
     decisions = judged(env)
     assert decisions.observation[decisions.seen, 0].tolist() == [1, 2, 3, 4, 5, 6]
-    assert {len(part) for name, part in vars(decisions).items() if name != "observation"} == {6}
+    lengths = {
+        len(part) for name, part in vars(decisions).items() if name not in ("observation", "count")
+    }
+    assert lengths == {6}
     assert float(decisions.advantage.mean()) == pytest.approx(0, abs=1e-6)
     assert float(decisions.advantage.std()) == pytest.approx(1, abs=1e-3)
 
@@ -323,9 +326,8 @@ def test_minibatches_cover_every_decision_once():
 def decisions_of(**parts):
     zero = torch.zeros(len(next(iter(reversed(parts.values())))))
     given = {name: torch.tensor(part) for name, part in parts.items()}
-    return Decisions(
-        **{field.name: zero for field in dataclasses.fields(Decisions)} | given  # type: ignore[arg-type]
-    )
+    fields = {field.name: zero for field in dataclasses.fields(Decisions)}
+    return Decisions(**fields | given | {"count": len(zero)})  # type: ignore[arg-type]
 
 
 RATIOS = torch.tensor([1.5, 1.5, 0.5, 0.5])
