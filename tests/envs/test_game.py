@@ -73,6 +73,7 @@ def test_an_episode(game, batch, keeps):
     assert not stages[0].reward.any()
     for before, after, decision in zip(stages[:-1], stages[1:], keep, strict=True):
         assert before.view is not None
+        assert before.view.stage == before.index
         assert before.outcome is None
         assert torch.equal(before.view.alive, before.alive)
         assert torch.equal(after.alive, before.alive & decision)
@@ -194,6 +195,26 @@ def test_nobody_observes_attention_on_the_way_to_the_dense_answer(game, batch, m
     assert tokens.alive.all()
     assert [ran.stop for ran in tokens.passes] == [0, 1, 3, 4]
     assert not any(ran.observed for ran in tokens.passes)
+
+
+def test_stages_and_the_end_are_paid(vit, batch, keeps):
+    """Each survivor for its own token's part of what the blocks cost; at the end all for the
+    answer.
+    """
+    images, labels = batch
+    backbone = StagedViT(vit, STAGES)
+    keep = keeps(BATCH, len(STAGES), PATCHES)
+    for beta in (0.0, 3.0):
+        reward = MarkovGameReward(alpha=2.0, beta=beta, accuracy="confidence")
+        stages = play(TokenGame(backbone, reward), images, labels, keep)
+        for index, stage in enumerate(stages[1:]):
+            count = stage.alive.sum(1)
+            share = backbone.segment_macs(count, index) / backbone.dense_macs
+            due = -2 * share / (backbone.num_prefix + count)
+            if index + 1 == len(STAGES):
+                confidence = stage.outcome.logits.softmax(1)[range(BATCH), labels]
+                due = due + beta * confidence / count.clamp(min=1)
+            torch.testing.assert_close(stage.reward, due[:, None] * stage.alive)
 
 
 # --- several rollouts of one image ---
