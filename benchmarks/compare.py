@@ -2,41 +2,52 @@
 
 Every policy prunes the same frozen backbone through the same runtime. Those that learn are trained,
 or their runs under OUT/runs are taken. At each operating point, a share of the dense model's
-compute, its knob is set on validation images; then it is judged on all test images and timed beside
-timm's own dense model, in one process that does nothing else, in turns, its decisions included.
+compute, its knob is set on validation images; then it is judged on all test images. At the end all
+are timed beside timm's own dense model, in one process that does nothing else, in turns, decisions
+included: on a machine that should do nothing else either. ``--no-speed`` leaves that for later: the
+same call without it then does nothing but time what has no speed yet.
 
 OUT/records.jsonl gets a line for each policy, seed and point as soon as it is measured. A call that
-was killed goes on where it stood.
+was killed goes on where it stood. OUT/curves.jsonl and OUT/pictures.npz hold what the figures show
+beside records.
 """
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from tokenprune.benchmarks.entrants import ENTRANTS, Arena, Entrant, Entry, UnreachableError
+from tokenprune.agents.pruned_vit import PrunedViT
+from tokenprune.benchmarks.arena import Arena, Bound, Contender, Knobs, UnreachableError
+from tokenprune.benchmarks.entrants import ENTRANTS
 from tokenprune.benchmarks.games import GAMES
+from tokenprune.benchmarks.measuring import Timing, speedup
 from tokenprune.benchmarks.records import Record, Records, table
+from tokenprune.benchmarks.shown import Curves, take_pictures
+from tokenprune.benchmarks.trained import middle_point
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.datasets import ImageSet, open_images
 from tokenprune.envs.models import create_backbone
 from tokenprune.envs.token_prune import pick_device
 from tokenprune.trainers.checkpoint import CheckpointError
-from tokenprune.trainers.evaluation import evaluate, speeds_of_fresh_process
+from tokenprune.trainers.evaluation import Evaluation, Stopwatch, evaluate, evaluate_traces
+from tokenprune.trainers.run_folder import TrainingError
 from tokenprune.trainers.runs import RunError
+from tokenprune.trainers.supervised import versions
 
 SPEED_BATCH = 64
-SPEED_IMAGES = 512
+SPEED_IMAGES = 256
 SPEED_ROUNDS = 9
+PICTURED = ("mappo", "mappo-fine-tuned", "dynamic-vit", "attention")  # of seed 0
 
 
 @dataclass
@@ -45,7 +56,9 @@ class CompareConfig:
 
     game: str = "digits"
     """digits, cifar10 or imagenet."""
-    policies: tuple[str, ...] = ("mappo", "attention", "threshold", "ats", "random", "norm", "tome")
+    policies: tuple[str, ...] = (
+        "mappo", "dynamic-vit", "attention", "threshold", "ats", "evit", "tome", "random", "norm",
+    )  # fmt: skip
     """Who takes part; an unknown name lists them all."""
     seeds: int = 5
     """Trainings of each policy that learns, and draws of each that is random."""
@@ -68,7 +81,7 @@ class CompareConfig:
     test_size: int | None = None
     """Test images; all of them if not given."""
     speed: bool = True
-    """Time the policies. Nothing else should run then."""
+    """Time at the end what has no speed yet. Nothing else should run then."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     threads: int | None = None
@@ -101,8 +114,11 @@ def open_arena(config: CompareConfig) -> tuple[Arena, ImageSet]:
         ValueError: data or weights are not named, unknown or damaged.
     """
     game = GAMES[config.game]
-    if config.backbone is not None:
-        game = replace(game, backbone=config.backbone)
+    game = replace(
+        game,
+        backbone=config.backbone or game.backbone,
+        points=tuple(config.points or game.points),
+    )
     base = game.config(config.data, config.checkpoint, config.pretrained)
     base = replace(base, device=config.device, threads=config.threads)
     if config.iterations is not None:
@@ -115,6 +131,7 @@ def open_arena(config: CompareConfig) -> tuple[Arena, ImageSet]:
     arena = Arena(
         game=game,
         base=base,
+        iterations=config.iterations,
         model=model.requires_grad_(False),
         backbone=StagedViT(model, game.prune_before),
         validation=open_images(base.dataset, "validation", data_config),
@@ -124,18 +141,6 @@ def open_arena(config: CompareConfig) -> tuple[Arena, ImageSet]:
     return arena, open_images(base.dataset, "test", data_config)
 
 
-def entries(
-    entrant: Entrant, arena: Arena, seed: int, points: list[float]
-) -> Iterator[tuple[float, Entry]]:
-    """The policy at each point that it can be brought to."""
-    at = entrant.open(arena, seed)
-    for point in points:
-        try:
-            yield point, at(point * arena.backbone.dense_macs / 1e9)
-        except UnreachableError as error:
-            print(f"  not at {point:.0%} of the dense compute: {error}", flush=True)
-
-
 def compare(config: CompareConfig) -> list[Record]:
     """Measures what is not there yet; returns all records of the folder.
 
@@ -143,78 +148,183 @@ def compare(config: CompareConfig) -> list[Record]:
         ValueError: settings that don't go together, an unknown or damaged dataset or backbone, a
             folder of another game or of other settings.
         CheckpointError: a run in the folder is damaged.
+        RunError, TrainingError: a training can't begin, or diverged.
         OSError: the disk is full or not writable.
     """
     records = Records(config.out, config.game)
     arena, test = open_arena(config)
-    points = list(config.points or arena.game.points)
-    dense_accuracy: float | None = None
-    command = f"python -m benchmarks.compare {shlex.join(sys.argv[1:])}"
-    for name in config.policies:
-        entrant = ENTRANTS[name]
-        for seed in range(config.seeds if entrant.is_seeded else 1):
-            due = [point for point in points if not records.has(name, seed, point)]
-            if not due:
-                continue
-            print(f"{name}, seed {seed}", flush=True)
-            found = dict(entries(entrant, arena, seed, due))
-            if not found:
-                continue
-            if dense_accuracy is None:
-                dense_accuracy = accuracy(arena.model, test, config.test_size)
-            speeds = timed(found, arena, test) if config.speed else {}
-            rows = []
-            for point, entry in found.items():
-                result = evaluate(entry.model, test, config.test_size)
-                row = {
-                    "game": config.game,
-                    "policy": name,
-                    "seed": seed,
-                    "point": point,
-                    **entry.knobs,
-                    "fine_tuned": entrant.fine_tunes,
-                    "accuracy": result.accuracy,
-                    "dense_accuracy": dense_accuracy,
-                    "gmacs": result.gmacs,
-                    "dense_gmacs": arena.backbone.dense_macs / 1e9,
-                    "kept": list(result.kept),
-                    "left": list(result.left),
-                    "speedup": speeds.get(point),
-                    "threads": torch.get_num_threads(),
-                    "device": str(arena.backbone.device),
-                    "command": command,
-                }
-                rows.append(row)
-                print(
-                    f"  {point:.0%}: accuracy {100 * row['accuracy']:.2f} of "
-                    f"{100 * dense_accuracy:.2f} at {row['gmacs'] / row['dense_gmacs']:.1%}",
-                    flush=True,
-                )
-            records.add(rows)
+    field = [
+        (name, seed)
+        for name in config.policies
+        for seed in range(config.seeds if ENTRANTS[name].is_seeded else 1)
+    ]
+    # the same for all records of as many images
+    dense_of = cache(lambda size: dense_accuracy(arena.model, test, size))
+    for name, seed in field:
+        measure(name, seed, config, records, arena, test, dense_of)
+    leave_curves(field, config.out, arena)
+    leave_pictures(field, config.out, records, arena, test)
+    if config.speed:
+        time_what_has_no_speed(field, records, arena, test)
     return records.rows
 
 
+def measure(
+    name: str,
+    seed: int,
+    config: CompareConfig,
+    records: Records,
+    arena: Arena,
+    test: ImageSet,
+    dense_of: Callable[[int], float],
+) -> None:
+    """Trains a policy where that is due, and judges it at each point that has no record;
+    ``dense_of`` so many images is the dense model's accuracy on them.
+    """
+    entrant = ENTRANTS[name]
+    due = [point for point in arena.game.points if not records.has(name, seed, point)]
+    if not due:
+        return
+    print(f"{name}, seed {seed}", flush=True)
+    contender = entrant.open(arena, seed)
+    size = len(test) if config.test_size is None else min(config.test_size, len(test))
+    if isinstance(contender, Bound):
+        size = min(size, contender.images)
+    for point in due:
+        try:
+            knobs = contender.tune(arena.gmacs_at(point))
+        except UnreachableError as error:
+            print(f"  not at {point:.0%} of the dense compute: {error}", flush=True)
+            continue
+        result = judged(contender, knobs, arena, test, size)
+        row = {
+            "game": config.game,
+            "policy": name,
+            "seed": seed,
+            "point": point,
+            **knobs,
+            "fine_tuned": entrant.fine_tunes,
+            "accuracy": result.accuracy,
+            "dense_accuracy": dense_of(size),
+            "images": size,
+            "gmacs": result.gmacs,
+            "dense_gmacs": arena.backbone.dense_macs / 1e9,
+            "kept": list(result.kept),
+            "left": list(result.left),
+            "speedup": None,
+            "threads": torch.get_num_threads(),
+            "device": str(arena.backbone.device),
+            "versions": versions(),
+            "command": f"python -m benchmarks.compare {shlex.join(sys.argv[1:])}",
+        }
+        records.add([row])
+        print(
+            f"  {point:.0%}: accuracy {100 * row['accuracy']:.2f} of "
+            f"{100 * row['dense_accuracy']:.2f} at {row['gmacs'] / row['dense_gmacs']:.1%}",
+            flush=True,
+        )
+
+
+def judged(
+    contender: Contender | Bound, knobs: Knobs, arena: Arena, images: ImageSet, size: int
+) -> Evaluation:
+    """What it does on ``size`` images."""
+    if isinstance(contender, Bound):
+        return evaluate_traces(contender.search(knobs), arena.backbone, images, size)
+    return evaluate(contender.make(knobs), images, size)
+
+
 @torch.inference_mode()
-def accuracy(model: nn.Module, images: ImageSet, size: int | None) -> float:
-    """Share of ``size`` images (all where None) that timm's own model gets right."""
-    count = len(images) if size is None else min(size, len(images))
-    chosen = [i * len(images) // count for i in range(count)]
+def dense_accuracy(model: nn.Module, images: ImageSet, size: int) -> float:
+    """Share of ``size`` images that timm's own model gets right."""
+    chosen = [i * len(images) // size for i in range(size)]
     device = next(model.parameters()).device
     right = 0
-    for start in range(0, count, SPEED_IMAGES):
+    for start in range(0, size, SPEED_IMAGES):
         pixels, labels = images.load(chosen[start : start + SPEED_IMAGES])
         right += int((model(pixels.to(device)).argmax(1).cpu() == labels).sum())
-    return right / count
+    return right / size
 
 
-def timed(found: dict[float, Entry], arena: Arena, images: ImageSet) -> dict[float, float]:
-    """How many times faster than timm's dense model each is, at batches of ``SPEED_BATCH``."""
+def leave_curves(field: Sequence[tuple[str, int]], out: Path, arena: Arena) -> None:
+    """Notes for the figures how the trainings of ``field`` went, as far as their runs are there."""
+    curves = Curves(out)
+    for name, seed in field:
+        metrics = arena.runs / f"{name}-{seed}" / "metrics.jsonl"
+        # fine-tuning goes in epochs
+        if metrics.is_file() and not ENTRANTS[name].fine_tunes:
+            curves.add(name, seed, metrics)
+
+
+def leave_pictures(
+    field: Sequence[tuple[str, int]], out: Path, records: Records, arena: Arena, test: ImageSet
+) -> None:
+    """Notes for the figures what is left of a few images at the middle operating point."""
+    models = {}
+    for name, seed in field:
+        row = records.find(name, seed, middle_point(arena))
+        if seed or name not in PICTURED or row is None:
+            continue
+        try:
+            model = rebuilt(row, arena)
+        except ValueError as error:
+            print(f"no pictures of {name}: {error}", flush=True)
+            continue
+        assert isinstance(model, PrunedViT)
+        models[name] = model
+    if models:
+        take_pictures(out, models, test, arena.backbone)
+
+
+def rebuilt(row: Record, arena: Arena) -> nn.Module | None:
+    """The model of a record, from its knobs and, where it was trained, its run; None where there is
+    no such model to deploy.
+
+    Raises:
+        ValueError: the run is gone or damaged.
+    """
+    contender = ENTRANTS[row["policy"]].open(arena, row["seed"])
+    if isinstance(contender, Bound):
+        return None
+    model = contender.make(row)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def time_what_has_no_speed(
+    field: Sequence[tuple[str, int]], records: Records, arena: Arena, images: ImageSet
+) -> None:
+    """Writes into the records how many times faster than timm's dense model each is, at batches of
+    ``SPEED_BATCH``: the median of the rounds' own ratios. Nothing is trained or judged again.
+    """
     pixels = speed_images(images).to(arena.backbone.device)
-    models: dict[str, Any] = {"dense": arena.model} | {
-        str(point): entry.model for point, entry in found.items()
-    }
-    speeds = speeds_of_fresh_process(models, pixels, SPEED_BATCH, SPEED_ROUNDS)
-    return {point: speeds[str(point)] / speeds["dense"] for point in found}
+    with Stopwatch() as watch:
+        for name, seed in field:
+            rows = {
+                str(row["point"]): row
+                for row in records.rows
+                if (row["policy"], row["seed"]) == (name, seed)
+                and row["speedup"] is None
+                and row["point"] in arena.game.points
+            }
+            try:
+                models = {key: rebuilt(row, arena) for key, row in rows.items()}
+            except ValueError as error:
+                print(f"{name}, seed {seed} can't be timed: {error}", flush=True)
+                continue
+            timed = {key: model for key, model in models.items() if model is not None}
+            if not timed:
+                continue
+            turns = {"dense": arena.model} | timed
+            seconds = watch.round_seconds(turns, pixels, SPEED_BATCH, SPEED_ROUNDS)
+            for key in timed:
+                row = rows[key]
+                row["speedup"] = speedup(Timing(seconds["dense"]), Timing(seconds[key]))
+                row["threads"] = torch.get_num_threads()
+                row["device"] = str(arena.backbone.device)
+            records.save()
+            said = ", ".join(f"{row['speedup']:.2f}x" for row in rows.values())
+            print(f"{name}, seed {seed}: {said}", flush=True)
 
 
 def speed_images(images: ImageSet) -> Tensor:
@@ -231,7 +341,7 @@ def main(arguments: list[str] | None = None) -> None:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         rows = compare(config)
-    except (ValueError, CheckpointError, RunError, OSError) as error:
+    except (ValueError, CheckpointError, RunError, TrainingError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     print(table(rows))
 

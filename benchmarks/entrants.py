@@ -7,24 +7,18 @@ validation images: ours cost at most what the point says, policies to compare wi
 
 from __future__ import annotations
 
-import copy
-import json
-import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune.agents.actor_critic import LearnedPolicy
-from tokenprune.agents.dynamic_vit import DynamicViTPolicy
 from tokenprune.agents.heuristics import AdaptiveSampling, AttentionThreshold, Score, TopK
+from tokenprune.agents.oracle import Oracle
 from tokenprune.agents.pruned_vit import PrunedViT, Trace
-from tokenprune.agents.saved import RUN_WEIGHTS
-from tokenprune.benchmarks.games import Game
+from tokenprune.benchmarks.arena import Arena, Bound, Contender, Knobs, UnreachableError, bisected
 from tokenprune.benchmarks.peers.evit import EViT, even_tokens
 from tokenprune.benchmarks.peers.evit import macs_counter as evit_macs_counter
 from tokenprune.benchmarks.peers.evit import token_counts as evit_token_counts
@@ -35,67 +29,22 @@ from tokenprune.benchmarks.peers.tome import (
     merges_at,
     token_counts,
 )
+from tokenprune.benchmarks.trained import (
+    BENCHMARL,
+    BENCHMARL_MINUTES,
+    OURS,
+    RECIPES,
+    benchmarl,
+    dynamic_vit,
+    fine_tuned,
+    learned,
+    one_price_each,
+)
 from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.datasets import ImageSet
-from tokenprune.trainers.config import MappoConfig
-from tokenprune.trainers.dynamic_vit import DynamicViTConfig
-from tokenprune.trainers.dynamic_vit_run import execute as train_dynamic_vit
-from tokenprune.trainers.evaluation import Traced, evaluate, schedules_at
-from tokenprune.trainers.run_folder import RunFolder, describe
-from tokenprune.trainers.runs import Run, learn
+from tokenprune.trainers.evaluation import evaluate, schedules_at
 
-BISECTIONS = 12
-ODDS = (1e-4, 1e4)  # of keep, between which a threshold is looked for
-PRICES_BEYOND = 8.0  # prices are looked for so far beyond those that a policy was trained under
-RUNS_OWN = ("threads", "device", "run_name", "resume")  # settings that change no policy
 SHAPES = (1.0, 0.7, 0.5, 0.35)  # of equal lengths: what is kept from one stage to the next
-
-
-class UnreachableError(ValueError):
-    """A policy can't be brought to an operating point; the message says which."""
-
-
-@dataclass(frozen=True)
-class Arena:
-    """Where policies meet.
-
-    Attributes:
-        game: data, backbone and stages.
-        base: settings that a training starts from; a policy changes some of them.
-        model: timm's own model, frozen.
-        backbone: the same model, staged.
-        validation: images on which knobs are set.
-        size: how many of them.
-        runs: the folder in which trainings leave their runs.
-    """
-
-    game: Game
-    base: MappoConfig
-    model: nn.Module
-    backbone: StagedViT
-    validation: ImageSet
-    size: int
-    runs: Path
-
-    def gmacs_of(self, model: Traced) -> float:
-        return evaluate(model, self.validation, self.size).gmacs
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A policy at an operating point.
-
-    Attributes:
-        model: the backbone pruned by it.
-        knobs: how it was set, by name; goes into the record.
-    """
-
-    model: Traced
-    knobs: Mapping[str, Any]
-
-
-At = Callable[[float], Entry]
-"""GMACs of an image -> the policy there; raises UnreachableError."""
+ORACLE_IMAGES = 100
 
 
 @dataclass(frozen=True)
@@ -104,236 +53,113 @@ class Entrant:
 
     Attributes:
         title: what it is, in a line.
-        open: arena and seed -> the policy at any cost, trained where it has to be.
+        open: arena and seed -> the policy at any cost.
         is_seeded: whether another seed is another policy.
         fine_tunes: whether it changes the backbone's weights.
     """
 
     title: str
-    open: Callable[[Arena, int], At]
+    open: Callable[[Arena, int], Contender | Bound]
     is_seeded: bool = True
     fine_tunes: bool = False
-
-
-def bisected(
-    cost: Callable[[float], float], low: float, high: float, target: float, at_least: bool
-) -> float:
-    """The knob between ``low`` and ``high``, both positive, at which ``cost``, which falls as the
-    knob rises, comes closest to ``target`` from below, or ``at_least`` from above.
-
-    Raises:
-        UnreachableError: the cost is on the wrong side of the target at the far end.
-    """
-    end = low if at_least else high
-    reached = cost(end)
-    if (reached < target) if at_least else (reached > target):
-        raise UnreachableError(f"its cost is {reached:.4f} GMACs at the {end:g} end of its knob")
-    for _ in range(BISECTIONS):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if cost(middle) > target else (low, middle)
-    return low if at_least else high
 
 
 # --- policies that need no training ---
 
 
-def top_k(score: Score, arena: Arena, seed: int) -> At:
-    """Equal lengths; of several ways to spread them over the stages the best on validation."""
+def best_schedule(
+    arena: Arena, score: Score, seed: int, gmacs: float, pays_attention: bool
+) -> Knobs:
+    """Equal lengths; of several ways to spread them over the stages the best of a top-k by
+    ``score`` on validation.
+
+    Raises:
+        UnreachableError: with no patch kept it costs more.
+    """
     backbone = arena.backbone
+    least = backbone.uniform_macs([0] * backbone.num_stages, pays_attention) / 1e9
+    if least > gmacs:
+        raise UnreachableError(f"with no patch kept it costs {least:.4f} GMACs")
+    shapes = [[shape**stage for stage in range(backbone.num_stages)] for shape in SHAPES]
+    ways = {
+        tuple(tokens)
+        for shape in shapes
+        for tokens in schedules_at(backbone, gmacs, shape, pays_attention)
+    }
 
-    def at(gmacs: float) -> Entry:
-        with_attention = score == "attention"
-        shapes = [[shape**stage for stage in range(backbone.num_stages)] for shape in SHAPES]
-        ways = {
-            tuple(tokens)
-            for shape in shapes
-            for tokens in schedules_at(backbone, gmacs, shape, with_attention)
-        }
-        entries = [
-            Entry(PrunedViT(backbone, TopK(tokens, score, seed)), {"tokens": list(tokens)})
-            for tokens in sorted(ways)
-        ]
-        return max(
-            entries,
-            key=lambda entry: evaluate(entry.model, arena.validation, arena.size).accuracy,
-        )
+    def accuracy(tokens: Sequence[int]) -> float:
+        model = PrunedViT(backbone, TopK(tokens, score, seed))
+        return evaluate(model, arena.validation, arena.size).accuracy
 
-    return at
+    return {"tokens": max(map(list, sorted(ways)), key=accuracy)}
 
 
-def attention_threshold(arena: Arena, seed: int) -> At:
+def top_k(score: Score, arena: Arena, seed: int) -> Contender:
+    """The best schedule."""
+    return Contender(
+        tune=lambda gmacs: best_schedule(arena, score, seed, gmacs, score == "attention"),
+        make=lambda knobs: PrunedViT(arena.backbone, TopK(knobs["tokens"], score, seed)),
+    )
+
+
+def attention_threshold(arena: Arena, seed: int) -> Contender:
     """The same threshold at every stage."""
     backbone = arena.backbone
 
-    def make(threshold: float) -> PrunedViT:
-        return PrunedViT(backbone, AttentionThreshold([threshold] * backbone.num_stages))
+    def make(knobs: Knobs) -> PrunedViT:
+        return PrunedViT(backbone, AttentionThreshold([knobs["threshold"]] * backbone.num_stages))
 
-    def at(gmacs: float) -> Entry:
+    def tune(gmacs: float) -> Knobs:
+        def cost(threshold: float) -> float:
+            return arena.gmacs_of(make({"threshold": threshold}))
+
         limit = float(backbone.num_patches)
-        knob = bisected(lambda k: arena.gmacs_of(make(k)), 1e-3, limit, gmacs, at_least=True)
-        return Entry(make(knob), {"threshold": knob})
+        return {"threshold": bisected(cost, 1e-3, limit, gmacs, at_least=True)}
 
-    return at
+    return Contender(tune, make)
 
 
-def adaptive_sampling(arena: Arena, seed: int) -> At:
+def adaptive_sampling(arena: Arena, seed: int) -> Contender:
     """As many samples at every stage."""
     backbone = arena.backbone
 
-    def make(samples: int) -> PrunedViT:
-        return PrunedViT(backbone, AdaptiveSampling([samples] * backbone.num_stages))
+    def make(knobs: Knobs) -> PrunedViT:
+        return PrunedViT(backbone, AdaptiveSampling([knobs["samples"]] * backbone.num_stages))
 
-    def at(gmacs: float) -> Entry:
+    def cost(samples: int) -> float:
+        return arena.gmacs_of(make({"samples": samples}))
+
+    def tune(gmacs: float) -> Knobs:
         # quantiles fall on one patch again and again: many more samples than patches are kept
         fewest, most = 1, 64 * backbone.num_patches
-        if arena.gmacs_of(make(most)) < gmacs:
+        if cost(most) < gmacs:
             raise UnreachableError(f"{most} samples cost less")
         while fewest < most:
             middle = (fewest + most) // 2
-            if arena.gmacs_of(make(middle)) < gmacs:
+            if cost(middle) < gmacs:
                 fewest = middle + 1
             else:
                 most = middle
-        return Entry(make(most), {"samples": most})
+        return {"samples": most}
 
-    return at
-
-
-# --- policies that MAPPO learns ---
+    return Contender(tune, make)
 
 
-def trained_run(arena: Arena, name: str, seed: int, changes: Mapping[str, Any]) -> Path:
-    """The finished run of a training under the arena's settings and ``changes``.
-
-    Raises:
-        ValueError: its folder holds a run under other settings.
-    """
-    config = replace(arena.base, seed=seed, **changes)
-    folder = arena.runs / f"{name}-{seed}"
-    _check_settings(folder, config.to_json())
-    if not (folder / RUN_WEIGHTS).is_file():
-        task, _, _ = learn(Run(folder, config))
-        task.env.close()
-    return folder
+# --- what pruning could reach ---
 
 
-def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raises ValueError where ``folder`` holds a run under other settings that matter."""
-    written = folder / "config.json"
-    if not written.is_file():
-        return
-    found = json.loads(written.read_text(encoding="utf-8"))
-    wanted = json.loads(json.dumps(settings))
-    strange = sorted(
-        key
-        for key in (found.keys() | wanted.keys()) - set(RUNS_OWN)
-        # what a run doesn't know of came later, and was off then
-        if found.get(key, False) != wanted.get(key, False)
+def oracle(knows_labels: bool, arena: Arena, seed: int) -> Bound:
+    """Greedy leave-one-out, at the numbers of patches with which class attention does best."""
+
+    def search(knobs: Knobs) -> Callable[[Tensor, Tensor], Trace]:
+        found = Oracle(arena.backbone, knobs["tokens"])
+        return lambda images, labels: found.trace(images, labels if knows_labels else None)
+
+    return Bound(
+        tune=lambda gmacs: best_schedule(arena, "attention", seed, gmacs, pays_attention=False),
+        search=search,
+        images=ORACLE_IMAGES,
     )
-    if strange:
-        raise ValueError(
-            f"{folder} holds a run with other settings ({', '.join(strange)}): move it away, or "
-            "give another --out"
-        )
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A training by ``trainers.mappo``.
-
-    Attributes:
-        title: what it is, in a line.
-        changes: settings other than the arena's.
-        many_prices: train one policy for all of the game's prices; otherwise for one, and later
-            reach other costs by the threshold.
-        released_stages: prune where RL4EViT's code does.
-    """
-
-    title: str
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    many_prices: bool = True
-    released_stages: bool = False
-
-    def settings(self, arena: Arena) -> dict[str, Any]:
-        settings = dict(self.changes)
-        if self.released_stages:
-            settings["prune_before"] = arena.game.released_stages
-        if self.many_prices:
-            observation = settings.get("observation", arena.base.observation)
-            settings["observation"] = (*observation, "budget")
-            settings["alpha_range"] = arena.game.alpha_range
-        return settings
-
-
-def learned(name: str, recipe: Recipe, arena: Arena, seed: int) -> At:
-    """Set by its price of compute where it observes one, else by the threshold on its
-    probability.
-    """
-    model = PrunedViT.from_run(trained_run(arena, name, seed, recipe.settings(arena)))
-    model.to(arena.backbone.device)
-    policy = model.policy
-    assert isinstance(policy, LearnedPolicy)
-
-    def set_to(knob: float) -> PrunedViT:
-        budget = knob if recipe.many_prices else None
-        threshold = 0.5 if recipe.many_prices else knob / (1 + knob)
-        own = LearnedPolicy(policy.actor, policy.fields, policy.num_prefix, budget, threshold)
-        return PrunedViT(model.backbone, own)
-
-    def at(gmacs: float) -> Entry:
-        low, high = ODDS
-        if recipe.many_prices:
-            low, high = arena.game.alpha_range
-            low, high = low / PRICES_BEYOND, high * PRICES_BEYOND
-        knob = bisected(lambda k: arena.gmacs_of(set_to(k)), low, high, gmacs, at_least=False)
-        set_model = set_to(knob)
-        assert isinstance(set_model.policy, LearnedPolicy)
-        if recipe.many_prices:
-            return Entry(set_model, {"budget": knob})
-        return Entry(set_model, {"threshold": set_model.policy.threshold})
-
-    return at
-
-
-# --- DynamicViT ---
-
-
-def dynamic_vit(name: str, fine_tune: bool, arena: Arena, seed: int) -> At:
-    """Trained for one share of the patches; set by the share that is kept."""
-    base, folder = arena.base, arena.runs / f"{name}-{seed}"
-    config = DynamicViTConfig(
-        backbone=base.backbone,
-        model_kwargs=base.model_kwargs,
-        pretrained=base.pretrained,
-        checkpoint=base.checkpoint,
-        dataset=base.dataset,
-        prune_before=base.prune_before,
-        fine_tune=fine_tune,
-        seed=seed,
-        device=base.device,
-        threads=base.threads,
-        run_name=str(folder.absolute()),
-    )
-    _check_settings(folder, describe(config))
-    if not (folder / RUN_WEIGHTS).is_file():
-        was_begun = RunFolder(folder).is_begun
-        train_dynamic_vit(DynamicViTConfig(resume=folder) if was_begun else config)
-    trained = PrunedViT.from_run(folder).to(arena.backbone.device)
-
-    def keeping(share: float) -> PrunedViT:
-        policy = copy.copy(trained.policy)  # the same predictors, set for itself
-        assert isinstance(policy, DynamicViTPolicy)
-        policy.keep = share
-        return PrunedViT(trained.backbone, policy)
-
-    def at(gmacs: float) -> Entry:
-        least, most = 1 / arena.backbone.num_patches, 1.0
-        pruned = bisected(
-            lambda k: arena.gmacs_of(keeping(1 / k)), 1 / most, 1 / least, gmacs, at_least=True
-        )
-        return Entry(keeping(1 / pruned), {"keep": 1 / pruned})
-
-    return at
 
 
 # --- models that are no policies ---
@@ -370,27 +196,29 @@ class Peer(nn.Module):
         return Trace(self(images), alive.expand(batch, -1, -1), macs)
 
 
-def tome(arena: Arena, seed: int) -> At:
+def tome(arena: Arena, seed: int) -> Contender:
     """As evenly merged as it goes, by the fewest merges that cost no more."""
     backbone, model = arena.backbone, arena.model
     count = macs_counter(model, backbone.image_shape)
 
-    def at(gmacs: float) -> Entry:
+    def make(knobs: Knobs) -> Peer:
+        merges = knobs["merges"]
+        tokens = token_counts(backbone.num_patches, 0, merges)
+        kept = [tokens[block] for block in backbone.prune_before]
+        return Peer(ToMeViT(model, merges), backbone, count(merges), kept)
+
+    def tune(gmacs: float) -> Knobs:
         try:
             merges = merges_at(model, backbone.image_shape, gmacs * 1e9)
         except ValueError as error:
             raise UnreachableError(str(error)) from error
         # one merge less costs at least as much as asked for
-        merges = even_merges(max(sum(merges) - 1, 0), backbone.depth)
-        tokens = token_counts(backbone.num_patches, 0, merges)
-        kept = [tokens[block] for block in backbone.prune_before]
-        peer = Peer(ToMeViT(model, merges), backbone, count(merges), kept)
-        return Entry(peer, {"merges": list(merges)})
+        return {"merges": list(even_merges(max(sum(merges) - 1, 0), backbone.depth))}
 
-    return at
+    return Contender(tune, make)
 
 
-def evit(with_fused: bool, arena: Arena, seed: int) -> At:
+def evit(with_fused: bool, arena: Arena, seed: int) -> Contender:
     """The paper's schedule, the same share of what there is at every stage: the lowest that costs
     no less.
     """
@@ -405,53 +233,23 @@ def evit(with_fused: bool, arena: Arena, seed: int) -> At:
         }
     )
 
-    def at(gmacs: float) -> Entry:
-        enough = [tokens for tokens in schedules if count(tokens) >= gmacs * 1e9]
-        if not enough:
-            raise UnreachableError("all of its patches cost less")
-        tokens = min(enough, key=count)
+    def make(knobs: Knobs) -> Peer:
+        tokens = knobs["tokens"]
         kept = evit_token_counts(backbone.num_patches, tokens, with_fused)
         peer = EViT(model, backbone.prune_before, tokens, with_fused)
-        return Entry(Peer(peer, backbone, count(tokens), kept), {"tokens": list(tokens)})
+        return Peer(peer, backbone, count(tokens), kept)
 
-    return at
+    def tune(gmacs: float) -> Knobs:
+        # more patches cost more
+        place = bisect_left(schedules, gmacs * 1e9, key=count)
+        if place == len(schedules):
+            raise UnreachableError("all of its patches cost less")
+        return {"tokens": list(schedules[place])}
+
+    return Contender(tune, make)
 
 
 # --- who there is ---
-
-PAPER = {
-    "reward": "markov-game", "accuracy": "correct", "alpha": 3.0,
-    "rollouts_per_image": 1, "critic": "central",
-}  # fmt: skip
-RELEASED = {
-    "reward": "released-code", "rollouts_per_image": 1, "critic": "central",
-    "gae_lambda": 0.0, "gamma": 0.99, "attention_prior": 0.0, "keep_bias": 0.0,
-    "lr": 5e-4, "lr_schedule": "constant", "epochs": 10, "entropy": 0.01,
-}  # fmt: skip
-WITHOUT_STAGE = ("token", "cls", "cls_attention")
-
-RECIPES: Mapping[str, Recipe] = {
-    "mappo": Recipe("ours: one policy for all budgets"),
-    "mappo-one-price": Recipe("ours, trained for one price", many_prices=False),
-    "agreement": Recipe("paid for the dense model's answer, no labels", {"accuracy": "agreement"}),
-    "confidence": Recipe("paid for the true class's probability", {"accuracy": "confidence"}),
-    "paper": Recipe("the paper's way: pot, critic as baseline", PAPER, many_prices=False),
-    "released": Recipe(
-        "what RL4EViT's code does", RELEASED, many_prices=False, released_stages=True
-    ),
-    "ippo": Recipe("a local critic as baseline", {"rollouts_per_image": 1, "critic": "local"}),
-    "no-image-baseline": Recipe(
-        "a central critic as baseline", {"rollouts_per_image": 1, "critic": "central"}
-    ),
-    "with-critic": Recipe("a central critic beside the image baseline", {"critic": "central"}),
-    "no-attention-prior": Recipe("from no prior", {"attention_prior": 0.0}),
-    "no-team-reward": Recipe(
-        "survivors share a pot",
-        {key: PAPER[key] for key in ("reward", "accuracy", "alpha")},
-        many_prices=False,
-    ),
-    "no-stage": Recipe("blind to the stage", {"observation": WITHOUT_STAGE}),
-}
 
 ENTRANTS: Mapping[str, Entrant] = {
     "random": Entrant("random top-k", partial(top_k, "random")),
@@ -473,8 +271,33 @@ ENTRANTS: Mapping[str, Entrant] = {
         partial(dynamic_vit, "dynamic-vit-fine-tuned", True),
         fine_tunes=True,
     ),
+    "oracle": Entrant(
+        f"greedy leave-one-out by the true class, {ORACLE_IMAGES} images",
+        partial(oracle, True),
+        is_seeded=False,
+    ),
+    "oracle-no-labels": Entrant(
+        f"greedy leave-one-out by the dense model's answer, {ORACLE_IMAGES} images",
+        partial(oracle, False),
+        is_seeded=False,
+    ),
     **{
         name: Entrant(recipe.title, partial(learned, name, recipe))
         for name, recipe in RECIPES.items()
     },
+    **{
+        f"benchmarl-{name}": Entrant(
+            f"BenchMARL's {name.upper()}, {BENCHMARL_MINUTES:g} minutes",
+            partial(benchmarl, f"benchmarl-{name}", name),
+        )
+        for name in BENCHMARL
+    },
+    "mappo-each-price": Entrant(
+        "ours, a training for each operating point", partial(one_price_each, OURS)
+    ),
+    "mappo-fine-tuned": Entrant(
+        "ours, the backbone fine-tuned under it",
+        partial(fine_tuned, "mappo-fine-tuned", OURS),
+        fine_tunes=True,
+    ),
 }

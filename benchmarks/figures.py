@@ -1,32 +1,51 @@
 """The comparison's pictures, from its records alone: ``python -m benchmarks.figures RESULTS``.
 
-Drawn beside the records: ``tradeoff.png``, accuracy against the share of the dense compute and
-against measured speed-up; ``knob.png``, patches kept and compute against the price of compute;
-``adaptive.png``, how many patches images have left. Lines are means over seeds, bands the 95%
-intervals of the means.
+Drawn beside the records, as far as they hold what it takes:
+
+- ``tradeoff.png``: accuracy against the share of the dense compute and against measured speed-up;
+- ``ablations.png``: the same for ours with one thing taken away or put in another's place;
+- ``fine_tuning.png``: with and without fine-tuning the backbone;
+- ``knob.png``: patches kept and compute against the price of compute;
+- ``pruned.png``: images after each stage, pruned patches white;
+- ``curves.png``: how trainings went;
+- ``adaptive.png``: how many patches images have left.
+
+Lines are means over seeds, bands the 95% intervals of the means.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tokenprune.benchmarks.records import FILE, Record, interval, read
+from tokenprune.benchmarks.records import FILE, Record, interval, intervals, read
+from tokenprune.benchmarks.shown import Curve, Pictures, read_curves, read_pictures
+from tokenprune.benchmarks.trained import RECIPES
+from tokenprune.envs.rendering import stage_strip
 from tokenprune.trainers.checkpoint import write_atomically
 
 matplotlib.use("Agg", force=False)
 
 OURS = "mappo"
+FINE_TUNED = "-fine-tuned"  # behind the name of the policy that was not
+# ours with one thing taken away or put in another's place
+ABLATIONS = {*RECIPES, "mappo-each-price"} - {OURS, "paper", "released"}
 MARKERS = "osD^vP*X<>hp"
+CURVE_TITLES = {
+    "accuracy": "accuracy on training images, sampled",
+    "keep_ratio": "share of patches kept, sampled",
+}
 
 
 @dataclass
@@ -73,8 +92,16 @@ def draw_line(
         axes.fill_between(places, lows, highs, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
-def draw_tradeoff(rows: Sequence[Record], path: Path) -> None:
-    """Accuracy against compute and, where that was timed, against measured speed."""
+def draw_tradeoff(
+    rows: Sequence[Record], path: Path, style_of: Callable[[str, int], dict[str, Any]]
+) -> None:
+    """Accuracy against compute and, where that was timed, against measured speed.
+
+    Args:
+        rows: the records.
+        path: of the PNG file.
+        style_of: a policy and its place among all -> how its line looks.
+    """
     panels: list[tuple[str, Callable[[Record], float | None]]] = [
         ("GMACs, % of dense", lambda row: 100 * row["gmacs"] / row["dense_gmacs"]),
         ("measured speed-up over timm's dense model", lambda row: row["speedup"]),
@@ -83,22 +110,12 @@ def draw_tradeoff(rows: Sequence[Record], path: Path) -> None:
         panels.pop()
     figure = Figure(figsize=(5.5 * len(panels), 4.6), layout="constrained")
     columns = figure.subplots(1, len(panels), squeeze=False)[0]
+    # a bound is judged on fewer images: dense is drawn as all others saw it
+    dense = max(rows, key=lambda row: sum(row["left"]))["dense_accuracy"]
     for axes, (title, x) in zip(columns, panels, strict=True):
         for i, (name, points) in enumerate(grouped(rows).items()):
-            is_ours = name == OURS
-            draw_line(
-                axes,
-                points,
-                x,
-                lambda row: 100 * row["accuracy"],
-                label=name,
-                marker=MARKERS[i % len(MARKERS)],
-                markersize=4,
-                color="black" if is_ours else f"C{(i - 1) % 10}",
-                linewidth=2.2 if is_ours else 1.2,
-                zorder=3 if is_ours else 2,
-            )
-        axes.axhline(100 * rows[0]["dense_accuracy"], color="grey", linestyle=":", label="dense")
+            draw_line(axes, points, x, lambda row: 100 * row["accuracy"], **style_of(name, i))
+        axes.axhline(100 * dense, color="grey", linestyle=":", label="dense")
         axes.set_xlabel(title)
         axes.set_ylabel("test accuracy, %")
         axes.grid(alpha=0.3)
@@ -106,11 +123,35 @@ def draw_tradeoff(rows: Sequence[Record], path: Path) -> None:
     save(figure, path)
 
 
-def draw_knob(rows: Sequence[Record], path: Path) -> bool:
-    """What one policy for all budgets keeps and spends by its budget; False where none is there."""
-    priced = sorted((row for row in rows if "budget" in row), key=lambda row: row["budget"])
-    if not priced:
-        return False
+def among_all(name: str, place: int) -> dict[str, Any]:
+    """A colour and a marker a policy; ours stands out."""
+    is_ours = name == OURS
+    return {
+        "label": name,
+        "marker": MARKERS[place % len(MARKERS)],
+        "markersize": 4,
+        "color": "black" if is_ours else f"C{(place - 1) % 10}",
+        "linestyle": "-" if place <= 10 else "--",
+        "linewidth": 2.2 if is_ours else 1.2,
+        "zorder": 3 if is_ours else 2,
+    }
+
+
+def in_pairs(name: str, place: int) -> dict[str, Any]:
+    """A colour a policy, dashed where it is not fine-tuned."""
+    base = name.removesuffix(FINE_TUNED)
+    return {
+        "label": name,
+        "marker": "o",
+        "markersize": 4,
+        "color": "black" if base == OURS else f"C{sum(map(ord, base)) % 10}",
+        "linestyle": "--" if base == name else "-",
+    }
+
+
+def draw_knob(rows: Sequence[Record], path: Path) -> None:
+    """What one policy for all budgets keeps and spends by its budget."""
+    priced = sorted(rows, key=lambda row: row["budget"])
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name in sorted({row["policy"] for row in priced}):
@@ -126,7 +167,55 @@ def draw_knob(rows: Sequence[Record], path: Path) -> bool:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     save(figure, path)
-    return True
+
+
+def draw_pruned(pictures: Pictures, path: Path) -> None:
+    """Images in rows; in columns policies, each with what it left after each stage."""
+    names = sorted(pictures.alive, key=lambda name: (name != OURS, name))
+    count, height, width = pictures.images.shape[:3]
+    stages = 1 + max(alive.shape[1] for alive in pictures.alive.values())
+    figure = Figure(
+        figsize=(1.1 * stages * len(names) * width / height, 1.25 * count), layout="constrained"
+    )
+    pixels = torch.from_numpy(pictures.images).permute(0, 3, 1, 2) / 255
+    for i, row in enumerate(figure.subplots(count, len(names), squeeze=False)):
+        for axes, name in zip(row, names, strict=True):
+            alive = torch.from_numpy(pictures.alive[name][i])
+            alive = torch.cat([torch.ones_like(alive[:1]), alive])
+            axes.imshow(stage_strip(pixels[i], alive, pictures.grid))
+            axes.set_axis_off()
+            kept = " ".join(str(int(patches)) for patches in alive.sum(1))
+            of_whom = f"{name}\n" if i == 0 else ""
+            axes.set_title(f"{of_whom}{pictures.labels[i]}: {kept}", fontsize=7)
+    save(figure, path)
+
+
+def draw_curves(curves: Sequence[Curve], path: Path) -> None:
+    """Metrics of training by iteration, of each policy; seeds that were cut to other parts of the
+    training are met in between.
+    """
+    metrics = [name for name in CURVE_TITLES if any(name in curve for curve in curves)]
+    figure = Figure(figsize=(5.5 * len(metrics), 4), layout="constrained")
+    names = sorted({curve["policy"] for curve in curves}, key=lambda name: (name != OURS, name))
+    for axes, metric in zip(
+        figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True
+    ):
+        for i, name in enumerate(names):
+            mine = [curve for curve in curves if curve["policy"] == name and metric in curve]
+            if not mine:
+                continue
+            # as far as the shortest goes
+            end = min(curve["iteration"][-1] for curve in mine)
+            places = [x for x in mine[0]["iteration"] if x <= end]
+            values = np.array([np.interp(places, c["iteration"], c[metric]) for c in mine])
+            color = among_all(name, i)["color"]
+            axes.plot(places, values.mean(0), color=color, label=name, linewidth=1.2)
+            axes.fill_between(places, *intervals(values), color=color, alpha=0.2, linewidth=0)
+        axes.set_xlabel("iteration")
+        axes.set_title(CURVE_TITLES[metric], fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    save(figure, path)
 
 
 def draw_adaptive(rows: Sequence[Record], path: Path) -> None:
@@ -164,10 +253,32 @@ def draw(folder: Path) -> list[Path]:
     rows = read(file)
     if not rows:
         raise ValueError(f"{file} is empty: python -m benchmarks.compare --out {folder}")
-    paths = [folder / name for name in ("tradeoff.png", "adaptive.png", "knob.png")]
-    draw_tradeoff(rows, paths[0])
-    draw_adaptive(rows, paths[1])
-    return paths if draw_knob(rows, paths[2]) else paths[:2]
+    policies = {row["policy"] for row in rows}
+    tuned = {name for name in policies if name.endswith(FINE_TUNED)}
+    pairs = tuned | {name.removesuffix(FINE_TUNED) for name in tuned}
+    priced = [row for row in rows if "budget" in row]
+    curves, pictures = read_curves(folder), read_pictures(folder)
+
+    def of(names: Set[str]) -> list[Record]:
+        return [row for row in rows if row["policy"] in names]
+
+    tuned_or_not = partial(draw_tradeoff, style_of=in_pairs)
+    tradeoff = partial(draw_tradeoff, style_of=among_all)
+    figures: list[tuple[str, Callable[[Any, Path], None], Any]] = [
+        ("tradeoff.png", tradeoff, of(policies - ABLATIONS - tuned)),
+        ("ablations.png", tradeoff, of(ABLATIONS | {OURS}) if policies & ABLATIONS else []),
+        ("fine_tuning.png", tuned_or_not, of(pairs)),
+        ("knob.png", draw_knob, priced),
+        ("pruned.png", draw_pruned, pictures),
+        ("curves.png", draw_curves, curves),
+        ("adaptive.png", draw_adaptive, of(policies - ABLATIONS)),
+    ]
+    drawn = []
+    for name, draw_figure, shown in figures:
+        if shown:
+            draw_figure(shown, folder / name)
+            drawn.append(folder / name)
+    return drawn
 
 
 def main(arguments: list[str] | None = None) -> None:

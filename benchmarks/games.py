@@ -26,6 +26,7 @@ class Game:
         points: operating points, shares of the dense model's compute.
         alpha_range: prices that a policy for many budgets is trained under.
         training: further options of ``trainers.mappo``.
+        fine_tuning: options of ``trainers.finetune``.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Game:
     points: tuple[float, ...]
     alpha_range: tuple[float, float]
     training: Mapping[str, Any] = field(default_factory=dict)
+    fine_tuning: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self, dataset: str | None, checkpoint: Path | None, pretrained: bool) -> MappoConfig:
         """The settings that a training in this game starts from.
@@ -85,6 +87,8 @@ GAMES: Mapping[str, Game] = {
             released_stages=(2, 4, 6),
             points=(0.5, 0.6, 0.7, 0.8),
             alpha_range=(0.05, 1.0),
+            # the augmentation that the backbone learned with
+            fine_tuning={"augmentation": {"scale": [0.5, 1], "color_jitter": 0.0}},
         ),
         Game(
             name="imagenet",
@@ -96,6 +100,7 @@ GAMES: Mapping[str, Game] = {
             points=(0.5, 0.6, 0.7, 0.8),
             alpha_range=(0.05, 1.0),
             training={"eval_every": 250, "eval_size": 5_000},
+            fine_tuning={"epochs": 1, "epoch_size": 1_300_000},
         ),
     )
 }

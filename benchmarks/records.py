@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
 from tokenprune.trainers.checkpoint import write_text
@@ -17,6 +18,7 @@ Record = dict[str, Any]
 FILE = "records.jsonl"
 CONFIDENCE = 0.95
 RESAMPLES = 9_999
+CURVE_RESAMPLES = 1_999  # of so many columns at once
 FIELDS = {
     "game", "policy", "seed", "point", "fine_tuned", "accuracy", "dense_accuracy", "gmacs",
     "dense_gmacs", "kept", "left", "speedup", "command",
@@ -48,13 +50,21 @@ class Records:
             )
 
     def has(self, policy: str, seed: int, point: float) -> bool:
-        return any(
-            (row["policy"], row["seed"], row["point"]) == (policy, seed, point) for row in self.rows
-        )
+        return self.find(policy, seed, point) is not None
+
+    def find(self, policy: str, seed: int, point: float) -> Record | None:
+        for row in self.rows:
+            if (row["policy"], row["seed"], row["point"]) == (policy, seed, point):
+                return row
+        return None
 
     def add(self, rows: Sequence[Record]) -> None:
         """Writes all records anew, atomically: readers see whole lines."""
         self.rows += rows
+        self.save()
+
+    def save(self) -> None:
+        """Writes what ``rows`` say by now."""
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
 
@@ -101,6 +111,17 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
+def intervals(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The bootstrapped 95% confidence interval (percentile) of the mean of each column."""
+    if len(values) < 2:
+        return values[0], values[0]
+    found = bootstrap(
+        (values,), np.mean, confidence_level=CONFIDENCE, n_resamples=CURVE_RESAMPLES,
+        method="percentile", rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    return found.low, found.high
+
+
 def cell(values: Sequence[float], digits: int = 2, unit: str = "") -> str:
     """Mean and interval as text."""
     low, high = interval(values)
@@ -109,7 +130,10 @@ def cell(values: Sequence[float], digits: int = 2, unit: str = "") -> str:
 
 
 def table(rows: Sequence[Record]) -> str:
-    """A line a policy and operating point, over the seeds; the best accuracy of a point first."""
+    """A line a policy and operating point, over the seeds; the best accuracy of a point first. What
+    was judged on fewer images than others says on how many.
+    """
+    most = max((_images(row) for row in rows), default=0)
     lines = [
         "| point | policy | seeds | accuracy | loss | GMACs, % of dense | speed-up |",
         "|---|---|---|---|---|---|---|",
@@ -121,15 +145,21 @@ def table(rows: Sequence[Record]) -> str:
                 groups.setdefault(row["policy"], []).append(row)
         ranked = sorted(groups.items(), key=lambda item: -_mean(item[1], "accuracy"))
         for policy, group in ranked:
+            images = min(_images(row) for row in group)
+            name = policy if images == most else f"{policy} ({images} images)"
             accuracy = [100 * row["accuracy"] for row in group]
             loss = [100 * (row["dense_accuracy"] - row["accuracy"]) for row in group]
             cost = [100 * row["gmacs"] / row["dense_gmacs"] for row in group]
             speeds = [row["speedup"] for row in group if row["speedup"] is not None]
             lines.append(
-                f"| {100 * point:.0f}% | {policy} | {len(group)} | {cell(accuracy)} | {cell(loss)} "
+                f"| {100 * point:.0f}% | {name} | {len(group)} | {cell(accuracy)} | {cell(loss)} "
                 f"| {np.mean(cost):.1f} | {cell(speeds, unit='x') if speeds else 'not timed'} |"
             )
     return "\n".join(lines)
+
+
+def _images(row: Record) -> int:
+    return sum(row["left"])
 
 
 def _mean(rows: Sequence[Record], key: str) -> float:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Protocol
 
 import torch
@@ -49,23 +50,39 @@ class Traced(Protocol):
     def trace(self, images: Tensor) -> Trace: ...
 
 
-@torch.inference_mode()
 def evaluate(model: Traced, images: ImageSet, size: int | None = None) -> Evaluation:
     """Runs ``model`` over ``size`` images (all where None), evenly spread: a folder's are sorted by
     class.
     """
+    return evaluate_traces(lambda pixels, _: model.trace(pixels), model.backbone, images, size)
+
+
+@torch.inference_mode()
+def evaluate_traces(
+    trace_of: Callable[[Tensor, Tensor], Trace],
+    backbone: StagedViT,
+    images: ImageSet,
+    size: int | None = None,
+) -> Evaluation:
+    """``evaluate`` of what may look at the labels.
+
+    Args:
+        trace_of: images [B, C, H, W] and labels [B], on the backbone's device -> what was done.
+        backbone: that is pruned.
+        images: of which ``size`` are taken (all where None).
+    """
     count = len(images) if size is None else min(size, len(images))
     chosen = [i * len(images) // count for i in range(count)]
-    device = model.backbone.device
-    right, macs, kept = 0, 0, torch.zeros(model.backbone.num_stages)
-    left = torch.zeros(model.backbone.num_patches + 1, dtype=torch.int64)
+    device = backbone.device
+    right, macs, kept = 0, 0, torch.zeros(backbone.num_stages)
+    left = torch.zeros(backbone.num_patches + 1, dtype=torch.int64)
     for start in range(0, count, BATCH_SIZE):
         pixels, labels = images.load(chosen[start : start + BATCH_SIZE])
-        trace = model.trace(pixels.to(device))
+        trace = trace_of(pixels.to(device), labels.to(device))
         right += int((trace.logits.argmax(1).cpu() == labels).sum())
         macs += int(trace.macs.sum())
         survivors = trace.alive.sum(2).cpu()  # [B, T]
-        kept += survivors.sum(0) / model.backbone.num_patches
+        kept += survivors.sum(0) / backbone.num_patches
         left += survivors[:, -1].bincount(minlength=len(left))
     return Evaluation(
         right / count, macs / count / 1e9, tuple((kept / count).tolist()), tuple(left.tolist())
@@ -146,23 +163,30 @@ def best_topk(
     )
 
 
-@torch.inference_mode()
 def images_per_second(
     models: Mapping[str, Callable[[Tensor], Tensor]],
     images: Tensor,
     batch_size: int = 64,
     rounds: int = ROUNDS,
 ) -> dict[str, float]:
-    """Median speed of each model, all of them interleaved in every round.
+    """Median speed of each model, all of them interleaved in every round, by name; arguments as of
+    ``round_seconds``.
+    """
+    seconds = round_seconds(models, images, batch_size, rounds)
+    return {name: len(images) / statistics.median(times) for name, times in seconds.items()}
+
+
+@torch.inference_mode()
+def round_seconds(
+    models: Mapping[str, Callable[[Tensor], Tensor]], images: Tensor, batch_size: int, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds that each model takes in each round.
 
     Args:
         models: images [B, C, H, W] -> logits.
         images: on the models' device, a multiple of ``batch_size``.
         batch_size: of a call.
         rounds: timed passes over ``images``, after one that is not counted.
-
-    Returns:
-        Images a second by name.
     """
     batches = images.split(batch_size)
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -175,40 +199,78 @@ def images_per_second(
             _wait(images.device)
             if turn:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: len(images) / statistics.median(times) for name, times in seconds.items()}
+    return seconds
+
+
+class Stopwatch:
+    """``round_seconds`` as a process sees it that does nothing else, for as many sets of models as
+    there are between ``with Stopwatch() as watch`` and its end.
+
+    One that has trained before runs many small operations slower: its heap is in pieces. Models on
+    a GPU are timed where they are.
+    """
+
+    def __init__(self) -> None:
+        self._process: BaseProcess | None = None
+        self._connection: Connection | None = None
+
+    def __enter__(self) -> Stopwatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._connection is not None and self._process is not None:
+            self._connection.close()  # which ends the process
+            self._process.join()
+
+    def round_seconds(
+        self, models: Mapping[str, nn.Module], images: Tensor, batch_size: int, rounds: int
+    ) -> dict[str, list[float]]:
+        """As the function of that name; raises RuntimeError where the process dies of it."""
+        if images.device.type != "cpu":
+            return round_seconds(models, images, batch_size, rounds)
+        connection = self._connected()
+        try:
+            # not among the process's arguments: PyTorch can't hand so many tensors to one that
+            # begins
+            connection.send((dict(models), images, batch_size, rounds))
+            return connection.recv()
+        except (EOFError, OSError) as error:
+            raise RuntimeError("the process that timed the models died") from error
+
+    def _connected(self) -> Connection:
+        """To the process, which begins when it is first needed."""
+        if self._connection is None:
+            context = multiprocessing.get_context("spawn")
+            self._connection, theirs = context.Pipe()
+            arguments = (theirs, torch.get_num_threads())
+            self._process = context.Process(target=_time, args=arguments, daemon=True)
+            self._process.start()
+            # the child's end is open there alone: should it die, there is nothing to wait for
+            theirs.close()
+        return self._connection
 
 
 def speeds_of_fresh_process(
     models: Mapping[str, nn.Module], images: Tensor, batch_size: int, rounds: int = ROUNDS
 ) -> dict[str, float]:
-    """``images_per_second`` as a process would see it that does nothing else.
-
-    One that has trained before runs many small operations slower: its heap is in pieces. Models on
-    a GPU are timed where they are.
-    """
-    if images.device.type != "cpu":
-        return images_per_second(models, images, batch_size, rounds)
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_time, args=(theirs, torch.get_num_threads()), daemon=True)
-    process.start()
-    # the child's end is open there alone: should it die, there is nothing to wait for
-    theirs.close()
-    try:
-        # not among the arguments: PyTorch can't hand so many tensors to a process that begins
-        ours.send((dict(models), images, batch_size, rounds))
-        return ours.recv()
-    except (EOFError, OSError) as error:
-        raise RuntimeError("the process that timed the models died") from error
-    finally:
-        process.join()
+    """``images_per_second`` by a ``Stopwatch``."""
+    with Stopwatch() as watch:
+        seconds = watch.round_seconds(models, images, batch_size, rounds)
+    return {name: len(images) / statistics.median(times) for name, times in seconds.items()}
 
 
 def _time(connection: Connection, threads: int) -> None:
-    """In the process of its own: times what the connection brings."""
+    """In the process of its own: times what the connection brings, until it is closed."""
     torch.set_num_threads(threads)
-    # out of the memory that both processes share, into memory as any process has it
-    connection.send(images_per_second(*copy.deepcopy(connection.recv())))
+    while True:
+        try:
+            shared = connection.recv()
+        except EOFError:
+            return
+        # out of the memory that both processes share, into memory as any process has it
+        own = copy.deepcopy(shared)
+        del shared
+        connection.send(round_seconds(*own))
 
 
 def _wait(device: torch.device) -> None:

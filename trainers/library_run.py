@@ -90,6 +90,14 @@ class LibraryConfig(ABC):
         own = f"{self.library}-{self.learner}-seed{self.seed}-{stamp}"
         return RUNS / (self.run_name or own)
 
+    def described(self) -> dict[str, Any]:
+        """The settings as JSON values, and what else ``PrunedViT.from_run`` asks for."""
+        settings = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asdict(self).items()
+        }
+        return settings | {"env": "token-prune", "pretrained": False, "attention_prior": 0.0}
+
 
 class LibraryRun:
     """A run on its way.
@@ -136,17 +144,12 @@ class LibraryRun:
         }
 
     def create(self) -> None:
-        """Writes the settings: those of the library, and what else ``PrunedViT.from_run`` asks.
+        """Writes the settings.
 
         Raises:
             OSError: the folder can't be written.
         """
-        settings = {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in asdict(self.config).items()
-        }
-        shared = {"env": "token-prune", "pretrained": False, "attention_prior": 0.0}
-        write_json(self.folder / "config.json", settings | shared)
+        write_json(self.folder / "config.json", self.config.described())
 
     @contextmanager
     def keeping(self, save: Callable[[Path], object], name: str) -> Iterator[None]:

@@ -1,23 +1,22 @@
 """The comparison trains what it must, sets every policy to one cost, and goes on when killed."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tokenprune.agents import PrunedViT, TopK
 from tokenprune.benchmarks import compare as comparison
-from tokenprune.benchmarks import entrants
+from tokenprune.benchmarks import trained
+from tokenprune.benchmarks.arena import Bound, UnreachableError, bisected
 from tokenprune.benchmarks.compare import CompareConfig, compare, main, open_arena
-from tokenprune.benchmarks.entrants import (
-    ENTRANTS,
-    RECIPES,
-    Entry,
-    Peer,
-    UnreachableError,
-    bisected,
-)
-from tokenprune.benchmarks.records import Records
+from tokenprune.benchmarks.entrants import ENTRANTS, Peer
+from tokenprune.benchmarks.records import FIELDS, Records, read
+from tokenprune.benchmarks.shown import read_curves, read_pictures
+from tokenprune.benchmarks.trained import RECIPES
 from tokenprune.trainers.evaluation import evaluate
 
 SETTINGS = {"eval_size": 20, "test_size": 30, "speed": False, "iterations": 1, "threads": 1}
@@ -54,18 +53,18 @@ def test_a_knob_is_set_from_the_side_that_was_asked_for(at_least):
     "name", ["random", "attention", "threshold", "ats", "tome", "evit", "evit-unfused"]
 )
 def test_who_is_compared_with_spends_at_least_as_much(arena, name):
-    target = 0.4 * arena.backbone.dense_macs / 1e9
-    entry = ENTRANTS[name].open(arena, 0)(target)
-    spent = evaluate(entry.model, arena.validation, arena.size).gmacs
+    target = arena.gmacs_at(0.4)
+    contender = ENTRANTS[name].open(arena, 0)
+    model = contender.make(contender.tune(target))
+    spent = evaluate(model, arena.validation, arena.size).gmacs
     assert target <= spent < 1.06 * target
-    assert entry.knobs
 
 
 @pytest.mark.parametrize("name", ["mappo", "mappo-one-price"])
 def test_ours_spend_at_most_as_much(arena, name, monkeypatch):
     """With an actor whose patches differ: price and threshold both move what it costs."""
     recipe = RECIPES[name]
-    folder = entrants.trained_run(arena, name, 0, recipe.settings(arena))
+    folder = trained.trained_run(arena, name, 0, recipe.settings(arena))
     model = PrunedViT.from_run(folder)
     with torch.no_grad():
         model.policy.actor.prior_weight.fill_(0.1)
@@ -74,14 +73,44 @@ def test_ours_spend_at_most_as_much(arena, name, monkeypatch):
             model.policy.actor.budget_weight.fill_(-0.1)
             model.policy.actor.keep_bias.fill_(-0.3)
     monkeypatch.setattr(PrunedViT, "from_run", lambda folder: model)
-    at = ENTRANTS[name].open(arena, 0)
+    contender = ENTRANTS[name].open(arena, 0)
     for point in (0.3, 0.5):
-        target = point * arena.backbone.dense_macs / 1e9
-        entry = at(target)
-        spent = evaluate(entry.model, arena.validation, arena.size).gmacs
+        target = arena.gmacs_at(point)
+        knobs = contender.tune(target)
+        pruned = contender.make(knobs | {"accuracy": 0.9})  # a record holds more than knobs
+        spent = evaluate(pruned, arena.validation, arena.size).gmacs
         assert 0.85 * target < spent <= target
         knob = "budget" if recipe.many_prices else "threshold"
-        assert entry.knobs == {knob: getattr(entry.model.policy, knob)}
+        assert knobs == {knob: getattr(pruned.policy, knob)}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_another_librarys_algorithm_is_trained_once_and_set_by_its_threshold(arena, monkeypatch):
+    pytest.importorskip("benchmarl")
+    from tokenprune.trainers import benchmarl
+
+    trainings = []
+    original = benchmarl.train
+    monkeypatch.setattr(
+        benchmarl, "train", lambda config: trainings.append(config) or original(config)
+    )
+    (arena.runs / "benchmarl-iql-3").mkdir(parents=True)  # killed before it wrote anything
+    contender = ENTRANTS["benchmarl-iql"].open(arena, 3)
+    for point in (0.4, 0.7):
+        target = arena.gmacs_at(point)
+        knobs = contender.tune(target)
+        assert evaluate(contender.make(knobs), arena.validation, arena.size).gmacs <= target
+    assert [(config.algorithm, config.seed, config.iterations) for config in trainings] == [
+        ("iql", 3, 1)
+    ]
+    with pytest.raises(ValueError, match="other settings"):
+        ENTRANTS["benchmarl-iql"].open(replace(arena, iterations=2), 3).tune(1.0)
+
+
+def test_what_can_not_be_so_cheap_is_not_there(arena):
+    for name in ("attention", "random", "oracle"):
+        with pytest.raises(UnreachableError, match="no patch kept"):
+            ENTRANTS[name].open(arena, 0).tune(arena.gmacs_at(0.1))
 
 
 def test_a_peer_tells_what_it_was_given(arena):
@@ -92,6 +121,16 @@ def test_a_peer_tells_what_it_was_given(arena):
     assert torch.equal(told.logits, traced.logits)
     assert torch.equal(told.alive.sum(2), traced.alive.sum(2))
     assert told.macs.tolist() == [7] * 3
+
+
+def spread_run(runs):
+    """A run of ours whose policy tells patches and prices apart, as one iteration teaches none."""
+    base = open_arena(CompareConfig(**SETTINGS, out=runs.parent))[0]
+    folder = trained.trained_run(base, "mappo", 0, RECIPES["mappo"].settings(base))
+    weights = load_file(folder / "policy.safetensors")
+    for name, value in {"prior_weight": 0.1, "keep_bias": -0.3, "budget_weight": -0.1}.items():
+        weights[name].fill_(value)
+    save_file(weights, folder / "policy.safetensors")
 
 
 # --- the protocol ---
@@ -116,16 +155,16 @@ def test_records_are_complete_and_nothing_is_measured_twice(tmp_path, monkeypatc
     file = tmp_path / "r" / "records.jsonl"
     whole = file.read_text()
     file.write_text(whole[: whole.rindex("{") + 9])  # killed while the last record was written
-    opened = []
+    judged = []
 
-    def note(entrant, arena, seed, points):
-        opened.append((seed, points))
-        return original(entrant, arena, seed, points)
+    def note(contender, knobs, *rest):
+        judged.append(knobs)
+        return original(contender, knobs, *rest)
 
-    original = comparison.entries
-    monkeypatch.setattr(comparison, "entries", note)
+    original = comparison.judged
+    monkeypatch.setattr(comparison, "judged", note)
     again = compare(config)
-    assert opened == [(1, [0.5])]
+    assert judged == [{"tokens": rows[-1]["tokens"]}]
     assert again == rows
 
 
@@ -137,7 +176,7 @@ def test_what_learns_is_trained_once(tmp_path, monkeypatch):
     compare(config)
     for name in ("mappo-0", "released-0"):
         assert (tmp_path / "r" / "runs" / name / "policy.safetensors").is_file()
-    monkeypatch.setattr(entrants, "learn", None)  # not called again
+    monkeypatch.setattr(trained, "learn", None)  # not called again
     Path(tmp_path / "r" / "records.jsonl").unlink()
     compare(config)
     other = CompareConfig(**(vars(config) | {"iterations": 2}))
@@ -146,14 +185,142 @@ def test_what_learns_is_trained_once(tmp_path, monkeypatch):
         compare(other)
 
 
-@pytest.mark.slow
-def test_speeds_are_ratios_to_the_dense_model(arena):
+def test_speeds_come_later_without_training_or_judging(tmp_path, monkeypatch):
     """Of two policies the one that keeps next to nothing is faster, whatever else runs."""
-    one, all_of_them = (
-        Entry(PrunedViT(arena.backbone, TopK((kept, kept))), {}) for kept in (1, 64)
+    config = CompareConfig(
+        policies=("attention", "oracle", "released"), seeds=1, points=(0.9, 0.3),
+        out=tmp_path / "r", **SETTINGS,
+    )  # fmt: skip
+    monkeypatch.setattr("tokenprune.benchmarks.entrants.ORACLE_IMAGES", 4)
+    monkeypatch.setattr(comparison, "SPEED_IMAGES", 128)
+    rows = compare(config)
+    assert all(row["speedup"] is None for row in rows)
+    known = [dict(row) for row in rows]
+    monkeypatch.setattr(comparison, "judged", None)
+    monkeypatch.setattr(trained, "learn", None)
+    timed = compare(CompareConfig(**(vars(config) | {"speed": True})))
+    assert timed == read(tmp_path / "r" / "records.jsonl")
+    for before, after in zip(known, timed, strict=True):
+        assert before == after | {"speedup": None}
+    speeds = {(row["policy"], row["point"]): row["speedup"] for row in timed}
+    assert speeds["attention", 0.3] > speeds["attention", 0.9] > 0.3
+    assert speeds["released", 0.9] > 0.3
+    assert speeds["oracle", 0.9] is None  # a search has no speed
+    monkeypatch.setattr(comparison.Stopwatch, "round_seconds", None)  # nothing is left to be timed
+    assert compare(CompareConfig(**(vars(config) | {"speed": True}))) == timed
+
+
+def test_a_policy_whose_run_is_gone_gets_no_speed(tmp_path, capsys):
+    config = CompareConfig(
+        policies=("mappo",), seeds=1, points=(0.9,), out=tmp_path, **SETTINGS | {"speed": True}
     )
-    speeds = comparison.timed({0.2: one, 1.0: all_of_them}, arena, arena.validation)
-    assert speeds[0.2] > speeds[1.0] > 0.3
+    row = {"game": "digits", "policy": "mappo", "point": 0.9, "budget": 0.1, "speedup": None}
+    Records(tmp_path, "digits").add([dict.fromkeys(FIELDS, 0) | row])
+    assert compare(config)[0]["speedup"] is None
+    assert "mappo, seed 0 can't be timed" in capsys.readouterr().out
+
+
+def test_a_bound_is_judged_on_few_images(arena, tmp_path, monkeypatch):
+    monkeypatch.setattr("tokenprune.benchmarks.entrants.ORACLE_IMAGES", 5)
+    policies = ("oracle", "oracle-no-labels")
+    config = CompareConfig(policies=policies, points=(0.3,), out=tmp_path, **SETTINGS)
+    for row in compare(config):
+        assert row["images"] == sum(row["left"]) == 5
+        assert row["dense_accuracy"] * 5 == pytest.approx(round(row["dense_accuracy"] * 5))
+        assert row["gmacs"] >= arena.gmacs_at(0.3)
+    bound = ENTRANTS["oracle"].open(arena, 0)
+    assert isinstance(bound, Bound)
+    images, labels = arena.validation.load(range(2))
+    search = bound.search({"tokens": [6, 3]})
+    told, other = search(images, labels), search(images, (labels + 1) % 10)
+    assert told.alive.sum(2).tolist() == [[6, 3]] * 2
+    assert not torch.equal(told.alive, other.alive)  # it looks at the labels
+
+
+# --- what figures need ---
+
+
+def test_curves_and_pictures_are_left(tmp_path):
+    config = CompareConfig(
+        policies=("mappo", "attention", "random"), seeds=1, points=(0.9,), out=tmp_path, **SETTINGS
+    )
+    spread_run(tmp_path / "runs")
+    compare(config)
+    (curve,) = read_curves(tmp_path)
+    assert (curve["policy"], curve["seed"], curve["iteration"]) == ("mappo", 0, [1])
+    assert 0 <= curve["keep_ratio"][0] <= 1
+    pictures = read_pictures(tmp_path)
+    assert pictures.images.shape == (6, 64, 64, 1)
+    assert set(pictures.alive) == {"mappo", "attention"}
+    compare(config)
+    assert len(read_curves(tmp_path)) == 1
+
+
+# --- trainings of their own kind ---
+
+
+@pytest.mark.slow
+def test_the_backbone_is_fine_tuned_once_under_ours(arena, monkeypatch):
+    tiny = {"epochs": 1, "epoch_size": 64, "batch_size": 32, "validation_size": 20}
+    arena = replace(arena, game=replace(arena.game, points=(0.95,), fine_tuning=tiny))
+    name = "mappo-fine-tuned"
+    assert ENTRANTS[name].fine_tunes
+    spread_run(arena.runs)
+    contender = ENTRANTS[name].open(arena, 0)
+    knobs = contender.tune(arena.gmacs_at(0.95))
+    model = contender.make(knobs)
+    before = arena.model.blocks[-1].mlp.fc1.weight
+    assert not torch.equal(model.backbone.model.blocks[-1].mlp.fc1.weight, before)
+    assert torch.equal(
+        model.backbone.model.blocks[0].mlp.fc1.weight, arena.model.blocks[0].mlp.fc1.weight
+    )
+    monkeypatch.setattr(trained.finetune, "train", None)  # not called again
+    assert ENTRANTS[name].open(arena, 0).tune(arena.gmacs_at(0.95)) == knobs
+    other = replace(arena, game=replace(arena.game, fine_tuning=tiny | {"batch_size": 16}))
+    with pytest.raises(ValueError, match=r"other settings \(batch_size\)"):
+        ENTRANTS[name].open(other, 0).tune(arena.gmacs_at(0.95))
+
+
+@pytest.mark.slow
+def test_each_operating_point_has_a_training_of_its_own(arena):
+    spread_run(arena.runs)
+    contender = ENTRANTS["mappo-each-price"].open(arena, 0)
+    knobs = contender.tune(arena.gmacs_at(0.95))
+    assert knobs["run"] == "mappo-each-price-95-0"
+    config = json.loads((arena.runs / knobs["run"] / "config.json").read_text())
+    low, high = arena.game.alpha_range
+    assert low / 8 <= config["alpha"] <= high * 8
+    assert "budget" not in config["observation"]
+    assert contender.make(knobs).policy.threshold == knobs["threshold"]
+
+
+@pytest.mark.slow
+def test_dynamic_vit_takes_part_with_and_without_its_backbone(arena):
+    # the backbone begins to learn after a sixth of the training
+    for name, iterations in (("dynamic-vit", 1), ("dynamic-vit-fine-tuned", 6)):
+        contender = ENTRANTS[name].open(replace(arena, iterations=iterations), 0)
+        model = contender.make(contender.tune(arena.gmacs_at(0.5)))
+        learns = not torch.equal(
+            model.backbone.model.blocks[-1].mlp.fc1.weight, arena.model.blocks[-1].mlp.fc1.weight
+        )
+        assert learns == ENTRANTS[name].fine_tunes
+    config = json.loads((arena.runs / "dynamic-vit-0" / "config.json").read_text())
+    assert config["iterations"] == SETTINGS["iterations"]
+
+
+def test_every_ablation_takes_one_thing_away(arena):
+    settings = {name: recipe.settings(arena) for name, recipe in RECIPES.items()}
+    ours = settings["mappo"]
+    assert settings["one-stage"] == ours | {"prune_before": arena.game.prune_before[:1]}
+    assert settings["no-attention-prior"] == ours | {"attention_prior": 0.0}
+    assert "stage" not in settings["no-stage"]["observation"]
+    assert settings["no-image-baseline"]["rollouts_per_image"] == 1
+    assert settings["ippo"]["critic"] == "local"
+    assert settings["with-critic"] == ours | {"critic": "central"}
+    assert settings["no-team-reward"]["reward"] == "markov-game"
+    assert settings["released"]["prune_before"] == arena.game.released_stages
+    for changes in settings.values():
+        replace(arena.base, **changes)  # raises where settings don't go together
 
 
 # --- what is refused ---
@@ -169,6 +336,7 @@ def test_speeds_are_ratios_to_the_dense_model(arena):
         ("--game cifar10", "where are its images? Give --data"),
         ("--game cifar10 --data folder:x", "needs a trained backbone: give --checkpoint"),
         ("--game cifar10 --data folder:x --checkpoint y", "no checkpoint y"),
+        ("--checkpoint y", "no checkpoint y"),
     ],
 )
 def test_bad_input_is_refused_at_once(line, message, capsys):

@@ -1,11 +1,24 @@
 """Figures are drawn from the records alone, and show what these say."""
 
+import json
+
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tokenprune.benchmarks.figures import draw, draw_line, grouped, main
+from tokenprune.benchmarks.figures import (
+    among_all,
+    draw,
+    draw_curves,
+    draw_line,
+    draw_tradeoff,
+    grouped,
+    in_pairs,
+    main,
+)
 from tokenprune.benchmarks.records import FIELDS, Records
+from tokenprune.benchmarks.shown import Pictures, read_pictures, thinned
 
 
 def record(policy, seed, point, accuracy, **more):
@@ -41,20 +54,108 @@ def test_a_line_goes_through_the_means():
     assert line.get_ydata().tolist() == pytest.approx([0.805, 0.805])
 
 
+def more(*names):
+    return [record(name, 0, 0.3, 0.9, budget=0.2) for name in names]
+
+
+CURVE = {"policy": "mappo", "iteration": [1.5, 3.5], "accuracy": [0.8, 0.9], "keep_ratio": [1, 0.5]}
+PICTURES = Pictures(
+    images=np.arange(2 * 4 * 8 * 3, dtype=np.uint8).reshape(2, 4, 8, 3),
+    labels=["three", "seven"],
+    grid=(2, 4),
+    alive={"attention": np.ones((2, 2, 8), bool), "mappo": np.zeros((2, 1, 8), bool)},
+)
+
+
 @pytest.mark.parametrize(
     ("rows", "names"),
     [
-        (ROWS, ["tradeoff.png", "adaptive.png", "knob.png"]),
+        (ROWS, ["tradeoff.png", "knob.png", "adaptive.png"]),
         (ROWS[:4], ["tradeoff.png", "adaptive.png"]),
+        ([*ROWS, *more("no-stage")], ["tradeoff.png", "ablations.png", "knob.png", "adaptive.png"]),
+        (more("no-stage"), ["ablations.png", "knob.png"]),
+        (
+            [*ROWS, *more("mappo-fine-tuned")],
+            ["tradeoff.png", "fine_tuning.png", "knob.png", "adaptive.png"],
+        ),
+        (
+            [*ROWS[:4], CURVE, PICTURES],
+            ["tradeoff.png", "pruned.png", "curves.png", "adaptive.png"],
+        ),
     ],
 )
 def test_what_the_records_show_is_drawn(tmp_path, rows, names):
+    if rows[-1] is PICTURES:
+        rows = rows[:-2]
+        PICTURES.write(tmp_path)
+        lines = [json.dumps(CURVE | {"seed": seed}) + "\n" for seed in (0, 1)]
+        (tmp_path / "curves.jsonl").write_text("".join(lines))
     Records(tmp_path, "digits").add(rows)
     paths = draw(tmp_path)
     assert [path.name for path in paths] == names
     for path in paths:
         with Image.open(path) as picture:
             assert len(picture.convert("L").getcolors(256)) > 20
+
+
+def drawn_lines(monkeypatch, draw_figure, *arguments):
+    """The lines of a figure by their label."""
+    figures = []
+    monkeypatch.setattr(
+        "tokenprune.benchmarks.figures.save", lambda figure, _: figures.append(figure)
+    )
+    draw_figure(*arguments)
+    return {line.get_label(): line for line in figures[0].axes[0].lines}
+
+
+def test_fine_tuned_and_not_share_a_colour(monkeypatch):
+    lines = drawn_lines(
+        monkeypatch, draw_tradeoff, more("dynamic-vit", "dynamic-vit-fine-tuned"), None, in_pairs
+    )
+    before, after = lines["dynamic-vit"], lines["dynamic-vit-fine-tuned"]
+    assert before.get_color() == after.get_color()
+    assert (before.get_linestyle(), after.get_linestyle()) == ("--", "-")
+
+
+def test_dense_is_drawn_as_on_all_images(monkeypatch):
+    bound = record("oracle", 0, 0.3, 1.0, dense_accuracy=0.5, left=[0, 1, 0])
+    lines = drawn_lines(monkeypatch, draw_tradeoff, [bound, *ROWS], None, among_all)
+    assert lines["dense"].get_ydata()[0] == pytest.approx(95)
+
+
+def test_a_curve_is_the_mean_of_what_seeds_share(monkeypatch):
+    """Of trainings cut at other places, as far as the shorter goes."""
+    curves = [
+        {"policy": "a", "seed": 0, "iteration": [1, 2, 3, 4], "accuracy": [0.0, 0.2, 0.4, 0.6]},
+        {"policy": "a", "seed": 1, "iteration": [1, 3], "accuracy": [0.2, 0.8]},
+    ]
+    line = drawn_lines(monkeypatch, draw_curves, curves, None)["a"]
+    assert line.get_xdata().tolist() == [1, 2, 3]
+    assert line.get_ydata().tolist() == pytest.approx([0.1, 0.35, 0.6])
+
+
+def test_pictures_come_back_and_damaged_ones_are_named(tmp_path):
+    PICTURES.write(tmp_path)
+    again = read_pictures(tmp_path)
+    assert (again.labels, again.grid, set(again.alive)) == (
+        PICTURES.labels, PICTURES.grid, set(PICTURES.alive),
+    )  # fmt: skip
+    assert np.array_equal(again.images, PICTURES.images)
+    file = tmp_path / "pictures.npz"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"pictures.npz is damaged: remove it"):
+        read_pictures(tmp_path)
+
+
+def test_long_trainings_are_thinned(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    lines = [{"iteration": i + 1, "accuracy": i / 1_000, "lr": 1} for i in range(1_000)]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curve = thinned(metrics)
+    assert set(curve) == {"iteration", "accuracy"}
+    assert len(curve["iteration"]) == 100
+    assert curve["iteration"][0] == 5.5
+    assert curve["accuracy"][-1] == pytest.approx(0.9945, abs=1e-3)
 
 
 def test_folders_without_records_are_refused(tmp_path):

@@ -12,7 +12,7 @@ def record(policy="a", seed=0, point=0.4, accuracy=0.9, **more):
     row = dict.fromkeys(FIELDS, 0)
     return row | {
         "game": "digits", "policy": policy, "seed": seed, "point": point, "accuracy": accuracy,
-        "dense_accuracy": 0.95, "gmacs": 0.4, "dense_gmacs": 1.0, "speedup": None,
+        "dense_accuracy": 0.95, "gmacs": 0.4, "dense_gmacs": 1.0, "speedup": None, "left": [0, 9],
     } | more  # fmt: skip
 
 
@@ -70,6 +70,12 @@ def test_a_cell_tells_mean_and_interval():
     low, high = interval([1.0, 2.0, 3.0, 4.0])
     assert cell([1.0, 2.0, 3.0, 4.0], unit="x") == f"2.50x [{low:.2f}, {high:.2f}]"
     assert cell([2.0, 2.0]) == "2.00"
+
+
+def test_the_table_says_who_was_judged_on_fewer_images():
+    text = table([record("oracle", left=[1, 2]), record("b")])
+    assert "| oracle (3 images) |" in text
+    assert "| b |" in text
 
 
 def test_the_table_ranks_policies_at_each_point():
