@@ -195,6 +195,7 @@ class StagedViT(nn.Module):
         x, rotary = self.family.embed(self.model, some)
         return self._whole(x[:batch], rotary, execution)
 
+    @torch.compiler.disable(recursive=False)
     def _whole(self, x: Tensor, rotary: Rotary | None, execution: Execution | None) -> Tokens:
         """Images x [B, L, D] of which nothing has been pruned."""
         batch = len(x)
