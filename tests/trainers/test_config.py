@@ -50,7 +50,7 @@ def test_every_flag_of_the_issue_is_there():
     ("settings", "message"),
     [
         ({"cache_gb": 1.0}, "give --no-augment with --cache-gb"),
-        ({"cache_gb": -1.0, "augment": False}, "at least 0"),
+        ({"cache_gb": -1.0, "augment": False}, "from 0 to"),
         ({"backbone_dtype": "float16"}, "choose from float32, bfloat16"),
     ],
 )
