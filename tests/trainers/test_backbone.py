@@ -307,8 +307,13 @@ def test_an_epoch_that_was_cut_off_is_not_lost(config, monkeypatch, ending):
 
     monkeypatch.setattr(supervised.Learner, "learn", learn_to_the_end)
     monkeypatch.setattr(supervised, "SECONDS_AT_STAKE", 0.0 if ending == "killed" else 1e9)
-    with pytest.raises(RuntimeError if ending == "killed" else KeyboardInterrupt) as ended:
-        train(config)
+    # a shell has what it starts in the background ignore Ctrl-C
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(RuntimeError if ending == "killed" else KeyboardInterrupt) as ended:
+            train(config)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     if ending == "stopped":
         assert ended.value.__notes__[0] == "4 steps of epoch 2 are saved"
     assert len(read_metrics("r")) == 1

@@ -53,6 +53,9 @@ def test_other_networks_are_refused(actor):
 
 def test_a_run_becomes_a_pruned_vit(tmp_path, monkeypatch):
     monkeypatch.setattr(library_run, "RUNS", tmp_path)
+    monkeypatch.setattr(
+        "tokenprune.envs.datasets.DEFAULT_SIZES", dict.fromkeys(("train", "test"), 64)
+    )
     run = LibraryRun(Config(run_name="one", device="cpu", hidden=(8,)))
     run.create()
     torch.manual_seed(0)

@@ -791,4 +791,4 @@ def test_bad_images_are_named_or_skipped(tokens, photographs, tmp_path, capsys):
 
 
 def test_a_learning_rate_out_of_bounds_is_noticed(tokens):
-    assert "not finite" in error_of(tokens("r", lr=1e30))
+    assert "not finite" in error_of(tokens("r", lr=1e12))
