@@ -23,13 +23,13 @@ GAMES = {
             "max_cycles": 50,
             "surround": False,
         },
-        {"iterations": 20},
+        {"iterations": 16},
         1.5,
     ),
     # knights and archers are killed one by one while the others play on
     "pettingzoo.butterfly.knights_archers_zombies_v11": (
         {"spawn_delay": 10, "max_cycles": 300},
-        {"iterations": 20, "rollout_steps": 160},
+        {"iterations": 12, "rollout_steps": 160},
         0.4,
     ),
 }
