@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenprune.envs.datasets import DatasetError, ImageSet, open_images, read_class_names
-from tokenprune.envs.models import BackboneError, create_backbone, sha256
+from tokenprune.envs.models import BackboneError, create_backbone, read_description, sha256
 from tokenprune.envs.token_prune import pick_device
 from tokenprune.trainers.backbone_run import BackboneConfig, write_backbone
 from tokenprune.trainers.checkpoint import CheckpointError, write_json
@@ -163,6 +164,10 @@ def train(config: BackboneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
         raise TrainingError(str(error)) from error
     num_classes = len(read_class_names(config.dataset))
     goes_on = run.is_begun
+    if config.checkpoint is not None and not goes_on:
+        # what this run writes has to tell the model's arguments too
+        described = read_description(config.checkpoint, config.backbone).get("model_kwargs", {})
+        config = replace(config, model_kwargs=described | config.model_kwargs)
     model = build(config, num_classes, has_weights=goes_on)
     model = model.to(device).to(memory_format=torch.channels_last)
     data_config = resolve_model_data_config(model)

@@ -25,7 +25,7 @@ from tokenprune.trainers import backbone, supervised
 from tokenprune.trainers.backbone import main, train
 from tokenprune.trainers.backbone_run import BackboneConfig
 from tokenprune.trainers.checkpoint import CheckpointError
-from tokenprune.trainers.run_folder import TrainingError, describe
+from tokenprune.trainers.run_folder import RunFolder, TrainingError, describe
 from tokenprune.trainers.supervised import accuracy, batches, learning_rate
 
 VIT = "vit_tiny_patch16_224"
@@ -242,6 +242,31 @@ def test_a_checkpoint_is_where_training_begins(config):
     train(replace(config, checkpoint=start, lr=1e-12, epochs=1, run_name="tuned"))
     before, after = load_file(start), load_file("runs/tuned/backbone.safetensors")
     assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
+
+
+def test_the_arguments_of_a_checkpoints_model_need_not_be_given_again(config, monkeypatch):
+    """Neither to begin with it, nor to go on, nor to load what comes of it."""
+    train(config)
+    start = Path("runs/r/backbone.safetensors")
+    tuned = replace(config, checkpoint=start, model_kwargs={}, epochs=2, run_name="tuned")
+    with monkeypatch.context() as context:
+        context.setattr(RunFolder, "save_epoch", stop_after_an_epoch(RunFolder.save_epoch))
+        with pytest.raises(KeyboardInterrupt):
+            train(tuned)
+    train(BackboneConfig(resume=Path("runs/tuned")))
+    described = json.loads(Path("runs/tuned/backbone.json").read_text())
+    assert described["model_kwargs"] == config.model_kwargs
+    model = create_backbone(config.backbone, checkpoint=Path("runs/tuned/backbone.safetensors"))
+    weights = load_file("runs/tuned/backbone.safetensors")
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def stop_after_an_epoch(save):
+    def save_and_stop(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    return save_and_stop
 
 
 # --- to be resumed ---
