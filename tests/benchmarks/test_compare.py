@@ -28,6 +28,7 @@ def small_digits(monkeypatch, tmp_path):
     monkeypatch.setattr("tokenprune.envs.datasets.DEFAULT_SIZES", dict.fromkeys(
         ("train", "validation", "test"), 256))  # fmt: skip
     threads = torch.get_num_threads()
+    torch.set_num_threads(SETTINGS["threads"])
     yield
     torch.set_num_threads(threads)
 

@@ -1,4 +1,6 @@
-"""MAPPO learns PettingZoo games through the code path that the token game takes."""
+"""MAPPO learns PettingZoo games through the code path that the token game takes; that it learns
+``simple_spread``, beside its peers, is tested with benchmarks.marl_peers.
+"""
 
 from dataclasses import replace
 
@@ -12,7 +14,6 @@ from tokenprune.trainers.tasks import PettingZooTask
 
 # the least that training must bring, and what it takes: returns of random play are measured here
 GAMES = {
-    "mpe2.simple_spread_v3": ({}, {"iterations": 30, "gamma": 0.95}, 3.0),
     "pettingzoo.sisl.pursuit_v5": (
         {
             "x_size": 8,
