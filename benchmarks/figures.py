@@ -41,6 +41,7 @@ OURS = "mappo"
 FINE_TUNED = "-fine-tuned"  # behind the name of the policy that was not
 # ours with one thing taken away or put in another's place
 ABLATIONS = {*RECIPES, "mappo-each-price"} - {OURS, "paper", "released"}
+SHOWN = 12.0  # points under dense: who loses more is off the chart
 MARKERS = "osD^vP*X<>hp"
 CURVE_TITLES = {
     "accuracy": "accuracy on training images, sampled",
@@ -116,6 +117,7 @@ def draw_tradeoff(
         for i, (name, points) in enumerate(grouped(rows).items()):
             draw_line(axes, points, x, lambda row: 100 * row["accuracy"], **style_of(name, i))
         axes.axhline(100 * dense, color="grey", linestyle=":", label="dense")
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], 100 * dense - SHOWN))
         axes.set_xlabel(title)
         axes.set_ylabel("test accuracy, %")
         axes.grid(alpha=0.3)
