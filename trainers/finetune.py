@@ -290,11 +290,6 @@ def train(config: FinetuneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
         state, records = run.read_epochs()
         learner.load_state_dict(state)
         place = state.get("place")
-        if place and ranks.count > 1:
-            raise TrainingError(
-                f"{run.path} was stopped in the course of an epoch of a single process: "
-                "only a single one can go on from there"
-            )
         start_time -= state["seconds"] if place else records[-1]["seconds"]
         ranks.wait()  # all have read what there was
     else:

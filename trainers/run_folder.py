@@ -134,9 +134,15 @@ class RunFolder:
         """The last state, and the records up to there.
 
         Raises:
-            CheckpointError: the files are damaged, or don't belong together.
+            CheckpointError: the files are damaged, or don't belong together; or they are of one process
+                within an epoch, and here are many.
         """
         state = load_newest(self.checkpoint)
+        if state.get("place") and self._ranks.count > 1:
+            raise CheckpointError(
+                f"{self.path} was stopped in the course of an epoch of a single process: "
+                "only a single one can go on from there"
+            )
         try:
             lines = self._metrics.read_text(encoding="utf-8").splitlines()[: state["epoch"]]
             records = [json.loads(line) for line in lines]

@@ -25,6 +25,7 @@ from tokenprune.trainers import backbone, supervised
 from tokenprune.trainers.backbone import main, train
 from tokenprune.trainers.backbone_run import BackboneConfig
 from tokenprune.trainers.checkpoint import CheckpointError
+from tokenprune.trainers.ranks import Ranks
 from tokenprune.trainers.run_folder import RunFolder, TrainingError, describe
 from tokenprune.trainers.supervised import accuracy, batches, learning_rate
 
@@ -345,6 +346,16 @@ def test_an_epoch_that_was_cut_off_is_not_lost(config, monkeypatch, ending):
     train(BackboneConfig(resume=Path("runs/r")))
     assert taken[last + 1] == (last if ending == "killed" else last + 1)
     assert same_run("whole", "r")
+
+
+def test_many_ranks_can_not_go_on_from_within_an_epoch_of_one(tmp_path):
+    class Two(Ranks):
+        count = 2
+
+    RunFolder(tmp_path).save_epoch({"place": {"losses": torch.ones(3)}}, [])
+    assert RunFolder(tmp_path).read_epochs()[1] == []
+    with pytest.raises(CheckpointError, match="only a single one can go on"):
+        RunFolder(tmp_path, Two()).read_epochs()
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "checkpoint.safetensors", "backbone.json"])
