@@ -134,7 +134,7 @@ class RunFolder:
         """The last state, and the records up to there.
 
         Raises:
-            CheckpointError: the files are damaged, or don't belong together; or they are of one process
+            CheckpointError: the files are damaged, don't belong together, or are of one process
                 within an epoch, and here are many.
         """
         state = load_newest(self.checkpoint)
