@@ -89,8 +89,9 @@ GAMES: Mapping[str, Game] = {
             prune_before=(2, 4, 6),
             released_stages=(2, 4, 6),
             points=(0.5, 0.6, 0.7, 0.8),
-            alpha_range=(0.05, 1.0),
+            alpha_range=(0.01, 0.4),
             dithers=True,
+            training={"iterations": 1_000, "eval_every": 250},
             # the augmentation that the backbone learned with
             fine_tuning={"augmentation": {"scale": [0.5, 1], "color_jitter": 0.0}},
         ),
