@@ -5,7 +5,7 @@ trainers consume.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from operator import index
 
@@ -16,9 +16,10 @@ from torch.profiler import record_function
 
 from tokenprune.envs.batched import Observed, Transition
 from tokenprune.envs.beginnings import Beginnings
-from tokenprune.envs.datasets import ImageSet, Reseedable
+from tokenprune.envs.datasets import ImageSet, Load, Plannable, Reseedable
 from tokenprune.envs.game import Outcome, Stage, TokenGame
 from tokenprune.envs.observations import DEFAULT_FIELDS, View, field_slices, state_size
+from tokenprune.envs.read_ahead import ReadAhead
 from tokenprune.envs.rewards import LARGEST_NUMBER
 
 PRUNE, KEEP = 0, 1
@@ -106,6 +107,8 @@ class BatchedTokenPrune:
             n times as large.
         cache: bytes of memory that keep what the blocks before the first stage made of images,
             which must then be the same each time they are loaded.
+        workers: processes that read images ahead once ``announce`` was called; without a cache,
+            which alone knows what is missing.
 
     Attributes:
         field_slices: where each field stands in an observation.
@@ -125,6 +128,7 @@ class BatchedTokenPrune:
         alpha_range: tuple[float, float] | None = None,
         part: tuple[int, int] = (0, 1),
         cache: float = 0,
+        workers: int = 0,
     ) -> None:
         rollouts = game.rollouts_per_image
         if num_envs < 1 or num_envs % rollouts:
@@ -154,6 +158,8 @@ class BatchedTokenPrune:
         self.alpha_range = alpha_range
         self.part = part
         self._beginnings = Beginnings(game, images, cache) if cache else None
+        self._workers = workers
+        self._ahead: ReadAhead | None = None
         self.num_envs = num_envs
         self.num_agents = game.num_agents
         self.fields = tuple(observation)
@@ -191,9 +197,9 @@ class BatchedTokenPrune:
             seed = _checked_seed(seed)
             self._generator.manual_seed(seed)
             if isinstance(self.images, Reseedable):
-                self.images.reseed(seed + self.part[0] * PART_STRIDE)
+                self.images.reseed(self._seed_of_loads(seed))
         if indices is None:
-            chosen = self._mine(torch.randperm(len(self.images), generator=self._generator), count)
+            chosen = self._draw_images(self._generator)
         else:
             chosen = _whole_numbers(indices)
             if chosen.shape != (count,):
@@ -207,13 +213,45 @@ class BatchedTokenPrune:
             stage = self.game.reset_to(beginning, labels, self._draw_prices(count))
         else:
             with record_function("load images"):
-                self.pixels, labels = self.images.load(chosen)
+                self.pixels, labels = self._load(chosen)
             stage = self.game.reset(self.pixels, labels, self._draw_prices(count))
         times = self.rollouts_per_start
         self.indices = chosen.repeat_interleave(times).to(self.device)
         self.labels = labels.repeat_interleave(times).to(self.device)
         self.outcome = None
         return self._observed(stage)
+
+    def announce(self, seeds: Iterable[int]) -> None:
+        """Says with which seeds ``reset`` is going to be called, in this order, so that ``workers``
+        read the images before. Episodes are the same as without; those of other seeds, or on images
+        that are named, may come in between.
+        """
+        if self._ahead is not None:
+            self._ahead.close()
+        if self._workers and self._beginnings is None and isinstance(self.images, Plannable):
+            loads = self._loads(self.images, seeds)
+            self._ahead = ReadAhead(self.images, loads, self._workers, self.device)
+
+    def _loads(self, images: Plannable, seeds: Iterable[int]) -> Iterator[Load]:
+        """What ``reset`` reads for each of ``seeds``."""
+        for seed in seeds:
+            chosen = self._draw_images(torch.Generator().manual_seed(seed))
+            yield images.plan(chosen, self._seed_of_loads(seed))
+
+    def _load(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        images = self.images
+        if self._ahead is None or not isinstance(images, Plannable):
+            return images.load(chosen)
+        load = images.plan(chosen)
+        return next(self._ahead) if load == self._ahead.due else images.read(load)
+
+    def _seed_of_loads(self, seed: int) -> int:
+        """What each part draws for itself."""
+        return seed + self.part[0] * PART_STRIDE
+
+    def _draw_images(self, generator: torch.Generator) -> Tensor:
+        count = self.num_envs // self.rollouts_per_start
+        return self._mine(torch.randperm(len(self.images), generator=generator), count)
 
     def step(self, actions: Tensor) -> Transition:
         """Takes actions int64 [B, N]: 1 keeps, 0 prunes; those of pruned agents are ignored.
@@ -254,8 +292,12 @@ class BatchedTokenPrune:
         return drawn[self.part[0] * count :][:count]
 
     def close(self) -> None:
-        """Frees the episode's tensors; the backbone belongs to whoever made it."""
+        """Frees the episode's tensors and ends the processes that read ahead; the backbone belongs
+        to whoever made it.
+        """
         self.game.abandon()
+        if self._ahead is not None:
+            self._ahead.close()
 
     def _observed(self, stage: Stage) -> Observed:
         assert stage.view is not None

@@ -7,6 +7,7 @@ import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, get_args, runtime_checkable
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from timm.data import create_transform
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import get_worker_info
 
 from tokenprune.envs import digits
 from tokenprune.envs.digits import Split
@@ -28,7 +30,16 @@ from tokenprune.envs.image_sources import (
 )
 from tokenprune.envs.timm_sources import TIMM_PREFIXES, timm_openers
 
-__all__ = ["DatasetError", "DigitsInClutter", "ImageSet", "Photographs", "Split", "open_images"]
+__all__ = [
+    "DatasetError",
+    "DigitsInClutter",
+    "ImageSet",
+    "Load",
+    "Photographs",
+    "Plannable",
+    "Split",
+    "open_images",
+]
 
 DIGITS = "digits"
 FOLDER_PREFIX = "folder:"
@@ -71,6 +82,40 @@ class Reseedable(Protocol):
 
     def reseed(self, seed: int) -> None:
         """From here on the same loads give the same images."""
+        ...
+
+
+@dataclass(frozen=True)
+class Load:
+    """A batch that is to be read: whoever reads it, and when, gets the same.
+
+    Attributes:
+        indices: of the images.
+        seed: of their augmentation; None where there is none.
+    """
+
+    indices: tuple[int, ...]
+    seed: int | None
+
+
+@runtime_checkable
+class Plannable(Protocol):
+    """An ``ImageSet`` whose ``load`` is ``read`` of what ``plan`` gives: one may be here, the other
+    in another process.
+    """
+
+    def plan(self, indices: Sequence[int] | Tensor, seed: int | None = None) -> Load:
+        """What ``load`` is going to read, and draws for it.
+
+        Args:
+            indices: of ``load``.
+            seed: as if ``reseed`` had been called with it; what the set itself draws later is then
+                left as it is.
+        """
+        ...
+
+    def read(self, load: Load) -> tuple[Tensor, Tensor]:
+        """As ``ImageSet.load``; it changes nothing of the set."""
         ...
 
 
@@ -183,15 +228,26 @@ class Photographs:
             self._random.manual_seed(seed)
 
     def load(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-        chosen = [int(self._indices[int(i)]) for i in indices]
-        with ThreadPoolExecutor(DECODING_THREADS) as pool:
-            if self._random is None:
+        return self.read(self.plan(indices))
+
+    def plan(self, indices: Sequence[int] | Tensor, seed: int | None = None) -> Load:
+        chosen = tuple(int(i) for i in indices)
+        if self._random is None:
+            return Load(chosen, None)
+        random = self._random if seed is None else torch.Generator().manual_seed(seed)
+        return Load(chosen, int(torch.randint(2**31, (), generator=random)))
+
+    def read(self, load: Load) -> tuple[Tensor, Tensor]:
+        chosen = [int(self._indices[i]) for i in load.indices]
+        # where processes share the work, each has a core of its own
+        threads = DECODING_THREADS if get_worker_info() is None else 1
+        with ThreadPoolExecutor(threads) as pool:
+            if load.seed is None:
                 read = list(pool.map(self._read_transformed, chosen))
             else:
                 decoded = pool.map(lambda i: self._source.read(i, self._mode), chosen)
                 # timm draws from the global generators: in one thread only, and for us alone
-                seed = int(torch.randint(2**31, (), generator=self._random))
-                with _global_generators(seed):
+                with _global_generators(load.seed):
                     read = [(self._transform(image), label) for image, label in decoded]
         images, labels = zip(*read, strict=True)
         return torch.stack(images), torch.tensor(labels)

@@ -254,7 +254,9 @@ class TokenGame:
                 f"{self.backbone.num_classes} classes 0..{self.backbone.num_classes - 1}"
             )
         device = self.backbone.device
-        return images.to(device, self.backbone.dtype), labels.to(device)
+        pinned = images.is_pinned()  # and then nobody need wait for the copy
+        images = images.to(device, non_blocking=pinned).to(self.backbone.dtype)
+        return images, labels.to(device, non_blocking=pinned)
 
     def _checked_prices(self, alpha: Tensor | None, labels: Tensor) -> Tensor:
         if alpha is None:

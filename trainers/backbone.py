@@ -114,13 +114,14 @@ def finish(
     test: ImageSet,
     records: Sequence[Record],
     device: torch.device,
+    workers: int,
     start_time: float,
 ) -> dict[str, Any]:
     """Measures ``model`` on the test split and writes its weights and what they are; returns the
     report.
     """
     facts = {
-        "test_accuracy": accuracy(model, test, device),
+        "test_accuracy": accuracy(model, test, device, workers=workers),
         "validation_accuracy": records[-1]["validation_accuracy"],
         "seed": config.seed,
         "config": describe(config),
@@ -174,7 +175,8 @@ def train(config: BackboneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
     validation, test = (
         open_images(config.dataset, split, data_config) for split in ("validation", "test")
     )
-    images = TrainingImages(config.dataset, config, data_config, ranks)
+    workers = ranks.workers(config.workers, device)
+    images = TrainingImages(config.dataset, config, data_config, device, ranks)
     loss = CrossEntropy(model, config)
     steps = config.epochs * images.steps_an_epoch
     learner = Learner(model.train(), loss, config, steps, config.optimizer, ranks)
@@ -204,7 +206,7 @@ def train(config: BackboneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
             record = {
                 "epoch": epoch,
                 "loss": loss_of_epoch,
-                "validation_accuracy": accuracy(averaged, validation, device, ranks),
+                "validation_accuracy": accuracy(averaged, validation, device, ranks, workers),
                 "seconds": time.monotonic() - start_time,
             }
             records.append(record)
@@ -214,7 +216,7 @@ def train(config: BackboneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
                 print(json.dumps(record), flush=True)
     if not ranks.is_first:
         return {}
-    return finish(run, config, averaged, test, records, device, start_time)
+    return finish(run, config, averaged, test, records, device, workers, start_time)
 
 
 def main() -> None:

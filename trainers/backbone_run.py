@@ -58,6 +58,9 @@ class BackboneConfig:
     precision: Precision = "float32"
     """bfloat16 has the model compute in it (autocast); its weights, the loss and the optimizer stay
     in float32."""
+    workers: int | None = None
+    """Processes a rank that read and vary photographs ahead; 0 reads them when they are needed, in
+    threads. If not given, 0 on a CPU, and beside a GPU as many as a rank has cores, up to 8."""
     optimizer: str = "adamw"
     """One of timm.optim.list_optimizers(). nmuon learns photographs in far fewer steps."""
     lr: float = 2e-3

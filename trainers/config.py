@@ -20,6 +20,7 @@ LARGEST_SEED = 2**32 - 1
 LARGEST_WIDTH = 65_536
 # more end the process where the system refuses them, without a word
 MOST_THREADS = 1_024
+MOST_WORKERS = 256
 
 # that runs of before don't know of: how it was then
 LATER_SETTINGS: dict[str, object] = {
@@ -27,6 +28,7 @@ LATER_SETTINGS: dict[str, object] = {
     "backbone_dtype": "float32",
     "cache_gb": 0.0,
     "profile": False,
+    "workers": None,
 }
 
 CriticKind = Literal["central", "local", "none"]
@@ -62,6 +64,10 @@ class MappoConfig:
     played, so that it is computed once; the images must not be varied (augment). A resumed run then
     ends like the one that was not stopped up to rounding only, as other images go together through
     those blocks."""
+    workers: int | None = None
+    """Processes a rank that read and vary photographs before they are played; 0 reads them when
+    they are needed, in threads. If not given, 0 on a CPU, and beside a GPU as many as a rank has
+    cores, up to 8. Digits need none, and with cache_gb there are none."""
     skip_bad_images: bool = False
     """Decode every image of a folder at the start, and leave out and list those that are damaged;
     otherwise the first one that is read ends the run."""
@@ -194,6 +200,8 @@ class MappoConfig:
             )
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
             raise ValueError(f"threads={self.threads} must be from 1 to {MOST_THREADS}")
+        if self.workers is not None and not 0 <= self.workers <= MOST_WORKERS:
+            raise ValueError(f"workers={self.workers} must be from 0 to {MOST_WORKERS}")
         if not 0 <= self.seed <= LARGEST_SEED:
             raise ValueError(f"seed={self.seed} must be from 0 to {LARGEST_SEED}")
         if self.critic == "none" and self.is_token_prune and self.rollouts_per_image < 2:

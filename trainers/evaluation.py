@@ -19,6 +19,7 @@ from tokenprune.agents.heuristics import Score, TopK
 from tokenprune.agents.pruned_vit import PrunedViT, Trace
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.datasets import ImageSet
+from tokenprune.envs.read_ahead import read_ahead
 from tokenprune.trainers.ranks import ALONE, Ranks
 
 BATCH_SIZE = 250
@@ -52,13 +53,17 @@ class Traced(Protocol):
 
 
 def evaluate(
-    model: Traced, images: ImageSet, size: int | None = None, ranks: Ranks = ALONE
+    model: Traced,
+    images: ImageSet,
+    size: int | None = None,
+    ranks: Ranks = ALONE,
+    workers: int = 0,
 ) -> Evaluation:
     """Runs ``model`` over ``size`` images (all where None), evenly spread: a folder's are sorted by
-    class. ``ranks`` share them, and each gets the result of all.
+    class. ``ranks`` share them, and each gets the result of all; ``workers`` of each read them.
     """
     return evaluate_traces(
-        lambda pixels, _: model.trace(pixels), model.backbone, images, size, ranks
+        lambda pixels, _: model.trace(pixels), model.backbone, images, size, ranks, workers
     )
 
 
@@ -69,6 +74,7 @@ def evaluate_traces(
     images: ImageSet,
     size: int | None = None,
     ranks: Ranks = ALONE,
+    workers: int = 0,
 ) -> Evaluation:
     """``evaluate`` of what may look at the labels.
 
@@ -77,14 +83,16 @@ def evaluate_traces(
         backbone: that is pruned.
         images: of which ``size`` are taken (all where None).
         ranks: who share them.
+        workers: processes of each that read them ahead.
     """
     count = len(images) if size is None else min(size, len(images))
     chosen = [i * len(images) // count for i in range(count)]
     device = backbone.device
     right, macs, kept = 0, 0, torch.zeros(backbone.num_stages)
     left = torch.zeros(backbone.num_patches + 1, dtype=torch.int64)
-    for start in range(0, count, BATCH_SIZE)[ranks.rank :: ranks.count]:
-        pixels, labels = images.load(chosen[start : start + BATCH_SIZE])
+    starts = range(0, count, BATCH_SIZE)[ranks.rank :: ranks.count]
+    batches = (chosen[start : start + BATCH_SIZE] for start in starts)
+    for pixels, labels in read_ahead(images, batches, workers, device):
         trace = trace_of(pixels.to(device, backbone.dtype), labels.to(device))
         right += int((trace.logits.argmax(1).cpu() == labels).sum())
         macs += int(trace.macs.sum())

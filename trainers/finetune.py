@@ -96,6 +96,9 @@ class FinetuneConfig:
     precision: Precision = "float32"
     """bfloat16 has the ViT compute in it (autocast); its weights, the policy, the losses and the
     optimizer stay in float32."""
+    workers: int | None = None
+    """Processes a rank that read and vary photographs ahead; 0 reads them when they are needed, in
+    threads. If not given, 0 on a CPU, and beside a GPU as many as a rank has cores, up to 8."""
     lr: float = 3e-4
     """Peak learning rate; linear warm-up, then a cosine to zero."""
     warmup: float = 0.05
@@ -207,9 +210,11 @@ def load_run(config: FinetuneConfig, device: torch.device) -> tuple[PrunedViT, s
     return model, saved.read_json(config.run / saved.CONFIG)["dataset"]
 
 
-def judge(model: PrunedViT, validation: ImageSet, ranks: Ranks = ALONE) -> Record:
-    """How ``model`` does on validation, by the names of records; ``ranks`` share the work."""
-    result = evaluate(model, validation, ranks=ranks)
+def judge(model: PrunedViT, validation: ImageSet, ranks: Ranks = ALONE, workers: int = 0) -> Record:
+    """How ``model`` does on validation, by the names of records; ``ranks`` share the work, and
+    ``workers`` of each read the images.
+    """
+    result = evaluate(model, validation, None, ranks, workers)
     return {
         "validation_accuracy": result.accuracy,
         "validation_gmacs": result.gmacs,
@@ -233,13 +238,14 @@ def finish(
     model: PrunedViT,
     validation: ImageSet,
     records: list[Record],
+    workers: int,
     start_time: float,
 ) -> dict[str, Any]:
     """Writes the model and what it is worth; returns the report."""
     backbone = model.backbone
     write_model(model, run.path / "model")
     dense_gmacs = backbone.dense_macs / 1e9
-    unpruned = accuracy(backbone.model, validation, backbone.device)
+    unpruned = accuracy(backbone.model, validation, backbone.device, workers=workers)
     names = ("accuracy", "gmacs", "kept")
     report = {
         "validation_images": len(validation),
@@ -280,7 +286,8 @@ def train(config: FinetuneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
     model, dataset = load_run(config, device)
     teacher = copy.deepcopy(model.backbone.model).requires_grad_(False)
     data_config = resolve_model_data_config(teacher)
-    images = TrainingImages(dataset, config, data_config, ranks)
+    workers = ranks.workers(config.workers, device)
+    images = TrainingImages(dataset, config, data_config, device, ranks)
     validation = open_images(dataset, "validation", data_config, size=config.validation_size)
     steps = config.epochs * images.steps_an_epoch
     learner = Learner(model, Distillation(teacher, config), config, steps, ranks=ranks)
@@ -294,9 +301,9 @@ def train(config: FinetuneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
         ranks.wait()  # all have read what there was
     else:
         run.create(config)
-        dense = {"dense_accuracy": accuracy(teacher, validation, device, ranks)}
+        dense = {"dense_accuracy": accuracy(teacher, validation, device, ranks, workers)}
         seconds = {"seconds": time.monotonic() - start_time}
-        records = [{"epoch": 0} | judge(averaged, validation, ranks) | dense | seconds]
+        records = [{"epoch": 0} | judge(averaged, validation, ranks, workers) | dense | seconds]
         run.save_epoch(learner.state_dict(), records)
         if ranks.is_first:
             print(json.dumps(records[0]), flush=True)
@@ -313,7 +320,7 @@ def train(config: FinetuneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
             place = None
             record = (
                 {"epoch": epoch + 1, "loss": loss}
-                | judge(averaged, validation, ranks)
+                | judge(averaged, validation, ranks, workers)
                 | {"seconds": time.monotonic() - start_time}
             )
             records.append(record)
@@ -322,7 +329,7 @@ def train(config: FinetuneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
                 print(json.dumps(record), flush=True)
     if not ranks.is_first:
         return {}
-    return finish(run, config, averaged, validation, records, start_time)
+    return finish(run, config, averaged, validation, records, workers, start_time)
 
 
 def table(report: dict[str, Any]) -> str:

@@ -406,6 +406,13 @@ class Trainer:
             },
         }
 
+    def seeds_to_come(self) -> Iterator[int]:
+        """What the environment will be reset with, where each iteration does so."""
+        config = self.config
+        if self.env.episode_length is not None:
+            for iteration in range(self.iteration, config.iterations):
+                yield iteration_seed(config, iteration)
+
     def _begins_anew(self) -> bool:
         return self.iteration % self.config.checkpoint_every == 0
 

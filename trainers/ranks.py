@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SEED_STRIDE = 2_654_435_769  # between ranks; odd, so that no two of them draw alike
 SEED_LIMIT = 2**32  # of which torch's CPU generator reads no more
+MOST_WORKERS = 8  # that nobody asked for
 LONGEST_TEXT = 4096  # bytes: more than a path may have
 TIMEOUT = timedelta(minutes=30)  # that one rank may be ahead of another
 
@@ -39,10 +40,12 @@ class Ranks:
     Attributes:
         rank: which one this is, from 0.
         count: how many there are.
+        on_machine: how many of them share this one's machine.
     """
 
     rank = 0
     count = 1
+    on_machine = 1
 
     @property
     def is_first(self) -> bool:
@@ -54,6 +57,19 @@ class Ranks:
         if size % self.count:
             raise ValueError(f"{name}={size} must be a multiple of the {self.count} ranks")
         return size // self.count
+
+    def workers(self, wanted: int | None, device: torch.device) -> int:
+        """How many processes read this rank's images: ``wanted``, where that is not None. Otherwise
+        none where the cores compute, and beside a GPU as many as it has cores, up to
+        ``MOST_WORKERS``.
+        """
+        if wanted is not None:
+            return wanted
+        if device.type == "cpu":
+            return 0
+        has_affinity = hasattr(os, "sched_getaffinity")  # what a scheduler leaves to us
+        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+        return min(MOST_WORKERS, max(1, cores // self.on_machine))
 
     def own_seed(self, seed: int) -> int:
         """A seed that no other rank draws from."""
@@ -135,6 +151,7 @@ class ManyRanks(Ranks):
     def __init__(self, fabric: Fabric) -> None:
         self.rank = fabric.global_rank
         self.count = fabric.world_size
+        self.on_machine = int(os.environ["LOCAL_WORLD_SIZE"])
         self._fabric = fabric
         hosts = distributed.new_group(backend="gloo", timeout=TIMEOUT)
         assert isinstance(hosts, distributed.ProcessGroup)  # as this rank is one of them

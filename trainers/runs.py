@@ -219,8 +219,13 @@ def learn(run: Run) -> tuple[Task, Trainer, float]:
     ranks.wait()  # all have read what there was
     if ranks.is_first and not (run.folder / "config.json").exists():
         write_json(run.folder / "config.json", config.to_json())
-    with ranks.stop_together():
-        train(run, task, trainer, start - before)
+    task.announce(trainer.seeds_to_come())
+    try:
+        with ranks.stop_together():
+            train(run, task, trainer, start - before)
+    except BaseException:
+        task.env.close()
+        raise
     if ranks.is_first:
         run.write_networks(trainer)
     return task, trainer, before

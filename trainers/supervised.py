@@ -6,7 +6,7 @@ import math
 import platform
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tokenprune.envs.datasets import ImageSet, Reseedable, open_images
+from tokenprune.envs.read_ahead import read_ahead
 from tokenprune.trainers.checkpoint import CheckpointError
 from tokenprune.trainers.ranks import ALONE, Ranks
 from tokenprune.trainers.run_folder import TrainingError
@@ -30,6 +31,7 @@ from tokenprune.trainers.stopping import finishing_first
 EVALUATION_BATCH = 250
 MAX_GRAD_NORM = 1.0
 MAX_SEED = 4_000_000  # the seeds of its epochs stay below 2**32, which NumPy asks for
+MOST_WORKERS = 256
 SEEDS_A_RUN = 1_000  # for its epochs: another run seed doesn't see the draws of this one
 SECONDS_AT_STAKE = 300.0  # of an epoch, that a kill may cost
 PACKAGES = ("tokenprune", "torch", "timm", "numpy")
@@ -55,6 +57,7 @@ class Recipe(Protocol):
     batch_size: int
     accumulate: int
     precision: Precision
+    workers: int | None
     lr: float
     warmup: float
     weight_decay: float
@@ -70,6 +73,7 @@ def unfit(recipe: Recipe) -> dict[str, bool]:
         "batch_size": recipe.batch_size < 1,
         "accumulate": not 1 <= recipe.accumulate <= recipe.batch_size,
         "precision": recipe.precision not in get_args(Precision),
+        "workers": recipe.workers is not None and not 0 <= recipe.workers <= MOST_WORKERS,
         "lr": not 0 < recipe.lr < math.inf,
         "warmup": not 0 <= recipe.warmup <= 1,
         "weight_decay": not 0 <= recipe.weight_decay < math.inf,
@@ -84,27 +88,31 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | packages
 
 
-def batches(
-    images: ImageSet, batch_size: int, seed: int, ranks: Ranks = ALONE
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's part of all whole batches of ``images`` in an order drawn from ``seed``."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+def batches(size: int, batch_size: int, seed: int, ranks: Ranks = ALONE) -> Iterator[Tensor]:
+    """This rank's part, int64, of all whole batches of ``size`` images in an order drawn from
+    ``seed``.
+    """
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
     mine = batch_size // ranks.count
     for start in range(0, len(order) - batch_size + 1, batch_size):
-        yield images.load(order[start + ranks.rank * mine :][:mine])
+        yield order[start + ranks.rank * mine :][:mine]
 
 
 @torch.no_grad()
 def accuracy(
-    model: nn.Module, images: ImageSet, device: torch.device, ranks: Ranks = ALONE
+    model: nn.Module,
+    images: ImageSet,
+    device: torch.device,
+    ranks: Ranks = ALONE,
+    workers: int = 0,
 ) -> float:
     """Share of ``images`` that ``model``, in evaluation mode, classifies correctly; ``ranks`` share
-    them.
+    them, and ``workers`` of each read them.
     """
     correct = 0
-    for start in range(0, len(images), EVALUATION_BATCH)[ranks.rank :: ranks.count]:
-        stop = min(start + EVALUATION_BATCH, len(images))
-        inputs, labels = images.load(range(start, stop))
+    starts = range(0, len(images), EVALUATION_BATCH)[ranks.rank :: ranks.count]
+    parts = (range(start, min(start + EVALUATION_BATCH, len(images))) for start in starts)
+    for inputs, labels in read_ahead(images, parts, workers, device):
         correct += int((model(inputs.to(device)).argmax(1).cpu() == labels).sum())
     return ranks.total(correct) / len(images)
 
@@ -151,6 +159,7 @@ class TrainingImages:
         dataset: as ``open_images`` takes it.
         recipe: how many images an epoch and a batch have, and how they are augmented.
         data_config: timm's, of the backbone.
+        device: where it is.
         ranks: who share each batch.
 
     Raises:
@@ -163,9 +172,11 @@ class TrainingImages:
         dataset: str,
         recipe: Recipe,
         data_config: Mapping[str, Any],
+        device: torch.device,
         ranks: Ranks = ALONE,
     ) -> None:
         self._dataset = dataset
+        self._device = device
         self._recipe = recipe
         self._data_config = data_config
         self._ranks = ranks
@@ -190,12 +201,16 @@ class TrainingImages:
             augment=self._recipe.augmentation or True,
         )
 
-    def epoch(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch; ``seed`` draws the images, their order and the augmentation."""
+    def epoch(self, seed: int) -> Generator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch; ``seed`` draws the images, their order and the augmentation.
+        Where it is left before its end, it is to be closed.
+        """
         images = self._open(seed)
         if isinstance(images, Reseedable):
             images.reseed(self._ranks.own_seed(seed))
-        return batches(images, self._recipe.batch_size, seed, self._ranks)
+        order = batches(len(images), self._recipe.batch_size, seed, self._ranks)
+        workers = self._ranks.workers(self._recipe.workers, self._device)
+        return read_ahead(images, order, workers, self._device)
 
 
 @contextmanager
@@ -340,14 +355,17 @@ def train_epoch(
     done = len(losses)
     title = f"epoch {epoch + 1}/{recipe.epochs}"
     silent = None if ranks.is_first else True
-    batches_left = islice(images.epoch(seed), done, None)
+    all_batches = images.epoch(seed)
+    batches_left = islice(all_batches, done, None)
     progress = tqdm(batches_left, title, images.steps_an_epoch, initial=done, disable=silent)
     saved_at = time.monotonic()
     try:
         for step, (inputs, labels) in enumerate(progress, epoch * images.steps_an_epoch + done):
             ranks.stop_if_asked()
             with finishing_first():
-                inputs, labels = inputs.to(device), labels.to(device)
+                inputs, labels = (
+                    part.to(device, non_blocking=part.is_pinned()) for part in (inputs, labels)
+                )
                 if mixup is not None:
                     inputs, labels = mixup(inputs, labels)
                 losses.append(learner.learn(inputs, labels, step))
@@ -359,6 +377,8 @@ def train_epoch(
             save(_place(losses))
             stopped.add_note(f"{len(losses)} steps of epoch {epoch + 1} are saved")
         raise
+    finally:
+        all_batches.close()
     return _mean(losses)
 
 

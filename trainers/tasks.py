@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +45,10 @@ class Task(Protocol):
 
     def make_actor(self) -> nn.Module:
         """A fresh actor for the game."""
+        ...
+
+    def announce(self, seeds: Iterable[int]) -> None:
+        """Says with which seeds the game is going to be reset, for what can be done before."""
         ...
 
     def evaluate(self, actor: nn.Module) -> dict[str, float]:
@@ -131,6 +135,7 @@ class TokenPruneTask:
         game = TokenGame(
             self.backbone, make_reward(config.reward, **options), config.rollouts_per_image
         )
+        self.workers = ranks.workers(config.workers, self.backbone.device)
         self.skipped = list_bad_images(config.dataset) if config.skip_bad_images else ()
         self.env = BatchedTokenPrune(
             game,
@@ -146,6 +151,7 @@ class TokenPruneTask:
             config.alpha_range,
             (ranks.rank, ranks.count),
             config.cache_gb * 1e9,
+            self.workers,
         )
         self.validation = open_images(
             config.dataset, "validation", self.data_config, skip=self.skipped
@@ -178,8 +184,12 @@ class TokenPruneTask:
         policy = LearnedPolicy(actor, config.observation, self.backbone.num_prefix, budget)
         return PrunedViT(self.backbone, policy)
 
+    def announce(self, seeds: Iterable[int]) -> None:
+        self.env.announce(seeds)
+
     def evaluate(self, actor: nn.Module) -> dict[str, float]:
-        result = evaluate(self.pruned(actor), self.validation, self.config.eval_size, self.ranks)
+        size = self.config.eval_size
+        result = evaluate(self.pruned(actor), self.validation, size, self.ranks, self.workers)
         return {
             "validation_accuracy": result.accuracy,
             "validation_gmacs": result.gmacs,
@@ -228,6 +238,9 @@ class PettingZooTask:
         return Actor(
             self.env.observation_space.shape[0], int(self.env.action_space.n), self.config.hidden
         )
+
+    def announce(self, seeds: Iterable[int]) -> None:
+        del seeds
 
     @torch.no_grad()
     def evaluate(self, actor: nn.Module) -> dict[str, float]:
