@@ -29,6 +29,7 @@ LATER_SETTINGS: dict[str, object] = {
     "cache_gb": 0.0,
     "profile": False,
     "workers": None,
+    "accumulate": 1,
 }
 
 CriticKind = Literal["central", "local", "none"]
@@ -114,6 +115,9 @@ class MappoConfig:
     """Passes over an iteration's decisions."""
     minibatches: int = 1
     """Parts of a pass; each is a step of the optimizer."""
+    accumulate: int = 1
+    """Parts of a minibatch whose gradients are added up before the step, for less memory; the step
+    is the same up to rounding."""
     lr: float = 3e-3
     """Adam's learning rate at the start."""
     lr_schedule: Schedule = "cosine"
@@ -160,7 +164,7 @@ class MappoConfig:
             )
         self._check_counts(
             "num_envs", "rollout_steps", "iterations", "rollouts_per_image", "epochs",
-            "minibatches", "eval_every", "eval_size", "checkpoint_every",
+            "minibatches", "accumulate", "eval_every", "eval_size", "checkpoint_every",
         )  # fmt: skip
         self._check_positive("lr", "clip", "huber_delta", "max_grad_norm")
         self._check_share("gamma", "gae_lambda")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -201,6 +201,23 @@ class Decisions:
         count = ranks.mean_count(len(index))
         return Decisions(observation=observation, seen=seen, count=count, **chosen)
 
+    def parts(self, count: int) -> list[Decisions]:
+        """``count`` pieces, or fewer where the rows are; what is a mean over all rows is the sum
+        over the pieces.
+        """
+        count = min(count, len(self.seen))
+        if count < 2:
+            return [self]
+        names = [name for name in vars(self) if name not in ("observation", "count")]
+        parts = []
+        for piece in zip(*(getattr(self, name).tensor_split(count) for name in names), strict=True):
+            rows = dict(zip(names, piece, strict=True))
+            # neighbours see the same, or what lies side by side
+            first, last = (int(edge) for edge in rows["seen"].aminmax())
+            rows["seen"] = rows["seen"] - first
+            parts.append(replace(self, observation=self.observation[first : last + 1], **rows))
+        return parts
+
 
 def judge(rollout: Rollout, learner: Learner, env: BatchedEnv) -> Decisions:
     """Advantages: GAE, compared among rollouts of one start, normalised over the decisions of
@@ -289,6 +306,37 @@ def minibatches(
         yield decisions.rows(chunks[part] if part < len(chunks) else order[:0], ranks)
 
 
+def loss_terms(learner: Learner, batch: Decisions) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss to be minimised, and what there is to know of it by name."""
+    config = learner.config
+    log_probs, value = learner.wrapped(
+        batch.observation, batch.seen, batch.mask, batch.critic_input
+    )
+    log_prob = log_probs.gather(1, batch.action[:, None]).squeeze(1)
+    entropy = mean(-(log_probs.exp() * log_probs).sum(-1), batch)
+    terms = {"policy_loss": policy_loss(log_prob, batch, config.clip), "entropy": entropy}
+    loss = terms["policy_loss"] - config.entropy * entropy
+    if value is not None:
+        terms["value_loss"] = value_loss(
+            value, batch, learner.value_norm, config.clip, config.huber_delta
+        )
+        loss = loss + config.value_weight * terms["value_loss"]
+    terms["kl"] = mean(batch.log_prob - log_prob, batch)
+    return loss, {name: term.detach() for name, term in terms.items()}
+
+
+def backward(learner: Learner, batch: Decisions) -> dict[str, Tensor]:
+    """Makes the gradients of a batch, a part after the other; the terms of its loss."""
+    terms: dict[str, Tensor] = {}
+    parts = batch.parts(learner.config.accumulate)
+    for part in parts:
+        with learner.ranks.averages_gradients(learner.wrapped, when=part is parts[-1]):
+            loss, of_part = loss_terms(learner, part)
+            loss.backward()
+        terms = {name: term + terms.get(name, 0) for name, term in of_part.items()}
+    return terms
+
+
 def learn(learner: Learner, decisions: Decisions, generator: torch.Generator) -> dict[str, float]:
     """One iteration's optimizer steps; the losses' means.
 
@@ -301,28 +349,15 @@ def learn(learner: Learner, decisions: Decisions, generator: torch.Generator) ->
     history: dict[str, list[Tensor]] = {}  # one entry a step
     for _ in range(config.epochs):
         for batch in minibatches(decisions, config.minibatches, generator, ranks):
-            log_probs, value = learner.wrapped(
-                batch.observation, batch.seen, batch.mask, batch.critic_input
-            )
-            log_prob = log_probs.gather(1, batch.action[:, None]).squeeze(1)
-            entropy = mean(-(log_probs.exp() * log_probs).sum(-1), batch)
-            terms = {"policy_loss": policy_loss(log_prob, batch, config.clip), "entropy": entropy}
-            loss = terms["policy_loss"] - config.entropy * entropy
-            if value is not None:
-                terms["value_loss"] = value_loss(
-                    value, batch, learner.value_norm, config.clip, config.huber_delta
-                )
-                loss = loss + config.value_weight * terms["value_loss"]
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            terms = backward(learner, batch)
             terms["grad_norm"] = nn.utils.clip_grad_norm_(
                 (p for group in optimizer.param_groups for p in group["params"]),
                 config.max_grad_norm,
             )
             optimizer.step()
-            terms["kl"] = mean(batch.log_prob - log_prob, batch)
             for name, term in terms.items():
-                history.setdefault(name, []).append(term.detach())
+                history.setdefault(name, []).append(term)
     history = {name: list(ranks.average(torch.stack(each))) for name, each in history.items()}
     sums = {name: float(sum(each, torch.zeros_like(each[0]))) for name, each in history.items()}
     if not all(map(math.isfinite, sums.values())):

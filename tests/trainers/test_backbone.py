@@ -1,5 +1,6 @@
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -337,9 +338,10 @@ def test_an_epoch_that_was_cut_off_is_not_lost(config, monkeypatch, ending):
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(RuntimeError if ending == "killed" else KeyboardInterrupt) as ended:
-            train(config)
+            train(replace(config, workers=1))
     finally:
         signal.signal(signal.SIGINT, handler)
+    assert not multiprocessing.active_children()
     if ending == "stopped":
         assert ended.value.__notes__[0] == "4 steps of epoch 2 are saved"
     assert len(read_metrics("r")) == 1

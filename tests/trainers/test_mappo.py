@@ -307,6 +307,33 @@ def test_what_is_seen_by_many_is_learned_from_as_if_each_had_its_own(minibatches
         torch.testing.assert_close(value, others[key], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("critic", ["central", "none"])
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_parts_add_up_to_the_same_step(critic, minibatches, monkeypatch):
+    """Where several see the same too; and no part has more to compute than its share."""
+    most = []
+
+    def loss_of(learner, batch, compute=mappo.loss_terms):
+        most.append(max(len(batch.observation), len(batch.action)))
+        return compute(learner, batch)
+
+    monkeypatch.setattr(mappo, "loss_terms", loss_of)
+    outcomes = []
+    for accumulate in (1, 3, 1_000_000):
+        trainer = make_trainer(4, critic=critic, minibatches=minibatches, accumulate=accumulate)
+        observe = trainer.env.observe
+        trainer.env.observe = lambda observe=observe: Shared(**vars(observe()))
+        most.clear()
+        outcomes.append((*weights_after(trainer, 2), max(most)))
+    (records, weights, whole), *others = outcomes
+    for (other_records, other_weights, largest), parts in zip(others, (3, whole), strict=True):
+        assert largest <= -(-whole // parts)
+        for record, other in zip(records, other_records, strict=True):
+            assert record == pytest.approx(other, abs=1e-5)
+        for key, value in weights.items():
+            torch.testing.assert_close(value, other_weights[key], atol=1e-5, rtol=1e-4)
+
+
 def test_minibatches_cover_every_decision_once():
     rows = decisions_of(observation=[[0.0], [1.0], [2.0]], seen=[2, 0, 1, 1, 0, 2, 2])
     rows = dataclasses.replace(rows, action=torch.arange(7))

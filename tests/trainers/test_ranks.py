@@ -191,7 +191,9 @@ def check_decisions(ranks):
     one_sided[:, 4:] = False
     nobody = torch.zeros_like(uneven)
     for alive in (uneven, one_sided, nobody):
-        assert_close(learned(ranks, alive), learned(ALONE, alive))
+        alone = learned(ALONE, alive)
+        assert_close(learned(ranks, alive), alone)
+        assert_close(learned(ranks, alive, accumulate=3), alone)
     # in minibatches they are other parts of the same decisions, but all take the same steps
     _, weights = learned(ranks, one_sided, minibatches=3)
     for tensor in weights.values():

@@ -254,25 +254,25 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(name, killed, whole, whole_
 # Ctrl-C and SIGTERM in the middle of the fourth iteration: games whose episodes end with an
 # iteration go on from the third, others from the last one after which all began anew
 STOPS = {
-    "tokens-stopped": (signal.SIGTERM, 3),
-    "tokens-interrupted": (signal.SIGINT, 3),
-    "spread-stopped": (signal.SIGTERM, 2),
+    "tokens-stopped": (signal.SIGTERM, 3, {}),
+    "tokens-interrupted": (signal.SIGINT, 3, {"workers": 1}),  # which change nothing
+    "spread-stopped": (signal.SIGTERM, 2, {}),
 }
 
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(tokens, whole, whole_spread):
     kinds = {"tokens": (tokens, whole), "spread": (spread, whole_spread)}
     scenarios = [
-        ("Adam", "step", 3 * STEPS + 2, number, kinds[name.partition("-")[0]][0](name))
-        for name, (number, _) in STOPS.items()
+        ("Adam", "step", 3 * STEPS + 2, number, kinds[name.partition("-")[0]][0](name, **options))
+        for name, (number, _, options) in STOPS.items()
     ]
     ended = subprocess.run(
         [sys.executable, "-c", KILLER, json.dumps(scenarios)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    codes = [128 + number for number, _ in STOPS.values()]
+    codes = [128 + number for number, _, _ in STOPS.values()]
     assert ended.stdout.splitlines()[-1:] == [str(codes)], ended.stderr
-    for name, (number, iteration) in STOPS.items():
+    for name, (number, iteration, _) in STOPS.items():
         folder = Path("runs") / name
         assert (
             f"stopped by {number.name}; iteration {iteration} is saved; "
