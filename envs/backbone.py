@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.envs.blocks import masked_block, packed_block
+from tokenprune.envs.compiled import compiled_block
 from tokenprune.envs.families import UnsupportedBackboneError, attention_width, family_of
 from tokenprune.envs.heads import classify_normed, classify_prefix, head_reads_prefix, pools_tokens
 from tokenprune.envs.macs import Macs
@@ -103,6 +104,8 @@ class StagedViT(nn.Module):
             but the first where None.
         execution: "packed" removes pruned tokens; "masked" carries all of them and masks attention:
             slower, and the reference, for gradients too.
+        compiled: whether packed execution runs its blocks through ``torch.compile``, which takes
+            half a minute where they first meet a kind of layout; without gradients only.
 
     Raises:
         UnsupportedBackboneError: the model can't be staged; the message says why.
@@ -114,6 +117,7 @@ class StagedViT(nn.Module):
         model: nn.Module,
         prune_before: Sequence[int] | None = None,
         execution: Execution = "packed",
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         if execution not in get_args(Execution):
@@ -123,6 +127,7 @@ class StagedViT(nn.Module):
         self.family = family_of(model)
         self.model = cast(Any, model)
         self.execution = execution
+        self._compiled = compiled
         self.depth = len(self.model.blocks)
         self.prune_before = _check_stages(prune_before, self.depth)
         self.width: int = self.model.embed_dim
@@ -398,13 +403,14 @@ class StagedViT(nn.Module):
         tokens = make()
         x, paid = tokens.x, None
         tokens = replace(tokens, x=x.new_empty(0))
+        packed = compiled_block() if self._compiled else packed_block
         for i in range(start, stop):
             block, rotary = self.model.blocks[i], tokens.rotary
             observers = self.observers if with_attention and i == stop - 1 else None
             if tokens.layout is None:
                 x, paid = masked_block(self.family, block, i, x, tokens.alive, rotary, observers)
             else:
-                x, paid = packed_block(self.family, block, i, x, tokens.layout, rotary, observers)
+                x, paid = packed(self.family, block, i, x, tokens.layout, rotary, observers)
         ran = Pass(tokens.alive, start, stop, paid is not None)
         return replace(tokens, x=x, attention=paid, passes=(*tokens.passes, ran))
 

@@ -30,6 +30,7 @@ LATER_SETTINGS: dict[str, object] = {
     "profile": False,
     "workers": None,
     "accumulate": 1,
+    "compile": False,
 }
 
 CriticKind = Literal["central", "local", "none"]
@@ -56,6 +57,9 @@ class MappoConfig:
     backbone_dtype: Dtype = "float32"
     """What the frozen backbone computes in, in training and in its evaluations; the policy, the
     rewards and all that is learned stay in float32."""
+    compile: bool = False
+    """Run the frozen backbone's blocks through torch.compile while training: a minute more at the
+    start, and little gained on a CPU (docs/scaling.md). Needs a C++ compiler, on a GPU Triton."""
     dataset: str = "digits"
     """token-prune: digits, folder:PATH, or a name that timm.data.create_dataset takes."""
     augment: bool = True

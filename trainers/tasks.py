@@ -18,6 +18,7 @@ from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.batched import BatchedEnv
 from tokenprune.envs.batched_pettingzoo import BatchedPettingZoo, make_pettingzoo
 from tokenprune.envs.batched_tokens import BatchedTokenPrune
+from tokenprune.envs.compiled import check_compiler
 from tokenprune.envs.datasets import DIGITS, find_bad_images, open_images, read_class_names
 from tokenprune.envs.game import TokenGame
 from tokenprune.envs.models import create_backbone
@@ -132,9 +133,12 @@ class TokenPruneTask:
             for name in ("alpha", "beta", "accuracy")
             if getattr(config, name) is not None
         }
-        game = TokenGame(
-            self.backbone, make_reward(config.reward, **options), config.rollouts_per_image
-        )
+        # evaluations and the report go on without a compiler, as whoever loads the policy does
+        played = self.backbone
+        if config.compile:
+            check_compiler(played.device)
+            played = StagedViT(self.model, config.prune_before, compiled=True)
+        game = TokenGame(played, make_reward(config.reward, **options), config.rollouts_per_image)
         self.workers = ranks.workers(config.workers, self.backbone.device)
         self.skipped = list_bad_images(config.dataset) if config.skip_bad_images else ()
         self.env = BatchedTokenPrune(

@@ -18,6 +18,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from tokenprune.agents.actor_critic import Critic, TokenActor
 from tokenprune.envs.batched_tokens import BatchedTokenPrune
+from tokenprune.envs.blocks import packed_block
+from tokenprune.envs.compiled import compiled_block
 from tokenprune.envs.models import create_backbone, write_weights
 from tokenprune.trainers import mappo, runs
 from tokenprune.trainers.checkpoint import load_checkpoint
@@ -792,3 +794,13 @@ def test_bad_images_are_named_or_skipped(tokens, photographs, tmp_path, capsys):
 
 def test_a_learning_rate_out_of_bounds_is_noticed(tokens):
     assert "not finite" in error_of(tokens("r", lr=1e12))
+
+
+def test_compiled_blocks_play_the_same_game(tokens, whole, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: calls.append(function) or function)
+    compiled_block.cache_clear()
+    run([*tokens("compiled"), "--compile"])
+    compiled_block.cache_clear()
+    check_same(Path("runs/compiled"), whole)
+    assert calls == [torch.sin, packed_block]  # whether it can be done at all, and what was asked
