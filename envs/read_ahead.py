@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +44,7 @@ class ReadAhead(Iterator[tuple[Tensor, Tensor]]):
             num_workers=workers,
             prefetch_factor=BATCHES_AHEAD,
             pin_memory=device.type == "cuda",
-            worker_init_fn=_leave_signals_to_the_trainer,
+            worker_init_fn=_leave_the_end_to_the_trainer,
             # otherwise it would draw from the global one
             generator=torch.Generator(),
         )
@@ -105,12 +107,20 @@ class _Batches(Dataset[tuple[Tensor, Tensor] | str]):
             return str(error)
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
+def _leave_the_end_to_the_trainer(worker: int) -> None:
     """Ctrl-C and SIGTERM may go to all processes: the first one says what then becomes of these;
     where it is gone, they notice.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    show = sys.excepthook
+
+    def show_others(kind: type[BaseException], *details: Any) -> None:
+        # it may be stopped while it takes a batch, and says so itself
+        if not issubclass(kind, ConnectionError):
+            show(kind, *details)
+
+    sys.excepthook = show_others
 
 
 def read_ahead(
