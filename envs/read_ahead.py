@@ -48,10 +48,10 @@ class ReadAhead(Iterator[tuple[Tensor, Tensor]]):
             # otherwise it would draw from the global one
             generator=torch.Generator(),
         )
-        in_main_thread = threading.current_thread() is threading.main_thread()
         before = signal.getsignal(signal.SIGCHLD)
         self._batches: Iterator[tuple[Tensor, Tensor] | str] | None = iter(loader)
-        if in_main_thread:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and before is not None:
             # torch would raise the end of a process wherever the main thread is, writing a
             # checkpoint too; it is soon enough when its batch is due
             signal.signal(signal.SIGCHLD, before)

@@ -32,7 +32,8 @@ COUNTS = ["1", "2", "3", "٣"]  # Python reads other scripts' digits, too
 HUGE = "99999999999999999999999"
 WORDS = ["", " ", "nonsense", "🦊", "a\nb", "--", "x" * 300, "../..", "None", "{}", "%s"]
 COUNTED = ("num-envs", "rollout-steps", "iterations", "rollouts-per-image", "epochs", "minibatches",
-           "accumulate", "workers", "eval-every", "eval-size", "checkpoint-every", "threads")  # fmt: skip
+           "accumulate", "workers", "eval-every", "eval-size", "checkpoint-every",
+           "threads")  # fmt: skip
 POSITIVE = ("lr", "clip", "huber-delta", "max-grad-norm")
 NOT_NEGATIVE = ("entropy", "value-weight", "attention-prior", "alpha", "beta")
 SHARES = ("gamma", "gae-lambda")
