@@ -118,6 +118,8 @@ def test_episodes_are_those_of_a_game_that_reads_for_itself(vit, photographs, au
         ]  # fmt: skip
         played.append([part for reset in resets for part in begun(env, **reset)])
         assert (env._ahead is not None) == bool(workers)
+        if env._ahead is not None:
+            assert env._ahead.due is None  # all that was announced was taken
         env.close()
     torch.testing.assert_close(*played, rtol=0, atol=0)
 
