@@ -84,6 +84,11 @@ def trained(photographs, tmp_path_factory):
 
     def write(**settings):
         folder = tmp_path_factory.mktemp("runs") / "some"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return write_to(folder, settings)
+
+    def write_to(folder, settings):
         model = create_backbone(num_classes=2, untrained=True, **TINY)
         spread_out(model, seed=0)
         weights = folder.parent / "tiny.safetensors"
