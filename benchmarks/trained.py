@@ -21,6 +21,7 @@ from tokenprune.agents.pruned_vit import PrunedViT
 from tokenprune.agents.saved import RUN_WEIGHTS
 from tokenprune.benchmarks.arena import Arena, Contender, Knobs, UnreachableError, bisected
 from tokenprune.trainers import finetune
+from tokenprune.trainers.config import LATER_SETTINGS
 from tokenprune.trainers.dynamic_vit import DynamicViTConfig
 from tokenprune.trainers.dynamic_vit_run import execute as train_dynamic_vit
 from tokenprune.trainers.evaluation import evaluate
@@ -32,7 +33,8 @@ ODDS = (1e-4, 1e4)  # of keep, between which a threshold is looked for
 PRICES_BEYOND = 8.0  # prices are looked for so far beyond those that a policy was trained under
 BENCHMARL_MINUTES = 2.0
 BENCHMARL = ("mappo", "ippo", "qmix", "vdn", "iql", "masac", "isac")
-RUNS_OWN = ("threads", "device", "run", "run_name", "resume")  # settings that change no policy
+# settings that change no policy
+RUNS_OWN = ("threads", "device", "run", "run_name", "resume", "workers", "cache_gb", "profile")
 
 Stages = Literal["game", "first", "released"]
 
@@ -81,11 +83,14 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         return
     found = json.loads(written.read_text(encoding="utf-8"))
     wanted = json.loads(json.dumps(settings))
+
+    def value(settings: Mapping[str, Any], key: str) -> Any:
+        return settings.get(key, LATER_SETTINGS.get(key, False))  # what came later was off before
+
     strange = sorted(
         key
         for key in (found.keys() | wanted.keys()) - set(RUNS_OWN)
-        # what a run doesn't know of came later, and was off then
-        if found.get(key, False) != wanted.get(key, False)
+        if value(found, key) != value(wanted, key)
     )
     if strange:
         raise ValueError(
