@@ -184,6 +184,12 @@ def test_what_learns_is_trained_once(tmp_path, monkeypatch):
     monkeypatch.setattr(trained, "learn", None)  # not called again
     Path(tmp_path / "r" / "records.jsonl").unlink()
     compare(config)
+    written = tmp_path / "r" / "runs" / "mappo-0" / "config.json"
+    settings = json.loads(written.read_text())
+    del settings["backbone_dtype"], settings["compile"]  # a run of before they came
+    written.write_text(json.dumps(settings))
+    Path(tmp_path / "r" / "records.jsonl").unlink()
+    compare(config)
     other = CompareConfig(**(vars(config) | {"iterations": 2}))
     Path(tmp_path / "r" / "records.jsonl").unlink(missing_ok=True)
     with pytest.raises(ValueError, match=r"other settings \(iterations\)"):
