@@ -42,6 +42,7 @@ def test_a_round_plays_new_images_to_the_end_and_moves_the_policy(one_core, vit,
     # one seed, but not the same images for ever; and no more rounds than there were
     assert played[0] != played[1]
     assert len(played[0]) == 4
+    assert env._images.held.env.game.num_stages == len(STAGES)
     assert results["num_episodes_lifetime"] == 2 * 4
     after = algorithm.get_module(POLICY).actor.parameters()
     assert any((now != old).any() for now, old in zip(after, before, strict=True))

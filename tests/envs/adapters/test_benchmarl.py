@@ -40,6 +40,9 @@ def test_an_experiments_environments_are_the_native_one_on_one_backbone(task, co
     shown, expected = env.reset(), native.reset()
     assert (shown == expected).all()
     assert (shown["info", "index"][:2] != other.reset()["info", "index"]).any()
+    # whichever device an experiment names
+    with pytest.raises(ValueError, match="device 'meta' can't be used here"):
+        task.get_env_fun(2, False, 4, "meta")()
 
 
 def test_each_spec_is_of_what_it_is_called_and_of_nothing_else(task, env):
@@ -58,6 +61,7 @@ def test_each_spec_is_of_what_it_is_called_and_of_nothing_else(task, env):
     assert task.max_steps(env) == len(STAGES)
     assert task.supports_discrete_actions()
     assert not task.supports_continuous_actions()
+    assert not task.has_render(env)
 
 
 def test_logs_are_of_the_steps_that_end_an_episode(task, env):

@@ -77,6 +77,8 @@ def test_the_batch_declares_and_keeps_its_autoreset_mode(game):
     # each number is one of its own, though the game's zeros are one
     infos["final_obs"][0, 0, 0] = 1
     assert infos["final_obs"].sum() == 1
+    infos["_index"][0] = False
+    assert infos["_label"].all()
     final = infos["final_info"]
     assert final["index"].tolist() == [3, 2, 1, 0]
     assert final["logits"].any()

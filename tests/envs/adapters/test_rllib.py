@@ -131,7 +131,11 @@ def test_the_step_after_the_last_one_begins_anew(game):
 
 
 def test_rllib_accepts_it(game):
-    check_multiagent_environments(TokenPruneMulti(game))
+    env = TokenPruneMulti(game)
+    check_multiagent_environments(env)
+    tokens = set(env.possible_agents)
+    assert len(tokens) == PATCHES
+    assert env.observation_spaces.keys() == env.action_spaces.keys() == tokens
 
 
 def test_what_makes_no_sense_is_refused(game):

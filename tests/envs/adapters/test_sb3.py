@@ -6,6 +6,7 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecMonitor
 
 from tokenprune.envs.adapters.sb3 import LivingReplay, LivingRollouts, TokenVecEnv
@@ -62,6 +63,7 @@ def test_infos_mark_who_was_pruned(env, played):
     for info, paid in zip(ended, returns, strict=True):
         assert info["episode"]["r"] == pytest.approx(float(paid), rel=1e-5)
         assert info["episode"]["l"] == len(STAGES)
+        assert 0 <= info["episode"]["t"] < 60
         assert info["gmacs"] > 0
 
 
@@ -179,7 +181,12 @@ def test_masks_let_the_pruned_only_prune(env):
     assert env.env_method("action_masks", indices=[1])[0].tolist() == [True, False]
 
 
-def test_an_attribute_is_that_of_every_row(env):
+def test_every_row_is_an_environment_of_its_own_kind(env):
+    (row, *_) = env.reset()
+    assert env.num_envs == ROWS
+    assert env.observation_space == Box(-np.inf, np.inf, row.shape, np.float32)
+    assert env.action_space == Discrete(2)
+    assert env.env_is_wrapped(Monitor, indices=[0]) == [False]
     assert env.get_attr("num_tokens") == [PATCHES] * ROWS
     assert env.get_attr("num_images", indices=[0, 5]) == [BATCH] * 2
 

@@ -87,6 +87,7 @@ def test_what_makes_no_sense_is_refused(env):
         env.to("meta")
     assert env.to("cpu") is env
     env.close()
+    assert env.is_closed
     with pytest.raises(GameError, match="closed"):
         env.reset()
 
