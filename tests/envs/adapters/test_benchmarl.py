@@ -65,7 +65,10 @@ def test_each_spec_is_of_what_it_is_called_and_of_nothing_else(task, env):
 
 
 def test_logs_are_of_the_steps_that_end_an_episode(task, env):
-    played = env.rollout(2 * len(STAGES), break_when_any_done=False)
+    def keep_all(tensordict):  # TorchRL goes by this name
+        return tensordict.set(("token", "action"), torch.ones(BATCH, PATCHES, dtype=torch.int64))
+
+    played = env.rollout(2 * len(STAGES), keep_all, break_when_any_done=False)
     last = played["next", "info"][:, len(STAGES) - 1 :: len(STAGES)]
     correct, gmacs = last["correct"].float(), last["gmacs"]
     assert 0 < correct.mean() < 1
