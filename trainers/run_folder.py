@@ -34,6 +34,11 @@ def _parse_json_object(arguments: list[str]) -> dict[str, Any]:
     value = json.loads(arguments[0])
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, as {{}}, got {arguments[0]}")
+    try:
+        # Python reads NaN where no other JSON has it, and a game of NaN steps never ends
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise ValueError(f"expected finite numbers, got {arguments[0]}") from None
     return value
 
 

@@ -66,7 +66,6 @@ class TokenVecEnv(VecEnv):
         observed = self._begin(self._seeds[0], named_images(self._options[0]))
         self._reset_seeds()
         self._reset_options()
-        self.reset_infos = [{} for _ in range(self.num_envs)]
         return self._rows(observed.observation)
 
     def step_async(self, actions: NDArray[Any]) -> None:

@@ -205,6 +205,8 @@ def test_an_unknown_env_is_told_what_exists():
         (["--critic", "best"], "central"),
         (["--lr", "fast"], "--lr"),
         (["--env-kwargs", "[1]"], "JSON object"),
+        (["--env-kwargs", '{"max_cycles": NaN}'], "finite numbers"),
+        (["--env-kwargs", '{"sizes": [1, {"N": -1e999}]}'], "finite numbers"),
         (["--learning-rate", "1"], "--learning-rate"),
     ],
 )

@@ -12,6 +12,7 @@ import ray
 import torch
 from ray.rllib.algorithms.ppo import PPO
 
+from tokenprune.envs.game import GameError
 from tokenprune.trainers import library_run, rllib
 from tokenprune.trainers.rllib import POLICY, RllibConfig, main, make_algorithm
 
@@ -40,9 +41,15 @@ def test_a_round_plays_new_images_to_the_end_and_moves_the_policy(one_core, vit,
         played.append(env._images.held.env.indices.tolist())
     # one seed, but not the same images for ever; and no more rounds than there were
     assert played[0] != played[1]
+    assert len(played[0]) == 4
+    assert env._images.held.env.game.num_stages == len(STAGES)
     assert results["num_episodes_lifetime"] == 2 * 4
     after = algorithm.get_module(POLICY).actor.parameters()
     assert any((now != old).any() for now, old in zip(after, before, strict=True))
+    # a runner that is given another environment lets go of the one it had
+    algorithm.env_runner.make_env()
+    with pytest.raises(GameError, match="closed"):
+        env.reset()
     algorithm.stop()
 
 

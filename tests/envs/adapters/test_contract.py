@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import itertools
 import weakref
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -12,14 +14,37 @@ from tokenprune.envs.adapters.epymarl import TokenPruneAgents
 from tokenprune.envs.adapters.gymnasium import TokenPruneGym, TokenPruneVector
 from tokenprune.envs.adapters.sb3 import TokenVecEnv
 from tokenprune.envs.backbone import StagedViT
+from tokenprune.envs.batched_tokens import BatchedTokenPrune
 from tokenprune.envs.game import TokenGame
 from tokenprune.envs.rewards import MarkovGameReward, ReleasedCodeReward, TeamReward
 from tokenprune.envs.token_prune import TokenPruneEnv
 
 PATCHES, STAGES = 16, (0, 1, 3)
-INDICES = [7, 2, 11, 0]
+INDICES = [7, 2, 11, 4]
 BATCH = len(INDICES)
 REWARDS = [TeamReward(accuracy="kl"), MarkovGameReward(), ReleasedCodeReward()]
+
+
+TOLD = "index", "label", "correct", "gmacs", "logits"
+
+
+class Stepped(NamedTuple):
+    """What a library receives for one joint action.
+
+    Attributes:
+        paid: what each agent was paid, [B, N].
+        seen: observations as the library holds them.
+        asked: who acts next as the library is told, bool [B, N].
+        terminated, truncated: one flag or more for each image.
+        told: of ``TOLD``, what infos say: a value for each image.
+    """
+
+    paid: Any
+    seen: Any
+    asked: Any
+    terminated: Any
+    truncated: Any
+    told: dict[str, Any]
 
 
 class Gym:
@@ -34,9 +59,16 @@ class Gym:
         return env.reset(seed=seed, options={} if indices is None else {"indices": indices})[0]
 
     def step(self, env, keep):
-        """What one joint action bool [B, N] paid each agent, [B, N], and what is seen then."""
-        seen, *_, info = env.step(keep[0].numpy().astype(np.int8))
-        return info["agent_rewards"][None], seen
+        """``Stepped`` for a joint action bool [B, N]."""
+        seen, reward, terminated, truncated, info = env.step(keep[0].numpy().astype(np.int8))
+        paid = info["agent_rewards"][None]
+        assert reward == pytest.approx(paid.mean())
+        told = {name: np.asarray(info[name])[None] for name in TOLD}
+        return Stepped(paid, seen, info["action_mask"][None] == 2, terminated, truncated, told)
+
+    def go_on(self, env, last):
+        """What is seen first of the episodes after those that ended with the step ``last``."""
+        return self.begin(env)
 
 
 class GymVector(Gym):
@@ -46,13 +78,18 @@ class GymVector(Gym):
         return TokenPruneVector(batch, **game)
 
     def step(self, env, keep):
-        seen, *_, infos = env.step(keep.numpy().astype(np.int8))
-        return infos["agent_rewards"], seen
+        seen, reward, terminated, truncated, infos = env.step(keep.numpy().astype(np.int8))
+        paid = infos["agent_rewards"]
+        np.testing.assert_allclose(reward, paid.mean(1), rtol=1e-5)
+        ended = infos.get("final_info", infos)
+        told = {name: ended[name] for name in TOLD}
+        return Stepped(paid, seen, infos["action_mask"] == 2, terminated, truncated, told)
+
+    def go_on(self, env, last):
+        return last.seen
 
 
-class StableBaselines(Gym):
-    batch = BATCH
-
+class StableBaselines(GymVector):
     def make(self, batch, game):
         return TokenVecEnv(batch, **game)
 
@@ -64,8 +101,13 @@ class StableBaselines(Gym):
         return env.reset()
 
     def step(self, env, keep):
-        seen, reward, *_ = env.step(keep.flatten().numpy().astype(np.int64))
-        return reward.reshape(keep.shape), seen
+        seen, reward, done, infos = env.step(keep.flatten().numpy().astype(np.int64))
+        asked = env.action_masks()[:, 1].reshape(keep.shape)
+        images = infos[::PATCHES]
+        told = {name: [image[name] for image in images] for name in TOLD if name in images[0]}
+        # how SB3's own environments mark an episode that was cut off
+        truncated = [info.get("TimeLimit.truncated", False) for info in infos]
+        return Stepped(reward.reshape(keep.shape), seen, asked, done, truncated, told)
 
 
 class Epymarl(Gym):
@@ -76,8 +118,11 @@ class Epymarl(Gym):
         return np.stack(super().begin(env, seed, indices))
 
     def step(self, env, keep):
-        seen, rewards, *_ = env.step(keep[0].long().tolist())
-        return np.array([rewards], np.float32), np.stack(seen)
+        seen, rewards, terminated, truncated, infos = env.step(keep[0].long().tolist())
+        seen, paid = np.stack(seen), np.array([rewards], np.float32)
+        told = {name: [value] for name, value in infos.items()}
+        # nothing else says who lives
+        return Stepped(paid, seen, seen.any(-1)[None], terminated, truncated, told)
 
 
 class Rllib(Gym):
@@ -94,11 +139,20 @@ class Rllib(Gym):
         return self.stacked(env, seen)
 
     def step(self, env, keep):
-        actions = [dict(zip(env.envs[0].agents, row.tolist(), strict=True)) for row in keep.long()]
-        seen, rewards, *_ = env.step(actions)
-        return np.array([list(paid.values()) for paid in rewards], np.float32), self.stacked(
-            env, seen
-        )
+        agents = env.envs[0].agents
+        actions = [dict(zip(agents, row.tolist(), strict=True)) for row in keep.long()]
+        return self.stepped(env, agents, *env.step(actions))
+
+    def go_on(self, env, last):
+        return self.stacked(env, env.step([{}] * self.batch)[0])
+
+    def stepped(self, env, agents, seen, rewards, terminated, truncated, infos):
+        paid = np.array([[image[agent] for agent in agents] for image in rewards], np.float32)
+        asked = np.array([[agent in image for agent in agents] for image in seen])
+        flags = ([image["__all__"] for image in ended] for ended in (terminated, truncated))
+        images = [info.get("__common__", {}) for info in infos]
+        told = {name: [image[name] for image in images] for name in images[0]}
+        return Stepped(paid, self.stacked(env, seen), asked, *flags, told)
 
     def stacked(self, env, seen):
         """[B, N, D_obs]; zeros for those that are not asked any more."""
@@ -121,8 +175,11 @@ class RllibSingle(Rllib):
         return self.stacked(env, [seen])
 
     def step(self, env, keep):
-        seen, rewards, *_ = env.step(dict(zip(env.agents, keep[0].long().tolist(), strict=True)))
-        return np.array([list(rewards.values())], np.float32), self.stacked(env, [seen])
+        stepped = env.step(dict(zip(env.agents, keep[0].long().tolist(), strict=True)))
+        return self.stepped(env, env.agents, *([part] for part in stepped))
+
+    def go_on(self, env, last):
+        return self.begin(env)
 
     def stacked(self, env, seen):
         nothing = np.zeros(env.observation_spaces[env.agents[0]].shape, np.float32)
@@ -143,8 +200,11 @@ class PettingZoo(Gym):
 
     def step(self, env, keep):
         actions = dict(zip(env.agents, keep.long().unbind(1), strict=True))
-        seen, rewards, *_ = env.step(actions)
-        return torch.stack(list(rewards.values()), 1), torch.stack(list(seen.values()), 1)
+        *by_agent, infos = env.step(actions)
+        seen, paid, *flags = (torch.stack(list(values.values()), dim=1) for values in by_agent)
+        asked = torch.stack([info["action_mask"][:, 1] == 1 for info in infos.values()], dim=1)
+        told = {name: infos["token_0"][name] for name in TOLD}
+        return Stepped(paid, seen, asked, *flags, told)
 
 
 class TorchRL(Gym):
@@ -162,8 +222,16 @@ class TorchRL(Gym):
 
     def step(self, env, keep):
         actions = env.full_action_spec.zero().set(("token", "action"), keep.long())
-        after = env.step(actions)["next", "token"]
-        return after["reward"].squeeze(-1), after["observation"]
+        after = env.step(actions)["next"]
+        told = {name: value.squeeze(-1) for name, value in after["info"].items()}
+        return Stepped(
+            after["token", "reward"].squeeze(-1),
+            after["token", "observation"],
+            after["token", "action_mask"][..., 1],
+            after["terminated"],
+            after["done"] & ~after["terminated"],
+            told,
+        )
 
 
 DRIVERS = {
@@ -198,15 +266,13 @@ def decisions(keeps):
 
 def play(driver, env, decisions):
     """Sum of rewards [B, N] of the rest of an episode, and the last rewards alone."""
-    paid = [np.asarray(driver.step(env, keep)[0]) for keep in decisions]
+    paid = [np.asarray(driver.step(env, keep).paid) for keep in decisions]
     return sum(paid), paid[-1]
 
 
-def chunks(driver, decisions):
-    """The batch in parts of the size that the adapter plays at once."""
-    for start in range(0, BATCH, driver.batch):
-        part = slice(start, start + driver.batch)
-        yield INDICES[part], decisions[:, part]
+def parts(driver):
+    """The batch in slices of the size that the adapter plays at once."""
+    return [slice(start, start + driver.batch) for start in range(0, BATCH, driver.batch)]
 
 
 @pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: type(reward).__name__)
@@ -218,14 +284,45 @@ def test_agents_are_paid_what_the_game_pays(driver, game, vit, some_images, deci
         # also those that were pruned long before
         assert paid[-1][0].all()
     received, last = [], []
-    for indices, keep in chunks(driver, decisions):
+    for part in parts(driver):
         env = driver.make(driver.batch, game | {"reward": reward})
-        driver.begin(env, indices=indices)
-        total, final = play(driver, env, keep)
+        driver.begin(env, indices=INDICES[part])
+        total, final = play(driver, env, decisions[:, part])
         received.append(total)
         last.append(final)
     np.testing.assert_allclose(np.concatenate(received), sum(paid), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(np.concatenate(last), paid[-1], rtol=1e-4, atol=1e-5)
+
+
+def test_agents_see_what_the_game_shows_and_hear_how_it_ended(
+    driver, game, vit, some_images, decisions
+):
+    bare = BatchedTokenPrune(TokenGame(StagedViT(vit, STAGES)), some_images, BATCH)
+    shown = [bare.reset(indices=INDICES)]
+    shown += [bare.step(keep.long()).observed for keep in decisions]
+    outcome = bare.outcome
+    assert outcome is not None
+    facts = (bare.indices, bare.labels, outcome.correct, outcome.gmacs, outcome.logits)
+    # or a mix-up of the images would go unnoticed
+    assert (outcome.correct != outcome.correct.flip(0)).any()
+    for part in parts(driver):
+        env = driver.make(driver.batch, game)
+        seen = driver.begin(env, indices=INDICES[part])
+        for stage, keep in enumerate(decisions[:, part]):
+            expected = shown[stage].observation[part]
+            received = np.asarray(seen).reshape(expected.shape)
+            np.testing.assert_allclose(received, expected, atol=1e-4)
+            _, seen, asked, terminated, truncated, told = driver.step(env, keep)
+            over = stage + 1 == len(STAGES)
+            assert (np.asarray(terminated) == over).all()
+            assert not np.asarray(truncated).any()
+            if not over:
+                np.testing.assert_array_equal(asked, shown[stage + 1].alive[part])
+                assert not np.asarray(told.get("gmacs", 0)).any()
+        assert {"correct", "gmacs"} <= told.keys()
+        for name, fact in zip(TOLD, facts, strict=True):
+            if name in told:
+                np.testing.assert_allclose(told[name], fact[part], rtol=1e-4, atol=1e-5)
 
 
 def test_two_runs_with_one_seed_are_equal(driver, game, decisions):
@@ -234,19 +331,23 @@ def test_two_runs_with_one_seed_are_equal(driver, game, decisions):
         env = driver.make(driver.batch, game)
         seen = [driver.begin(env, seed=seed)]
         for keep in decisions[:, : driver.batch]:
-            seen += driver.step(env, keep)
-        runs.append([*seen, driver.begin(env)])
+            last = driver.step(env, keep)
+            seen += last.paid, last.seen
+        runs.append([*seen, driver.go_on(env, last), driver.begin(env)])
     for one, other in zip(*runs[:2], strict=True):
         np.testing.assert_array_equal(one, other)
-    assert (np.asarray(runs[0][0]) != np.asarray(runs[2][0])).any()
-    # and the episodes that follow a seeded one are others, but the same again
-    assert (np.asarray(runs[0][0]) != np.asarray(runs[0][-1])).any()
+    beginnings = [[np.asarray(run[at]) for at in (0, -2, -1)] for run in runs]
+    for one, other in zip(beginnings[0], beginnings[2], strict=True):
+        assert (one != other).any()
+    # and the episodes that follow a seeded one are others each time
+    for earlier, later in itertools.combinations(beginnings[0], 2):
+        assert (earlier != later).any()
 
 
 def test_values_are_float32_on_the_games_device(driver, game, decisions):
     env = driver.make(driver.batch, game)
     seen = driver.begin(env, seed=0)
-    paid, later = driver.step(env, decisions[0, : driver.batch])
+    paid, later, *_ = driver.step(env, decisions[0, : driver.batch])
     for values in (seen, paid, later):
         assert str(values.dtype).endswith("float32")
         assert str(values.device) == "cpu"
@@ -257,7 +358,7 @@ def test_what_was_handed_out_does_not_change_later(driver, game, decisions):
     handed = [driver.begin(env, seed=0)]
     copies = [copy.deepcopy(handed[0])]
     for keep in decisions[:, : driver.batch]:
-        handed += driver.step(env, keep)
+        handed += driver.step(env, keep)[:2]
         copies += copy.deepcopy(handed[len(copies) :])
     driver.begin(env)
     for value, at_the_time in zip(handed, copies, strict=True):
@@ -284,10 +385,10 @@ def test_copies_share_the_backbone_and_nothing_else(driver, make_vit, game, deci
     def models():
         return sum(type(thing) is type(model) for thing in gc.get_objects())
 
+    before = models()
     env = driver.make(driver.batch, game | {"backbone": model})
     driver.begin(env, seed=0)
     driver.step(env, decisions[0, : driver.batch])
-    before = models()
     twin = copy.deepcopy(env)
     assert models() == before
     rest = decisions[1:, : driver.batch]

@@ -2,6 +2,7 @@
 
 import gymnasium
 import numpy as np
+import pytest
 from gymnasium.wrappers import TimeLimit
 
 import tokenprune.envs  # noqa: F401 - registers
@@ -9,6 +10,7 @@ import tokenprune.envs  # noqa: F401 - registers
 PATCHES, STAGES = 16, (0, 1, 3)
 
 
+@pytest.mark.filterwarnings("error")
 def test_its_form_is_that_of_gymma(vit, some_images):
     """As gymma goes about it: by name, behind a time limit, with lists of actions."""
     made = gymnasium.make(

@@ -13,6 +13,7 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 import tokenprune.envs  # noqa: F401 - registers
 from tokenprune.envs.adapters.gymnasium import TokenPruneVector
 from tokenprune.envs.game import GameError
+from tokenprune.envs.rendering import GAP
 
 NAME = "tokenprune/TokenPrune-v0"
 STAGES, PATCHES, BATCH = (0, 1, 3), 16, 4
@@ -73,6 +74,11 @@ def test_the_batch_declares_and_keeps_its_autoreset_mode(game):
     # what is seen already is the next episode's
     assert seen.any(axis=(1, 2)).all()
     assert not infos["final_obs"].any()
+    # each number is one of its own, though the game's zeros are one
+    infos["final_obs"][0, 0, 0] = 1
+    assert infos["final_obs"].sum() == 1
+    infos["_index"][0] = False
+    assert infos["_label"].all()
     final = infos["final_info"]
     assert final["index"].tolist() == [3, 2, 1, 0]
     assert final["logits"].any()
@@ -133,9 +139,23 @@ def test_pictures_are_of_one_size(game):
     }
     for earlier, later in itertools.pairwise(pictures):
         assert (earlier != later).any()
+
+
+def test_pictures_are_of_the_image_and_of_whom_it_lost(game, keeps):
+    indices, keep = [7, 2, 11, 0], keeps(BATCH, 1, PATCHES)[0].numpy()
     envs = TokenPruneVector(BATCH, render_mode="rgb_array", **game)
-    envs.reset(seed=0)
-    assert len(envs.render()) == BATCH
+    envs.reset(options={"indices": indices})
+    envs.step(keep)
+    env = gymnasium.make(NAME, render_mode="rgb_array", **game).unwrapped
+    for index, kept, picture in zip(indices, keep, envs.render(), strict=True):
+        env.reset(options={"indices": [index]})
+        env.step(kept)
+        np.testing.assert_array_equal(env.render(), picture)
+        height = len(picture)
+        before, after = picture[:, :height], picture[:, height + GAP :][:, :height]
+        sides = (4, height // 4) * 2  # rows of patches, their height, and the same across
+        changed = (before != after).any(-1).reshape(sides).any((1, 3)).flatten()
+        np.testing.assert_array_equal(changed, ~kept)
 
 
 def test_what_makes_no_sense_is_refused(game):

@@ -28,7 +28,7 @@ def play(env, decisions):
         if not env.agents:
             break
         actions = {agent: int(keep[int(agent.split("_")[1])]) for agent in env.agents}
-        received.append(env.step(actions)[:4])
+        received.append(env.step(actions))
     return received
 
 
@@ -44,9 +44,11 @@ def test_there_and_back_it_is_the_same_episode(make_env, keeps, row):
     converted = play(aec_to_parallel(parallel_to_aec(make_env())), decisions)
     assert len(plain) == len(converted)
     for ours, theirs in zip(plain, converted, strict=True):
-        observations, rewards, terminations, truncations = ours
+        observations, rewards, terminations, truncations, infos = ours
         for agent in rewards:
             np.testing.assert_array_equal(observations[agent], theirs[0][agent])
+            for name, value in infos[agent].items():
+                np.testing.assert_array_equal(value, theirs[4][agent][name])
         assert rewards == pytest.approx(theirs[1])
         assert terminations == theirs[2]
         assert truncations == theirs[3]

@@ -92,10 +92,15 @@ def test_a_batch_holds_what_single_images_do(game, keeps):
     for image, index in enumerate(INDICES):
         seen, _ = one.reset(options={"indices": [index]})
         assert seen.keys() == batched[0][image].keys() == set(one.agents)
-        for keep, there in zip(decisions, batched[1:], strict=True):
+        living = set(one.agents)
+        for stage, (keep, there) in enumerate(zip(decisions, batched[1:], strict=True)):
+            acted = living
+            living = {a for a, kept in zip(one.agents, keep[image], strict=True) if kept} & acted
             here = one.step(dict(zip(one.agents, keep[image], strict=True)))
             seen, rewards, terminated, truncated, infos = (part[image] for part in there)
-            assert here[0].keys() == seen.keys()
+            # the last is of those that were asked: RLlib wants each episode to end with one
+            shown = acted if stage + 1 == len(STAGES) else living
+            assert here[0].keys() == seen.keys() == shown
             for agent, value in here[0].items():
                 np.testing.assert_allclose(value, seen[agent], atol=1e-5)
             assert here[1] == pytest.approx(rewards, rel=1e-4, abs=1e-5)
@@ -106,19 +111,31 @@ def test_a_batch_holds_what_single_images_do(game, keeps):
 
 def test_the_step_after_the_last_one_begins_anew(game):
     env = TokenPruneMultiVector(2, game)
+    assert env.metadata["autoreset_mode"] == "next_step"
     env.reset(seed=0)
     nothing = [{}, {}]
     for stage in range(len(STAGES)):
-        terminated = env.step(nothing)[2]
+        # whoever says nothing is pruned
+        seen, _, terminated, *_ = env.step(nothing)
+        assert seen == nothing
         assert terminated == [{"__all__": stage + 1 == len(STAGES)}] * 2
     seen, rewards, terminated, truncated, _ = env.step(nothing)
     assert rewards == nothing
     assert terminated == truncated == [{"__all__": False}] * 2
     assert all(len(tokens) == PATCHES for tokens in seen)
+    # but not if somebody reset it before
+    for _ in STAGES:
+        env.step(nothing)
+    env.reset()
+    assert all(len(paid) == PATCHES for paid in env.step(nothing)[1])
 
 
 def test_rllib_accepts_it(game):
-    check_multiagent_environments(TokenPruneMulti(game))
+    env = TokenPruneMulti(game)
+    check_multiagent_environments(env)
+    tokens = set(env.possible_agents)
+    assert len(tokens) == PATCHES
+    assert env.observation_spaces.keys() == env.action_spaces.keys() == tokens
 
 
 def test_what_makes_no_sense_is_refused(game):

@@ -6,6 +6,7 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecMonitor
 
 from tokenprune.envs.adapters.sb3 import LivingReplay, LivingRollouts, TokenVecEnv
@@ -62,7 +63,30 @@ def test_infos_mark_who_was_pruned(env, played):
     for info, paid in zip(ended, returns, strict=True):
         assert info["episode"]["r"] == pytest.approx(float(paid), rel=1e-5)
         assert info["episode"]["l"] == len(STAGES)
+        assert 0 <= info["episode"]["t"] < 60
         assert info["gmacs"] > 0
+
+
+def test_an_episode_that_began_by_itself_starts_from_nothing(env, keeps, played):
+    paid = np.zeros(ROWS, np.float32)
+    for stage, keep in enumerate(keeps(BATCH, len(STAGES), PATCHES, seed=1)):
+        _, reward, _, infos = env.step(keep.flatten().numpy().astype(np.int64))
+        paid += reward
+        assert stage or not any(info["pruned"] for info in infos)
+    for info, expected in zip(infos[::PATCHES], paid.reshape(BATCH, -1).mean(1), strict=True):
+        assert info["episode"]["r"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_images_are_named_for_one_reset(env):
+    env.set_options({"indices": [3, 1, 2, 0]})
+    named, drawn = env.reset(), env.reset()
+    assert (named != drawn).any()
+
+
+def rows_sorted(*columns):
+    """[K, columns], sorted by the last column, then the one before it, and so on."""
+    rows = np.stack([np.asarray(column, np.float32).ravel() for column in columns], axis=1)
+    return rows[np.lexsort(rows.T)]
 
 
 def filled(played, buffer_class, **kwargs):
@@ -88,10 +112,14 @@ def test_rollouts_hold_the_decisions_of_the_living_and_all_that_they_brought(pla
     assert min(len(batch.returns) for batch in batches) >= 25
     assert sum(len(batch.returns) for batch in batches) == living.sum()
     assert all(batch.observations.any(1).all() for batch in batches)
-    expected = np.sort(returns_of(played)[living])
-    received = torch.cat([batch.returns for batch in batches]).sort().values
+    seen, actions = (np.stack(values)[living] for values in played[:2])
+    expected = rows_sorted(returns_of(played)[living], actions, seen[:, 0])
+    parts = [(batch.returns, batch.actions, batch.observations[:, 0]) for batch in batches]
+    received = rows_sorted(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
     np.testing.assert_allclose(received, expected, rtol=1e-4, atol=1e-5)
     (whole,) = buffer.get()
+    (again,) = buffer.get()
+    assert (whole.observations != again.observations).any()
     np.testing.assert_allclose(whole.advantages, whole.returns - whole.old_values, atol=1e-5)
 
 
@@ -114,12 +142,21 @@ def test_replay_holds_the_decisions_of_the_living_and_all_that_they_brought(play
     assert buffer.size() == living.sum()
     # whose episode ends with the step has all that will ever be paid, others this step's reward
     expected = np.where(goes_on, np.stack(rewards), returns_of(played))
+    wanted = [expected, ~goes_on, actions, np.stack(following)[..., 0], np.stack(seen)[..., 0]]
+    wanted = rows_sorted(*(np.stack(values)[living] for values in wanted))
+
+    def stored(part):
+        values = (buffer.rewards, buffer.dones, buffer.actions)
+        sights = (buffer.next_observations, buffer.observations)
+        return rows_sorted(*(v[part] for v in values), *(v[part, 0, 0] for v in sights))
+
     count = buffer.size()
-    stored = np.stack([buffer.rewards[:count, 0], buffer.dones[:count, 0]], axis=1)
-    wanted = np.stack([expected[living], ~goes_on[living]], axis=1)
-    order = [np.lexsort(rows.round(4).T) for rows in (stored, wanted)]
-    np.testing.assert_allclose(stored[order[0]], wanted[order[1]], rtol=1e-4, atol=1e-5)
-    assert buffer.observations[:count].any(-1).all()
+    np.testing.assert_allclose(stored(slice(count)), wanted, rtol=1e-4, atol=1e-5)
+    # and of the next episode likewise
+    for i, action in enumerate(actions):
+        buffer.add(seen[i], following[i], action, rewards[i], steps[i][2], steps[i][3])
+    assert buffer.size() == 2 * count
+    np.testing.assert_allclose(stored(slice(count, 2 * count)), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_full_replay_forgets_the_oldest(played):
@@ -142,6 +179,16 @@ def test_masks_let_the_pruned_only_prune(env):
     env.step(keep)
     np.testing.assert_array_equal(env.action_masks()[:, 1], keep == 1)
     assert env.env_method("action_masks", indices=[1])[0].tolist() == [True, False]
+
+
+def test_every_row_is_an_environment_of_its_own_kind(env):
+    (row, *_) = env.reset()
+    assert env.num_envs == ROWS
+    assert env.observation_space == Box(-np.inf, np.inf, row.shape, np.float32)
+    assert env.action_space == Discrete(2)
+    assert env.env_is_wrapped(Monitor, indices=[0]) == [False]
+    assert env.get_attr("num_tokens") == [PATCHES] * ROWS
+    assert env.get_attr("num_images", indices=[0, 5]) == [BATCH] * 2
 
 
 def test_sb3s_own_tools_take_it(env):

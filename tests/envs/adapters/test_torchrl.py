@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tokenprune.envs.backbone import StagedViT
+from tokenprune.envs.batched_tokens import BatchedTokenPrune
 from tokenprune.envs.game import GameError, TokenGame
 from tokenprune.envs.token_prune import TokenPruneEnv
 
@@ -33,6 +34,7 @@ def act(env, keep):
 
 def test_specs_hold(env):
     check_env_specs(env, break_when_any_done="both")
+    assert env.group_map == {"token": [f"token_{i}" for i in range(PATCHES)]}
 
 
 def test_masks_say_who_is_pruned(env, keeps):
@@ -47,19 +49,21 @@ def test_masks_say_who_is_pruned(env, keeps):
         alive = alive & keep
         seen = act(env, keep)
     assert seen["done"].all()
+    # losses may write on one of them
+    seen["done"].zero_()
     assert seen["terminated"].all()
 
 
-def test_infos_tell_of_the_image_and_its_end(env, vit, some_images, keeps):
-    bare = TokenGame(StagedViT(vit, STAGES))
-    bare.reset(*some_images.load(INDICES))
-    seen = env.reset(indices=INDICES)
+def test_states_and_images_are_the_games_at_every_step(env, vit, some_images, keeps):
+    bare = BatchedTokenPrune(TokenGame(StagedViT(vit, STAGES)), some_images, BATCH)
+    observed, seen = bare.reset(indices=INDICES), env.reset(indices=INDICES)
     for keep in keeps(BATCH, len(STAGES), PATCHES):
+        assert observed.state.any(1).all()
+        torch.testing.assert_close(seen["state"], observed.state)
         assert not seen["info", "gmacs"].any()
         assert seen["info", "index"].flatten().tolist() == INDICES
-        stage, seen = bare.step(keep), act(env, keep)
-    torch.testing.assert_close(seen["info", "gmacs"].squeeze(1), stage.outcome.gmacs)
-    torch.testing.assert_close(seen["info", "correct"].squeeze(1), stage.outcome.correct)
+        torch.testing.assert_close(seen["info", "label"].flatten(), bare.labels)
+        observed, seen = bare.step(keep.long()).observed, act(env, keep)
 
 
 def test_rollouts_go_on_into_the_next_episodes(env):
@@ -83,6 +87,7 @@ def test_what_makes_no_sense_is_refused(env):
         env.to("meta")
     assert env.to("cpu") is env
     env.close()
+    assert env.is_closed
     with pytest.raises(GameError, match="closed"):
         env.reset()
 
