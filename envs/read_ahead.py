@@ -44,6 +44,8 @@ class ReadAhead(Iterator[tuple[Tensor, Tensor]]):
             num_workers=workers,
             prefetch_factor=BATCHES_AHEAD,
             pin_memory=device.type == "cuda",
+            # importing TorchRL makes "spawn" everybody's default, which copies all images
+            multiprocessing_context="fork" if sys.platform == "linux" else None,
             worker_init_fn=_leave_the_end_to_the_trainer,
             # otherwise it would draw from the global one
             generator=torch.Generator(),

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import time
 
 import numpy as np
@@ -189,6 +190,18 @@ def test_a_bad_image_is_named_when_its_batch_is_due(tmp_path):
     with pytest.raises(DatasetError) as raised:
         next(batches)
     assert str(raised.value) == "image 1 is no image"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes start anew there")
+def test_how_other_libraries_start_processes_is_their_own_matter(tmp_path):
+    """TorchRL changes it for everybody when it is imported."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        images = Written(tmp_path / "reads", lambda index: None)  # which nobody could pickle
+        assert [pixels[0] for pixels, _ in read_ahead(images, [[0], [1]], 1, CPU)] == [0, 1]
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 @pytest.mark.timeout(60)
