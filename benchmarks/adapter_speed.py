@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.envs.adapters.common import GameArguments
+from tokenprune.envs.adapters.epymarl import TokenPruneAgents
 from tokenprune.envs.adapters.gymnasium import TokenPruneVector
 from tokenprune.envs.adapters.sb3 import TokenVecEnv
 from tokenprune.envs.backbone import StagedViT
@@ -58,6 +59,41 @@ def sb3_vec_env(keeps: Tensor, game: GameArguments) -> Play:
     return lambda: [env.step(action) for action in actions]
 
 
+def epymarl_env(keeps: Tensor, game: GameArguments) -> Play:
+    """``TokenPruneAgents``, which takes one image."""
+    env = TokenPruneAgents(**game)
+    actions = keeps[:, 0].tolist()
+
+    def play() -> None:
+        env.reset()
+        for action in actions:
+            env.step(action)
+
+    return play
+
+
+def rllib_vector(keeps: Tensor, game: GameArguments) -> Play:
+    """``TokenPruneMultiVector``: a dictionary of the living an image."""
+    from tokenprune.envs.adapters.rllib import TokenPruneMultiVector
+
+    env = TokenPruneMultiVector(keeps.shape[1], game)
+    names = env.envs[0].agents
+    actions = [
+        [
+            {name: action for name, action, living in zip(names, *of_image, strict=True) if living}
+            for of_image in zip(keep.tolist(), alive.tolist(), strict=True)
+        ]
+        for keep, alive in zip(keeps, living_at(keeps), strict=True)
+    ]
+
+    def play() -> None:
+        env.reset()
+        for action in actions:
+            env.step(action)
+
+    return play
+
+
 def torchrl_native(keeps: Tensor, game: GameArguments) -> Play:
     """``TokenPruneTorchRL``."""
     from tokenprune.envs.adapters.torchrl import TokenPruneTorchRL
@@ -88,7 +124,8 @@ def _torchrl(env: Any, keeps: Tensor) -> Play:
 def adapters(
     model: nn.Module, images: ImageSet, keeps: Tensor, game: GameArguments
 ) -> dict[str, Play]:
-    """What is timed on B images, by name; TorchRL where it is installed, its wrapper where B is 1.
+    """What is timed on B images, by name: RLlib and TorchRL where they are installed; EPyMARL and
+    TorchRL's wrapper, which take one image, where B is 1.
 
     Args:
         model: the backbone.
@@ -104,6 +141,10 @@ def adapters(
         "gymnasium vector, tensors": gymnasium_vector(keeps, True, arguments),
         "sb3": sb3_vec_env(keeps, arguments),
     }
+    if keeps.shape[1] == 1:
+        players["epymarl"] = epymarl_env(keeps, arguments)
+    if importlib.util.find_spec("ray") is not None:
+        players["rllib"] = rllib_vector(keeps, arguments)
     if importlib.util.find_spec("torchrl") is not None:
         players["torchrl"] = torchrl_native(keeps, arguments)
         if keeps.shape[1] == 1:
@@ -111,14 +152,21 @@ def adapters(
     return players
 
 
+def living_at(keeps: Tensor) -> list[Tensor]:
+    """Who decides at each of the T stages, bool [B, N] each.
+
+    Args:
+        keeps: joint actions int64 [T, B, N].
+    """
+    alive = [torch.ones_like(keeps[0], dtype=torch.bool)]
+    for keep in keeps[:-1]:
+        alive.append(alive[-1] & (keep == 1))
+    return alive
+
+
 def decisions_of(keeps: Tensor) -> int:
     """How often a living agent decides."""
-    alive = torch.ones_like(keeps[0], dtype=torch.bool)
-    asked = 0
-    for keep in keeps:
-        asked += int(alive.sum())
-        alive = alive & (keep == 1)
-    return asked
+    return sum(int(alive.sum()) for alive in living_at(keeps))
 
 
 def rows(seconds: dict[str, float], decisions: int) -> dict[str, dict[str, float]]:

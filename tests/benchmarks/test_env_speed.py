@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from tokenprune.benchmarks import env_speed
+from tokenprune.benchmarks import adapter_speed, env_speed
 from tokenprune.benchmarks.env_speed import main
 
 
@@ -30,8 +30,13 @@ def test_every_adapter_is_measured_beside_the_bare_game(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == figures
     assert (figures["backbone"], figures["threads"]) == ("test_vit", 1)
     names = {"TokenGame", "gymnasium vector, arrays", "gymnasium vector, tensors", "sb3"}
+    alone = {"epymarl"}
+    if importlib.util.find_spec("ray") is not None:
+        names.add("rllib")
     if importlib.util.find_spec("torchrl") is not None:
         names.add("torchrl")
+        alone.add("torchrl, PettingZooWrapper")
+    assert figures["adapters"]["1"].keys() == names | alone
     assert figures["adapters"]["2"].keys() == names
     for rows in figures["adapters"].values():
         assert rows["TokenGame"]["over_bare_game"] == 1
@@ -58,3 +63,10 @@ def test_times_are_medians_of_what_is_interleaved_without_the_first(monkeypatch)
     seconds = env_speed._interleaved(variants, 3, torch.device("cpu"))
     assert seconds == {"a": 3, "b": 2}
     assert order == ["a", "b"] * 4
+
+
+def test_only_the_living_decide():
+    keeps = torch.tensor([[[1, 0, 1]], [[1, 1, 0]], [[0, 0, 0]]])
+    asked = [[True, True, True], [True, False, True], [True, False, False]]
+    assert [alive[0].tolist() for alive in adapter_speed.living_at(keeps)] == asked
+    assert adapter_speed.decisions_of(keeps) == 6
