@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,15 +61,7 @@ def sb3_vec_env(keeps: Tensor, game: GameArguments) -> Play:
 
 def epymarl_env(keeps: Tensor, game: GameArguments) -> Play:
     """``TokenPruneAgents``, which takes one image."""
-    env = TokenPruneAgents(**game)
-    actions = keeps[:, 0].tolist()
-
-    def play() -> None:
-        env.reset()
-        for action in actions:
-            env.step(action)
-
-    return play
+    return _episode(TokenPruneAgents(**game), keeps[:, 0].tolist())
 
 
 def rllib_vector(keeps: Tensor, game: GameArguments) -> Play:
@@ -85,7 +77,10 @@ def rllib_vector(keeps: Tensor, game: GameArguments) -> Play:
         ]
         for keep, alive in zip(keeps, living_at(keeps), strict=True)
     ]
+    return _episode(env, actions)
 
+
+def _episode(env: Any, actions: Sequence[Any]) -> Play:
     def play() -> None:
         env.reset()
         for action in actions:

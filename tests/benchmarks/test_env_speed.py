@@ -8,6 +8,7 @@ import torch
 
 from tokenprune.benchmarks import adapter_speed, env_speed
 from tokenprune.benchmarks.env_speed import main
+from tokenprune.envs.game import TokenGame
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +71,24 @@ def test_only_the_living_decide():
     asked = [[True, True, True], [True, False, True], [True, False, False]]
     assert [alive[0].tolist() for alive in adapter_speed.living_at(keeps)] == asked
     assert adapter_speed.decisions_of(keeps) == 6
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_adapter_plays_the_same_episodes(monkeypatch, vit, some_images, batch):
+    keeps = torch.randint(2, (2, batch, 16), generator=torch.Generator().manual_seed(0))
+    played = []
+    step = TokenGame.step
+
+    def noted(game, keep):
+        played.append(keep.clone())
+        return step(game, keep)
+
+    monkeypatch.setattr(TokenGame, "step", noted)
+    players = adapter_speed.adapters(vit, some_images, keeps, {"prune_before": (1, 3)})
+    for name, play in players.items():
+        play()
+        first, second = played
+        assert torch.equal(first, keeps[0] == 1), name
+        # the pruned may say what they like
+        assert torch.equal(first & second, keeps.all(0)), name
+        played.clear()
