@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.envs.linear import linear, mlp, runs_by_onednn, runs_in_parts
+from tokenprune.envs.linear import linear, mlp, runs_by_onednn
 from tokenprune.envs.ragged import Layout, attention, first_row_attention
 from tokenprune.envs.rotary import Rotary
 
@@ -85,7 +85,7 @@ def packed_block(
         rows [S, D], and what each was paid, [S], where observed.
     """
     plain = layout.equal is not None and observers is None
-    if plain and not (runs_by_onednn(block.attn.proj, x) or runs_in_parts(block.mlp, x)):
+    if plain and not runs_by_onednn(block.attn.proj, x):
         images = x.unflatten(0, (-1, layout.equal))
         turn = rotary.patches(index, len(images)) if rotary else None
         return family.whole(block, images, None, turn).flatten(0, 1), None

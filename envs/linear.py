@@ -1,8 +1,7 @@
-"""Linear layers the way a CPU likes them: few rows through oneDNN, very many in parts."""
+"""Linear layers the way a CPU likes few rows: through oneDNN."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -19,10 +18,6 @@ MOST_ROWS = 256
 # oneDNN builds a kernel, of about 0.7 MB in 0.8 ms, for each number of rows that it meets: rows are
 # padded to multiples of this, so that it meets few.
 ROW_STEP = 8
-# An MLP's hidden rows of 32 MiB and more come from the system anew each time, page by page, and
-# leave the caches before they are read again. In parts of at most 16 MiB an MLP is 1.2 to 1.5 times
-# as fast for 12,800 rows of width 192 and 384, 1.1 times for 4,000 of 768; few rows gain nothing.
-HIDDEN_BYTES = 1 << 24
 
 _MKLDNN = torch.ops.mkldnn
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(_MKLDNN, "_linear_pointwise")
@@ -59,15 +54,9 @@ def runs_by_onednn(layer: nn.Module, x: Tensor) -> bool:
     )
 
 
-def runs_in_parts(layer: nn.Module, x: Tensor) -> bool:
-    """Whether ``mlp`` cuts ``x`` [..., in]: for timm's plain MLP on a CPU, where nobody asks for
-    gradients and the hidden rows are large.
-    """
-    if type(layer) is not Mlp or layer.training or x.device.type != "cpu":
-        return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
-        return False
-    return _hidden_bytes(layer, x) > HIDDEN_BYTES and not _watched(layer)
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody waits for what passes through a module or its parts."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
@@ -80,19 +69,12 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 def mlp(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)`` of a block's MLP. Of timm's plain one, through oneDNN the first product and its
-    GELU are one; very many rows go through it in parts.
+    GELU are one.
     """
     parts: Any = layer
-    if runs_in_parts(layer, x):
-        rows = x.flatten(0, -2)
-        out = rows.new_empty(len(rows), parts.fc2.out_features)
-        count = math.ceil(_hidden_bytes(layer, x) / HIDDEN_BYTES)
-        for part, place in zip(rows.tensor_split(count), out.tensor_split(count), strict=True):
-            place.copy_(layer(part))
-        return out.unflatten(0, x.shape[:-1])
     if type(layer) is not Mlp or layer.training or not runs_by_onednn(parts.fc1, x):
         return layer(x)
-    if _watched(layer):
+    if is_watched(layer):
         return layer(x)
     rows, count = _padded(x)
     if type(parts.act) is nn.GELU:
@@ -101,16 +83,6 @@ def mlp(layer: nn.Module, x: Tensor) -> Tensor:
         hidden = parts.act(_onednn(parts.fc1, rows))
     out = linear(parts.fc2, parts.norm(hidden))
     return out[:count].unflatten(0, x.shape[:-1])
-
-
-def _hidden_bytes(layer: Any, x: Tensor) -> int:
-    rows = x.numel() // layer.fc1.in_features
-    return rows * layer.fc1.out_features * x.element_size()
-
-
-def _watched(layer: nn.Module) -> bool:
-    """Whether somebody waits for what passes through a module or its parts."""
-    return any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules())
 
 
 def _padded(x: Tensor) -> tuple[Tensor, int]:

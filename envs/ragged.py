@@ -8,6 +8,7 @@ Row-wise layers (linear, norm, MLP) need nothing more; only attention must know 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -118,6 +119,21 @@ class Layout:
             bounds=torch.arange(0, (images + 1) * length, length, dtype=torch.int32, device=device),
             longest=length,
         )
+
+    def parts(self, count: int) -> list[tuple[slice, Layout]]:
+        """``count`` neighbours of about as many rows each, or fewer; images stay whole. Where each
+        part's rows stand, and their layout.
+        """
+        bounds = np.concatenate([[0], np.cumsum(self.lengths)])
+        ideal = np.linspace(0, bounds[-1], count + 1)
+        edges = np.unique(np.searchsorted(bounds, ideal))
+        return [
+            (
+                slice(int(bounds[first]), int(bounds[last])),
+                Layout.of(self.lengths[first:last], self.width, self.first.device),
+            )
+            for first, last in pairwise(edges)
+        ]
 
     def mean(self, rows: Tensor) -> Tensor:
         """Mean over each image's rows: [S, ...] -> [B, ...]."""

@@ -40,6 +40,13 @@ class Rotary:
             self, slot=slot, shared=self.slots(0).index_select(0, slot) if alike else None
         )
 
+    def part(self, rows: slice) -> Rotary:
+        """Of some of the rows, images whole."""
+        if self.slot is None:
+            return self
+        shared = None if self.shared is None else self.shared[rows]
+        return replace(self, slot=self.slot[rows], shared=shared)
+
     def slots(self, block: int) -> Tensor:
         """Of each slot of an image, [L, heads, 2 * head_dim]."""
         patches = self._of_block(block)

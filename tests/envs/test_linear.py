@@ -1,6 +1,4 @@
-"""oneDNN's way through linear layers, and MLPs in parts: the same numbers, and only where nobody
-could tell.
-"""
+"""oneDNN's way through linear layers: the same numbers, and only where nobody could tell."""
 
 import math
 
@@ -161,47 +159,6 @@ def test_pruned_models_give_the_logits_of_masked_ones(
     assert len(calls) >= 4  # once a block at least
 
 
-@pytest.fixture
-def parts(monkeypatch):
-    """How many rows each part had that an MLP's first layer saw; 64 rows of 20 are cut."""
-    monkeypatch.setattr(module, "HIDDEN_BYTES", 64 * 20 * 4)
-    monkeypatch.setattr(module, "HAS_ONEDNN", False)
-    seen = []
-    original = Mlp.forward
-
-    def counted(self, x):
-        seen.append(x.numel() // x.shape[-1])
-        return original(self, x)
-
-    monkeypatch.setattr(Mlp, "forward", counted)
-    return seen
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("shape", [(64, 12), (65, 12), (200, 12), (5, 40, 12), (1000, 12)])
-def test_many_rows_pass_an_mlp_in_parts(shape, parts):
-    layer = Mlp(12, 20, 7, norm_layer=torch.nn.LayerNorm, drop=0.5).eval()
-    x = torch.randn(shape)
-    out = mlp(layer, x)
-    rows = math.prod(shape[:-1])
-    assert sum(parts) == rows
-    assert max(parts) <= 64
-    assert len(parts) == math.ceil(rows / 64)
-    torch.testing.assert_close(out, layer(x))
-
-
-def test_an_mlp_is_whole_where_parts_could_be_told(parts):
-    x = torch.randn(100, 12)
-    layer = Mlp(12, 20).eval()
-    mlp(layer, x).sum().backward()
-    assert layer.fc1.weight.grad is not None
-    with torch.no_grad():
-        mlp(Mlp(12, 20).train(), x)
-        layer.act.register_forward_hook(lambda act, given, out: out + 1)
-        torch.testing.assert_close(mlp(layer, x), layer.fc2(layer.act(layer.fc1(x))))
-    assert parts == [100, 100, 100]
-
-
 @torch.no_grad()
 def test_hooks_of_an_mlp_see_few_rows_too(calls):
     layer = Mlp(12, 20).eval()
@@ -209,22 +166,3 @@ def test_hooks_of_an_mlp_see_few_rows_too(calls):
     x = torch.randn(5, 12)
     torch.testing.assert_close(mlp(layer, x), layer.fc2(layer.act(layer.fc1(x))) + 1)
     assert not calls
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit3_small_patch16_224"])
-def test_pruned_models_in_parts_give_the_logits_of_masked_ones(name, parts, keeps, make_vit):
-    model = make_vit(name)
-    x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    staged = StagedViT(model, (1, 3))
-    logits = {}
-    for execution in ("packed", "masked"):
-        tokens = staged.begin(x, execution=execution)
-        for stage in range(2):
-            tokens = staged.advance(tokens, keeps(3, 2, 16)[stage], stage)
-        logits[execution] = staged.finish(tokens)
-    torch.testing.assert_close(logits["packed"], logits["masked"], rtol=1e-4, atol=1e-4)
-    hidden = model.blocks[0].mlp.fc1.out_features
-    packed, masked = parts[: -len(model.blocks)], parts[-len(model.blocks) :]
-    assert masked == [51] * len(model.blocks)
-    assert max(packed) * hidden * 4 <= module.HIDDEN_BYTES
