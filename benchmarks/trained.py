@@ -34,7 +34,10 @@ PRICES_BEYOND = 8.0  # prices are looked for so far beyond those that a policy w
 BENCHMARL_MINUTES = 2.0
 BENCHMARL = ("mappo", "ippo", "qmix", "vdn", "iql", "masac", "isac")
 # settings that change no policy
-RUNS_OWN = ("threads", "device", "run", "run_name", "resume", "workers", "cache_gb", "profile")
+RUNS_OWN = (
+    "threads", "device", "run", "run_name", "resume", "workers", "cache_gb", "profile",
+    "accumulate",
+)  # fmt: skip
 
 Stages = Literal["game", "first", "released"]
 

@@ -119,9 +119,9 @@ class MappoConfig:
     """Passes over an iteration's decisions."""
     minibatches: int = 1
     """Parts of a pass; each is a step of the optimizer."""
-    accumulate: int = 1
+    accumulate: int | None = None
     """Parts of a minibatch whose gradients are added up before the step, for less memory; the step
-    is the same up to rounding."""
+    is the same up to rounding. If not given, parts of a CPU's cache size there, elsewhere one."""
     lr: float = 3e-3
     """Adam's learning rate at the start."""
     lr_schedule: Schedule = "cosine"
@@ -168,7 +168,7 @@ class MappoConfig:
             )
         self._check_counts(
             "num_envs", "rollout_steps", "iterations", "rollouts_per_image", "epochs",
-            "minibatches", "accumulate", "eval_every", "eval_size", "checkpoint_every",
+            "minibatches", "eval_every", "eval_size", "checkpoint_every",
         )  # fmt: skip
         self._check_positive("lr", "clip", "huber_delta", "max_grad_norm")
         self._check_share("gamma", "gae_lambda")
@@ -206,6 +206,8 @@ class MappoConfig:
             raise ValueError(
                 f"backbone_dtype={self.backbone_dtype!r}: choose from {', '.join(get_args(Dtype))}"
             )
+        if self.accumulate is not None:
+            self._check_counts("accumulate")
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
             raise ValueError(f"threads={self.threads} must be from 1 to {MOST_THREADS}")
         if self.workers is not None and not 0 <= self.workers <= MOST_WORKERS:

@@ -26,6 +26,10 @@ from tokenprune.trainers.value_norm import ValueNorm
 
 ADAM_EPS = 1e-5
 MASKED_LOGIT = -1e9
+# What an actor makes of so many decisions stays in a CPU's caches. Measured on one core with the
+# default actor: an update of 100,000 decisions and more takes 0.55 times as long in such parts, of
+# 14,000 as long; half and twice as many are no better.
+PART_DECISIONS = 8_192
 
 
 class NotFiniteError(ArithmeticError):
@@ -328,7 +332,11 @@ def loss_terms(learner: Learner, batch: Decisions) -> tuple[Tensor, dict[str, Te
 def backward(learner: Learner, batch: Decisions) -> dict[str, Tensor]:
     """Makes the gradients of a batch, a part after the other; the terms of its loss."""
     terms: dict[str, Tensor] = {}
-    parts = batch.parts(learner.config.accumulate)
+    count = learner.config.accumulate
+    if count is None:
+        on_host = batch.action.device.type == "cpu"
+        count = math.ceil(len(batch.action) / PART_DECISIONS) if on_host else 1
+    parts = batch.parts(count)
     for part in parts:
         with learner.ranks.averages_gradients(learner.wrapped, when=part is parts[-1]):
             loss, of_part = loss_terms(learner, part)

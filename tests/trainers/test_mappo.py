@@ -334,6 +334,23 @@ def test_parts_add_up_to_the_same_step(critic, minibatches, monkeypatch):
             torch.testing.assert_close(value, other_weights[key], atol=1e-5, rtol=1e-4)
 
 
+def test_parts_are_of_a_caches_size_by_default(monkeypatch):
+    parts = []
+
+    def loss_of(learner, batch, compute=mappo.loss_terms):
+        parts.append(len(batch.action))
+        return compute(learner, batch)
+
+    monkeypatch.setattr(mappo, "loss_terms", loss_of)
+    make_trainer(4).iterate()
+    (whole,) = set(parts)
+    monkeypatch.setattr(mappo, "PART_DECISIONS", whole // 2)
+    parts.clear()
+    make_trainer(4).iterate()
+    assert max(parts) <= whole // 2
+    assert sum(parts) % whole == 0
+
+
 def test_minibatches_cover_every_decision_once():
     rows = decisions_of(observation=[[0.0], [1.0], [2.0]], seen=[2, 0, 1, 1, 0, 2, 2])
     rows = dataclasses.replace(rows, action=torch.arange(7))
