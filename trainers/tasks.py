@@ -29,6 +29,7 @@ from tokenprune.trainers.evaluation import evaluate
 from tokenprune.trainers.mappo import MASKED_LOGIT, sample
 from tokenprune.trainers.ranks import ALONE, Ranks
 
+LONGEST_EPISODE = 10_000  # in an evaluation: some games have no end
 EVALUATION_SEED = 987_654_321
 # arguments of a backbone that are not the model's
 OTHER_SETTINGS = {"name", "pretrained", "checkpoint", "num_classes", "untrained"}
@@ -259,11 +260,15 @@ class PettingZooTask:
             env.close()
 
     def _mean_return(self, env: BatchedEnv, actor: nn.Module, greedy: bool) -> float:
-        """Mean over as many episodes of every copy: otherwise short ones would count more."""
+        """Mean over as many episodes of every copy: otherwise short ones would count more. One
+        that doesn't end is counted in stretches of ``LONGEST_EPISODE`` steps.
+        """
         observed = env.reset(EVALUATION_SEED)
         generator = torch.Generator(env.device).manual_seed(EVALUATION_SEED)
         wanted = -(-self.config.eval_size // env.num_envs)
         returns: list[list[float]] = [[] for _ in range(env.num_envs)]
+        paid = torch.zeros(env.num_envs, device=env.device)
+        steps = torch.zeros(env.num_envs, dtype=torch.int64, device=env.device)
         while any(len(mine) < wanted for mine in returns):
             logits = actor(observed.living())
             allowed = observed.action_mask[observed.alive]
@@ -272,9 +277,13 @@ class PettingZooTask:
             chosen = log_probs.argmax(-1) if greedy else sample(log_probs, generator)
             actions[observed.alive] = chosen
             transition = env.step(actions)
-            for copy in (transition.terminated | transition.truncated).nonzero().flatten().tolist():
+            paid += transition.reward.mean(1)
+            steps += 1
+            ended = transition.terminated | transition.truncated | (steps == LONGEST_EPISODE)
+            for copy in ended.nonzero().flatten().tolist():
                 if len(returns[copy]) < wanted:
-                    returns[copy].append(float(transition.metrics["episode_return"][copy]))
+                    returns[copy].append(float(paid[copy]))
+            paid[ended], steps[ended] = 0, 0
             observed = transition.observed
         return sum(map(sum, returns)) / (wanted * env.num_envs)
 
