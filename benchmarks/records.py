@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
-from tokenprune.trainers.checkpoint import write_text
+from tokenprune.trainers.checkpoint import write_records
 
 Record = dict[str, Any]
 FILE = "records.jsonl"
@@ -65,7 +65,7 @@ class Records:
 
     def save(self) -> None:
         """Writes what ``rows`` say by now."""
-        write_text(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        write_records(self._path, self.rows)
 
 
 def read(path: Path, fields: Set[str] = FIELDS) -> list[Record]:

@@ -21,7 +21,7 @@ from tokenprune.agents.pruned_vit import PrunedViT
 from tokenprune.agents.saved import RUN_WEIGHTS
 from tokenprune.benchmarks.arena import Arena, Contender, Knobs, UnreachableError, bisected
 from tokenprune.trainers import finetune
-from tokenprune.trainers.config import LATER_SETTINGS
+from tokenprune.trainers.config import LATER_SETTINGS, MappoConfig
 from tokenprune.trainers.dynamic_vit import DynamicViTConfig
 from tokenprune.trainers.dynamic_vit_run import execute as train_dynamic_vit
 from tokenprune.trainers.evaluation import evaluate
@@ -254,21 +254,23 @@ def fine_tuned(name: str, ours: Recipe, arena: Arena, seed: int) -> Contender:
     return Contender(tune, lambda knobs: set_to(load(), knobs))
 
 
+def of_the_game(base: MappoConfig) -> dict[str, Any]:
+    """Settings that trainers other than ours share with it."""
+    names = (
+        "backbone", "model_kwargs", "checkpoint", "dataset", "prune_before", "device", "threads",
+    )  # fmt: skip
+    return {name: getattr(base, name) for name in names}
+
+
 def dynamic_vit(name: str, fine_tune: bool, arena: Arena, seed: int) -> Contender:
     """Trained for one share of the patches; set by the share that is kept."""
     base, folder = arena.base, arena.runs / f"{name}-{seed}"
     config = DynamicViTConfig(
-        backbone=base.backbone,
-        model_kwargs=base.model_kwargs,
         pretrained=base.pretrained,
-        checkpoint=base.checkpoint,
-        dataset=base.dataset,
-        prune_before=base.prune_before,
         fine_tune=fine_tune,
         seed=seed,
-        device=base.device,
-        threads=base.threads,
         run_name=str(folder.absolute()),
+        **of_the_game(base),
     )
     if arena.iterations is not None:
         config = replace(config, iterations=arena.iterations)
@@ -317,15 +319,9 @@ def benchmarl(name: str, algorithm: str, arena: Arena, seed: int) -> Contender:
         config = BenchmarlConfig(
             algorithm=cast("Any", algorithm),
             minutes=BENCHMARL_MINUTES,
-            backbone=base.backbone,
-            model_kwargs=base.model_kwargs,
-            checkpoint=base.checkpoint,
-            dataset=base.dataset,
-            prune_before=base.prune_before,
             seed=seed,
-            device=base.device,
-            threads=base.threads,
             run_name=str(folder.absolute()),
+            **of_the_game(base),
         )
         if arena.iterations is not None:
             config = replace(config, iterations=arena.iterations)

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,28 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` as indented JSON, atomically; raises what ``write_atomically`` raises."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Writes ``records`` as JSON lines, atomically; raises what ``write_atomically`` raises."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def read_records(path: Path, count: int) -> list[dict[str, Any]]:
+    """The first ``count`` records of what ``write_records`` wrote: where a run was killed between
+    its records and its checkpoint, there is one too many.
+
+    Raises:
+        CheckpointError: the file can't be read, or has fewer.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()[:count]
+        records = [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be resumed: {error}") from error
+    if len(records) < count:
+        raise CheckpointError(f"{path} lacks records: it has {len(records)} of {count}")
+    return records
 
 
 def _split(tree: Any, tensors: dict[str, Tensor]) -> Any:

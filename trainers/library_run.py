@@ -31,9 +31,8 @@ from tokenprune.envs.rewards import make_reward
 from tokenprune.envs.token_prune import pick_device
 from tokenprune.trainers.checkpoint import write_atomically, write_json
 from tokenprune.trainers.evaluation import Evaluation, evaluate
-from tokenprune.trainers.run_folder import JsonObject
+from tokenprune.trainers.run_folder import RUNS, JsonObject
 
-RUNS = Path("runs")
 GAMMA = 1.0  # an episode has as many steps as there are stages: nothing is far away
 
 

@@ -15,9 +15,10 @@ from tokenprune.trainers.checkpoint import (
     CheckpointError,
     existing,
     load_newest,
+    read_records,
     save_checkpoint,
     write_json,
-    write_text,
+    write_records,
 )
 from tokenprune.trainers.ranks import ALONE, Ranks
 
@@ -131,8 +132,7 @@ class RunFolder:
         """
         if not self._ranks.is_first:
             return
-        # a kill before the checkpoint is there leaves one record too many, which reading drops
-        write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in records))
+        write_records(self._metrics, records)
         save_checkpoint(self.checkpoint, {"epoch": len(records), **state})
 
     def read_epochs(self) -> tuple[dict[str, Any], list[Record]]:
@@ -149,13 +149,10 @@ class RunFolder:
                 "only a single one can go on from there"
             )
         try:
-            lines = self._metrics.read_text(encoding="utf-8").splitlines()[: state["epoch"]]
-            records = [json.loads(line) for line in lines]
-        except (KeyError, ValueError, OSError) as error:
+            count = int(state["epoch"])
+        except (KeyError, ValueError) as error:
             raise CheckpointError(f"{self.path} can't be resumed: {error}") from error
-        if len(records) < state["epoch"]:
-            raise CheckpointError(f"{self._metrics} lacks epochs that {self.checkpoint} has")
-        return state, records
+        return state, read_records(self._metrics, count)
 
 
 def device_of(settings: Settings) -> str:

@@ -28,18 +28,18 @@ from tokenprune.trainers.checkpoint import (
     CheckpointError,
     existing,
     load_newest,
+    read_records,
     save_checkpoint,
     write_atomically,
     write_json,
-    write_text,
+    write_records,
 )
 from tokenprune.trainers.config import MappoConfig, defaults_for
 from tokenprune.trainers.mappo import NotFiniteError, Trainer
 from tokenprune.trainers.ranks import ALONE, Ranks, RanksError, join_ranks
+from tokenprune.trainers.run_folder import RUNS
 from tokenprune.trainers.stopping import ends_in_one_line, says_how_to_go_on
 from tokenprune.trainers.tasks import Task, make_task
-
-RUNS = Path("runs")
 
 
 class RunError(RuntimeError):
@@ -69,8 +69,7 @@ class Run:
         """
         if not self.ranks.is_first:
             return
-        records = self.records[: state["iteration"]]
-        write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in records))
+        write_records(self._metrics, self.records[: state["iteration"]])
         save_checkpoint(self.checkpoint, {"seconds": seconds, **state})
 
     def restore(self, trainer: Trainer) -> float:
@@ -85,22 +84,8 @@ class Run:
             raise CheckpointError(
                 f"{self.checkpoint} doesn't fit the run in {self.folder / 'config.json'}: {error}"
             ) from error
-        self.records = self._read_records(trainer.iteration)
+        self.records = read_records(self._metrics, trainer.iteration)
         return seconds
-
-    def _read_records(self, count: int) -> list[dict[str, float]]:
-        """The records of the first ``count`` iterations."""
-        try:
-            lines = self._metrics.read_text(encoding="utf-8").splitlines()[:count]
-            records = [json.loads(line) for line in lines]
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self._metrics} can't be resumed: {error}") from error
-        if len(records) < count:
-            raise CheckpointError(
-                f"{self._metrics} lacks iterations: it has {len(records)} of the checkpoint's "
-                f"{count}"
-            )
-        return records
 
     def write_networks(self, trainer: Trainer) -> None:
         """Writes actor and critic as safetensors."""

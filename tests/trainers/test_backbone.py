@@ -430,7 +430,7 @@ def test_what_can_not_be_resumed_is_named(config):
         ("config.json", b'{"epochs": -3}', "epochs can't be -3"),
         ("config.json", other, r"another backbone.*blocks\.1"),
         ("checkpoint.safetensors", contents["checkpoint.safetensors"][:-9], "damaged"),
-        ("metrics.jsonl", b"", "lacks epochs"),
+        ("metrics.jsonl", b"", "lacks records"),
         ("metrics.jsonl", b"{", "can't be resumed"),
     ):
         (folder / name).write_bytes(content)

@@ -32,7 +32,7 @@ class Paid(ParallelEnv):
 
     def reset(self, seed=None, options=None):
         self.agents, self.steps = ["a", "b"], 0
-        return {agent: SEEN for agent in self.agents}, {agent: {} for agent in self.agents}
+        return dict.fromkeys(self.agents, SEEN), {agent: {} for agent in self.agents}
 
     def step(self, actions):
         self.steps += 1
@@ -43,10 +43,10 @@ class Paid(ParallelEnv):
         }
         self.agents = [agent for agent in acting if not gone[agent]]
         return (
-            {agent: SEEN for agent in acting},
+            dict.fromkeys(acting, SEEN),
             {agent: float(agent == "a") for agent in acting},
             {agent: gone[agent] for agent in acting},
-            {agent: False for agent in acting},
+            dict.fromkeys(acting, False),
             {agent: {} for agent in acting},
         )
 

@@ -489,7 +489,7 @@ def edited(**changes):
         ("checkpoint.safetensors", lambda content: b"", "is damaged"),
         ("metrics.jsonl", None, "metrics.jsonl can't be resumed"),
         ("metrics.jsonl", lambda content: content[:-5], "metrics.jsonl can't be resumed"),
-        ("metrics.jsonl", lambda content: content.splitlines()[0], "has 1 of the checkpoint's 5"),
+        ("metrics.jsonl", lambda content: content.splitlines()[0], "has 1 of 5"),
     ],
 )  # fmt: skip
 def test_what_is_damaged_is_named(name, damage, message, whole, tmp_path):
