@@ -16,7 +16,7 @@ from typing import Any
 
 import tyro
 
-ONE_RUNS_OWN = ("seed", "run_name", "resume", "device", "threads")
+ONE_RUNS_OWN = ("seed", "run_name", "resume", "device", "threads", "accumulate")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ ODDS = (1e-4, 1e4)  # of keep, between which a threshold is looked for
 PRICES_BEYOND = 8.0  # prices are looked for so far beyond those that a policy was trained under
 BENCHMARL_MINUTES = 2.0
 BENCHMARL = ("mappo", "ippo", "qmix", "vdn", "iql", "masac", "isac")
-# settings that change no policy
+# settings that change no policy but by rounding
 RUNS_OWN = (
     "threads", "device", "run", "run_name", "resume", "workers", "cache_gb", "profile",
     "accumulate",

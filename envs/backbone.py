@@ -203,15 +203,21 @@ class StagedViT(nn.Module):
     @torch.compiler.disable(recursive=False)
     def _embed(self, images: Tensor, execution: Execution | None) -> Tokens:
         batch = len(images)
-        # timm can't embed no images: it infers shapes from the number of elements
-        some = images if batch else images.new_zeros(1, *self.image_shape)
         wanted = execution or self.execution
-        count = 1
-        if wanted == "packed":
-            count = self._count_parts(batch * self.num_slots, batch)
-        parts = [self.family.embed(self.model, part) for part in some.tensor_split(count)]
-        x = parts[0][0] if count == 1 else torch.cat([x for x, _ in parts])
-        return self._whole(x[:batch], parts[0][1], wanted)
+        rows = batch * self.num_slots
+        count = self._count_parts(rows, batch) if wanted == "packed" else 1
+        if count > 1:
+            x, rotary = self._embed_in_parts(images, count)
+        else:
+            # timm can't embed no images: it infers shapes from the number of elements
+            some = images if batch else images.new_zeros(1, *self.image_shape)
+            x, rotary = self.family.embed(self.model, some)
+        return self._whole(x[:batch], rotary, wanted)
+
+    @torch.compiler.disable
+    def _embed_in_parts(self, images: Tensor, count: int) -> tuple[Tensor, Rotary | None]:
+        parts = [self.family.embed(self.model, part) for part in images.tensor_split(count)]
+        return torch.cat([x for x, _ in parts]), parts[0][1]
 
     @torch.compiler.disable(recursive=False)
     def _whole(self, x: Tensor, rotary: Rotary | None, execution: Execution) -> Tokens:
@@ -408,43 +414,24 @@ class StagedViT(nn.Module):
 
     @torch.compiler.disable(recursive=False)
     def _run(
-        self, make: Callable[[], Tokens], start: int, stop: int, with_attention: bool
+        self,
+        make: Callable[[], Tokens],
+        start: int,
+        stop: int,
+        with_attention: bool,
+        in_parts: bool = True,
     ) -> Tokens:
         """Runs the blocks ``start``..``stop - 1`` on the tokens that ``make`` gives: nobody else
         may hold them, or the rows that the blocks begin with stay in memory until the last is done.
+        Very many where ``in_parts`` allows it, in parts.
         """
         tokens = make()
-        packed = tokens.layout is not None and stop > start
-        count = self._count_parts(len(tokens.x), len(tokens.alive)) if packed else 1
-        rows, tokens = [tokens.x], replace(tokens, x=tokens.x.new_empty(0))
-        if count == 1:
-            x, paid = self._blocks(rows.pop(), tokens, start, stop, with_attention)
-        else:
-            x, paid = self._blocks_in_parts(rows.pop(), tokens, start, stop, with_attention, count)
-        ran = Pass(tokens.alive, start, stop, paid is not None)
-        return replace(tokens, x=x, attention=paid, passes=(*tokens.passes, ran))
-
-    def _count_parts(self, rows: int, images: int) -> int:
-        """In how many parts so many images, of so many tokens together, go through the model: more
-        than one where they are many, on a CPU, and nobody could tell.
-        """
-        size = rows * self.width * self.dtype.itemsize
-        if size <= PART_BYTES or self.device.type != "cpu" or self._compiled:
-            return 1
-        if torch.is_grad_enabled() or torch.jit.is_tracing():
-            return 1
-        if self.model.training or is_watched(self.model):
-            return 1
-        return min(math.ceil(size / PART_BYTES), images)
-
-    @torch.compiler.disable(recursive=False)
-    def _blocks(
-        self, x: Tensor, tokens: Tokens, start: int, stop: int, with_attention: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """The blocks ``start``..``stop - 1`` on the rows ``x`` of ``tokens``: what becomes of them,
-        and what they are paid in the last.
-        """
-        paid = None
+        if in_parts and stop > start and tokens.layout is not None:
+            count = self._count_parts(len(tokens.x), len(tokens.alive))
+            if count > 1:
+                return self._run_in_parts(tokens, start, stop, with_attention, count)
+        x, paid = tokens.x, None
+        tokens = replace(tokens, x=x.new_empty(0))
         packed = compiled_block() if self._compiled else packed_block
         for i in range(start, stop):
             block, rotary = self.model.blocks[i], tokens.rotary
@@ -453,22 +440,41 @@ class StagedViT(nn.Module):
                 x, paid = masked_block(self.family, block, i, x, tokens.alive, rotary, observers)
             else:
                 x, paid = packed(self.family, block, i, x, tokens.layout, rotary, observers)
-        return x, paid
+        ran = Pass(tokens.alive, start, stop, paid is not None)
+        return replace(tokens, x=x, attention=paid, passes=(*tokens.passes, ran))
 
-    @torch.compiler.disable(recursive=False)
-    def _blocks_in_parts(
-        self, x: Tensor, tokens: Tokens, start: int, stop: int, with_attention: bool, count: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """``_blocks`` on about as many rows at a time, images whole."""
+    # not for a compiler: the number and the sizes of parts differ from batch to batch
+    @torch.compiler.disable
+    def _run_in_parts(
+        self, tokens: Tokens, start: int, stop: int, with_attention: bool, count: int
+    ) -> Tokens:
+        """``_run`` on about as many rows at a time, images whole."""
         assert tokens.layout is not None
-        out, paid = torch.empty_like(x), []
+        x, paid = torch.empty_like(tokens.x), []
         for place, layout in tokens.layout.parts(count):
             rotary = tokens.rotary.part(place) if tokens.rotary else None
-            part = replace(tokens, layout=layout, rotary=rotary)
-            out[place], attention = self._blocks(x[place], part, start, stop, with_attention)
-            if attention is not None:
-                paid.append(attention)
-        return out, torch.cat(paid) if paid else None
+            part = replace(tokens, x=tokens.x[place], layout=layout, rotary=rotary)
+            ran = self._run(lambda part=part: part, start, stop, with_attention, in_parts=False)
+            x[place] = ran.x
+            if ran.attention is not None:
+                paid.append(ran.attention)
+        done = Pass(tokens.alive, start, stop, bool(paid))
+        attention = torch.cat(paid) if paid else None
+        return replace(tokens, x=x, attention=attention, passes=(*tokens.passes, done))
+
+    @torch.compiler.disable
+    def _count_parts(self, rows: int, images: int) -> int:
+        """In how many parts so many images, of so many tokens together, go through the model: more
+        than one where they are many, on a CPU, and nobody could tell.
+        """
+        size = rows * self.width * self.dtype.itemsize
+        if size <= PART_BYTES or self.device.type != "cpu" or self._compiled:
+            return 1
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
+            return 1
+        if any(part.training for part in self.model.modules()) or is_watched(self.model):
+            return 1
+        return min(math.ceil(size / PART_BYTES), images)
 
 
 def _nonzero(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -69,8 +69,8 @@ def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_records(path: Path, count: int) -> list[dict[str, Any]]:
-    """The first ``count`` records of what ``write_records`` wrote: where a run was killed between
-    its records and its checkpoint, there is one too many.
+    """The first ``count`` records of what ``write_records`` wrote. There are more where a run was
+    killed between its records and its checkpoint, or goes on from an older one.
 
     Raises:
         CheckpointError: the file can't be read, or has fewer.

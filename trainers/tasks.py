@@ -29,7 +29,7 @@ from tokenprune.trainers.evaluation import evaluate
 from tokenprune.trainers.mappo import MASKED_LOGIT, sample
 from tokenprune.trainers.ranks import ALONE, Ranks
 
-LONGEST_EPISODE = 10_000  # in an evaluation: some games have no end
+LONGEST_EPISODE = 2_000  # in an evaluation: some games have no end
 EVALUATION_SEED = 987_654_321
 # arguments of a backbone that are not the model's
 OTHER_SETTINGS = {"name", "pretrained", "checkpoint", "num_classes", "untrained"}
@@ -261,7 +261,7 @@ class PettingZooTask:
 
     def _mean_return(self, env: BatchedEnv, actor: nn.Module, greedy: bool) -> float:
         """Mean over as many episodes of every copy: otherwise short ones would count more. One
-        that doesn't end is counted in stretches of ``LONGEST_EPISODE`` steps.
+        that is longer than ``LONGEST_EPISODE`` steps is counted in stretches of so many.
         """
         observed = env.reset(EVALUATION_SEED)
         generator = torch.Generator(env.device).manual_seed(EVALUATION_SEED)

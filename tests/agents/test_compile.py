@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 
 from tokenprune.agents import KeepAll, prune
 from tokenprune.agents.saved import learned_policy
+from tokenprune.envs import backbone as module
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.observations import DEFAULT_FIELDS
 
@@ -52,6 +53,18 @@ def test_new_numbers_of_tokens_compile_nothing_anew(vit):
     assert counters["stats"]["unique_graphs"] <= 8
     # around what happens between the blocks, and around the head
     assert sum(counters["graph_break"].values()) <= 2
+
+
+@torch.no_grad()
+def test_parts_compile_nothing_anew(vit, monkeypatch):
+    """Neither their number nor their sizes are a compiler's business."""
+    model = prune(vit, Draw(), STAGES)
+    size = 2 * model.backbone.num_slots * model.backbone.width * 4
+    monkeypatch.setattr(module, "PART_BYTES", size)
+    compiled = torch.compile(model, dynamic=True, backend="eager")
+    for images in batches([7, 8, 9, 10, 11, 12, 7, 13, 14, 15]):
+        compiled(images)
+    assert counters["stats"]["unique_graphs"] <= 8
 
 
 @torch.no_grad()

@@ -344,7 +344,8 @@ def test_parts_are_of_a_caches_size_by_default(monkeypatch):
     monkeypatch.setattr(mappo, "loss_terms", loss_of)
     make_trainer(4).iterate()
     (whole,) = set(parts)
-    monkeypatch.setattr(mappo, "PART_DECISIONS", whole // 2)
+    # three numbers are observed
+    monkeypatch.setattr(mappo, "PART_BYTES", whole // 2 * 3 * 4)
     parts.clear()
     make_trainer(4).iterate()
     assert max(parts) <= whole // 2
