@@ -183,6 +183,32 @@ def test_a_copy_goes_on_alone_on_the_same_backbone(game, batch, keeps):
     assert not torch.equal(other[-1].alive, expected[-1].alive)
 
 
+class Raising:
+    """Pays one more each time."""
+
+    alpha, needs_dense = 0.1, False
+
+    def __init__(self):
+        self.paid = torch.zeros(())
+
+    def stage(self, facts):
+        self.paid += 1
+        return self.paid.expand(facts.alive.shape).clone()
+
+    def terminal(self, facts):
+        return torch.zeros(facts.kept.shape[1:])
+
+
+def test_a_copys_reward_remembers_for_itself(vit, batch):
+    game = TokenGame(StagedViT(vit, STAGES), Raising())
+    stage = game.reset(*batch)
+    keep = torch.ones_like(stage.alive)
+    twin = copy.deepcopy(game)
+    for paid in (1, 2, 3):
+        assert game.step(keep).reward.unique().tolist() == [paid]
+    assert twin.step(keep).reward.unique().tolist() == [1]
+
+
 def test_nobody_observes_attention_on_the_way_to_the_dense_answer(game, batch, monkeypatch):
     ended = []
     finish = StagedViT.finish
