@@ -217,8 +217,8 @@ def one_price_each(ours: Recipe, arena: Arena, seed: int) -> Contender:
 
 
 def fine_tuned(name: str, ours: Recipe, arena: Arena, seed: int) -> Contender:
-    """``trainers.finetune`` under ``ours``, once, at the price of the middle operating point; then
-    brought to every cost by the price, as ours is.
+    """``trainers.finetune`` under ``ours``, once, at the price of the middle operating point and
+    with dither if it has it there; then brought to every cost by the price, as ours is.
     """
     folder = arena.runs / f"{name}-{seed}"
 
@@ -230,13 +230,15 @@ def fine_tuned(name: str, ours: Recipe, arena: Arena, seed: int) -> Contender:
         begun = RunFolder(folder)
         if begun.is_begun:
             # the price was looked for then, and may have been among other images
-            price = begun.read_settings(FinetuneConfig).budget
+            of_then = begun.read_settings(FinetuneConfig)
+            knobs = {"budget": of_then.budget, "dither": of_then.dither}
         else:
             gmacs = arena.gmacs_at(middle_point(arena))
-            price = learned("mappo", ours, arena, seed).tune(gmacs)["budget"]
+            knobs = learned("mappo", ours, arena, seed).tune(gmacs)
         config = FinetuneConfig(
             run=arena.runs / f"mappo-{seed}",
-            budget=price,
+            budget=knobs["budget"],
+            dither=knobs.get("dither", False),
             seed=seed,
             device=arena.base.device,
             threads=arena.base.threads,

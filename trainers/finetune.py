@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenprune.agents import saved
+from tokenprune.agents.actor_critic import LearnedPolicy
 from tokenprune.agents.pruned_vit import PrunedViT
 from tokenprune.envs.backbone import Execution
 from tokenprune.envs.datasets import ImageSet, open_images
@@ -70,6 +71,8 @@ class FinetuneConfig:
     budget: float | None = None
     """Price of compute that a policy for many prices acts under; the middle of its range if not
     given."""
+    dither: bool = False
+    """Have the policy dither: photographs may want it, and the ViT learns what is left to it."""
     frozen: Frozen = "before-first-stage"
     """What of the ViT stays as it is: the stem and the blocks before the first stage, so that the
     first decisions stay as they were; those before the last stage, so that all do, and GMACs with
@@ -198,12 +201,20 @@ def load_run(config: FinetuneConfig, device: torch.device) -> tuple[PrunedViT, s
 
     Raises:
         ValueError: the folder holds no finished run of the token game, its backbone is gone, or its
-            policy takes no such budget.
+            policy takes no such budget or can't dither.
     """
     assert config.run is not None
     model = PrunedViT.from_run(config.run)
-    if config.budget is not None:
-        model.policy.budget = config.budget  # type: ignore[attr-defined]
+    policy = model.policy
+    if isinstance(policy, LearnedPolicy):
+        policy.dither = config.dither
+        if config.budget is not None:
+            policy.budget = config.budget
+    elif config.dither or config.budget is not None:
+        raise ValueError(
+            f"the policy of {config.run} has no budget and can't dither: leave out --budget and "
+            "--dither"
+        )
     model.backbone.execution = config.execution
     freeze(model, config.frozen)
     model = model.to(device).to(memory_format=torch.channels_last)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenprune.agents import PrunedViT, TopK
 from tokenprune.benchmarks import compare as comparison
 from tokenprune.benchmarks import trained
-from tokenprune.benchmarks.arena import Bound, UnreachableError, bisected
+from tokenprune.benchmarks.arena import Bound, Contender, UnreachableError, bisected
 from tokenprune.benchmarks.compare import CompareConfig, compare, main, open_arena
 from tokenprune.benchmarks.entrants import ENTRANTS, Peer
 from tokenprune.benchmarks.records import FIELDS, Records, read
@@ -290,6 +290,21 @@ def test_the_backbone_is_fine_tuned_once_under_ours(arena, monkeypatch):
     other = replace(arena, game=replace(arena.game, fine_tuning=tiny | {"batch_size": 16}))
     with pytest.raises(ValueError, match=r"other settings \(batch_size\)"):
         ENTRANTS[name].open(other, 0).tune(arena.gmacs_at(0.95))
+
+
+def test_what_is_fine_tuned_is_what_was_chosen_on_validation(arena, monkeypatch):
+    class BegunError(Exception):
+        pass
+
+    def begin(config):
+        assert (config.budget, config.dither) == (0.07, True)
+        raise BegunError
+
+    monkeypatch.setattr(trained.finetune, "train", begin)
+    ours = Contender(lambda gmacs: {"budget": 0.07, "dither": True}, None)
+    monkeypatch.setattr(trained, "learned", lambda *_: ours)
+    with pytest.raises(BegunError):
+        ENTRANTS["mappo-fine-tuned"].open(arena, 0).tune(arena.gmacs_at(0.95))
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from safetensors.torch import load, save_file
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from tokenprune.agents import PrunedViT
+from tokenprune.agents import KeepAll, PrunedViT
 from tokenprune.agents.saved import SavedModelError, learned_policy
 from tokenprune.envs import backbone
 from tokenprune.envs.backbone import StagedViT
@@ -331,11 +331,30 @@ def test_the_run_is_named_after_the_one_it_tunes(config):
     assert Path("runs/some-finetuned/report.json").is_file()
 
 
-def test_a_policy_for_many_prices_acts_under_the_one_given(trained, config):
+def test_a_policy_acts_under_the_price_and_with_the_dither_given(trained, config):
     fields = ["token", "cls", "stage", "cls_attention", "budget"]
     run = trained(observation=fields, alpha_range=[0.02, 0.4])
-    train(replace(config, run=run, budget=0.3, epochs=1))
-    assert PrunedViT.from_pretrained("runs/r/model").policy.budget == 0.3
+    train(replace(config, run=run, budget=0.3, dither=True, epochs=1))
+    policy = PrunedViT.from_pretrained("runs/r/model").policy
+    assert policy.budget == 0.3
+    assert policy.dither
+    train(replace(config, run=run, budget=0.3, epochs=1, run_name="even"))
+    assert not PrunedViT.from_pretrained("runs/even/model").policy.dither
+    judged = [
+        json.loads(Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()[0])
+        for name in ("r", "even")
+    ]
+    assert judged[0]["validation_gmacs"] != judged[1]["validation_gmacs"]
+
+
+@pytest.mark.parametrize("change", [{"dither": True}, {"budget": 0.1}])
+def test_other_policies_have_no_budget_and_can_not_dither(config, run, monkeypatch, change):
+    backbone = PrunedViT.from_run(run).backbone
+    other = PrunedViT(backbone, KeepAll())
+    monkeypatch.setattr(PrunedViT, "from_run", lambda folder: other)
+    with pytest.raises(ValueError, match="leave out --budget and --dither"):
+        train(replace(config, **change))
+    assert not Path("runs").exists()
 
 
 # --- to be resumed ---
