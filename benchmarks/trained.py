@@ -231,14 +231,15 @@ def fine_tuned(name: str, ours: Recipe, arena: Arena, seed: int) -> Contender:
         if begun.is_begun:
             # the price was looked for then, and may have been among other images
             of_then = begun.read_settings(FinetuneConfig)
-            knobs = {"budget": of_then.budget, "dither": of_then.dither}
+            budget, dither = of_then.budget, of_then.dither
         else:
             gmacs = arena.gmacs_at(middle_point(arena))
             knobs = learned("mappo", ours, arena, seed).tune(gmacs)
+            budget, dither = knobs["budget"], knobs.get("dither", False)
         config = FinetuneConfig(
             run=arena.runs / f"mappo-{seed}",
-            budget=knobs["budget"],
-            dither=knobs.get("dither", False),
+            budget=budget,
+            dither=dither,
             seed=seed,
             device=arena.base.device,
             threads=arena.base.threads,
