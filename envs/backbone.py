@@ -31,8 +31,8 @@ Execution = Literal["packed", "masked"]
 
 # Rows of more than this leave a CPU's caches from block to block, and much of what a block makes of
 # them comes from the system anew, page by page. In parts of 2 to 4 MiB 1,024 images of 65 tokens of
-# width 64 take three quarters of the time (one core), 64 images of DeiT-S 0.9 to 0.97 of it; 256 and
-# 32 images lose nothing.
+# width 64 take three quarters of the time (one core), 64 images of DeiT-S 0.9 to 0.97 of it; 256
+# and 32 images lose nothing.
 PART_BYTES = 1 << 22
 
 
