@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -30,13 +31,13 @@ from tokenprune.agents.pruned_vit import PrunedViT
 from tokenprune.benchmarks.arena import Arena, Bound, Contender, Knobs, UnreachableError
 from tokenprune.benchmarks.entrants import ENTRANTS
 from tokenprune.benchmarks.games import GAMES
-from tokenprune.benchmarks.measuring import Timing, speedup
+from tokenprune.benchmarks.measuring import Timing, hardware, speedup
 from tokenprune.benchmarks.records import Record, Records, table
 from tokenprune.benchmarks.shown import Curves, take_pictures
 from tokenprune.benchmarks.trained import middle_point
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.datasets import ImageSet, open_images
-from tokenprune.envs.models import create_backbone
+from tokenprune.envs.models import create_backbone, sha256
 from tokenprune.envs.token_prune import pick_device
 from tokenprune.trainers.checkpoint import CheckpointError
 from tokenprune.trainers.evaluation import Evaluation, Stopwatch, evaluate, evaluate_traces
@@ -141,6 +142,22 @@ def open_arena(config: CompareConfig) -> tuple[Arena, ImageSet]:
     return arena, open_images(base.dataset, "test", data_config)
 
 
+def settings_of(config: CompareConfig, arena: Arena, test: ImageSet) -> dict[str, Any]:
+    """What all records of a folder have in common."""
+    base = arena.base
+    return {
+        "backbone": base.backbone,
+        "model_kwargs": base.model_kwargs,
+        "weights": sha256(base.checkpoint) if base.checkpoint else None,
+        "pretrained": base.pretrained,
+        "dataset": base.dataset,
+        "prune_before": list(arena.game.prune_before),
+        "iterations": config.iterations,
+        "eval_size": config.eval_size,
+        "test_size": len(test) if config.test_size is None else min(config.test_size, len(test)),
+    }
+
+
 def compare(config: CompareConfig) -> list[Record]:
     """Measures what is not there yet; returns all records of the folder.
 
@@ -153,6 +170,8 @@ def compare(config: CompareConfig) -> list[Record]:
     """
     records = Records(config.out, config.game)
     arena, test = open_arena(config)
+    settings = settings_of(config, arena, test)
+    records.require(settings)
     field = [
         (name, seed)
         for name in config.policies
@@ -161,7 +180,7 @@ def compare(config: CompareConfig) -> list[Record]:
     # the same for all records of as many images
     dense_of = cache(lambda size: dense_accuracy(arena.model, test, size))
     for name, seed in field:
-        measure(name, seed, config, records, arena, test, dense_of)
+        measure(name, seed, settings, records, arena, test, dense_of)
     leave_curves(field, config.out, arena)
     leave_pictures(field, config.out, records, arena, test)
     if config.speed:
@@ -172,14 +191,22 @@ def compare(config: CompareConfig) -> list[Record]:
 def measure(
     name: str,
     seed: int,
-    config: CompareConfig,
+    settings: dict[str, Any],
     records: Records,
     arena: Arena,
     test: ImageSet,
     dense_of: Callable[[int], float],
 ) -> None:
-    """Trains a policy where that is due, and judges it at each point that has no record;
-    ``dense_of`` so many images is the dense model's accuracy on them.
+    """Trains a policy where that is due, and judges it at each point that has no record.
+
+    Args:
+        name: of the policy.
+        seed: of its training, or its draws.
+        settings: what its records share with all others.
+        records: those that there are; gets the new ones.
+        arena: where policies meet.
+        test: the images that judge.
+        dense_of: the dense model's accuracy on so many of them.
     """
     entrant = ENTRANTS[name]
     due = [point for point in arena.game.points if not records.has(name, seed, point)]
@@ -187,7 +214,7 @@ def measure(
         return
     print(f"{name}, seed {seed}", flush=True)
     contender = entrant.open(arena, seed)
-    size = len(test) if config.test_size is None else min(config.test_size, len(test))
+    size = settings["test_size"]
     if isinstance(contender, Bound):
         size = min(size, contender.images)
     for point in due:
@@ -198,7 +225,7 @@ def measure(
             continue
         result = judged(contender, knobs, arena, test, size)
         row = {
-            "game": config.game,
+            "game": arena.game.name,
             "policy": name,
             "seed": seed,
             "point": point,
@@ -212,10 +239,10 @@ def measure(
             "kept": list(result.kept),
             "left": list(result.left),
             "speedup": None,
-            "threads": torch.get_num_threads(),
-            "device": str(arena.backbone.device),
+            **where(arena),
             "versions": versions(),
-            "command": f"python -m benchmarks.compare {shlex.join(sys.argv[1:])}",
+            "settings": settings,
+            "command": command(),
         }
         records.add([row])
         print(
@@ -223,6 +250,21 @@ def measure(
             f"{100 * row['dense_accuracy']:.2f} at {row['gmacs'] / row['dense_gmacs']:.1%}",
             flush=True,
         )
+
+
+def where(arena: Arena) -> dict[str, Any]:
+    """What a record says of the machine."""
+    device = arena.backbone.device
+    return {
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "hardware": hardware(device),
+    }
+
+
+def command() -> str:
+    """The call, as it would be typed again."""
+    return f"python -m benchmarks.compare {shlex.join(sys.argv[1:])}"
 
 
 def judged(
@@ -320,8 +362,7 @@ def time_what_has_no_speed(
             for key in timed:
                 row = rows[key]
                 row["speedup"] = speedup(Timing(seconds["dense"]), Timing(seconds[key]))
-                row["threads"] = torch.get_num_threads()
-                row["device"] = str(arena.backbone.device)
+                row.update(where(arena), speed_command=command())
             records.save()
             said = ", ".join(f"{row['speedup']:.2f}x" for row in rows.values())
             print(f"{name}, seed {seed}: {said}", flush=True)

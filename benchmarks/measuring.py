@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import resource
 import statistics
 import sys
@@ -14,6 +16,19 @@ import numpy as np
 import torch
 
 PROCESS_STATUS = Path("/proc/self/status")
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def hardware(device: torch.device) -> str:
+    """What computes on ``device``, as far as the machine says."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    if CPU_INFO.is_file():
+        lines = CPU_INFO.read_text(encoding="utf-8").splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if "model name" in line), model)
+    name = f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    return name if device.type == "cpu" else f"{device.type}, {name}"
 
 
 @dataclass(frozen=True)

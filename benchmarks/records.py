@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,21 @@ class Records:
             raise ValueError(
                 f"{self._path} holds records of {', '.join(strange)}: give another --out for {game}"
             )
+
+    def require(self, settings: Mapping[str, Any]) -> None:
+        """Raises ValueError where a record was made under other ``settings``."""
+        for row in self.rows:
+            # the first records did not say
+            found = row.get("settings", settings)
+            keys = settings.keys() | found.keys()
+            other = sorted(key for key in keys if found.get(key) != settings.get(key))
+            if other:
+                differ = ", ".join(
+                    f"{key} {found.get(key)} for {settings.get(key)}" for key in other
+                )
+                raise ValueError(
+                    f"{self._path} holds records of other settings ({differ}): give another --out"
+                )
 
     def has(self, policy: str, seed: int, point: float) -> bool:
         return self.find(policy, seed, point) is not None

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from timm.data import resolve_model_data_config
 
 from tokenprune.agents.pruned_vit import PrunedViT
+from tokenprune.benchmarks.records import read
 from tokenprune.envs.backbone import StagedViT
 from tokenprune.envs.datasets import ImageSet
 from tokenprune.envs.rendering import denormalise
@@ -68,11 +69,7 @@ def read_curves(folder: Path) -> list[Curve]:
     """The curves of a comparison, up to the last whole line; none where there are none."""
     if not (folder / CURVES).is_file():
         return []
-    lines = (folder / CURVES).read_text(encoding="utf-8").split("\n")[:-1]
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise ValueError(f"{folder / CURVES} is damaged: {error}") from error
+    return read(folder / CURVES, {"policy", "seed", "iteration"})
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from tokenprune.benchmarks.entrants import ENTRANTS, Peer
 from tokenprune.benchmarks.records import FIELDS, Records, read
 from tokenprune.benchmarks.shown import read_curves, read_pictures
 from tokenprune.benchmarks.trained import RECIPES
+from tokenprune.envs.models import ASSETS
 from tokenprune.trainers.evaluation import evaluate
 
 SETTINGS = {"eval_size": 20, "test_size": 30, "speed": False, "iterations": 1, "threads": 1}
@@ -157,6 +158,7 @@ def test_records_are_complete_and_nothing_is_measured_twice(tmp_path, monkeypatc
         assert len(row["kept"]) == 2
         assert 0 <= row["accuracy"] <= 1
         assert row["speedup"] is None
+        assert row.keys() >= FIELDS | {"settings", "hardware", "versions", "images"}
     file = tmp_path / "r" / "records.jsonl"
     whole = file.read_text()
     file.write_text(whole[: whole.rindex("{") + 9])  # killed while the last record was written
@@ -211,7 +213,9 @@ def test_speeds_come_later_without_training_or_judging(tmp_path, monkeypatch):
     monkeypatch.setattr(trained, "learn", None)
     timed = compare(CompareConfig(**(vars(config) | {"speed": True})))
     assert timed == read(tmp_path / "r" / "records.jsonl")
-    for before, after in zip(known, timed, strict=True):
+    for before, after in zip(known, map(dict, timed), strict=True):
+        is_timed = after["speedup"] is not None
+        assert after.pop("speed_command", "none") == (comparison.command() if is_timed else "none")
         assert before == after | {"speedup": None}
     speeds = {(row["policy"], row["point"]): row["speedup"] for row in timed}
     assert speeds["attention", 0.3] > speeds["attention", 0.9] > 0.3
@@ -345,8 +349,28 @@ def test_every_ablation_takes_one_thing_away(arena):
     assert settings["with-critic"] == ours | {"critic": "central"}
     assert settings["no-team-reward"]["reward"] == "markov-game"
     assert settings["released"]["prune_before"] == arena.game.released_stages
+    assert settings["released-faster"] == settings["released"] | {"lr": 5e-4}
     for changes in settings.values():
         replace(arena.base, **changes)  # raises where settings don't go together
+
+
+def test_released_has_the_numbers_of_the_code(arena):
+    """Those of github.com/LuErShuai/rl4evit at 5847406."""
+    settings = RECIPES["released"].settings(arena)
+    numbers = {
+        "lr": 5e-6, "epochs": 4, "entropy": 0.01, "gamma": 0.99, "hidden": (64, 256, 64),
+        "critic_hidden": (64, 256, 64), "lr_schedule": "constant", "reward": "released-code",
+    }  # fmt: skip
+    assert settings == settings | numbers
+    assert arena.base.num_envs / settings["minibatches"] == 16  # episodes a step
+    assert arena.base.clip == 0.2
+
+
+def test_a_recipe_is_as_long_as_it_says_unless_told_otherwise(arena):
+    assert "iterations" not in RECIPES["released"].settings(arena)
+    free = replace(arena, iterations=None, base=replace(arena.base, iterations=400))
+    assert RECIPES["released"].settings(free)["iterations"] == 200
+    assert RECIPES["mappo"].settings(free)["iterations"] == 400
 
 
 # --- what is refused ---
@@ -372,10 +396,33 @@ def test_bad_input_is_refused_at_once(line, message, capsys):
 
 
 def test_a_folder_of_another_game_is_refused(tmp_path):
-    Records(tmp_path, "digits")
     (tmp_path / "records.jsonl").write_text("")
     compare_again = CompareConfig(out=tmp_path, policies=("attention",), points=(0.4,), **SETTINGS)
     rows = compare(compare_again)
     assert rows[0]["game"] == "digits"
     with pytest.raises(SystemExit, match="holds records of digits"):
         main(["--game", "cifar10", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"eval_size": 21}, "eval_size 20 for 21"),
+        ({"test_size": 29}, "test_size 30 for 29"),
+        ({"iterations": 2}, "iterations 1 for 2"),
+        ({"checkpoint": ASSETS / "digits_vit.safetensors"}, "weights None for"),
+    ],
+)
+def test_records_of_other_settings_are_refused(change, named, tmp_path):
+    config = CompareConfig(out=tmp_path, policies=("attention",), points=(0.4,), **SETTINGS)
+    compare(config)
+    with pytest.raises(ValueError, match=rf"other settings \({named}"):
+        compare(replace(config, **change))
+
+
+def test_the_first_records_that_did_not_say_their_settings_still_count(tmp_path):
+    config = CompareConfig(out=tmp_path, policies=("attention",), points=(0.4,), **SETTINGS)
+    (row,) = compare(config)
+    del row["settings"]
+    (tmp_path / "records.jsonl").write_text(json.dumps(row) + "\n")
+    assert compare(config) == [row]
