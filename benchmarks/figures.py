@@ -4,8 +4,9 @@ Drawn beside the records, as far as they hold what it takes:
 
 - ``tradeoff.png``: accuracy against the share of the dense compute and against measured speed-up;
 - ``ablations.png``: the same for ours with one thing taken away or put in another's place;
+- ``libraries.png``: the same for another library's algorithms;
 - ``fine_tuning.png``: with and without fine-tuning the backbone;
-- ``knob.png``: patches kept and compute against the price of compute;
+- ``knob.png``: patches that ours keeps, and its compute, against the price of compute;
 - ``pruned.png``: images after each stage, pruned patches white;
 - ``curves.png``: how trainings went;
 - ``adaptive.png``: how many patches images have left.
@@ -38,11 +39,13 @@ from tokenprune.trainers.checkpoint import write_atomically
 matplotlib.use("Agg", force=False)
 
 OURS = "mappo"
+LIBRARY = "benchmarl-"  # before the name of another library's algorithm
 FINE_TUNED = "-fine-tuned"  # behind the name of the policy that was not
 # ours with one thing taken away or put in another's place
 ABLATIONS = {*RECIPES, "mappo-each-price"} - {OURS, "paper", "released"}
 SHOWN = 12.0  # points under dense: who loses more is off the chart
 MARKERS = "osD^vP*X<>hp"
+COLORS = [matplotlib.colormaps["tab20"](i) for i in (*range(0, 20, 2), *range(1, 20, 2))]
 CURVE_TITLES = {
     "accuracy": "accuracy on training images, sampled",
     "keep_ratio": "share of patches kept, sampled",
@@ -79,10 +82,10 @@ def draw_line(
     """Means over seeds with a band; points where ``x`` is not known are left out."""
     places, means, lows, highs = [], [], [], []
     for group in points.values():
-        known = [value for row in group if (value := x(row)) is not None]
-        if not known:
+        pairs = [(place, y(row)) for row in group if (place := x(row)) is not None]
+        if not pairs:
             continue
-        values = [y(row) for row in group]
+        known, values = zip(*pairs, strict=True)
         low, high = interval(values)
         places.append(float(np.mean(known)))
         means.append(float(np.mean(values)))
@@ -107,8 +110,8 @@ def draw_tradeoff(
         ("GMACs, % of dense", lambda row: 100 * row["gmacs"] / row["dense_gmacs"]),
         ("measured speed-up over timm's dense model", lambda row: row["speedup"]),
     ]
-    if all(row["speedup"] is None for row in rows):
-        panels.pop()
+    if len({row["policy"] for row in rows if row["speedup"] is not None}) < 2:
+        panels.pop()  # one line compares nothing
     figure = Figure(figsize=(5.5 * len(panels), 4.6), layout="constrained")
     columns = figure.subplots(1, len(panels), squeeze=False)[0]
     # a bound is judged on fewer images: dense is drawn as all others saw it
@@ -121,7 +124,8 @@ def draw_tradeoff(
         axes.set_xlabel(title)
         axes.set_ylabel("test accuracy, %")
         axes.grid(alpha=0.3)
-    columns[0].legend(fontsize=8)
+    # beside the panels: with many policies it would cover lines
+    figure.legend(*columns[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     save(figure, path)
 
 
@@ -132,8 +136,7 @@ def among_all(name: str, place: int) -> dict[str, Any]:
         "label": name,
         "marker": MARKERS[place % len(MARKERS)],
         "markersize": 4,
-        "color": "black" if is_ours else f"C{(place - 1) % 10}",
-        "linestyle": "-" if place <= 10 else "--",
+        "color": "black" if is_ours else COLORS[(place - 1) % len(COLORS)],
         "linewidth": 2.2 if is_ours else 1.2,
         "zorder": 3 if is_ours else 2,
     }
@@ -153,17 +156,19 @@ def in_pairs(name: str, place: int) -> dict[str, Any]:
 
 def draw_knob(rows: Sequence[Record], path: Path) -> None:
     """What one policy for all budgets keeps and spends by its budget."""
-    priced = sorted(rows, key=lambda row: row["budget"])
+    points = grouped(rows)[OURS]
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for name in sorted({row["policy"] for row in priced}):
-        mine = [row for row in priced if row["policy"] == name]
-        prices = [row["budget"] for row in mine]
-        spent = [100 * row["gmacs"] / row["dense_gmacs"] for row in mine]
-        kept = [100 * float(np.mean(row["kept"])) for row in mine]
-        axes.plot(prices, spent, "o", markersize=4, label=f"{name}: GMACs")
-        axes.plot(prices, kept, "^", markersize=4, label=f"{name}: patches kept")
+    shares: list[tuple[str, str, Callable[[Record], float]]] = [
+        ("GMACs", "o", lambda row: 100 * row["gmacs"] / row["dense_gmacs"]),
+        ("patches kept, mean of the stages", "^", lambda row: 100 * float(np.mean(row["kept"]))),
+    ]
+    for label, marker, share in shares:
+        draw_line(axes, points, lambda row: row["budget"], share, marker=marker, label=label)
     axes.set_xscale("log")
+    prices = [float(np.mean([row["budget"] for row in group])) for group in points.values()]
+    axes.set_xticks(prices, [f"{price:.2g}" for price in prices])
+    axes.set_xticks([], minor=True)
     axes.set_xlabel("price of compute (alpha; beta is 1)")
     axes.set_ylabel("% of dense")
     axes.grid(alpha=0.3)
@@ -222,19 +227,22 @@ def draw_curves(curves: Sequence[Curve], path: Path) -> None:
 
 def draw_adaptive(rows: Sequence[Record], path: Path) -> None:
     """Patches that images have left at the end, at the operating point in the middle."""
-    policies = grouped(rows)
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    points = sorted({row["point"] for row in rows})
+    middle = points[(len(points) - 1) // 2]
+    figure = Figure(figsize=(8, 4.4), layout="constrained")
     axes = figure.subplots()
-    for name, points in policies.items():
-        group = list(points.values())[len(points) // 2]
+    for i, (name, groups) in enumerate(grouped(rows).items()):
+        if middle not in groups:
+            continue
+        group = groups[middle]
         left = np.sum([row["left"] for row in group], axis=0)
         share = 100 * left / left.sum()
-        style = {"color": "black", "linewidth": 2.2} if name == OURS else {"linewidth": 1.2}
+        style = {key: among_all(name, i)[key] for key in ("color", "linewidth", "zorder")}
         axes.step(range(len(share)), share, where="mid", label=name, **style)
     axes.set_yscale("symlog", linthresh=1)
-    axes.set_xlabel("patches left behind the last stage")
+    axes.set_xlabel(f"patches left behind the last stage, at {middle:.0%} of dense GMACs")
     axes.set_ylabel("images, %")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     save(figure, path)
 
 
@@ -258,7 +266,8 @@ def draw(folder: Path) -> list[Path]:
     policies = {row["policy"] for row in rows}
     tuned = {name for name in policies if name.endswith(FINE_TUNED)}
     pairs = tuned | {name.removesuffix(FINE_TUNED) for name in tuned}
-    priced = [row for row in rows if "budget" in row]
+    libraries = {name for name in policies if name.startswith(LIBRARY)}
+    rivals = policies - ABLATIONS - libraries
     curves, pictures = read_curves(folder), read_pictures(folder)
 
     def of(names: Set[str]) -> list[Record]:
@@ -267,13 +276,14 @@ def draw(folder: Path) -> list[Path]:
     tuned_or_not = partial(draw_tradeoff, style_of=in_pairs)
     tradeoff = partial(draw_tradeoff, style_of=among_all)
     figures: list[tuple[str, Callable[[Any, Path], None], Any]] = [
-        ("tradeoff.png", tradeoff, of(policies - ABLATIONS - tuned)),
+        ("tradeoff.png", tradeoff, of(rivals - tuned)),
         ("ablations.png", tradeoff, of(ABLATIONS | {OURS}) if policies & ABLATIONS else []),
+        ("libraries.png", tradeoff, of(libraries | {OURS}) if libraries else []),
         ("fine_tuning.png", tuned_or_not, of(pairs)),
-        ("knob.png", draw_knob, priced),
+        ("knob.png", draw_knob, of({OURS})),
         ("pruned.png", draw_pruned, pictures),
         ("curves.png", draw_curves, curves),
-        ("adaptive.png", draw_adaptive, of(policies - ABLATIONS)),
+        ("adaptive.png", draw_adaptive, of(rivals)),
     ]
     drawn = []
     for name, draw_figure, shown in figures:

@@ -194,8 +194,10 @@ def learned(name: str, recipe: Recipe, arena: Arena, seed: int) -> Contender:
         return placed(PrunedViT.from_run(arena.runs / f"{name}-{seed}"), arena)
 
     def tune(gmacs: float) -> Knobs:
-        trained_run(arena, name, seed, recipe.settings(arena))
-        return tuned(arena, load(), gmacs)
+        settings = recipe.settings(arena)
+        trained_run(arena, name, seed, settings)
+        price = {} if recipe.many_prices else {"alpha": settings.get("alpha", arena.base.alpha)}
+        return {**price, **tuned(arena, load(), gmacs)}
 
     return Contender(tune, lambda knobs: set_to(load(), knobs))
 
@@ -214,8 +216,9 @@ def one_price_each(ours: Recipe, arena: Arena, seed: int) -> Contender:
         percent = 100e9 * gmacs / arena.backbone.dense_macs
         name = f"mappo-each-price-{percent:.0f}"
         price = learned("mappo", ours, arena, seed).tune(gmacs)["budget"]
-        run = trained_run(arena, name, seed, changes | {"alpha": float(f"{price:.2g}")}).name
-        return {"run": run, **tuned(arena, load(run), gmacs)}
+        alpha = {"alpha": float(f"{price:.2g}")}
+        run = trained_run(arena, name, seed, changes | alpha).name
+        return {"run": run, **alpha, **tuned(arena, load(run), gmacs)}
 
     return Contender(tune, lambda knobs: set_to(load(knobs["run"]), knobs))
 

@@ -73,7 +73,8 @@ PICTURES = Pictures(
         (ROWS, ["tradeoff.png", "knob.png", "adaptive.png"]),
         (ROWS[:4], ["tradeoff.png", "adaptive.png"]),
         ([*ROWS, *more("no-stage")], ["tradeoff.png", "ablations.png", "knob.png", "adaptive.png"]),
-        (more("no-stage"), ["ablations.png", "knob.png"]),
+        (more("no-stage"), ["ablations.png"]),
+        (more("benchmarl-qmix"), ["libraries.png"]),
         (
             [*ROWS, *more("mappo-fine-tuned")],
             ["tradeoff.png", "fine_tuning.png", "knob.png", "adaptive.png"],
