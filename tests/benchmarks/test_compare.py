@@ -85,7 +85,8 @@ def test_ours_spend_at_most_as_much(arena, name, dithers, monkeypatch):
         spent = evaluate(pruned, arena.validation, arena.size).gmacs
         assert 0.85 * target < spent <= target
         knob = "budget" if recipe.many_prices else "threshold"
-        assert knobs == {knob: getattr(pruned.policy, knob)} | (
+        price = {} if recipe.many_prices else {"alpha": arena.base.alpha}  # that of the training
+        assert knobs == price | {knob: getattr(pruned.policy, knob)} | (
             {"dither": pruned.policy.dither} if dithers else {}
         )
 
@@ -320,6 +321,7 @@ def test_each_operating_point_has_a_training_of_its_own(arena):
     config = json.loads((arena.runs / knobs["run"] / "config.json").read_text())
     low, high = arena.game.alpha_range
     assert low / 8 <= config["alpha"] <= high * 8
+    assert knobs["alpha"] == config["alpha"]
     assert "budget" not in config["observation"]
     assert contender.make(knobs).policy.threshold == knobs["threshold"]
 
