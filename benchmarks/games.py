@@ -29,6 +29,8 @@ class Game:
             photographs neighbours are alike.
         training: further options of ``trainers.mappo``.
         fine_tuning: options of ``trainers.finetune``.
+        dynamic_vit: options of ``trainers.dynamic_vit``, so that it takes about as many passes
+            through the backbone as ours.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Game:
     dithers: bool = False
     training: Mapping[str, Any] = field(default_factory=dict)
     fine_tuning: Mapping[str, Any] = field(default_factory=dict)
+    dynamic_vit: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self, dataset: str | None, checkpoint: Path | None, pretrained: bool) -> MappoConfig:
         """The settings that a training in this game starts from.
@@ -94,6 +97,7 @@ GAMES: Mapping[str, Game] = {
             training={"iterations": 1_000, "eval_every": 250},
             # the augmentation that the backbone learned with
             fine_tuning={"augmentation": {"scale": [0.5, 1], "color_jitter": 0.0}},
+            dynamic_vit={"iterations": 3_000},
         ),
         Game(
             name="imagenet",

@@ -281,6 +281,7 @@ def dynamic_vit(name: str, fine_tune: bool, arena: Arena, seed: int) -> Contende
         seed=seed,
         run_name=str(folder.absolute()),
         **of_the_game(base),
+        **arena.game.dynamic_vit,
     )
     if arena.iterations is not None:
         config = replace(config, iterations=arena.iterations)

@@ -406,20 +406,17 @@ def test_a_folder_of_another_game_is_refused(tmp_path):
         main(["--game", "cifar10", "--out", str(tmp_path)])
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
+def test_records_of_other_settings_are_refused(tmp_path):
+    config = CompareConfig(out=tmp_path, policies=("attention",), points=(0.4,), **SETTINGS)
+    compare(config)
+    for change, named in (
         ({"eval_size": 21}, "eval_size 20 for 21"),
         ({"test_size": 29}, "test_size 30 for 29"),
         ({"iterations": 2}, "iterations 1 for 2"),
         ({"checkpoint": ASSETS / "digits_vit.safetensors"}, "weights None for"),
-    ],
-)
-def test_records_of_other_settings_are_refused(change, named, tmp_path):
-    config = CompareConfig(out=tmp_path, policies=("attention",), points=(0.4,), **SETTINGS)
-    compare(config)
-    with pytest.raises(ValueError, match=rf"other settings \({named}"):
-        compare(replace(config, **change))
+    ):
+        with pytest.raises(ValueError, match=rf"other settings \({named}"):
+            compare(replace(config, **change))
 
 
 def test_the_first_records_that_did_not_say_their_settings_still_count(tmp_path):
