@@ -42,7 +42,7 @@ OURS = "mappo"
 LIBRARY = "benchmarl-"  # before the name of another library's algorithm
 FINE_TUNED = "-fine-tuned"  # behind the name of the policy that was not
 # ours with one thing taken away or put in another's place
-ABLATIONS = {*RECIPES, "mappo-each-price"} - {OURS, "paper", "released"}
+ABLATIONS = {*RECIPES, "mappo-each-price"} - {OURS, "paper", "released", "released-faster"}
 SHOWN = 12.0  # points under dense: who loses more is off the chart
 MARKERS = "osD^vP*X<>hp"
 COLORS = [matplotlib.colormaps["tab20"](i) for i in (*range(0, 20, 2), *range(1, 20, 2))]

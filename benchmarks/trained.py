@@ -378,7 +378,7 @@ RECIPES: Mapping[str, Recipe] = {
     "agreement": Recipe("paid for dense's answers, no labels", {"accuracy": "agreement"}),
     "confidence": Recipe("paid for the true class's probability", {"accuracy": "confidence"}),
     "paper": Recipe("the paper's way: pot, critic as baseline", PAPER, many_prices=False),
-    # half as many iterations take them three times as long as ours
+    # half as many iterations still take them several times as long as ours
     "released": Recipe(
         "what RL4EViT's code does", RELEASED, many_prices=False, stages="released", length=0.5
     ),
