@@ -114,8 +114,7 @@ def draw_tradeoff(
         panels.pop()  # one line compares nothing
     figure = Figure(figsize=(5.5 * len(panels), 4.6), layout="constrained")
     columns = figure.subplots(1, len(panels), squeeze=False)[0]
-    # a bound is judged on fewer images: dense is drawn as all others saw it
-    dense = max(rows, key=lambda row: sum(row["left"]))["dense_accuracy"]
+    dense = rows[0]["dense_accuracy"]
     for axes, (title, x) in zip(columns, panels, strict=True):
         for i, (name, points) in enumerate(grouped(rows).items()):
             draw_line(axes, points, x, lambda row: 100 * row["accuracy"], **style_of(name, i))
@@ -267,7 +266,10 @@ def draw(folder: Path) -> list[Path]:
     tuned = {name for name in policies if name.endswith(FINE_TUNED)}
     pairs = tuned | {name.removesuffix(FINE_TUNED) for name in tuned}
     libraries = {name for name in policies if name.startswith(LIBRARY)}
-    rivals = policies - ABLATIONS - libraries
+    # bounds, on fewer images than all others, would stretch the axes far beyond what prunes
+    most = max(sum(row["left"]) for row in rows)
+    bounds = {row["policy"] for row in rows if sum(row["left"]) < most}
+    rivals = policies - ABLATIONS - libraries - bounds
     curves, pictures = read_curves(folder), read_pictures(folder)
 
     def of(names: Set[str]) -> list[Record]:

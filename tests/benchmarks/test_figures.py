@@ -118,9 +118,12 @@ def test_fine_tuned_and_not_share_a_colour(monkeypatch):
     assert (before.get_linestyle(), after.get_linestyle()) == ("--", "-")
 
 
-def test_dense_is_drawn_as_on_all_images(monkeypatch):
+def test_who_was_judged_on_fewer_images_is_not_among_them(monkeypatch, tmp_path):
     bound = record("oracle", 0, 0.3, 1.0, dense_accuracy=0.5, left=[0, 1, 0])
-    lines = drawn_lines(monkeypatch, draw_tradeoff, [bound, *ROWS], None, among_all)
+    Records(tmp_path, "digits").add([bound, *ROWS])
+    lines = drawn_lines(monkeypatch, draw, tmp_path)
+    assert "mappo" in lines
+    assert "oracle" not in lines
     assert lines["dense"].get_ydata()[0] == pytest.approx(95)
 
 
