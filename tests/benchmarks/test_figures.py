@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tokenprune.benchmarks.figures import (
-    among_all,
     draw,
     draw_curves,
     draw_line,
