@@ -329,6 +329,7 @@ def test_each_operating_point_has_a_training_of_its_own(arena):
 
 @pytest.mark.slow
 def test_dynamic_vit_takes_part_with_and_without_its_backbone(arena):
+    arena = replace(arena, game=replace(arena.game, dynamic_vit={"batch_size": 8}))
     # the backbone begins to learn after a sixth of the training
     for name, iterations in (("dynamic-vit", 1), ("dynamic-vit-fine-tuned", 6)):
         contender = ENTRANTS[name].open(replace(arena, iterations=iterations), 0)
@@ -339,6 +340,7 @@ def test_dynamic_vit_takes_part_with_and_without_its_backbone(arena):
         assert learns == ENTRANTS[name].fine_tunes
     config = json.loads((arena.runs / "dynamic-vit-0" / "config.json").read_text())
     assert config["iterations"] == SETTINGS["iterations"]
+    assert config["batch_size"] == 8
 
 
 def test_every_ablation_takes_one_thing_away(arena):
