@@ -1,5 +1,7 @@
 """What several test files share: small ViTs in which every parameter matters, and a few images."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -7,7 +9,8 @@ from hypothesis import settings
 from timm.layers import Attention
 
 from tokenprune.envs.backbone import StagedViT
-from tokenprune.trainers import evaluation, report
+from tokenprune.trainers import library_run, report
+from tokenprune.trainers.evaluation import images_per_second
 
 # The same examples every time, however fast the machine is; to look for others, give
 # --hypothesis-profile=search.
@@ -123,9 +126,24 @@ def keeps():
     return draw
 
 
+@pytest.fixture
+def few_test_images(monkeypatch):
+    """Runs of other libraries are judged on 500 of the 5,000 digits."""
+    whole = library_run.open_images
+
+    def some(dataset, split, *arguments, **options):
+        return whole(
+            dataset, split, *arguments, **options | ({"size": 500} if split == "test" else {})
+        )
+
+    monkeypatch.setattr(library_run, "open_images", some)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def timed_here():
-    """Reports time their models without a process of their own, which takes seconds to start."""
+    """Reports time their models in one round, without a process of their own: its start alone
+    takes seconds.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "speeds_of_fresh_process", evaluation.images_per_second)
+        patch.setattr(report, "speeds_of_fresh_process", partial(images_per_second, rounds=1))
         yield

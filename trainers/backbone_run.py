@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from timm.optim import list_optimizers
 from torch import Tensor
 
 from tokenprune.envs.models import write_weights
@@ -84,7 +83,6 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         refused = unfit(self) | {
-            "optimizer": self.optimizer not in list_optimizers(),
             "label_smoothing": not 0 <= self.label_smoothing < 1,
             "mixup": self.mixup < 0,
             "cutmix": self.cutmix < 0,

@@ -102,12 +102,14 @@ class FinetuneConfig:
     workers: int | None = None
     """Processes a rank that read and vary photographs ahead; 0 reads them when they are needed, in
     threads. If not given, 0 on a CPU, and beside a GPU as many as a rank has cores, up to 8."""
+    optimizer: str = "adamw"
+    """One of timm.optim.list_optimizers(). nmuon learns photographs in far fewer steps."""
     lr: float = 3e-4
     """Peak learning rate; linear warm-up, then a cosine to zero."""
     warmup: float = 0.05
     """Share of all steps that warms up."""
     weight_decay: float = 0.05
-    """AdamW's, on weights only."""
+    """The optimizer's, on weights only."""
     ema_decay: float = 0.98
     """Decay a step of the averaged weights, which are the ones evaluated and saved."""
     validation_size: int = 4_000
@@ -301,7 +303,7 @@ def train(config: FinetuneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
     images = TrainingImages(dataset, config, data_config, device, ranks)
     validation = open_images(dataset, "validation", data_config, size=config.validation_size)
     steps = config.epochs * images.steps_an_epoch
-    learner = Learner(model, Distillation(teacher, config), config, steps, ranks=ranks)
+    learner = Learner(model, Distillation(teacher, config), config, steps, ranks)
     averaged = learner.ema.module
     place: Place | None = None
     if run.is_begun:

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 import torch
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2, muon
+from timm.optim import create_optimizer_v2, list_optimizers, muon
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -58,6 +58,7 @@ class Recipe(Protocol):
     accumulate: int
     precision: Precision
     workers: int | None
+    optimizer: str
     lr: float
     warmup: float
     weight_decay: float
@@ -74,6 +75,7 @@ def unfit(recipe: Recipe) -> dict[str, bool]:
         "accumulate": not 1 <= recipe.accumulate <= recipe.batch_size,
         "precision": recipe.precision not in get_args(Precision),
         "workers": recipe.workers is not None and not 0 <= recipe.workers <= MOST_WORKERS,
+        "optimizer": recipe.optimizer not in list_optimizers(),
         "lr": not 0 < recipe.lr < math.inf,
         "warmup": not 0 <= recipe.warmup <= 1,
         "weight_decay": not 0 <= recipe.weight_decay < math.inf,
@@ -235,7 +237,6 @@ class Learner:
         loss: of a batch; it runs ``model``, or what has to be called in its place.
         recipe: how.
         steps: of the whole training, all epochs together.
-        optimizer: timm's name of it.
         ranks: who learns together.
     """
 
@@ -245,14 +246,13 @@ class Learner:
         loss: Loss,
         recipe: Recipe,
         steps: int,
-        optimizer: str = "adamw",
         ranks: Ranks = ALONE,
     ) -> None:
         self.model = model
         self.ranks = ranks
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)
         self.optimizer = create_optimizer_v2(
-            model, opt=optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay
+            model, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay
         )
         self.recipe = recipe
         self.steps = steps

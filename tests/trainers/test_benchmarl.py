@@ -107,7 +107,7 @@ def test_a_task_survives_pickling(task):
 
 
 @pytest.mark.slow
-def test_mappo_learns_to_prune_the_digits(tmp_path, monkeypatch, capsys):
+def test_mappo_learns_to_prune_the_digits(tmp_path, monkeypatch, capsys, few_test_images):
     monkeypatch.setattr(library_run, "RUNS", tmp_path)
     main(["--images", "32", "--iterations", "30", "--run-name", "one", "--device", "cpu"])
     report = json.loads((tmp_path / "one" / "report.json").read_text())

@@ -407,10 +407,11 @@ def test_a_model_that_can_not_be_written_leaves_none(config, monkeypatch):
     }  # fmt: skip
 
 
-def test_another_seed_is_another_run(config):
+@pytest.mark.parametrize("change", [{"seed": 1}, {"optimizer": "sgd"}])
+def test_another_seed_or_optimizer_is_another_run(config, change):
     config = replace(config, epochs=1)
     train(config)
-    train(replace(config, seed=1, run_name="other"))
+    train(replace(config, run_name="other", **change))
     train(replace(config, run_name="again"))
     assert same_run("r", "again")
     assert not same_run("r", "other")
@@ -504,6 +505,7 @@ def test_bad_input_is_named_at_once(config, change, error, message):
     [
         {"epochs": 0},
         {"lr": float("nan")},
+        {"optimizer": "sdg"},
         {"frozen": "all"},
         {"execution": "padded"},
         {"distillation": -1.0},

@@ -54,7 +54,9 @@ def test_a_round_plays_new_images_to_the_end_and_moves_the_policy(one_core, vit,
 
 
 @pytest.mark.slow
-def test_a_run_leaves_its_record_and_a_checkpoint(one_core, tmp_path, monkeypatch, capsys):
+def test_a_run_leaves_its_record_and_a_checkpoint(
+    one_core, tmp_path, monkeypatch, capsys, few_test_images
+):
     monkeypatch.setattr(library_run, "RUNS", tmp_path)
     main(["--images", "8", "--iterations", "2", "--run-name", "one", "--device", "cpu"])
     folder = tmp_path / "one"
