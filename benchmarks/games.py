@@ -95,8 +95,15 @@ GAMES: Mapping[str, Game] = {
             alpha_range=(0.01, 0.4),
             dithers=True,
             training={"iterations": 1_000, "eval_every": 250},
-            # the augmentation that the backbone learned with
-            fine_tuning={"augmentation": {"scale": [0.5, 1], "color_jitter": 0.0}},
+            # as the backbone learned
+            fine_tuning={
+                "augmentation": {"scale": [0.5, 1], "color_jitter": 0.0},
+                "epochs": 8,
+                "epoch_size": 45_000,
+                "labels": 1.0,
+                "optimizer": "nmuon",
+                "lr": 2e-3,
+            },
             dynamic_vit={"iterations": 3_000},
         ),
         Game(
