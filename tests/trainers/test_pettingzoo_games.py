@@ -23,8 +23,8 @@ GAMES = {
             "max_cycles": 50,
             "surround": False,
         },
-        {"iterations": 14, "num_envs": 8},
-        1.5,
+        {"iterations": 14},
+        1.0,
     ),
     # knights and archers are killed one by one while the others play on
     "pettingzoo.butterfly.knights_archers_zombies_v11": (
@@ -44,7 +44,8 @@ def test_learns_beyond_random(game):
     task = PettingZooTask(config)
     torch.manual_seed(config.seed)
     trainer = Trainer(task.env, task.make_actor(), config)
-    # a fresh actor's actions are about as likely: the first iteration is played at random
+    # a fresh actor's actions are about as likely: the first iterations are played at random
     returns = [trainer.iterate()["episode_return"] for _ in range(config.iterations)]
     task.env.close()
-    assert (returns[-2] + returns[-1]) / 2 - returns[0] > least_gain, returns
+    before, after = sum(returns[:3]) / 3, sum(returns[-3:]) / 3
+    assert after - before > least_gain, returns
