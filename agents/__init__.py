@@ -1,10 +1,10 @@
 """Who decides: policies, and the backbone pruned by one."""
 
-from tokenprune.agents.actor_critic import LearnedPolicy, TokenActor
-from tokenprune.agents.dynamic_vit import DynamicViTPolicy
-from tokenprune.agents.heuristics import AdaptiveSampling, AttentionThreshold, KeepAll, TopK
-from tokenprune.agents.policy import Policy
-from tokenprune.agents.pruned_vit import PrunedViT, prune
+from prunevit.agents.policies.actor_critic import LearnedPolicy, TokenActor
+from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
+from prunevit.agents.policies.heuristics import AdaptiveSampling, AttentionThreshold, KeepAll, TopK
+from prunevit.agents.policies.policy import Policy
+from prunevit.agents.pruned_vit import PrunedViT, prune
 
 __all__ = [
     "AdaptiveSampling",

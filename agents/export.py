@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tokenprune.agents.actor_critic import LearnedPolicy
-from tokenprune.agents.pruned_vit import PrunedViT
-from tokenprune.envs.backbone import StagedViT, Tokens
-from tokenprune.envs.blocks import observed_row
-from tokenprune.envs.heads import classify_prefix, pools_tokens
-from tokenprune.envs.observations import View
+from prunevit.agents.policies.actor_critic import LearnedPolicy
+from prunevit.agents.pruned_vit import PrunedViT
+from prunevit.envs.observations import View
+from prunevit.envs.vit.blocks import observed_row
+from prunevit.envs.vit.heads import classify_prefix, pools_tokens
+from prunevit.envs.vit.staged_vit import StagedViT, Tokens
 
 OPSET = 18
 
@@ -75,7 +75,7 @@ class OneImage(nn.Module):
         return classify_prefix(backbone.model, tokens.x[None, : backbone.num_prefix])
 
     def _decide(self, view: View) -> Tensor:
-        view = self.policy.priced(view)
+        view = self.policy.under_own_alpha(view)
         logits = self.policy.logits(view)
         return self.policy.keep(view, view.scatter(logits[:, 1] - logits[:, 0]))
 
@@ -111,7 +111,7 @@ class OneImage(nn.Module):
 def export_onnx(model: PrunedViT, file: Path | str) -> None:
     """Writes ``model`` for images [1, C, H, W], input "image", output "logits".
 
-    Needs ``pip install 'tokenprune[onnx]'``.
+    Needs ``pip install 'prunevit[onnx]'``.
 
     Raises:
         ExportError: the model has no ONNX form.

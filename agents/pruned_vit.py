@@ -12,12 +12,12 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
-from tokenprune.agents import saved
-from tokenprune.agents.actor_critic import LearnedPolicy
-from tokenprune.agents.dynamic_vit import DynamicViTPolicy
-from tokenprune.agents.policy import Policy
-from tokenprune.envs.backbone import StagedViT, Tokens
-from tokenprune.envs.observations import View
+from prunevit.agents import saving
+from prunevit.agents.policies.actor_critic import LearnedPolicy
+from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
+from prunevit.agents.policies.policy import Policy
+from prunevit.envs.observations import View
+from prunevit.envs.vit.staged_vit import StagedViT, Tokens
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Trace:
 class PrunedViT(
     nn.Module,
     ModelHubMixin,
-    library_name="tokenprune",
+    library_name="prunevit",
     license="apache-2.0",
     tags=["vision-transformer", "token-pruning"],
 ):
@@ -122,10 +122,10 @@ class PrunedViT(
         backbone, policy = self.backbone, self.policy
         execution = "masked" if self.training else backbone.execution
         tokens = backbone.begin(images, policy.needs_attention, execution)
-        budget = torch.zeros(len(images), device=images.device)
+        alpha = torch.zeros(len(images), device=images.device)
         alive = []
         for stage in range(backbone.num_stages):
-            view = View(backbone, tokens, stage, budget, images=images)
+            view = View(backbone, tokens, stage, alpha, images=images)
             tokens = backbone.advance(tokens, self._decide(view), stage, policy.needs_attention)
             alive.append(tokens.alive[:, backbone.num_prefix :])
         return tokens, torch.stack(alive, dim=1)
@@ -168,7 +168,7 @@ class PrunedViT(
     # files
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        saved.write(
+        saving.write(
             save_directory, self.backbone, self.policy, self.model_kwargs, self.state_dict()
         )
 
@@ -186,10 +186,10 @@ class PrunedViT(
             SavedModelError: files are missing, damaged or of another version, or the hub can't be
                 reached.
         """
-        config, weights = saved.locate(str(pretrained_model_name_or_path), hub_options)
-        backbone, policy, model_kwargs = saved.rebuild(config)
+        config, weights = saving.locate(str(pretrained_model_name_or_path), hub_options)
+        backbone, policy, model_kwargs = saving.rebuild(config)
         model = cls(backbone, policy, model_kwargs)
-        saved.load_weights(model, weights)
+        saving.load_weights(model, weights)
         return model.eval()
 
     @classmethod
@@ -202,7 +202,7 @@ class PrunedViT(
                 damaged, or its backbone's weights were random and are gone.
             BackboneError: the backbone can't be built or loaded.
         """
-        backbone, policy, model_kwargs = saved.read_run(Path(folder))
+        backbone, policy, model_kwargs = saving.read_run(Path(folder))
         return cls(backbone, policy, model_kwargs).eval()
 
 

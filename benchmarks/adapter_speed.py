@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenprune.envs.adapters.common import GameArguments
-from tokenprune.envs.adapters.epymarl import TokenPruneAgents
-from tokenprune.envs.adapters.gymnasium import TokenPruneVector
-from tokenprune.envs.adapters.sb3 import TokenVecEnv
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.datasets import ImageSet
-from tokenprune.envs.game import TokenGame
-from tokenprune.envs.token_prune import TokenPruneEnv
+from prunevit.envs.adapters.common import GameArguments
+from prunevit.envs.adapters.epymarl import TokenPruneAgents
+from prunevit.envs.adapters.gymnasium import TokenPruneVector
+from prunevit.envs.adapters.sb3 import TokenVecEnv
+from prunevit.envs.data.datasets import ImageSet
+from prunevit.envs.game import TokenGame
+from prunevit.envs.token_prune import TokenPruneEnv
+from prunevit.envs.vit.staged_vit import StagedViT
 
 Play = Callable[[], object]  # an episode of all images
 BARE = "TokenGame"
@@ -66,7 +66,7 @@ def epymarl_env(keeps: Tensor, game: GameArguments) -> Play:
 
 def rllib_vector(keeps: Tensor, game: GameArguments) -> Play:
     """``TokenPruneMultiVector``: a dictionary of the living an image."""
-    from tokenprune.envs.adapters.rllib import TokenPruneMultiVector
+    from prunevit.envs.adapters.rllib import TokenPruneMultiVector
 
     env = TokenPruneMultiVector(keeps.shape[1], game)
     names = env.envs[0].agents
@@ -91,7 +91,7 @@ def _episode(env: Any, actions: Sequence[Any]) -> Play:
 
 def torchrl_native(keeps: Tensor, game: GameArguments) -> Play:
     """``TokenPruneTorchRL``."""
-    from tokenprune.envs.adapters.torchrl import TokenPruneTorchRL
+    from prunevit.envs.adapters.torchrl import TokenPruneTorchRL
 
     return _torchrl(TokenPruneTorchRL(keeps.shape[1], **game), keeps)
 

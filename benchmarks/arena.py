@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenprune.agents.pruned_vit import Trace
-from tokenprune.benchmarks.games import Game
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.datasets import ImageSet
-from tokenprune.trainers.config import MappoConfig
-from tokenprune.trainers.evaluation import Traced, evaluate
+from prunevit.agents.pruned_vit import Trace
+from prunevit.benchmarks.games import Game
+from prunevit.envs.data.datasets import ImageSet
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.trainers.common.config import MappoConfig
+from prunevit.trainers.common.evaluation import Traced, evaluate
 
 BISECTIONS = 12
 

@@ -17,7 +17,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from tokenprune.envs.families import FAMILIES, why_unsupported
+from prunevit.envs.vit.supported import FAMILIES, why_unsupported
 
 # Titles of rows and patterns of names; the first that fits, and the last for all others of the
 # classes that are supported.

@@ -27,23 +27,23 @@ import tyro
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from tokenprune.agents.pruned_vit import PrunedViT
-from tokenprune.benchmarks.arena import Arena, Bound, Contender, Knobs, UnreachableError
-from tokenprune.benchmarks.entrants import ENTRANTS
-from tokenprune.benchmarks.games import GAMES
-from tokenprune.benchmarks.measuring import Timing, hardware, speedup
-from tokenprune.benchmarks.records import Record, Records, table
-from tokenprune.benchmarks.shown import Curves, take_pictures
-from tokenprune.benchmarks.trained import middle_point
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.datasets import ImageSet, open_images
-from tokenprune.envs.models import create_backbone, sha256
-from tokenprune.envs.token_prune import pick_device
-from tokenprune.trainers.checkpoint import CheckpointError
-from tokenprune.trainers.evaluation import Evaluation, Stopwatch, evaluate, evaluate_traces
-from tokenprune.trainers.run_folder import TrainingError
-from tokenprune.trainers.runs import RunError
-from tokenprune.trainers.supervised import versions
+from prunevit.agents.pruned_vit import PrunedViT
+from prunevit.benchmarks.arena import Arena, Bound, Contender, Knobs, UnreachableError
+from prunevit.benchmarks.entrants import ENTRANTS
+from prunevit.benchmarks.games import GAMES
+from prunevit.benchmarks.measuring import Timing, hardware, speedup
+from prunevit.benchmarks.records import Record, Records, table
+from prunevit.benchmarks.shown import Curves, take_pictures
+from prunevit.benchmarks.trained import middle_point
+from prunevit.envs.data.datasets import ImageSet, open_images
+from prunevit.envs.token_prune import pick_device
+from prunevit.envs.vit.create import create_backbone, sha256
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.trainers.common.checkpoint import CheckpointError
+from prunevit.trainers.common.classification import versions
+from prunevit.trainers.common.evaluation import Evaluation, Stopwatch, evaluate, evaluate_traces
+from prunevit.trainers.common.run_folder import TrainingError
+from prunevit.trainers.common.runs import RunError
 
 SPEED_BATCH = 64
 SPEED_IMAGES = 256

@@ -15,21 +15,21 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tokenprune.agents.heuristics import AdaptiveSampling, AttentionThreshold, Score, TopK
-from tokenprune.agents.oracle import Oracle
-from tokenprune.agents.pruned_vit import PrunedViT, Trace
-from tokenprune.benchmarks.arena import Arena, Bound, Contender, Knobs, UnreachableError, bisected
-from tokenprune.benchmarks.peers.evit import EViT, even_tokens
-from tokenprune.benchmarks.peers.evit import macs_counter as evit_macs_counter
-from tokenprune.benchmarks.peers.evit import token_counts as evit_token_counts
-from tokenprune.benchmarks.peers.tome import (
+from prunevit.agents.policies.heuristics import AdaptiveSampling, AttentionThreshold, Score, TopK
+from prunevit.agents.policies.oracle import Oracle
+from prunevit.agents.pruned_vit import PrunedViT, Trace
+from prunevit.benchmarks.arena import Arena, Bound, Contender, Knobs, UnreachableError, bisected
+from prunevit.benchmarks.peers.evit import EViT, even_tokens
+from prunevit.benchmarks.peers.evit import macs_counter as evit_macs_counter
+from prunevit.benchmarks.peers.evit import token_counts as evit_token_counts
+from prunevit.benchmarks.peers.tome import (
     ToMeViT,
     even_merges,
     macs_counter,
     merges_at,
     token_counts,
 )
-from tokenprune.benchmarks.trained import (
+from prunevit.benchmarks.trained import (
     BENCHMARL,
     BENCHMARL_MINUTES,
     OURS,
@@ -40,8 +40,8 @@ from tokenprune.benchmarks.trained import (
     learned,
     one_price_each,
 )
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.trainers.evaluation import evaluate, schedules_at
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.trainers.common.evaluation import evaluate, schedules_at
 
 SHAPES = (1.0, 0.7, 0.5, 0.35)  # of equal lengths: what is kept from one stage to the next
 ORACLE_IMAGES = 100

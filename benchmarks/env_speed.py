@@ -20,19 +20,19 @@ import tyro
 from timm.data import resolve_model_data_config
 from torch import Tensor
 
-from tokenprune.agents.actor_critic import TokenActor
-from tokenprune.benchmarks.adapter_speed import adapters, decisions_of, rows
-from tokenprune.benchmarks.iterations import Noise
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.batched import Observed
-from tokenprune.envs.batched_tokens import BatchedTokenPrune
-from tokenprune.envs.datasets import ImageSet, open_images
-from tokenprune.envs.game import TokenGame
-from tokenprune.envs.models import create_backbone
-from tokenprune.envs.token_prune import TokenPruneEnv, pick_device
-from tokenprune.trainers.checkpoint import write_json
-from tokenprune.trainers.config import MappoConfig
-from tokenprune.trainers.mappo import Learner, play
+from prunevit.agents.policies.actor_critic import TokenActor
+from prunevit.benchmarks.adapter_speed import adapters, decisions_of, rows
+from prunevit.benchmarks.iterations import Noise
+from prunevit.envs.batched.protocol import Observed
+from prunevit.envs.batched.token_prune import BatchedTokenPrune
+from prunevit.envs.data.datasets import ImageSet, open_images
+from prunevit.envs.game import TokenGame
+from prunevit.envs.token_prune import TokenPruneEnv, pick_device
+from prunevit.envs.vit.create import create_backbone
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.trainers.common.checkpoint import write_json
+from prunevit.trainers.common.config import MappoConfig
+from prunevit.trainers.mappo import Learner, play
 
 
 @dataclass

@@ -30,11 +30,11 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tokenprune.benchmarks.records import FILE, Record, interval, intervals, read
-from tokenprune.benchmarks.shown import Curve, Pictures, read_curves, read_pictures
-from tokenprune.benchmarks.trained import RECIPES
-from tokenprune.envs.rendering import stage_strip
-from tokenprune.trainers.checkpoint import write_atomically
+from prunevit.benchmarks.records import FILE, Record, interval, intervals, read
+from prunevit.benchmarks.shown import Curve, Pictures, read_curves, read_pictures
+from prunevit.benchmarks.trained import RECIPES
+from prunevit.envs.rendering import stage_strip
+from prunevit.trainers.common.checkpoint import write_atomically
 
 matplotlib.use("Agg", force=False)
 
@@ -154,7 +154,7 @@ def in_pairs(name: str, place: int) -> dict[str, Any]:
 
 
 def draw_knob(rows: Sequence[Record], path: Path) -> None:
-    """What one policy for all budgets keeps and spends by its budget."""
+    """What one policy for all budgets keeps and spends by its alpha."""
     points = grouped(rows)[OURS]
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -163,9 +163,9 @@ def draw_knob(rows: Sequence[Record], path: Path) -> None:
         ("patches kept, mean of the stages", "^", lambda row: 100 * float(np.mean(row["kept"]))),
     ]
     for label, marker, share in shares:
-        draw_line(axes, points, lambda row: row["budget"], share, marker=marker, label=label)
+        draw_line(axes, points, lambda row: row["alpha"], share, marker=marker, label=label)
     axes.set_xscale("log")
-    prices = [float(np.mean([row["budget"] for row in group])) for group in points.values()]
+    prices = [float(np.mean([row["alpha"] for row in group])) for group in points.values()]
     axes.set_xticks(prices, [f"{price:.2g}" for price in prices])
     axes.set_xticks([], minor=True)
     axes.set_xlabel("price of compute (alpha; beta is 1)")

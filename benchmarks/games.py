@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenprune.trainers.config import MappoConfig
+from prunevit.trainers.common.config import MappoConfig
 
 
 @dataclass(frozen=True)

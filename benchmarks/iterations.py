@@ -10,16 +10,16 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
-from tokenprune.agents.actor_critic import TokenActor
-from tokenprune.benchmarks.measuring import Timing, now, resident_peak
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.batched_tokens import BatchedTokenPrune
-from tokenprune.envs.datasets import ImageSet
-from tokenprune.envs.game import Stage, TokenGame
-from tokenprune.envs.models import DIGITS_VIT, create_backbone
-from tokenprune.envs.rewards import make_reward
-from tokenprune.trainers.config import MappoConfig
-from tokenprune.trainers.mappo import Trainer
+from prunevit.agents.policies.actor_critic import TokenActor
+from prunevit.benchmarks.measuring import Timing, now, resident_peak
+from prunevit.envs.batched.token_prune import BatchedTokenPrune
+from prunevit.envs.data.datasets import ImageSet
+from prunevit.envs.game import Stage, TokenGame
+from prunevit.envs.rewards import make_reward
+from prunevit.envs.vit.create import DIGITS_VIT, create_backbone
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.trainers.common.config import MappoConfig
+from prunevit.trainers.mappo import Trainer
 
 PATCH_SIZE = 8  # of digits_vit, in pixels
 STEADY = 1e-12  # a learning rate with which a policy keeps as many at the end as at the start

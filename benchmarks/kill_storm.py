@@ -23,9 +23,9 @@ import torch
 import tyro
 from safetensors.torch import load_file
 
-from tokenprune.trainers import runs
-from tokenprune.trainers.config import MappoConfig
-from tokenprune.trainers.stopping import ends_in_one_line
+from prunevit.trainers.common import runs
+from prunevit.trainers.common.config import MappoConfig
+from prunevit.trainers.common.signals import ends_in_one_line
 
 
 class KillStormError(RuntimeError):

@@ -10,7 +10,7 @@ import torch
 from pettingzoo import ParallelEnv
 from torch import Tensor
 
-from tokenprune.envs.batched_pettingzoo import make_pettingzoo
+from prunevit.envs.batched.pettingzoo import make_pettingzoo
 
 EVALUATION_SEED = 987_654_321  # the first episode's; each next one's is one more
 

@@ -26,10 +26,10 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 
-from tokenprune.benchmarks.figures import MARKERS, save
-from tokenprune.benchmarks.marl_games import GAMES, Curve, Learn, Settings, game_maker
-from tokenprune.benchmarks.records import FILE, Record, cell, interval, read
-from tokenprune.trainers.checkpoint import write_text
+from prunevit.benchmarks.figures import MARKERS, save
+from prunevit.benchmarks.marl_games import GAMES, Curve, Learn, Settings, game_maker
+from prunevit.benchmarks.records import FILE, Record, cell, interval, read
+from prunevit.trainers.common.checkpoint import write_text
 
 FIGURE = "curves.png"
 FIELDS = {
@@ -60,7 +60,7 @@ ENTRANTS = {
     )
 }
 PACKAGES = {
-    "ours": ("tokenprune",),
+    "ours": ("prunevit",),
     "benchmarl": ("benchmarl", "torchrl"),
     "sb3": ("stable-baselines3", "supersuit"),
 }
@@ -120,7 +120,7 @@ def learner(library: str) -> Learn:
     Raises:
         ImportError: it is missing; the message says how to install it.
     """
-    return importlib.import_module(f"tokenprune.benchmarks.peers.marl_{library}").learn
+    return importlib.import_module(f"prunevit.benchmarks.peers.marl_{library}").learn
 
 
 def train(

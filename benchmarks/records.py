@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
-from tokenprune.trainers.checkpoint import write_records
+from prunevit.envs.old_names import rename_settings
+from prunevit.trainers.common.checkpoint import write_records
 
 Record = dict[str, Any]
 FILE = "records.jsonl"
@@ -97,7 +98,7 @@ def read(path: Path, fields: Set[str] = FIELDS) -> list[Record]:
     rows: list[Record] = []
     for number, line in enumerate(lines[:-1], start=1):  # behind the last newline nothing is whole
         try:
-            row = json.loads(line)
+            row = rename_settings(json.loads(line))
             missing = fields - row.keys()
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path}, line {number} is no record: {error}") from error

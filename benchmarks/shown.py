@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 from timm.data import resolve_model_data_config
 
-from tokenprune.agents.pruned_vit import PrunedViT
-from tokenprune.benchmarks.records import read
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.datasets import ImageSet
-from tokenprune.envs.rendering import denormalise
-from tokenprune.trainers.checkpoint import write_atomically, write_text
+from prunevit.agents.pruned_vit import PrunedViT
+from prunevit.benchmarks.records import read
+from prunevit.envs.data.datasets import ImageSet
+from prunevit.envs.rendering import denormalise
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.trainers.common.checkpoint import write_atomically, write_text
 
 CURVES, PICTURES = "curves.jsonl", "pictures.npz"
 CURVE_POINTS = 100  # to which a training is thinned

@@ -21,18 +21,18 @@ import torch
 import tyro
 from numpy.typing import NDArray
 
-from tokenprune.benchmarks.iterations import Noise
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.batched_tokens import BatchedTokenPrune
-from tokenprune.envs.datasets import DigitsInClutter
-from tokenprune.envs.digits import IMAGE_SIZE
-from tokenprune.envs.game import TokenGame
-from tokenprune.envs.models import DIGITS_VIT, create_backbone, write_weights
-from tokenprune.envs.token_prune import TokenPruneEnv
-from tokenprune.trainers import runs
-from tokenprune.trainers.checkpoint import write_json
-from tokenprune.trainers.config import MappoConfig
-from tokenprune.trainers.stopping import ends_in_one_line
+from prunevit.benchmarks.iterations import Noise
+from prunevit.envs.batched.token_prune import BatchedTokenPrune
+from prunevit.envs.data.datasets import DigitsInClutter
+from prunevit.envs.data.digits import IMAGE_SIZE
+from prunevit.envs.game import TokenGame
+from prunevit.envs.token_prune import TokenPruneEnv
+from prunevit.envs.vit.create import DIGITS_VIT, create_backbone, write_weights
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.trainers.common import runs
+from prunevit.trainers.common.checkpoint import write_json
+from prunevit.trainers.common.config import MappoConfig
+from prunevit.trainers.common.signals import ends_in_one_line
 
 PAGES = Path("/proc/self/statm")
 FILES = Path("/proc/self/fd")

@@ -32,10 +32,10 @@ from typing import Literal, get_args
 import torch
 import tyro
 
-from tokenprune.benchmarks.measuring import Timing, cuda_peak, interleaved, speedup
-from tokenprune.benchmarks.throughput_report import Record, draw, table
-from tokenprune.benchmarks.variants import Plan, Variant, calls, gmacs, make_plan, peak_memory
-from tokenprune.benchmarks.workload import (
+from prunevit.benchmarks.measuring import Timing, cuda_peak, interleaved, speedup
+from prunevit.benchmarks.throughput_report import Record, draw, table
+from prunevit.benchmarks.variants import Plan, Variant, calls, gmacs, make_plan, peak_memory
+from prunevit.benchmarks.workload import (
     SCHEDULES,
     Schedule,
     ScheduleName,
@@ -43,8 +43,8 @@ from tokenprune.benchmarks.workload import (
     Workload,
     load,
 )
-from tokenprune.trainers.checkpoint import CheckpointError, write_json
-from tokenprune.trainers.run_folder import JsonObject
+from prunevit.trainers.common.checkpoint import CheckpointError, write_json
+from prunevit.trainers.common.run_folder import JsonObject
 
 FEWEST_IMAGES = 32
 

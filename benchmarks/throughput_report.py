@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from tokenprune.trainers.checkpoint import write_atomically
+from prunevit.trainers.common.checkpoint import write_atomically
 
 Record = dict[str, Any]
 

@@ -39,14 +39,14 @@ import tyro
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from tokenprune.benchmarks.iterations import Cell, Parts, WatchedTrainer, measure_cell
-from tokenprune.benchmarks.measuring import Timing, now, speedup
-from tokenprune.benchmarks.peers.straw import Straw
-from tokenprune.envs.datasets import ImageSet, open_images
-from tokenprune.trainers.checkpoint import write_json
-from tokenprune.trainers.config import MappoConfig
-from tokenprune.trainers.mappo import sample
-from tokenprune.trainers.tasks import load_backbone
+from prunevit.benchmarks.iterations import Cell, Parts, WatchedTrainer, measure_cell
+from prunevit.benchmarks.measuring import Timing, now, speedup
+from prunevit.benchmarks.peers.straw import Straw
+from prunevit.envs.data.datasets import ImageSet, open_images
+from prunevit.trainers.common.checkpoint import write_json
+from prunevit.trainers.common.config import MappoConfig
+from prunevit.trainers.common.experiments import load_backbone
+from prunevit.trainers.mappo import sample
 
 Record = dict[str, Any]
 Peer = Literal["straw", "benchmarl", "like-benchmarl"]
@@ -182,7 +182,7 @@ class Contest:
             for _ in range(rounds):
                 self._round(others)
             return self.rows
-        from tokenprune.benchmarks.peers.iterations_benchmarl import Iteration, iterate
+        from prunevit.benchmarks.peers.iterations_benchmarl import Iteration, iterate
 
         theirs, turns = Row(), []
 
@@ -378,7 +378,7 @@ def without_missing(config: TrainSpeedConfig) -> TrainSpeedConfig:
     """``config`` without BenchMARL where it is not installed, which is said."""
     if "benchmarl" in config.peers:
         try:
-            importlib.import_module("tokenprune.benchmarks.peers.iterations_benchmarl")
+            importlib.import_module("prunevit.benchmarks.peers.iterations_benchmarl")
         except ImportError as error:
             print(f"benchmarl is left out: {error}", file=sys.stderr)
             return replace(config, peers=tuple(p for p in config.peers if p != "benchmarl"))

@@ -15,19 +15,20 @@ from typing import Any, Literal, cast
 
 import torch
 
-from tokenprune.agents.actor_critic import LearnedPolicy
-from tokenprune.agents.dynamic_vit import DynamicViTPolicy
-from tokenprune.agents.pruned_vit import PrunedViT
-from tokenprune.agents.saved import RUN_WEIGHTS
-from tokenprune.benchmarks.arena import Arena, Contender, Knobs, UnreachableError, bisected
-from tokenprune.trainers import finetune
-from tokenprune.trainers.config import LATER_SETTINGS, MappoConfig
-from tokenprune.trainers.dynamic_vit import DynamicViTConfig
-from tokenprune.trainers.dynamic_vit_run import execute as train_dynamic_vit
-from tokenprune.trainers.evaluation import evaluate
-from tokenprune.trainers.finetune import FinetuneConfig
-from tokenprune.trainers.run_folder import RunFolder, describe
-from tokenprune.trainers.runs import Run, learn
+from prunevit.agents.policies.actor_critic import LearnedPolicy
+from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
+from prunevit.agents.pruned_vit import PrunedViT
+from prunevit.agents.saving import RUN_WEIGHTS
+from prunevit.benchmarks.arena import Arena, Contender, Knobs, UnreachableError, bisected
+from prunevit.envs.old_names import rename_settings
+from prunevit.trainers import finetune
+from prunevit.trainers.common.config import LATER_SETTINGS, MappoConfig
+from prunevit.trainers.common.evaluation import evaluate
+from prunevit.trainers.common.run_folder import RunFolder, describe
+from prunevit.trainers.common.runs import Run, learn
+from prunevit.trainers.dynamic_vit import DynamicViTConfig
+from prunevit.trainers.dynamic_vit_run import execute as train_dynamic_vit
+from prunevit.trainers.finetune import FinetuneConfig
 
 ODDS = (1e-4, 1e4)  # of keep, between which a threshold is looked for
 PRICES_BEYOND = 8.0  # prices are looked for so far beyond those that a policy was trained under
@@ -72,7 +73,7 @@ class Recipe:
             settings["iterations"] = round(self.length * arena.base.iterations)
         if self.many_prices:
             observation = settings.get("observation", arena.base.observation)
-            settings["observation"] = (*observation, "budget")
+            settings["observation"] = (*observation, "alpha")
             settings["alpha_range"] = arena.game.alpha_range
         return settings
 
@@ -88,7 +89,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     written = folder / "config.json"
     if not written.is_file():
         return
-    found = json.loads(written.read_text(encoding="utf-8"))
+    found = rename_settings(json.loads(written.read_text(encoding="utf-8")))
     wanted = json.loads(json.dumps(settings))
 
     def value(settings: Mapping[str, Any], key: str) -> Any:
@@ -127,17 +128,17 @@ def placed(model: PrunedViT, arena: Arena) -> PrunedViT:
 
 
 def set_to(model: PrunedViT, knobs: Knobs) -> PrunedViT:
-    """The same networks under the ``budget`` or the ``threshold`` of ``knobs``, and its
+    """The same networks under the ``alpha`` or the ``threshold`` of ``knobs``, and its
     ``dither``.
     """
     policy = model.policy
     assert isinstance(policy, LearnedPolicy)
-    prices = "budget" in policy.fields
+    prices = "alpha" in policy.fields
     own = LearnedPolicy(
         policy.actor,
         policy.fields,
         policy.num_prefix,
-        knobs["budget"] if prices else None,
+        knobs["alpha"] if prices else None,
         0.5 if prices else knobs["threshold"],
         knobs.get("dither", False),
     )
@@ -169,13 +170,13 @@ def _tuned(arena: Arena, model: PrunedViT, gmacs: float, shared: Knobs) -> Knobs
     policy = model.policy
     assert isinstance(policy, LearnedPolicy)
     low, high = ODDS
-    if "budget" in policy.fields:
+    if "alpha" in policy.fields:
         low, high = arena.game.alpha_range
         low, high = low / PRICES_BEYOND, high * PRICES_BEYOND
 
     def knobs(value: float) -> Knobs:
-        if "budget" in policy.fields:
-            return {"budget": value, **shared}
+        if "alpha" in policy.fields:
+            return {"alpha": value, **shared}
         return {"threshold": value / (1 + value), **shared}
 
     def cost(value: float) -> float:
@@ -215,7 +216,7 @@ def one_price_each(ours: Recipe, arena: Arena, seed: int) -> Contender:
     def tune(gmacs: float) -> Knobs:
         percent = 100e9 * gmacs / arena.backbone.dense_macs
         name = f"mappo-each-price-{percent:.0f}"
-        price = learned("mappo", ours, arena, seed).tune(gmacs)["budget"]
+        price = learned("mappo", ours, arena, seed).tune(gmacs)["alpha"]
         alpha = {"alpha": float(f"{price:.2g}")}
         run = trained_run(arena, name, seed, changes | alpha).name
         return {"run": run, **alpha, **tuned(arena, load(run), gmacs)}
@@ -238,14 +239,14 @@ def fine_tuned(name: str, ours: Recipe, arena: Arena, seed: int) -> Contender:
         if begun.is_begun:
             # the price was looked for then, and may have been among other images
             of_then = begun.read_settings(FinetuneConfig)
-            budget, dither = of_then.budget, of_then.dither
+            alpha, dither = of_then.alpha, of_then.dither
         else:
             gmacs = arena.gmacs_at(middle_point(arena))
             knobs = learned("mappo", ours, arena, seed).tune(gmacs)
-            budget, dither = knobs["budget"], knobs.get("dither", False)
+            alpha, dither = knobs["alpha"], knobs.get("dither", False)
         config = FinetuneConfig(
             run=arena.runs / f"mappo-{seed}",
-            budget=budget,
+            alpha=alpha,
             dither=dither,
             seed=seed,
             device=arena.base.device,
@@ -322,8 +323,8 @@ def benchmarl(name: str, algorithm: str, arena: Arena, seed: int) -> Contender:
 
     def train() -> None:
         # an extra: who doesn't compare with it needn't have it
-        from tokenprune.trainers.benchmarl import BenchmarlConfig
-        from tokenprune.trainers.benchmarl import train as train_benchmarl
+        from prunevit.trainers.benchmarl import BenchmarlConfig
+        from prunevit.trainers.benchmarl import train as train_benchmarl
 
         if base.pretrained:
             raise ValueError(f"{name} can't take downloaded weights: give --checkpoint FILE")

@@ -18,14 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tokenprune.agents.heuristics import KeepAll, TopK
-from tokenprune.agents.policy import Policy
-from tokenprune.agents.pruned_vit import PrunedViT
-from tokenprune.benchmarks.measuring import resident_peak
-from tokenprune.benchmarks.peers.padded import PaddedViT
-from tokenprune.benchmarks.peers.tome import ToMeViT, macs_counter, merges_at
-from tokenprune.benchmarks.workload import DrawnPolicy, Spec, Workload, load
-from tokenprune.envs.backbone import StagedViT
+from prunevit.agents.policies.heuristics import KeepAll, TopK
+from prunevit.agents.policies.policy import Policy
+from prunevit.agents.pruned_vit import PrunedViT
+from prunevit.benchmarks.measuring import resident_peak
+from prunevit.benchmarks.peers.padded import PaddedViT
+from prunevit.benchmarks.peers.tome import ToMeViT, macs_counter, merges_at
+from prunevit.benchmarks.workload import DrawnPolicy, Spec, Workload, load
+from prunevit.envs.vit.staged_vit import StagedViT
 
 Variant = Literal["dense", "packed", "masked", "padded", "tome", "uniform", "unpruned"]
 Call = Callable[[], Tensor]

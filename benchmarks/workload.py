@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from timm.data import resolve_model_data_config
 from torch import Tensor
 
-from tokenprune.agents.actor_critic import LearnedPolicy, TokenActor
-from tokenprune.agents.policy import Policy
-from tokenprune.agents.pruned_vit import PrunedViT
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.datasets import open_images
-from tokenprune.envs.models import create_backbone
-from tokenprune.envs.observations import DEFAULT_FIELDS, View, field_slices
-from tokenprune.trainers.config import MappoConfig
+from prunevit.agents.policies.actor_critic import LearnedPolicy, TokenActor
+from prunevit.agents.policies.policy import Policy
+from prunevit.agents.pruned_vit import PrunedViT
+from prunevit.envs.data.datasets import open_images
+from prunevit.envs.observations import DEFAULT_FIELDS, View, field_slices
+from prunevit.envs.vit.create import create_backbone
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.trainers.common.config import MappoConfig
 
 ScheduleName = Literal["released", "every-block"]
 

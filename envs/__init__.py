@@ -1,13 +1,13 @@
 """The game: token pruning as a Markov game, for any RL code to drive."""
 
-from tokenprune.envs import registration  # noqa: F401 - gymnasium.make knows the names from here on
-from tokenprune.envs.backbone import StagedViT, UnsupportedBackboneError
-from tokenprune.envs.batched import BatchedEnv, Observed, Transition
-from tokenprune.envs.batched_pettingzoo import BatchedPettingZoo
-from tokenprune.envs.batched_tokens import BatchedTokenPrune
-from tokenprune.envs.game import TokenGame
-from tokenprune.envs.rewards import MarkovGameReward, ReleasedCodeReward, TeamReward
-from tokenprune.envs.token_prune import TokenPruneEnv
+from prunevit.envs import registration  # noqa: F401 - gymnasium.make knows the names from here on
+from prunevit.envs.batched.pettingzoo import BatchedPettingZoo
+from prunevit.envs.batched.protocol import BatchedEnv, Observed, Transition
+from prunevit.envs.batched.token_prune import BatchedTokenPrune
+from prunevit.envs.game import TokenGame
+from prunevit.envs.rewards import MarkovGameReward, ReleasedCodeReward, TeamReward
+from prunevit.envs.token_prune import TokenPruneEnv
+from prunevit.envs.vit.staged_vit import StagedViT, UnsupportedBackboneError
 
 __all__ = [
     "BatchedEnv",

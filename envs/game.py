@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from tokenprune.envs.backbone import StagedViT, Tokens
-from tokenprune.envs.observations import View
-from tokenprune.envs.rewards import LARGEST_NUMBER, EndFacts, Reward, StageFacts, TeamReward
+from prunevit.envs.observations import View
+from prunevit.envs.rewards import LARGEST_NUMBER, EndFacts, Reward, StageFacts, TeamReward
+from prunevit.envs.vit.staged_vit import StagedViT, Tokens
 
 
 class GameError(RuntimeError):
@@ -112,7 +112,7 @@ class TokenGame:
                 rollouts_per_image.
             labels: int64 [n].
             alpha: the price of compute for each image, float [n]; the reward's own where None.
-                Agents that observe ``budget`` see its logarithm.
+                Agents that observe ``alpha`` see its logarithm.
 
         Raises:
             ValueError: images of a wrong size, type or channels, or not finite; labels outside the

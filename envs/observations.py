@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenprune.envs.backbone import StagedViT, Tokens
-from tokenprune.envs.ragged import Layout
+from prunevit.envs.vit.ragged import Layout
+from prunevit.envs.vit.staged_vit import StagedViT, Tokens
 
-FIELDS = ("token", "cls", "stage", "position", "cls_attention", "alive_fraction", "budget")
+FIELDS = ("token", "cls", "stage", "position", "cls_attention", "alive_fraction", "alpha")
 DEFAULT_FIELDS = ("token", "cls", "stage", "cls_attention")
 POSITION_OCTAVES = 2
-PRICE_FLOOR = 1e-3  # of compute: below it agents see no difference
+ALPHA_FLOOR = 1e-3  # of compute: below it agents see no difference
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def field_size(backbone: StagedViT, field: str) -> int:
         "position": 2 + 4 * POSITION_OCTAVES,
         "cls_attention": 1,
         "alive_fraction": 1,
-        "budget": 1,
+        "alpha": 1,
     }[field]
 
 
@@ -99,7 +99,7 @@ class View:
         backbone: whose tokens they are.
         tokens: the tokens.
         stage: 0-based.
-        budget: price of compute of each episode, float32 [B]; the same where episodes begin alike.
+        alpha: price of compute of each episode, float32 [B]; the same where episodes begin alike.
         start: where so many consecutive episodes begin alike, the view of their beginnings, one of
             each; None where they differ.
         images: what is classified [B, C, H, W], for those who look at pixels; None where nobody
@@ -118,7 +118,7 @@ class View:
         backbone: StagedViT,
         tokens: Tokens,
         stage: int,
-        budget: Tensor,
+        alpha: Tensor,
         start: View | None = None,
         images: Tensor | None = None,
         price: float | None = None,
@@ -128,14 +128,14 @@ class View:
         self._start = start
         self._images = images
         self.stage = stage
-        self.budget = budget
+        self.alpha = alpha
         self._tokens = tokens
         self.alive = tokens.alive[:, backbone.num_prefix :]
 
-    def at_price(self, price: float) -> View:
+    def at_alpha(self, price: float) -> View:
         """The same patches under another price of compute."""
-        budget = torch.full_like(self.budget, price)
-        return View(self.backbone, self._tokens, self.stage, budget, price=price)
+        alpha = torch.full_like(self.alpha, price)
+        return View(self.backbone, self._tokens, self.stage, alpha, price=price)
 
     @cached_property
     def _places(self) -> Tensor:
@@ -253,9 +253,9 @@ class View:
             return paid[:, None].float() * self.backbone.num_patches, self._rows
         if name == "alive_fraction":
             return self.alive_fraction[:, None], self.image
-        if name == "budget":
+        if name == "alpha":
             # prices span decades
-            return self.budget[:, None].clamp(min=PRICE_FLOOR).log(), self.image
+            return self.alpha[:, None].clamp(min=ALPHA_FLOOR).log(), self.image
         raise ValueError(f"unknown observation field {name!r}: choose from {', '.join(FIELDS)}")
 
     def field(self, name: str) -> Tensor:
@@ -290,9 +290,9 @@ class View:
                 values = tokens.attention[:, None].float() * backbone.num_patches
             elif name == "cls_attention":
                 values, of_rows = torch.ones(1, 1, device=self.alive.device), False
-            elif name == "budget" and self._price is not None:
+            elif name == "alpha" and self._price is not None:
                 values = torch.full(
-                    (1, 1), math.log(max(self._price, PRICE_FLOOR)), device=self.alive.device
+                    (1, 1), math.log(max(self._price, ALPHA_FLOOR)), device=self.alive.device
                 )
             else:
                 return None

@@ -14,16 +14,16 @@ from pettingzoo import ParallelEnv
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from tokenprune.envs.backbone import Execution, StagedViT
-from tokenprune.envs.batched import Observed
-from tokenprune.envs.batched_tokens import KEEP, PRUNE, BatchedTokenPrune
-from tokenprune.envs.datasets import DIGITS, ImageSet, open_images
-from tokenprune.envs.digits import Split
-from tokenprune.envs.game import GameError, TokenGame
-from tokenprune.envs.models import DIGITS_VIT, create_backbone
-from tokenprune.envs.observations import DEFAULT_FIELDS
-from tokenprune.envs.rendering import denormalise, stage_strip
-from tokenprune.envs.rewards import Reward, make_reward
+from prunevit.envs.batched.protocol import Observed
+from prunevit.envs.batched.token_prune import KEEP, PRUNE, BatchedTokenPrune
+from prunevit.envs.data.datasets import DIGITS, ImageSet, open_images
+from prunevit.envs.data.digits import Split
+from prunevit.envs.game import GameError, TokenGame
+from prunevit.envs.observations import DEFAULT_FIELDS
+from prunevit.envs.rendering import denormalise, stage_strip
+from prunevit.envs.rewards import Reward, make_reward
+from prunevit.envs.vit.create import DIGITS_VIT, create_backbone
+from prunevit.envs.vit.staged_vit import Execution, StagedViT
 
 PrunedAgents = Literal["leave", "stay"]
 RENDER_MODES = ("rgb_array", "human")

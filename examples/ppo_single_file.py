@@ -7,10 +7,10 @@ import tyro
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from tokenprune.agents import PrunedViT
-from tokenprune.agents.actor_critic import LearnedPolicy
-from tokenprune.envs import BatchedTokenPrune, TokenPruneEnv
-from tokenprune.trainers.evaluation import evaluate
+from prunevit.agents import PrunedViT
+from prunevit.agents.policies.actor_critic import LearnedPolicy
+from prunevit.envs import BatchedTokenPrune, TokenPruneEnv
+from prunevit.trainers.common.evaluation import evaluate
 
 EPOCHS, MINIBATCH, CLIP, ENTROPY, MAX_GRAD_NORM = 4, 2048, 0.2, 0.003, 0.5
 

@@ -8,9 +8,9 @@ import torch
 from hypothesis import settings
 from timm.layers import Attention
 
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.trainers import library_run, report
-from tokenprune.trainers.evaluation import images_per_second
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.trainers.common import integrations, report
+from prunevit.trainers.common.evaluation import images_per_second
 
 # The same examples every time, however fast the machine is; to look for others, give
 # --hypothesis-profile=search.
@@ -129,14 +129,14 @@ def keeps():
 @pytest.fixture
 def few_test_images(monkeypatch):
     """Runs of other libraries are judged on 500 of the 5,000 digits."""
-    whole = library_run.open_images
+    whole = integrations.open_images
 
     def some(dataset, split, *arguments, **options):
         return whole(
             dataset, split, *arguments, **options | ({"size": 500} if split == "test" else {})
         )
 
-    monkeypatch.setattr(library_run, "open_images", some)
+    monkeypatch.setattr(integrations, "open_images", some)
 
 
 @pytest.fixture(autouse=True, scope="session")

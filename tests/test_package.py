@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenprune.trainers.config import MappoConfig
+from prunevit.trainers.common.config import MappoConfig
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("envs", "agents", "trainers", "benchmarks")
@@ -38,11 +38,11 @@ def check(ended):
 def test_both_names_in_the_checkout_are_the_same_classes():
     code = (
         "import envs, agents, trainers, benchmarks\n"
-        "import tokenprune.agents, tokenprune.envs\n"
+        "import prunevit.agents, prunevit.envs\n"
         "from envs import TokenPruneEnv\n"
-        "from tokenprune.envs import TokenPruneEnv as Installed\n"
+        "from prunevit.envs import TokenPruneEnv as Installed\n"
         "assert TokenPruneEnv is Installed\n"
-        "for folder, package in ((envs, tokenprune.envs), (agents, tokenprune.agents)):\n"
+        "for folder, package in ((envs, prunevit.envs), (agents, prunevit.agents)):\n"
         "    assert folder.__all__ == package.__all__\n"
         "    for name in folder.__all__:\n"
         "        assert getattr(folder, name) is getattr(package, name), name\n"
@@ -56,13 +56,13 @@ def test_the_installed_names_do_not_collide_with_foreign_folders(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"mine = 'my own {name}'\n")
     code = (
-        "from tokenprune.envs import TokenPruneEnv, TokenGame\n"
-        "from tokenprune.agents import PrunedViT\n"
-        "from tokenprune.trainers.config import MappoConfig\n"
-        "import tokenprune.benchmarks\n"
+        "from prunevit.envs import TokenPruneEnv, TokenGame\n"
+        "from prunevit.agents import PrunedViT\n"
+        "from prunevit.trainers.common.config import MappoConfig\n"
+        "import prunevit.benchmarks\n"
         "import agents, benchmarks, envs, trainers\n"
         "assert not hasattr(envs, 'TokenPruneEnv')\n"
-        "assert TokenPruneEnv.__module__.startswith('tokenprune.envs')\n"
+        "assert TokenPruneEnv.__module__.startswith('prunevit.envs')\n"
         "print(agents.mine, benchmarks.mine, envs.mine, trainers.mine, sep='\\n')\n"
     )
     shown = check(python("-c", code, cwd=tmp_path)).splitlines()
@@ -92,7 +92,7 @@ def test_code_imports_by_the_installed_names_and_one_way_only():
         for module in imports(file):
             top, _, rest = module.partition(".")
             assert top not in PACKAGES, f"{file} imports {module}"
-            if top == "tokenprune":
+            if top == "prunevit":
                 imported = rest.partition(".")[0]
                 # benchmarks -> trainers -> agents -> envs
                 assert PACKAGES.index(imported) <= PACKAGES.index(package), f"{file}: {module}"
@@ -108,7 +108,7 @@ def default_of(name, text):
 @IN_CHECKOUT
 def test_both_ways_to_call_the_main_command_are_one(tmp_path):
     in_checkout = check(python("-m", "trainers.mappo", "--help", cwd=ROOT))
-    installed = check(python("-m", "tokenprune.trainers.mappo", "--help", cwd=tmp_path))
+    installed = check(python("-m", "prunevit.trainers.mappo", "--help", cwd=tmp_path))
     assert in_checkout == installed
     assert installed.startswith("usage: python -m trainers.mappo")
     for name in ("env", "critic", "iterations", "gamma", "lr"):
@@ -153,12 +153,12 @@ def test_a_wheel_brings_types_and_weights(tmp_path):
         shutil.copytree(ROOT / package, source / package, ignore=ignored)
     arguments = ["--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", str(tmp_path)]
     check(python("-m", "pip", "wheel", *arguments, str(source), cwd=tmp_path))
-    (wheel,) = tmp_path.glob("tokenprune-*.whl")
+    (wheel,) = tmp_path.glob("prunevit-*.whl")
     files = set(zipfile.ZipFile(wheel).namelist())
-    expected = {f"tokenprune/{package}/py.typed" for package in PACKAGES}
-    expected |= {f"tokenprune/{file.relative_to(ROOT)}" for _, file in sources()}
-    expected |= {f"tokenprune/envs/assets/digits_vit.{kind}" for kind in ("json", "safetensors")}
+    expected = {f"prunevit/{package}/py.typed" for package in PACKAGES}
+    expected |= {f"prunevit/{file.relative_to(ROOT)}" for _, file in sources()}
+    expected |= {f"prunevit/envs/assets/digits_vit.{kind}" for kind in ("json", "safetensors")}
     assert expected <= files
     assert any(file.endswith("/LICENSE") for file in files)
     top = {file.split("/")[0] for file in files}
-    assert {name for name in top if not name.endswith(".dist-info")} == {"tokenprune"}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"prunevit"}

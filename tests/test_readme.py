@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenprune.benchmarks.records import interval, read
+from prunevit.benchmarks.records import interval, read
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

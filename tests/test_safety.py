@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokenprune.envs.models import BackboneError, create_backbone
-from tokenprune.trainers import runs
-from tokenprune.trainers.checkpoint import CheckpointError, load_checkpoint, load_newest
+from prunevit.envs.vit.create import BackboneError, create_backbone
+from prunevit.trainers.common import runs
+from prunevit.trainers.common.checkpoint import CheckpointError, load_checkpoint, load_newest
 
 CHECKOUT = Path(__file__).parents[1]
 FOLDERS = ("envs", "agents", "trainers", "benchmarks", "examples")

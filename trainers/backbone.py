@@ -20,22 +20,12 @@ from timm.layers import PatchDropout
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenprune.envs.datasets import DatasetError, ImageSet, open_images, read_class_names
-from tokenprune.envs.models import BackboneError, create_backbone, read_description, sha256
-from tokenprune.envs.token_prune import pick_device
-from tokenprune.trainers.backbone_run import BackboneConfig, write_backbone
-from tokenprune.trainers.checkpoint import CheckpointError, write_json
-from tokenprune.trainers.ranks import ALONE, Ranks, RanksError, join_ranks
-from tokenprune.trainers.run_folder import (
-    Record,
-    RunFolder,
-    TrainingError,
-    describe,
-    device_of,
-    open_run,
-)
-from tokenprune.trainers.stopping import ends_in_one_line, says_how_to_go_on
-from tokenprune.trainers.supervised import (
+from prunevit.envs.data.datasets import DatasetError, ImageSet, open_images, read_class_names
+from prunevit.envs.token_prune import pick_device
+from prunevit.envs.vit.create import BackboneError, create_backbone, read_description, sha256
+from prunevit.trainers.backbone_run import BackboneConfig, write_backbone
+from prunevit.trainers.common.checkpoint import CheckpointError, write_json
+from prunevit.trainers.common.classification import (
     Learner,
     Place,
     TrainingImages,
@@ -43,6 +33,16 @@ from tokenprune.trainers.supervised import (
     train_epoch,
     versions,
 )
+from prunevit.trainers.common.distributed import ALONE, Ranks, RanksError, join_ranks
+from prunevit.trainers.common.run_folder import (
+    Record,
+    RunFolder,
+    TrainingError,
+    describe,
+    device_of,
+    open_run,
+)
+from prunevit.trainers.common.signals import ends_in_one_line, says_how_to_go_on
 
 PATCH_DROPOUTS = 4  # that take turns, from none to the most
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tokenprune.envs.models import write_weights
-from tokenprune.trainers.checkpoint import write_atomically
-from tokenprune.trainers.run_folder import RUNS, JsonObject
-from tokenprune.trainers.supervised import Precision, unfit
+from prunevit.envs.vit.create import write_weights
+from prunevit.trainers.common.checkpoint import write_atomically
+from prunevit.trainers.common.classification import Precision, unfit
+from prunevit.trainers.common.run_folder import RUNS, JsonObject
 
 OWN_OPTIONS = ("pretrained", "checkpoint", "num_classes", "untrained")  # not for model_kwargs
 

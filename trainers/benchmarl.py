@@ -16,13 +16,13 @@ from typing import Literal
 import tyro
 from torch import nn
 
-from tokenprune.envs.adapters.benchmarl import TokenPruneTask
-from tokenprune.envs.adapters.common import needs
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.token_prune import pick_device
-from tokenprune.trainers.evaluation import Evaluation
-from tokenprune.trainers.library_run import GAMMA, LibraryConfig, LibraryRun, table
-from tokenprune.trainers.stopping import ends_in_one_line
+from prunevit.envs.adapters.benchmarl import TokenPruneTask
+from prunevit.envs.adapters.common import needs
+from prunevit.envs.token_prune import pick_device
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.trainers.common.evaluation import Evaluation
+from prunevit.trainers.common.integrations import GAMMA, LibraryConfig, LibraryRun, table
+from prunevit.trainers.common.signals import ends_in_one_line
 
 with needs("benchmarl"):
     from benchmarl.algorithms import (

@@ -19,10 +19,10 @@ import tyro
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenprune.agents.dynamic_vit import DynamicViTPolicy
-from tokenprune.envs.backbone import StagedViT, Tokens
-from tokenprune.envs.datasets import ImageSet, Reseedable
-from tokenprune.trainers.run_folder import RUNS, JsonObject, TrainingError
+from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
+from prunevit.envs.data.datasets import ImageSet, Reseedable
+from prunevit.envs.vit.staged_vit import StagedViT, Tokens
+from prunevit.trainers.common.run_folder import RUNS, JsonObject, TrainingError
 
 # the paper's: of the answers' distance to the dense model's, and of the tokens'
 KL_WEIGHT, TOKEN_WEIGHT = 0.5, 0.5
@@ -362,6 +362,6 @@ class Trainer:
 
 if __name__ == "__main__":
     # the installed module, so that its classes are the ones that everybody else imports
-    from tokenprune.trainers.dynamic_vit_run import main
+    from prunevit.trainers.dynamic_vit_run import main
 
     main()

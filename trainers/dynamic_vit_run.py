@@ -18,19 +18,19 @@ from safetensors.torch import save
 from timm.data import resolve_model_data_config
 from tqdm import tqdm
 
-from tokenprune.agents.heuristics import KeepAll
-from tokenprune.agents.pruned_vit import PrunedViT
-from tokenprune.agents.saved import dynamic_vit_policy
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.datasets import ImageSet, open_images
-from tokenprune.envs.models import read_description, write_weights
-from tokenprune.trainers.checkpoint import CheckpointError, write_atomically, write_json
-from tokenprune.trainers.dynamic_vit import DynamicViTConfig, Trainer
-from tokenprune.trainers.evaluation import evaluate
-from tokenprune.trainers.run_folder import Record, RunFolder, TrainingError, open_run
-from tokenprune.trainers.stopping import ends_in_one_line, says_how_to_go_on
-from tokenprune.trainers.supervised import versions
-from tokenprune.trainers.tasks import load_backbone
+from prunevit.agents.policies.heuristics import KeepAll
+from prunevit.agents.pruned_vit import PrunedViT
+from prunevit.agents.saving import dynamic_vit_policy
+from prunevit.envs.data.datasets import ImageSet, open_images
+from prunevit.envs.vit.create import read_description, write_weights
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.trainers.common.checkpoint import CheckpointError, write_atomically, write_json
+from prunevit.trainers.common.classification import versions
+from prunevit.trainers.common.evaluation import evaluate
+from prunevit.trainers.common.experiments import load_backbone
+from prunevit.trainers.common.run_folder import Record, RunFolder, TrainingError, open_run
+from prunevit.trainers.common.signals import ends_in_one_line, says_how_to_go_on
+from prunevit.trainers.dynamic_vit import DynamicViTConfig, Trainer
 
 
 def execute(config: DynamicViTConfig) -> dict[str, Any]:

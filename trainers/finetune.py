@@ -26,27 +26,14 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenprune.agents import saved
-from tokenprune.agents.actor_critic import LearnedPolicy
-from tokenprune.agents.pruned_vit import PrunedViT
-from tokenprune.envs.backbone import Execution
-from tokenprune.envs.datasets import ImageSet, open_images
-from tokenprune.envs.token_prune import pick_device
-from tokenprune.trainers.checkpoint import CheckpointError, write_json
-from tokenprune.trainers.evaluation import evaluate
-from tokenprune.trainers.ranks import ALONE, Ranks, RanksError, join_ranks
-from tokenprune.trainers.run_folder import (
-    RUNS,
-    JsonObject,
-    Record,
-    RunFolder,
-    TrainingError,
-    describe,
-    device_of,
-    open_run,
-)
-from tokenprune.trainers.stopping import ends_in_one_line, says_how_to_go_on
-from tokenprune.trainers.supervised import (
+from prunevit.agents import saving
+from prunevit.agents.policies.actor_critic import LearnedPolicy
+from prunevit.agents.pruned_vit import PrunedViT
+from prunevit.envs.data.datasets import ImageSet, open_images
+from prunevit.envs.token_prune import pick_device
+from prunevit.envs.vit.staged_vit import Execution
+from prunevit.trainers.common.checkpoint import CheckpointError, write_json
+from prunevit.trainers.common.classification import (
     Learner,
     Place,
     Precision,
@@ -56,6 +43,19 @@ from tokenprune.trainers.supervised import (
     unfit,
     versions,
 )
+from prunevit.trainers.common.distributed import ALONE, Ranks, RanksError, join_ranks
+from prunevit.trainers.common.evaluation import evaluate
+from prunevit.trainers.common.run_folder import (
+    RUNS,
+    JsonObject,
+    Record,
+    RunFolder,
+    TrainingError,
+    describe,
+    device_of,
+    open_run,
+)
+from prunevit.trainers.common.signals import ends_in_one_line, says_how_to_go_on
 
 Frozen = Literal["nothing", "before-first-stage", "before-last-stage"]
 
@@ -68,7 +68,7 @@ class FinetuneConfig:
 
     run: Path | None = None
     """The run of trainers.mappo, as runs/NAME: its policy, backbone and dataset."""
-    budget: float | None = None
+    alpha: float | None = None
     """Price of compute that a policy for many prices acts under; the middle of its range if not
     given."""
     dither: bool = False
@@ -111,7 +111,7 @@ class FinetuneConfig:
     weight_decay: float = 0.05
     """The optimizer's, on weights only."""
     ema_decay: float = 0.98
-    """Decay a step of the averaged weights, which are the ones evaluated and saved."""
+    """Decay a step of the averaged weights, which are the ones evaluated and saving."""
     validation_size: int = 4_000
     """Validation images of an evaluation; all where there are fewer."""
     seed: int = 0
@@ -203,24 +203,24 @@ def load_run(config: FinetuneConfig, device: torch.device) -> tuple[PrunedViT, s
 
     Raises:
         ValueError: the folder holds no finished run of the token game, its backbone is gone, or its
-            policy takes no such budget or can't dither.
+            policy takes no such alpha or can't dither.
     """
     assert config.run is not None
     model = PrunedViT.from_run(config.run)
     policy = model.policy
     if isinstance(policy, LearnedPolicy):
         policy.dither = config.dither
-        if config.budget is not None:
-            policy.budget = config.budget
-    elif config.dither or config.budget is not None:
+        if config.alpha is not None:
+            policy.alpha = config.alpha
+    elif config.dither or config.alpha is not None:
         raise ValueError(
-            f"the policy of {config.run} has no budget and can't dither: leave out --budget and "
+            f"the policy of {config.run} has no alpha and can't dither: leave out --alpha and "
             "--dither"
         )
     model.backbone.execution = config.execution
     freeze(model, config.frozen)
     model = model.to(device).to(memory_format=torch.channels_last)
-    return model, saved.read_json(config.run / saved.CONFIG)["dataset"]
+    return model, saving.read_json(config.run / saving.CONFIG)["dataset"]
 
 
 def judge(model: PrunedViT, validation: ImageSet, ranks: Ranks = ALONE, workers: int = 0) -> Record:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import record_function
 
-from tokenprune.agents.actor_critic import Critic
-from tokenprune.envs.batched import BatchedEnv, Observed
-from tokenprune.trainers.config import MappoConfig
-from tokenprune.trainers.gae import gae, leave_one_out
-from tokenprune.trainers.ranks import ALONE, Ranks
-from tokenprune.trainers.value_norm import ValueNorm
+from prunevit.agents.policies.actor_critic import Critic
+from prunevit.envs.batched.protocol import BatchedEnv, Observed
+from prunevit.trainers.common.config import MappoConfig
+from prunevit.trainers.common.distributed import ALONE, Ranks
+from prunevit.trainers.common.gae import gae, leave_one_out
+from prunevit.trainers.common.value_norm import ValueNorm
 
 ADAM_EPS = 1e-5
 MASKED_LOGIT = -1e9
@@ -484,6 +484,6 @@ class Trainer:
 
 if __name__ == "__main__":
     # the installed module, so that its classes are the ones that everybody else imports
-    from tokenprune.trainers.runs import main
+    from prunevit.trainers.common.runs import main
 
     main()

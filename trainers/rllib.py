@@ -14,12 +14,12 @@ from typing import Any
 import tyro
 from torch import Tensor
 
-from tokenprune.agents.actor_critic import Actor, Critic
-from tokenprune.envs.adapters.common import needs
-from tokenprune.envs.adapters.rllib import TokenEnvRunner, TokenPruneMulti
-from tokenprune.trainers.evaluation import Evaluation
-from tokenprune.trainers.library_run import GAMMA, LibraryConfig, LibraryRun, table
-from tokenprune.trainers.stopping import ends_in_one_line
+from prunevit.agents.policies.actor_critic import Actor, Critic
+from prunevit.envs.adapters.common import needs
+from prunevit.envs.adapters.rllib import TokenEnvRunner, TokenPruneMulti
+from prunevit.trainers.common.evaluation import Evaluation
+from prunevit.trainers.common.integrations import GAMMA, LibraryConfig, LibraryRun, table
+from prunevit.trainers.common.signals import ends_in_one_line
 
 with needs("rllib"):
     import ray

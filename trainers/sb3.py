@@ -20,10 +20,10 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
-from tokenprune.envs.adapters.sb3 import LivingReplay, LivingRollouts, TokenVecEnv
-from tokenprune.trainers.evaluation import Evaluation
-from tokenprune.trainers.library_run import GAMMA, LibraryConfig, LibraryRun, table
-from tokenprune.trainers.stopping import ends_in_one_line
+from prunevit.envs.adapters.sb3 import LivingReplay, LivingRollouts, TokenVecEnv
+from prunevit.trainers.common.evaluation import Evaluation
+from prunevit.trainers.common.integrations import GAMMA, LibraryConfig, LibraryRun, table
+from prunevit.trainers.common.signals import ends_in_one_line
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Sb3Config(LibraryConfig):
     library = "sb3"
 
     algo: Literal["ppo", "a2c", "dqn", "maskable-ppo"] = "ppo"
-    """Who learns; maskable-ppo needs pip install 'tokenprune[sb3]'."""
+    """Who learns; maskable-ppo needs pip install 'prunevit[sb3]'."""
 
     @property
     def learner(self) -> str:
@@ -110,7 +110,7 @@ def make_algorithm(config: Sb3Config, env: TokenVecEnv, stages: int, folder: Pat
         )  # fmt: skip
     from sb3_contrib import MaskablePPO
 
-    from tokenprune.envs.adapters.sb3_contrib import LivingMaskedRollouts
+    from prunevit.envs.adapters.sb3_contrib import LivingMaskedRollouts
 
     return MaskablePPO(
         "MlpPolicy", rollout_buffer_class=LivingMaskedRollouts, batch_size=minibatch, n_epochs=4,

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.benchmarks.peers.timm_parts import attend, check_plain, embed, pass_counter
-from tokenprune.envs.backbone import UnsupportedBackboneError
-from tokenprune.envs.heads import pools_tokens
+from prunevit.benchmarks.peers.timm_parts import attend, check_plain, embed, pass_counter
+from prunevit.envs.vit.heads import pools_tokens
+from prunevit.envs.vit.staged_vit import UnsupportedBackboneError
 
 
 def fuse(patches: Tensor, attention: Tensor) -> Tensor:

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tokenprune.benchmarks.measuring import now
-from tokenprune.envs.adapters.benchmarl import TokenPruneTask
-from tokenprune.envs.adapters.common import needs
-from tokenprune.envs.adapters.torchrl import GROUP
-from tokenprune.envs.datasets import ImageSet
-from tokenprune.envs.rewards import make_reward
-from tokenprune.trainers.benchmarl import BenchmarlConfig, make_experiment
-from tokenprune.trainers.config import MappoConfig
+from prunevit.benchmarks.measuring import now
+from prunevit.envs.adapters.benchmarl import TokenPruneTask
+from prunevit.envs.adapters.common import needs
+from prunevit.envs.adapters.torchrl import GROUP
+from prunevit.envs.data.datasets import ImageSet
+from prunevit.envs.rewards import make_reward
+from prunevit.trainers.benchmarl import BenchmarlConfig, make_experiment
+from prunevit.trainers.common.config import MappoConfig
 
 with needs("benchmarl"):
     from benchmarl.experiment import Callback, Experiment

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenprune.benchmarks.marl_games import Curve, Settings, game_maker
-from tokenprune.envs.adapters.common import needs
+from prunevit.benchmarks.marl_games import Curve, Settings, game_maker
+from prunevit.envs.adapters.common import needs
 
 with needs("marl-peers"):
     from benchmarl.algorithms import IppoConfig, MappoConfig

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenprune.benchmarks.marl_games import GAMES, Curve, Settings
-from tokenprune.trainers.config import PETTINGZOO_PREFIX, MappoConfig, defaults_for
-from tokenprune.trainers.mappo import Trainer
-from tokenprune.trainers.tasks import PettingZooTask
+from prunevit.benchmarks.marl_games import GAMES, Curve, Settings
+from prunevit.trainers.common.config import PETTINGZOO_PREFIX, MappoConfig, defaults_for
+from prunevit.trainers.common.experiments import PettingZooTask
+from prunevit.trainers.mappo import Trainer
 
 CRITICS = {"mappo": "central", "ippo": "local"}
 

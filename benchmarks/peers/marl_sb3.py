@@ -10,8 +10,8 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.utils import set_random_seed
 from torch import Tensor
 
-from tokenprune.benchmarks.marl_games import Curve, Settings, game_maker
-from tokenprune.envs.adapters.common import needs
+from prunevit.benchmarks.marl_games import Curve, Settings, game_maker
+from prunevit.envs.adapters.common import needs
 
 with needs("marl-peers"):
     import supersuit

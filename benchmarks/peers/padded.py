@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.agents.policy import Policy
-from tokenprune.benchmarks.peers.timm_parts import attend, check_plain, embed
-from tokenprune.envs.backbone import StagedViT, Tokens
-from tokenprune.envs.observations import View
+from prunevit.agents.policies.policy import Policy
+from prunevit.benchmarks.peers.timm_parts import attend, check_plain, embed
+from prunevit.envs.observations import View
+from prunevit.envs.vit.staged_vit import StagedViT, Tokens
 
 
 class PaddedViT(nn.Module):
@@ -49,14 +49,14 @@ class PaddedViT(nn.Module):
             attention=None,
         )
         mask: Tensor | None = None
-        budget = torch.zeros(batch, device=x.device)
+        alpha = torch.zeros(batch, device=x.device)
         edges = (0, *backbone.prune_before, backbone.depth)
         for stage, (start, stop) in enumerate(pairwise(edges)):
             last = stage == backbone.num_stages
             wanted = policy.needs_attention and not last
             tokens = self._run(tokens, mask, start, stop, wanted)
             if not last:
-                keep = policy(View(backbone, tokens, stage, budget, images=images))
+                keep = policy(View(backbone, tokens, stage, alpha, images=images))
                 tokens, mask = _padded(backbone.prune(tokens, keep))
         return backbone.finish(tokens)
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tokenprune.envs.backbone import Tokens
-from tokenprune.envs.game import TokenGame
-from tokenprune.envs.observations import View
-from tokenprune.envs.rewards import EndFacts, StageFacts
-from tokenprune.trainers.mappo import Learner
+from prunevit.envs.game import TokenGame
+from prunevit.envs.observations import View
+from prunevit.envs.rewards import EndFacts, StageFacts
+from prunevit.envs.vit.staged_vit import Tokens
+from prunevit.trainers.mappo import Learner
 
 # the logits of an image's living tokens, [R, 2], and the stage -> their actions, int64 [R]
 Choose = Callable[[Tensor, int], Tensor]

@@ -18,8 +18,8 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenprune.benchmarks.peers.timm_parts import attend, check_plain, embed, pass_counter
-from tokenprune.envs.backbone import UnsupportedBackboneError
+from prunevit.benchmarks.peers.timm_parts import attend, check_plain, embed, pass_counter
+from prunevit.envs.vit.staged_vit import UnsupportedBackboneError
 
 POOLINGS = ("token", "avg", "map")
 

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenprune.envs.adapters.common import needs
-from tokenprune.envs.adapters.torchrl import GROUP, TokenPruneTorchRL
+from prunevit.envs.adapters.common import needs
+from prunevit.envs.adapters.torchrl import GROUP, TokenPruneTorchRL
 
 with needs("benchmarl"):
     from benchmarl.environments import TaskClass
@@ -51,7 +51,7 @@ class TokenPruneTask(TaskClass):
 
     @staticmethod
     def env_name() -> str:
-        return "tokenprune"
+        return "prunevit"
 
     @staticmethod
     def log_info(batch: TensorDictBase) -> dict[str, float]:

@@ -10,13 +10,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from tokenprune.envs.backbone import Execution
-from tokenprune.envs.batched_tokens import BatchedTokenPrune
-from tokenprune.envs.datasets import ImageSet
-from tokenprune.envs.digits import Split
-from tokenprune.envs.game import GameError
-from tokenprune.envs.rewards import Reward
-from tokenprune.envs.token_prune import TokenPruneEnv
+from prunevit.envs.batched.token_prune import BatchedTokenPrune
+from prunevit.envs.data.datasets import ImageSet
+from prunevit.envs.data.digits import Split
+from prunevit.envs.game import GameError
+from prunevit.envs.rewards import Reward
+from prunevit.envs.token_prune import TokenPruneEnv
+from prunevit.envs.vit.staged_vit import Execution
 
 
 class GameArguments(TypedDict, total=False):
@@ -78,7 +78,7 @@ def needs(extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"{error.name} is missing: pip install 'tokenprune[{extra}]' brings it"
+            f"{error.name} is missing: pip install 'prunevit[{extra}]' brings it"
         ) from error
 
 

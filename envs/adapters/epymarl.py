@@ -1,6 +1,6 @@
 """EPyMARL: the game in the form that its ``gymma`` environment takes.
 
-``--env-config=gymma with env_args.key="tokenprune.envs:tokenprune/TokenPruneAgents-v0"``. EPyMARL's
+``--env-config=gymma with env_args.key="prunevit.envs:prunevit/TokenPruneAgents-v0"``. EPyMARL's
 own PettingZoo wrapper replaces the rewards of an episode's last step by zeros; this one does not.
 """
 
@@ -14,14 +14,14 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete, Tuple
 from numpy.typing import NDArray
 
-from tokenprune.envs.adapters.common import (
+from prunevit.envs.adapters.common import (
     GameArguments,
     HeldGame,
     joint_action,
     named_images,
     to_numpy,
 )
-from tokenprune.envs.batched import Observed
+from prunevit.envs.batched.protocol import Observed
 
 
 class TokenPruneAgents(gymnasium.Env[tuple[NDArray[np.float32], ...], Sequence[int]]):

@@ -1,7 +1,7 @@
 """Gymnasium: a central controller says for every token of an image whether it stays.
 
-``gymnasium.make("tokenprune/TokenPrune-v0")`` plays one image at a time,
-``gymnasium.make_vec("tokenprune/TokenPrune-v0", num_envs=B)`` B images at once on the tensor game.
+``gymnasium.make("prunevit/TokenPrune-v0")`` plays one image at a time,
+``gymnasium.make_vec("prunevit/TokenPrune-v0", num_envs=B)`` B images at once on the tensor game.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from numpy.typing import ArrayLike, NDArray
 from timm.data import resolve_model_data_config
 from torch import Tensor
 
-from tokenprune.envs.adapters.common import (
+from prunevit.envs.adapters.common import (
     GameArguments,
     HeldGame,
     joint_action,
     named_images,
     to_numpy,
 )
-from tokenprune.envs.batched import Observed
-from tokenprune.envs.batched_tokens import BatchedTokenPrune
-from tokenprune.envs.rendering import denormalise, strip_of_episode
+from prunevit.envs.batched.protocol import Observed
+from prunevit.envs.batched.token_prune import BatchedTokenPrune
+from prunevit.envs.rendering import denormalise, strip_of_episode
 
 SAMPLED = 2  # what MultiBinary.sample takes in a mask for a place that is free
 

@@ -24,8 +24,8 @@ import torch
 from gymnasium.spaces import Dict as DictSpace
 from numpy.typing import NDArray
 
-from tokenprune.envs.adapters.common import HeldGame, joint_action, named_images, needs, to_numpy
-from tokenprune.envs.batched import Observed
+from prunevit.envs.adapters.common import HeldGame, joint_action, named_images, needs, to_numpy
+from prunevit.envs.batched.protocol import Observed
 
 with needs("rllib"):
     from ray.rllib.env.multi_agent_env import MultiAgentEnv

@@ -21,14 +21,14 @@ from stable_baselines3.common.buffers import ReplayBuffer, RolloutBuffer
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from tokenprune.envs.adapters.common import (
+from prunevit.envs.adapters.common import (
     GameArguments,
     HeldGame,
     joint_action,
     named_images,
     to_numpy,
 )
-from tokenprune.envs.batched import Observed
+from prunevit.envs.batched.protocol import Observed
 
 
 class TokenVecEnv(VecEnv):

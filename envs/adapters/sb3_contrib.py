@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tokenprune.envs.adapters.common import needs
-from tokenprune.envs.adapters.sb3 import LivingRollouts
+from prunevit.envs.adapters.common import needs
+from prunevit.envs.adapters.sb3 import LivingRollouts
 
 with needs("sb3"):
     from sb3_contrib.common.maskable.buffers import MaskableRolloutBuffer

@@ -13,9 +13,9 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from tokenprune.envs.adapters.common import GameArguments, HeldGame, joint_action, needs
-from tokenprune.envs.batched import Observed
-from tokenprune.envs.batched_tokens import BatchedTokenPrune
+from prunevit.envs.adapters.common import GameArguments, HeldGame, joint_action, needs
+from prunevit.envs.batched.protocol import Observed
+from prunevit.envs.batched.token_prune import BatchedTokenPrune
 
 with needs("torchrl"):
     from tensordict import TensorDict, TensorDictBase

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tokenprune.agents import KeepAll, prune
-from tokenprune.agents.saved import learned_policy
-from tokenprune.envs import backbone as module
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.observations import DEFAULT_FIELDS
+from prunevit.agents import KeepAll, prune
+from prunevit.agents.saving import learned_policy
+from prunevit.envs.observations import DEFAULT_FIELDS
+from prunevit.envs.vit import staged_vit
+from prunevit.envs.vit.staged_vit import StagedViT
 
 STAGES = (1, 2, 3)
 
@@ -60,7 +60,7 @@ def test_parts_compile_nothing_anew(vit, monkeypatch):
     """Neither their number nor their sizes are a compiler's business."""
     model = prune(vit, Draw(), STAGES)
     size = 2 * model.backbone.num_slots * model.backbone.width * 4
-    monkeypatch.setattr(module, "PART_BYTES", size)
+    monkeypatch.setattr(staged_vit, "PART_BYTES", size)
     compiled = torch.compile(model, dynamic=True, backend="eager")
     for images in batches([7, 8, 9, 10, 11, 12, 7, 13, 14, 15]):
         compiled(images)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from tokenprune.agents import KeepAll, prune
-from tokenprune.agents.export import ExportError, OneImage, export_onnx
-from tokenprune.agents.saved import learned_policy
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.observations import DEFAULT_FIELDS
+from prunevit.agents import KeepAll, prune
+from prunevit.agents.export import ExportError, OneImage, export_onnx
+from prunevit.agents.saving import learned_policy
+from prunevit.envs.observations import DEFAULT_FIELDS
+from prunevit.envs.vit.staged_vit import StagedViT
 
 STAGES = (1, 3)
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
 
-from tokenprune.agents import (
+from prunevit.agents import (
     AdaptiveSampling,
     AttentionThreshold,
     DynamicViTPolicy,
@@ -18,11 +18,11 @@ from tokenprune.agents import (
     TopK,
     prune,
 )
-from tokenprune.agents.saved import SavedModelError, learned_policy
-from tokenprune.envs.backbone import StagedViT, UnsupportedBackboneError
-from tokenprune.envs.models import create_backbone, write_weights
-from tokenprune.envs.observations import DEFAULT_FIELDS
-from tokenprune.trainers.runs import main as mappo
+from prunevit.agents.saving import SavedModelError, learned_policy
+from prunevit.envs.observations import DEFAULT_FIELDS
+from prunevit.envs.vit.create import create_backbone, write_weights
+from prunevit.envs.vit.staged_vit import StagedViT, UnsupportedBackboneError
+from prunevit.trainers.common.runs import main as mappo
 
 BATCH, PATCHES, STAGES = 5, 16, (1, 3)
 SHAPE = {"depth": 4, "embed_dim": 32, "num_heads": 2, "patch_size": 8}  # not to be seen on a model
@@ -36,8 +36,8 @@ POOLINGS = {
 
 def random_policy(backbone, fields=DEFAULT_FIELDS):
     """Its random decisions are not all the same."""
-    budget = 0.1 if "budget" in fields else None
-    policy = learned_policy(backbone, fields, [8], "cls_attention" in fields, budget)
+    alpha = 0.1 if "alpha" in fields else None
+    policy = learned_policy(backbone, fields, [8], "cls_attention" in fields, alpha)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         for layer in (policy.actor.net[1], policy.actor.net[-1]):
@@ -262,7 +262,7 @@ def test_what_was_saved_comes_back(make_vit, images, tmp_path, policy):
 def test_a_run_becomes_a_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = "--num-envs 16 --iterations 2 --eval-size 20 --prune-before 2 4 --hidden 4 --seed 3"
-    monkeypatch.setattr("tokenprune.envs.datasets.DEFAULT_SIZES", dict.fromkeys(
+    monkeypatch.setattr("prunevit.envs.data.datasets.DEFAULT_SIZES", dict.fromkeys(
         ("train", "validation", "test"), 64))  # fmt: skip
     mappo([*options.split(), "--run-name", "tiny"])
     model = PrunedViT.from_run("runs/tiny")
@@ -280,25 +280,25 @@ def test_a_run_becomes_a_model(tmp_path, monkeypatch):
 
 def test_a_run_over_many_prices_becomes_a_model_with_a_knob(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tokenprune.envs.datasets.DEFAULT_SIZES", dict.fromkeys(
+    monkeypatch.setattr("prunevit.envs.data.datasets.DEFAULT_SIZES", dict.fromkeys(
         ("train", "validation", "test"), 64))  # fmt: skip
     options = "--num-envs 16 --iterations 1 --eval-size 20 --hidden 4 --alpha-range 0.01 0.25"
-    fields = ("token", "cls_attention", "budget")
+    fields = ("token", "cls_attention", "alpha")
     mappo([*options.split(), "--observation", *fields, "--run-name", "tiny"])
     model = PrunedViT.from_run("runs/tiny")
-    assert model.policy.budget == pytest.approx(0.05)
+    assert model.policy.alpha == pytest.approx(0.05)
     with torch.no_grad():
-        model.policy.actor.budget_weight.fill_(-0.1)
+        model.policy.actor.alpha_weight.fill_(-0.1)
         model.policy.actor.keep_bias.fill_(-0.2)
-    model.policy.budget, model.policy.threshold = 0.2, 0.4
+    model.policy.alpha, model.policy.threshold = 0.2, 0.4
     model.save_pretrained("mine")
     again = PrunedViT.from_pretrained("mine")
-    assert (again.policy.budget, again.policy.threshold) == (0.2, 0.4)
+    assert (again.policy.alpha, again.policy.threshold) == (0.2, 0.4)
     images = torch.randn(3, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(again(images), model(images))
         kept = again(images, return_keep=True)[1].sum()
-        again.policy.budget = 1e-3
+        again.policy.alpha = 1e-3
         assert again(images, return_keep=True)[1].sum() > kept
 
 
@@ -433,7 +433,7 @@ def test_a_hub_name_without_a_network(monkeypatch):
     def no_network(**_):
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr("tokenprune.agents.saved.hf_hub_download", no_network)
+    monkeypatch.setattr("prunevit.agents.saving.hf_hub_download", no_network)
     with pytest.raises(SavedModelError, match="'me/mine' is no local folder, and can't be fetched"):
         PrunedViT.from_pretrained("me/mine")
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from tokenprune.agents import KeepAll, LearnedPolicy, PrunedViT, TokenActor, TopK
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.game import TokenGame
-from tokenprune.envs.observations import DEFAULT_FIELDS, field_slices
+from prunevit.agents import KeepAll, LearnedPolicy, PrunedViT, TokenActor, TopK
+from prunevit.envs.game import TokenGame
+from prunevit.envs.observations import DEFAULT_FIELDS, field_slices
+from prunevit.envs.vit.staged_vit import StagedViT
 
 BATCH, PATCHES, STAGES = 5, 16, (1, 2)
 HIDDEN = (8,)

@@ -5,8 +5,8 @@ import sys
 import pytest
 import timm
 
-from tokenprune.benchmarks import backbones
-from tokenprune.benchmarks.backbones import Answer, ask, table
+from prunevit.benchmarks import backbones
+from prunevit.benchmarks.backbones import Answer, ask, table
 
 NAMES = (
     "beit_base_patch16_224",

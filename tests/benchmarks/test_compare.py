@@ -8,17 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tokenprune.agents import PrunedViT, TopK
-from tokenprune.benchmarks import compare as comparison
-from tokenprune.benchmarks import trained
-from tokenprune.benchmarks.arena import Bound, Contender, UnreachableError, bisected
-from tokenprune.benchmarks.compare import CompareConfig, compare, main, open_arena
-from tokenprune.benchmarks.entrants import ENTRANTS, Peer
-from tokenprune.benchmarks.records import FIELDS, Records, read
-from tokenprune.benchmarks.shown import read_curves, read_pictures
-from tokenprune.benchmarks.trained import RECIPES
-from tokenprune.envs.models import ASSETS
-from tokenprune.trainers.evaluation import evaluate
+from prunevit.agents import PrunedViT, TopK
+from prunevit.benchmarks import compare as comparison
+from prunevit.benchmarks import trained
+from prunevit.benchmarks.arena import Bound, Contender, UnreachableError, bisected
+from prunevit.benchmarks.compare import CompareConfig, compare, main, open_arena
+from prunevit.benchmarks.entrants import ENTRANTS, Peer
+from prunevit.benchmarks.records import FIELDS, Records, read
+from prunevit.benchmarks.shown import read_curves, read_pictures
+from prunevit.benchmarks.trained import RECIPES
+from prunevit.envs.vit.create import ASSETS
+from prunevit.trainers.common.evaluation import evaluate
 
 SETTINGS = {"eval_size": 20, "test_size": 30, "speed": False, "iterations": 1, "threads": 1}
 
@@ -26,7 +26,7 @@ SETTINGS = {"eval_size": 20, "test_size": 30, "speed": False, "iterations": 1, "
 @pytest.fixture(autouse=True)
 def small_digits(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tokenprune.envs.datasets.DEFAULT_SIZES", dict.fromkeys(
+    monkeypatch.setattr("prunevit.envs.data.datasets.DEFAULT_SIZES", dict.fromkeys(
         ("train", "validation", "test"), 256))  # fmt: skip
     threads = torch.get_num_threads()
     torch.set_num_threads(SETTINGS["threads"])
@@ -74,7 +74,7 @@ def test_ours_spend_at_most_as_much(arena, name, dithers, monkeypatch):
         model.policy.actor.prior_weight.fill_(0.1)
         model.policy.actor.keep_bias.fill_(0.0)
         if recipe.many_prices:
-            model.policy.actor.budget_weight.fill_(-0.1)
+            model.policy.actor.alpha_weight.fill_(-0.1)
             model.policy.actor.keep_bias.fill_(-0.3)
     monkeypatch.setattr(PrunedViT, "from_run", lambda folder: model)
     contender = ENTRANTS[name].open(arena, 0)
@@ -84,7 +84,7 @@ def test_ours_spend_at_most_as_much(arena, name, dithers, monkeypatch):
         pruned = contender.make(knobs | {"accuracy": 0.9})  # a record holds more than knobs
         spent = evaluate(pruned, arena.validation, arena.size).gmacs
         assert 0.85 * target < spent <= target
-        knob = "budget" if recipe.many_prices else "threshold"
+        knob = "alpha" if recipe.many_prices else "threshold"
         price = {} if recipe.many_prices else {"alpha": arena.base.alpha}  # that of the training
         assert knobs == price | {knob: getattr(pruned.policy, knob)} | (
             {"dither": pruned.policy.dither} if dithers else {}
@@ -94,7 +94,7 @@ def test_ours_spend_at_most_as_much(arena, name, dithers, monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_another_librarys_algorithm_is_trained_once_and_set_by_its_threshold(arena, monkeypatch):
     pytest.importorskip("benchmarl")
-    from tokenprune.trainers import benchmarl
+    from prunevit.trainers import benchmarl
 
     trainings = []
     original = benchmarl.train
@@ -135,7 +135,7 @@ def spread_run(runs):
     base = open_arena(CompareConfig(**SETTINGS, out=runs.parent))[0]
     folder = trained.trained_run(base, "mappo", 0, RECIPES["mappo"].settings(base))
     weights = load_file(folder / "policy.safetensors")
-    for name, value in {"prior_weight": 0.1, "keep_bias": -0.3, "budget_weight": -0.1}.items():
+    for name, value in {"prior_weight": 0.1, "keep_bias": -0.3, "alpha_weight": -0.1}.items():
         weights[name].fill_(value)
     save_file(weights, folder / "policy.safetensors")
 
@@ -206,7 +206,7 @@ def test_speeds_come_later_without_training_or_judging(tmp_path, monkeypatch):
         policies=("attention", "oracle", "released"), seeds=1, points=(0.9, 0.3),
         out=tmp_path / "r", **SETTINGS,
     )  # fmt: skip
-    monkeypatch.setattr("tokenprune.benchmarks.entrants.ORACLE_IMAGES", 4)
+    monkeypatch.setattr("prunevit.benchmarks.entrants.ORACLE_IMAGES", 4)
     monkeypatch.setattr(comparison, "SPEED_IMAGES", 128)
     monkeypatch.setattr(comparison, "SPEED_ROUNDS", 3)
     rows = compare(config)
@@ -232,14 +232,14 @@ def test_a_policy_whose_run_is_gone_gets_no_speed(tmp_path, capsys):
     config = CompareConfig(
         policies=("mappo",), seeds=1, points=(0.9,), out=tmp_path, **SETTINGS | {"speed": True}
     )
-    row = {"game": "digits", "policy": "mappo", "point": 0.9, "budget": 0.1, "speedup": None}
+    row = {"game": "digits", "policy": "mappo", "point": 0.9, "alpha": 0.1, "speedup": None}
     Records(tmp_path, "digits").add([dict.fromkeys(FIELDS, 0) | row])
     assert compare(config)[0]["speedup"] is None
     assert "mappo, seed 0 can't be timed" in capsys.readouterr().out
 
 
 def test_a_bound_is_judged_on_few_images(arena, tmp_path, monkeypatch):
-    monkeypatch.setattr("tokenprune.benchmarks.entrants.ORACLE_IMAGES", 5)
+    monkeypatch.setattr("prunevit.benchmarks.entrants.ORACLE_IMAGES", 5)
     policies = ("oracle", "oracle-no-labels")
     config = CompareConfig(policies=policies, points=(0.3,), out=tmp_path, **SETTINGS)
     for row in compare(config):
@@ -304,11 +304,11 @@ def test_what_is_fine_tuned_is_what_was_chosen_on_validation(arena, monkeypatch)
         pass
 
     def begin(config):
-        assert (config.budget, config.dither) == (0.07, True)
+        assert (config.alpha, config.dither) == (0.07, True)
         raise BegunError
 
     monkeypatch.setattr(trained.finetune, "train", begin)
-    ours = Contender(lambda gmacs: {"budget": 0.07, "dither": True}, None)
+    ours = Contender(lambda gmacs: {"alpha": 0.07, "dither": True}, None)
     monkeypatch.setattr(trained, "learned", lambda *_: ours)
     with pytest.raises(BegunError):
         ENTRANTS["mappo-fine-tuned"].open(arena, 0).tune(arena.gmacs_at(0.95))
@@ -324,7 +324,7 @@ def test_each_operating_point_has_a_training_of_its_own(arena):
     low, high = arena.game.alpha_range
     assert low / 8 <= config["alpha"] <= high * 8
     assert knobs["alpha"] == config["alpha"]
-    assert "budget" not in config["observation"]
+    assert "alpha" not in config["observation"]
     assert contender.make(knobs).policy.threshold == knobs["threshold"]
 
 

@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-from tokenprune.benchmarks import adapter_speed, env_speed
-from tokenprune.benchmarks.env_speed import main
-from tokenprune.envs.game import TokenGame
+from prunevit.benchmarks import adapter_speed, env_speed
+from prunevit.benchmarks.env_speed import main
+from prunevit.envs.game import TokenGame
 
 
 @pytest.fixture(autouse=True)

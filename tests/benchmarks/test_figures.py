@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tokenprune.benchmarks.figures import (
+from prunevit.benchmarks.figures import (
     draw,
     draw_curves,
     draw_line,
@@ -16,8 +16,8 @@ from tokenprune.benchmarks.figures import (
     in_pairs,
     main,
 )
-from tokenprune.benchmarks.records import FIELDS, Records
-from tokenprune.benchmarks.shown import Pictures, read_pictures, thinned
+from prunevit.benchmarks.records import FIELDS, Records
+from prunevit.benchmarks.shown import Pictures, read_pictures, thinned
 
 
 def record(policy, seed, point, accuracy, **more):
@@ -31,7 +31,7 @@ def record(policy, seed, point, accuracy, **more):
 
 ROWS = [
     record(policy, seed, point, accuracy + seed / 100, **knob)
-    for policy, accuracy, knob in (("a", 0.8, {}), ("mappo", 0.9, {"budget": 0.1}))
+    for policy, accuracy, knob in (("a", 0.8, {}), ("mappo", 0.9, {"alpha": 0.1}))
     for seed in (0, 1)
     for point in (0.5, 0.3)
 ]
@@ -54,7 +54,7 @@ def test_a_line_goes_through_the_means():
 
 
 def more(*names):
-    return [record(name, 0, 0.3, 0.9, budget=0.2) for name in names]
+    return [record(name, 0, 0.3, 0.9, alpha=0.2) for name in names]
 
 
 CURVE = {"policy": "mappo", "iteration": [1.5, 3.5], "accuracy": [0.8, 0.9], "keep_ratio": [1, 0.5]}
@@ -102,7 +102,7 @@ def drawn_lines(monkeypatch, draw_figure, *arguments):
     """The lines of a figure by their label."""
     figures = []
     monkeypatch.setattr(
-        "tokenprune.benchmarks.figures.save", lambda figure, _: figures.append(figure)
+        "prunevit.benchmarks.figures.save", lambda figure, _: figures.append(figure)
     )
     draw_figure(*arguments)
     return {line.get_label(): line for line in figures[0].axes[0].lines}

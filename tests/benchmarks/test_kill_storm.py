@@ -1,6 +1,6 @@
 import pytest
 
-from tokenprune.benchmarks.kill_storm import KillStormConfig, storm
+from prunevit.benchmarks.kill_storm import KillStormConfig, storm
 
 
 @pytest.mark.slow

@@ -15,10 +15,10 @@ pytest.importorskip("supersuit")
 
 from mpe2 import simple_spread_v3
 
-from tokenprune.benchmarks import marl_games, marl_peers
-from tokenprune.benchmarks.marl_games import EVALUATION_SEED, GAMES, Curve, Settings, mean_return
-from tokenprune.benchmarks.marl_peers import ENTRANTS, MarlPeersConfig, compare, draw, main, table
-from tokenprune.benchmarks.peers import marl_benchmarl, marl_ours, marl_sb3
+from prunevit.benchmarks import marl_games, marl_peers
+from prunevit.benchmarks.marl_games import EVALUATION_SEED, GAMES, Curve, Settings, mean_return
+from prunevit.benchmarks.marl_peers import ENTRANTS, MarlPeersConfig, compare, draw, main, table
+from prunevit.benchmarks.peers import marl_benchmarl, marl_ours, marl_sb3
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 TINY = Settings(frames=32, num_envs=2, rollout_steps=8, hidden=(8, 4), epochs=1, minibatches=2)
@@ -197,7 +197,7 @@ def test_a_record_says_all_that_was_done(monkeypatch):
     assert len(row["greedy"]) == len(row["sampled"]) == 3
     assert row["cpu_seconds"] > 0
     assert row["wall_seconds"] > 0
-    assert row["versions"].keys() == {"torch", "pettingzoo", "mpe2", "tokenprune"}
+    assert row["versions"].keys() == {"torch", "pettingzoo", "mpe2", "prunevit"}
     assert row["command"] == "python -m benchmarks.marl_peers --seeds 1"
     assert json.loads(json.dumps(row)) == row
 
@@ -285,8 +285,8 @@ def test_a_missing_library_is_told_before_anything_is_trained(
 ):
     library = ENTRANTS[entrant].library
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, f"tokenprune.benchmarks.peers.marl_{library}")
-    with pytest.raises(SystemExit, match=rf"{missing} is missing: .*tokenprune\[marl-peers\]"):
+    monkeypatch.delitem(sys.modules, f"prunevit.benchmarks.peers.marl_{library}")
+    with pytest.raises(SystemExit, match=rf"{missing} is missing: .*prunevit\[marl-peers\]"):
         main(["--entrants", "ours-mappo", entrant, "--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())
 

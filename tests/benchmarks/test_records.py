@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tokenprune.benchmarks.records import FIELDS, Records, cell, interval, read, table
+from prunevit.benchmarks.records import FIELDS, Records, cell, interval, read, table
 
 
 def record(policy="a", seed=0, point=0.4, accuracy=0.9, **more):

@@ -3,8 +3,8 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
-from tokenprune.benchmarks.soak import MIB, Growth, Looks, SoakConfig, SoakError, soak
-from tokenprune.envs import datasets
+from prunevit.benchmarks.soak import MIB, Growth, Looks, SoakConfig, SoakError, soak
+from prunevit.envs.data import datasets
 
 LOOKS = 200
 NOISE = np.random.default_rng(0).normal(0, MIB / 4, LOOKS)

@@ -15,13 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
 
-from tokenprune.agents import PrunedViT
-from tokenprune.benchmarks import compare, figures, throughput
-from tokenprune.benchmarks.games import GAMES
-from tokenprune.envs.datasets import open_images
-from tokenprune.envs.models import create_backbone, write_weights
-from tokenprune.trainers import finetune, report, runs
-from tokenprune.trainers.evaluation import evaluate
+from prunevit.agents import PrunedViT
+from prunevit.benchmarks import compare, figures, throughput
+from prunevit.benchmarks.games import GAMES
+from prunevit.envs.data.datasets import open_images
+from prunevit.envs.vit.create import create_backbone, write_weights
+from prunevit.trainers import finetune
+from prunevit.trainers.common import report, runs
+from prunevit.trainers.common.evaluation import evaluate
 
 CLASSES = 1_000
 TRAIN, VALIDATION = 3, 1  # images a class
@@ -149,7 +150,7 @@ def test_the_comparison_runs(folder, images, weights, monkeypatch):
     # two iterations teach ours too little to tell patches and prices apart
     file = Path("results/runs/mappo-0/policy.safetensors")
     learned = load_file(file)
-    for name, value in {"prior_weight": 0.1, "keep_bias": -0.3, "budget_weight": -0.1}.items():
+    for name, value in {"prior_weight": 0.1, "keep_bias": -0.3, "alpha_weight": -0.1}.items():
         learned[name].fill_(value)
     save_file(learned, file)
     everyone = ["attention", "random", "released", "dynamic-vit", "mappo", "mappo-fine-tuned"]

@@ -12,20 +12,20 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenprune.agents.heuristics import TopK
-from tokenprune.agents.pruned_vit import PrunedViT
-from tokenprune.benchmarks import throughput
-from tokenprune.benchmarks.measuring import Timing, interleaved, speedup
-from tokenprune.benchmarks.peers.padded import PaddedViT
-from tokenprune.benchmarks.throughput import ThroughputConfig, check, measure, specs
-from tokenprune.benchmarks.throughput_report import leads, table
-from tokenprune.benchmarks.variants import (
+from prunevit.agents.policies.heuristics import TopK
+from prunevit.agents.pruned_vit import PrunedViT
+from prunevit.benchmarks import throughput
+from prunevit.benchmarks.measuring import Timing, interleaved, speedup
+from prunevit.benchmarks.peers.padded import PaddedViT
+from prunevit.benchmarks.throughput import ThroughputConfig, check, measure, specs
+from prunevit.benchmarks.throughput_report import leads, table
+from prunevit.benchmarks.variants import (
     calls,
     gmacs,
     make_plan,
     packed_macs,
 )
-from tokenprune.benchmarks.workload import (
+from prunevit.benchmarks.workload import (
     DrawnPolicy,
     Schedule,
     Workload,
@@ -33,9 +33,9 @@ from tokenprune.benchmarks.workload import (
     load,
     untrained_policy,
 )
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.datasets import open_images
-from tokenprune.envs.models import DIGITS_VIT, create_backbone
+from prunevit.envs.data.datasets import open_images
+from prunevit.envs.vit.create import DIGITS_VIT, create_backbone
+from prunevit.envs.vit.staged_vit import StagedViT
 
 STAGES, BATCH, IMAGES = (1, 2, 3), 4, 8
 TINY = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
@@ -297,7 +297,7 @@ def test_speedup_compares_within_rounds():
 def test_peak_memory_sees_what_was_held():
     # in a process of its own: in this one other tests have held more before
     code = (
-        "import torch; from tokenprune.benchmarks.measuring import resident_peak\n"
+        "import torch; from prunevit.benchmarks.measuring import resident_peak\n"
         "before = resident_peak(); held = torch.ones(64 * 2**20)\n"
         "del held; print(resident_peak() - before)"
     )
@@ -467,7 +467,7 @@ def test_the_command_runs():
     arguments = ["--model-kwargs", json.dumps(TINY), "--schedule", "every-block"]
     ended = subprocess.run(
         [
-            sys.executable, "-m", "tokenprune.benchmarks.throughput", *arguments, "--threads", "1",
+            sys.executable, "-m", "prunevit.benchmarks.throughput", *arguments, "--threads", "1",
             "--variants", "packed", "--images", "2", "--batch-sizes", "1", "--rounds", "1",
         ],
         capture_output=True, text=True, check=False,

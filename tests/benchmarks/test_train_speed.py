@@ -5,13 +5,13 @@ from concurrent.futures.process import BrokenProcessPool
 import pytest
 import torch
 
-from tokenprune.benchmarks import train_speed
-from tokenprune.benchmarks.iterations import Cell, WatchedTrainer, measure_cell
-from tokenprune.benchmarks.train_speed import TrainSpeedConfig, cells, check, main
-from tokenprune.trainers.config import MappoConfig
+from prunevit.benchmarks import train_speed
+from prunevit.benchmarks.iterations import Cell, WatchedTrainer, measure_cell
+from prunevit.benchmarks.train_speed import TrainSpeedConfig, cells, check, main
+from prunevit.trainers.common.config import MappoConfig
 
 TINY = {"num_envs": 8, "rollouts_per_image": 4, "prune_before": (1, 3), "hidden": (8,)}
-PEERS = "tokenprune.benchmarks.peers.iterations_benchmarl"
+PEERS = "prunevit.benchmarks.peers.iterations_benchmarl"
 SMALL = ["--after", "0", "3", "--rounds", "1", "--num-envs", "8", "--threads", "1"]
 
 
@@ -143,7 +143,7 @@ def test_a_cell_that_is_killed_is_named_and_the_rest_measured(monkeypatch, capsy
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_benchmarl_takes_turns_on_the_same_game(vit, some_images):
     pytest.importorskip("benchmarl")
-    from tokenprune.benchmarks.peers.iterations_benchmarl import iterate
+    from prunevit.benchmarks.peers.iterations_benchmarl import iterate
 
     config = MappoConfig(**TINY | {"num_envs": 12}, device="cpu")
     turns = []

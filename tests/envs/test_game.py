@@ -5,15 +5,15 @@ import copy
 import pytest
 import torch
 
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.game import GameError, TokenGame
-from tokenprune.envs.observations import FIELDS
-from tokenprune.envs.rewards import (
+from prunevit.envs.game import GameError, TokenGame
+from prunevit.envs.observations import FIELDS
+from prunevit.envs.rewards import (
     LARGEST_NUMBER,
     MarkovGameReward,
     ReleasedCodeReward,
     TeamReward,
 )
+from prunevit.envs.vit.staged_vit import StagedViT
 
 BATCH, PATCHES = 6, 16
 STAGES = (0, 1, 3)
@@ -277,7 +277,7 @@ def test_rollouts_run_the_beginning_once(vit, batch):
 
 
 def test_each_episode_has_its_price(vit, batch, keeps):
-    """What it is paid, and what its agents see as their budget."""
+    """What it is paid, and what its agents see as their alpha."""
     images, labels = batch
     game = TokenGame(StagedViT(vit, STAGES), TeamReward(alpha=0.5, beta=0.0))
     keep = keeps(BATCH, len(STAGES), PATCHES)
@@ -291,8 +291,8 @@ def test_each_episode_has_its_price(vit, batch, keeps):
         assert (stage.reward[1:] < 0).all()
     for stages, seen in ((dear, prices.float()), (own, torch.full((BATCH,), 0.5))):
         for stage in stages[:-1]:
-            assert torch.equal(stage.view.budget, seen)
-            shown = stage.view.field("budget")[:, 0]
+            assert torch.equal(stage.view.alpha, seen)
+            shown = stage.view.field("alpha")[:, 0]
             assert torch.equal(shown, seen[stage.view.image].clamp(min=1e-3).log())
 
 

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.game import TokenGame
-from tokenprune.envs.observations import (
+from prunevit.envs.game import TokenGame
+from prunevit.envs.observations import (
     DEFAULT_FIELDS,
     FIELDS,
     View,
@@ -16,6 +15,7 @@ from tokenprune.envs.observations import (
     patch_positions,
     state_size,
 )
+from prunevit.envs.vit.staged_vit import StagedViT
 
 BATCH = 5
 STAGES = (1, 3)
@@ -27,7 +27,7 @@ MODELS = {
     "patches alone": {"class_token": False, "global_pool": "avg"},
     "distilled": {"name": "deit_tiny_distilled_patch16_224"},
 }
-BUDGET = torch.arange(BATCH) / 4
+ALPHA = torch.arange(BATCH) / 4
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def views(model, request, keeps):
         before = backbone.begin(draw_images())
         keep = keeps(BATCH, 2, backbone.num_patches)[0]
         after = backbone.advance(before, keep, 0)
-        return View(backbone, before, 0, BUDGET), View(backbone, after, 1, BUDGET)
+        return View(backbone, before, 0, ALPHA), View(backbone, after, 1, ALPHA)
 
 
 def draw_images():
@@ -98,7 +98,7 @@ def test_fields_hold_what_they_say(views, model):
                 "position": patch_positions(view.backbone)[view.alive[i]],
                 "cls_attention": attention[prefix:, None] * patches,
                 "alive_fraction": torch.full((living, 1), living / patches),
-                "budget": BUDGET[i].clamp(min=1e-3).log().expand(living, 1),
+                "alpha": ALPHA[i].clamp(min=1e-3).log().expand(living, 1),
             }
             for name, values in expected.items():
                 seen = view.field(name)
@@ -113,7 +113,7 @@ def test_fields_hold_what_they_say(views, model):
 
 def test_attention_is_an_even_share_before_the_first_block(vit):
     backbone = StagedViT(vit, (0, 1))
-    view = View(backbone, backbone.begin(draw_images()), 0, BUDGET)
+    view = View(backbone, backbone.begin(draw_images()), 0, ALPHA)
     assert torch.equal(view.cls_attention, torch.ones(BATCH * 16))
 
 
@@ -137,7 +137,7 @@ def test_positions():
 # --- together ---
 
 
-@pytest.mark.parametrize("fields", [DEFAULT_FIELDS, FIELDS, FIELDS[::-1], ("budget",)])
+@pytest.mark.parametrize("fields", [DEFAULT_FIELDS, FIELDS, FIELDS[::-1], ("alpha",)])
 def test_fields_stand_where_the_slices_say(views, fields):
     slices = field_slices(views[0].backbone, fields)
     assert list(slices) == list(fields)
@@ -168,7 +168,7 @@ def test_packed_and_masked_show_the_same(model, keeps):
             tokens = backbone.begin(draw_images())
             seen.append([])
             for stage, keep in enumerate(keeps(BATCH, 3, backbone.num_patches)):
-                view = View(backbone, tokens, stage, BUDGET)
+                view = View(backbone, tokens, stage, ALPHA)
                 seen[-1] += [view.scatter(view.living(FIELDS)), view.state()]
                 tokens = backbone.advance(tokens, keep, stage)
     for ours, reference in zip(*seen, strict=True):
@@ -183,9 +183,9 @@ def test_distinct_holds_what_is_seen_once(vit, keeps, fields):
     """Before the first stage rollouts of one image see the same, under one price."""
     backbone = StagedViT(vit, STAGES)
     game = TokenGame(backbone, rollouts_per_image=3)
-    budget = torch.linspace(0, 1, BATCH)
+    alpha = torch.linspace(0, 1, BATCH)
     labels = torch.zeros(BATCH, dtype=torch.int64)
-    stage = game.reset(draw_images(), labels, budget)
+    stage = game.reset(draw_images(), labels, alpha)
     for keep in keeps(3 * BATCH, 2, 16):
         observations, seen = stage.view.distinct(fields)
         living = stage.view.living(fields)
@@ -196,11 +196,11 @@ def test_distinct_holds_what_is_seen_once(vit, keeps, fields):
 
 def test_the_same_patches_under_another_price(views):
     for view in views:
-        dear = view.at_price(0.5)
+        dear = view.at_alpha(0.5)
         for name in FIELDS:
             same = torch.equal(dear.field(name), view.field(name))
-            assert same == (name != "budget")
-        assert torch.equal(dear.field("budget"), torch.full((len(view.image), 1), 0.5).log())
+            assert same == (name != "alpha")
+        assert torch.equal(dear.field("alpha"), torch.full((len(view.image), 1), 0.5).log())
 
 
 def test_distinct_is_living_where_every_episode_has_its_image(views):
@@ -214,7 +214,7 @@ def test_distinct_is_living_where_every_episode_has_its_image(views):
 
 @pytest.mark.parametrize("fields", [("token", "colour"), ("token", "cls", "token"), ()])
 def test_unknown_repeated_or_no_fields_are_refused(staged, fields):
-    with pytest.raises(ValueError, match=r"one or more of token, cls, .*budget, each once"):
+    with pytest.raises(ValueError, match=r"one or more of token, cls, .*alpha, each once"):
         field_slices(staged, fields)
 
 

@@ -9,17 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.game import TokenGame
-from tokenprune.envs.observations import FIELDS
-from tokenprune.envs.rewards import (
+from prunevit.envs.game import TokenGame
+from prunevit.envs.observations import FIELDS
+from prunevit.envs.rewards import (
     LARGEST_NUMBER,
     MarkovGameReward,
     ReleasedCodeReward,
     Reward,
     TeamReward,
 )
-from tokenprune.envs.token_prune import TokenPruneEnv
+from prunevit.envs.token_prune import TokenPruneEnv
+from prunevit.envs.vit.staged_vit import StagedViT
 
 VIT, EVA = "vit_tiny_patch16_224", "eva02_tiny_patch14_224"
 # what a model's tokens, positions and head can be like
@@ -187,9 +187,9 @@ def test_a_batch_is_the_sum_of_its_parts(models, case, data):
     cut = data.draw(st.integers(0, len(images)))
     parts = []
     for part in (slice(cut), slice(cut, None)):
-        priced = None if prices is None else prices[part]
+        alpha = None if prices is None else prices[part]
         episodes = keep.unflatten(1, (-1, case.rollouts))[:, part].flatten(1, 2)
-        parts.append(shown(play(game, images[part], labels[part], priced, episodes), case.fields))
+        parts.append(shown(play(game, images[part], labels[part], alpha, episodes), case.fields))
     assert_close({name: torch.cat([part[name] for part in parts]) for name in together}, together)
 
 
@@ -201,8 +201,8 @@ def test_other_order_of_images_same_results(models, case, data):
     order = torch.tensor(data.draw(st.permutations(range(len(images)))))
     episodes = torch.arange(keep.shape[1]).view(-1, case.rollouts)[order].flatten()
     straight = shown(play(game, images, labels, prices, keep), case.fields)
-    priced = None if prices is None else prices[order]
-    shuffled = play(game, images[order], labels[order], priced, keep[:, episodes])
+    alpha = None if prices is None else prices[order]
+    shuffled = play(game, images[order], labels[order], alpha, keep[:, episodes])
     assert_close(
         shown(shuffled, case.fields), {name: told[episodes] for name, told in straight.items()}
     )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokenprune.envs.rendering import FADE, GAP, denormalise, stage_strip
+from prunevit.envs.rendering import FADE, GAP, denormalise, stage_strip
 
 GRID = (2, 3)
 LIVING = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 1, 0]]).bool()

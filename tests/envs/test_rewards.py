@@ -6,9 +6,8 @@ import re
 import pytest
 import torch
 
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.game import TokenGame
-from tokenprune.envs.rewards import (
+from prunevit.envs.game import TokenGame
+from prunevit.envs.rewards import (
     LARGEST_NUMBER,
     REWARDS,
     EndFacts,
@@ -19,6 +18,7 @@ from tokenprune.envs.rewards import (
     accuracy_of,
     make_reward,
 )
+from prunevit.envs.vit.staged_vit import StagedViT
 
 HALF, QUARTER = math.log(2), math.log(4)
 # probabilities: image 0 (.5, .25, .25), image 1 (.25, .25, .5)

@@ -14,9 +14,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tokenprune.envs.game import GameError
-from tokenprune.envs.rewards import REWARDS
-from tokenprune.envs.token_prune import TokenPruneEnv
+from prunevit.envs.game import GameError
+from prunevit.envs.rewards import REWARDS
+from prunevit.envs.token_prune import TokenPruneEnv
 
 BATCH, IMAGES, STAGES = 3, 12, (0, 2)
 MODES = {

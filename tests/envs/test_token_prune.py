@@ -7,13 +7,13 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from pettingzoo.test import parallel_api_test
 
-from tokenprune.envs.backbone import StagedViT, UnsupportedBackboneError
-from tokenprune.envs.datasets import DatasetError
-from tokenprune.envs.game import GameError, TokenGame
-from tokenprune.envs.models import BackboneError
-from tokenprune.envs.observations import DEFAULT_FIELDS, FIELDS
-from tokenprune.envs.rewards import MarkovGameReward, ReleasedCodeReward, TeamReward
-from tokenprune.envs.token_prune import TokenPruneEnv, pick_device
+from prunevit.envs.data.datasets import DatasetError
+from prunevit.envs.game import GameError, TokenGame
+from prunevit.envs.observations import DEFAULT_FIELDS, FIELDS
+from prunevit.envs.rewards import MarkovGameReward, ReleasedCodeReward, TeamReward
+from prunevit.envs.token_prune import TokenPruneEnv, pick_device
+from prunevit.envs.vit.create import BackboneError
+from prunevit.envs.vit.staged_vit import StagedViT, UnsupportedBackboneError
 
 PATCHES, STAGES = 16, (0, 1, 3)
 AGENTS = [f"token_{i}" for i in range(PATCHES)]

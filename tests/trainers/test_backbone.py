@@ -19,16 +19,17 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from tokenprune.envs import datasets
-from tokenprune.envs.datasets import DatasetError, open_images
-from tokenprune.envs.models import BackboneError, create_backbone, sha256
-from tokenprune.trainers import backbone, supervised
-from tokenprune.trainers.backbone import main, train
-from tokenprune.trainers.backbone_run import BackboneConfig
-from tokenprune.trainers.checkpoint import CheckpointError
-from tokenprune.trainers.ranks import Ranks
-from tokenprune.trainers.run_folder import RunFolder, TrainingError, describe
-from tokenprune.trainers.supervised import accuracy, batches, learning_rate
+from prunevit.envs.data import datasets
+from prunevit.envs.data.datasets import DatasetError, open_images
+from prunevit.envs.vit.create import BackboneError, create_backbone, sha256
+from prunevit.trainers import backbone
+from prunevit.trainers.backbone import main, train
+from prunevit.trainers.backbone_run import BackboneConfig
+from prunevit.trainers.common import classification
+from prunevit.trainers.common.checkpoint import CheckpointError
+from prunevit.trainers.common.classification import accuracy, batches, learning_rate
+from prunevit.trainers.common.distributed import Ranks
+from prunevit.trainers.common.run_folder import RunFolder, TrainingError, describe
 
 VIT = "vit_tiny_patch16_224"
 # dropout, stochastic depth and mixup draw from generators that a resumed run has to find again
@@ -224,7 +225,7 @@ def test_the_test_split_is_read_once_at_the_end(config, monkeypatch):
     def watch(dataset, split, *args, **kwargs):
         return Watched(split, open_images(dataset, split, *args, **kwargs))
 
-    for module in (backbone, supervised):
+    for module in (backbone, classification):
         monkeypatch.setattr(module, "open_images", watch)
     train(config)
     assert reads == (["train"] * 5 + ["validation"]) * 3 + ["test"]
@@ -278,7 +279,7 @@ def kill_at_step(config, step, tmp_path):
     """Runs ``config`` in another process, which SIGKILLs itself in the midst of an epoch."""
     code = (
         "import os, signal, sys\n"
-        "from tokenprune.trainers import backbone\n"
+        "from prunevit.trainers import backbone\n"
         "import torch\n"
         "torch.set_num_threads(1)\n"
         "learn = backbone.Learner.learn\n"
@@ -322,7 +323,7 @@ def test_an_epoch_that_was_cut_off_is_not_lost(config, monkeypatch, ending):
         config, mixup=0.2, cutmix=1.0, model_kwargs=MODEL | {"embed_layer": "conv_stem"}
     )
     train(replace(config, run_name="whole"))
-    last, learn, taken = 8, supervised.Learner.learn, []
+    last, learn, taken = 8, classification.Learner.learn, []
 
     def learn_to_the_end(self, inputs, targets, step):
         taken.append(step)
@@ -332,8 +333,8 @@ def test_an_epoch_that_was_cut_off_is_not_lost(config, monkeypatch, ending):
             os.kill(os.getpid(), signal.SIGINT)  # in the midst of a step
         return learn(self, inputs, targets, step)
 
-    monkeypatch.setattr(supervised.Learner, "learn", learn_to_the_end)
-    monkeypatch.setattr(supervised, "SECONDS_AT_STAKE", 0.0 if ending == "killed" else 1e9)
+    monkeypatch.setattr(classification.Learner, "learn", learn_to_the_end)
+    monkeypatch.setattr(classification, "SECONDS_AT_STAKE", 0.0 if ending == "killed" else 1e9)
     # a shell has what it starts in the background ignore Ctrl-C
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

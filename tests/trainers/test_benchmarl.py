@@ -11,9 +11,8 @@ pytest.importorskip("benchmarl")
 from benchmarl.experiment import Callback, Experiment
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from tokenprune.envs.adapters.benchmarl import TokenPruneTask
-from tokenprune.trainers import library_run
-from tokenprune.trainers.benchmarl import (
+from prunevit.envs.adapters.benchmarl import TokenPruneTask
+from prunevit.trainers.benchmarl import (
     ALGORITHMS,
     BenchmarlConfig,
     actor_of,
@@ -21,7 +20,8 @@ from tokenprune.trainers.benchmarl import (
     make_experiment,
     run,
 )
-from tokenprune.trainers.stopping import Stopped
+from prunevit.trainers.common import integrations
+from prunevit.trainers.common.signals import Stopped
 
 PATCHES, STAGES = 16, (1, 3)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -108,7 +108,7 @@ def test_a_task_survives_pickling(task):
 
 @pytest.mark.slow
 def test_mappo_learns_to_prune_the_digits(tmp_path, monkeypatch, capsys, few_test_images):
-    monkeypatch.setattr(library_run, "RUNS", tmp_path)
+    monkeypatch.setattr(integrations, "RUNS", tmp_path)
     main(["--images", "32", "--iterations", "30", "--run-name", "one", "--device", "cpu"])
     report = json.loads((tmp_path / "one" / "report.json").read_text())
     policies = report["policies"]
@@ -129,7 +129,7 @@ def test_mappo_learns_to_prune_the_digits(tmp_path, monkeypatch, capsys, few_tes
     ],
 )
 def test_wrong_settings_end_in_one_line(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr(library_run, "RUNS", tmp_path)
+    monkeypatch.setattr(integrations, "RUNS", tmp_path)
     with pytest.raises(SystemExit, match=message) as ended:
         main(arguments)
     assert str(ended.value).startswith("error: ")
@@ -137,7 +137,7 @@ def test_wrong_settings_end_in_one_line(tmp_path, monkeypatch, arguments, messag
 
 
 def test_a_runs_folder_is_not_overwritten(tmp_path, monkeypatch):
-    monkeypatch.setattr(library_run, "RUNS", tmp_path)
+    monkeypatch.setattr(integrations, "RUNS", tmp_path)
     (tmp_path / "mine").mkdir()
     with pytest.raises(SystemExit, match="give another --run-name"):
         main(["--run-name", "mine"])

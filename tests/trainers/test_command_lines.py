@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tokenprune.envs.models import create_backbone, write_weights
-from tokenprune.trainers import report, runs
+from prunevit.envs.vit.create import create_backbone, write_weights
+from prunevit.trainers.common import report, runs
 
 SPREAD = "pettingzoo:mpe2.simple_spread_v3"
 TINY = {"patch_size": 16, "embed_dim": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0}
@@ -93,9 +93,9 @@ def choices(files):
     many = {
         "prune-before": ["", "1", "2", "1 2", "0 1 2", "2 1", "1 1", "3", "-1", "0", "None", "1.0",
                          "a", HUGE, "1 None", "0 0 0", "1 2 3 4 5 6 7 8"],
-        "observation": ["", "token", "token token", "cls stage", "smell", "token smell", "budget",
+        "observation": ["", "token", "token token", "cls stage", "smell", "token smell", "alpha",
                         "cls_attention", "position alive_fraction cls_attention", "🦊", "Token",
-                        "token cls stage position cls_attention alive_fraction budget"],
+                        "token cls stage position cls_attention alive_fraction alpha"],
         "alpha-range": ["", "0.1", "0.1 0.5", "0.5 0.1", "0 1", "-1 1", "nan nan", "0.1 inf",
                         "a b", "0.1 0.2 0.3", "1e300 1e301", "1e-320 1", "None"],
         "hidden": ["", "4", "4 4", "0", "-1", "4 0", "a", "1.5", "999999999999999", HUGE, "None"],

@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from tokenprune.agents import PrunedViT
-from tokenprune.agents.saved import SavedModelError, dynamic_vit_policy
-from tokenprune.envs import datasets
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.models import create_backbone, write_weights
-from tokenprune.trainers import dynamic_vit_run
-from tokenprune.trainers.dynamic_vit import (
+from prunevit.agents import PrunedViT
+from prunevit.agents.saving import SavedModelError, dynamic_vit_policy
+from prunevit.envs.data import datasets
+from prunevit.envs.vit.create import create_backbone, write_weights
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.trainers import dynamic_vit_run
+from prunevit.trainers.common.run_folder import TrainingError
+from prunevit.trainers.dynamic_vit import (
     BACKBONE_START,
     DynamicViTConfig,
     Run,
@@ -27,7 +28,6 @@ from tokenprune.trainers.dynamic_vit import (
     run_dense,
     run_masked,
 )
-from tokenprune.trainers.run_folder import TrainingError
 
 BATCH, PATCHES, STAGES = 5, 16, (1, 3)
 BACKBONES = {

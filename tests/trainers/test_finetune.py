@@ -13,19 +13,20 @@ from safetensors.torch import load, save_file
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from tokenprune.agents import KeepAll, PrunedViT
-from tokenprune.agents.saved import SavedModelError, learned_policy
-from tokenprune.envs import backbone
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.datasets import DatasetError, DigitsInClutter, open_images
-from tokenprune.envs.models import create_backbone, write_weights
-from tokenprune.envs.observations import View
-from tokenprune.trainers import finetune, supervised
-from tokenprune.trainers.checkpoint import CheckpointError, load_checkpoint, write_json
-from tokenprune.trainers.config import MappoConfig
-from tokenprune.trainers.evaluation import evaluate
-from tokenprune.trainers.finetune import Distillation, FinetuneConfig, freeze, main, train
-from tokenprune.trainers.run_folder import TrainingError
+from prunevit.agents import KeepAll, PrunedViT
+from prunevit.agents.saving import SavedModelError, learned_policy
+from prunevit.envs.data.datasets import DatasetError, DigitsInClutter, open_images
+from prunevit.envs.observations import View
+from prunevit.envs.vit import staged_vit
+from prunevit.envs.vit.create import create_backbone, write_weights
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.trainers import finetune
+from prunevit.trainers.common import classification
+from prunevit.trainers.common.checkpoint import CheckpointError, load_checkpoint, write_json
+from prunevit.trainers.common.config import MappoConfig
+from prunevit.trainers.common.evaluation import evaluate
+from prunevit.trainers.common.run_folder import TrainingError
+from prunevit.trainers.finetune import Distillation, FinetuneConfig, freeze, main, train
 
 # with BatchNorm in its stem; dropout and stochastic depth would draw if they were on
 TINY = {
@@ -99,8 +100,8 @@ def trained(photographs, tmp_path_factory):
         config |= settings
         staged = StagedViT(model, STAGES)
         fields = list(config["observation"])
-        budget = 0.1 if "budget" in fields else None
-        policy = learned_policy(staged, fields, [8], True, budget)
+        alpha = 0.1 if "alpha" in fields else None
+        policy = learned_policy(staged, fields, [8], True, alpha)
         balance(policy, staged, open_images(photographs, "train", resolve_model_data_config(model)))
         write_json(folder / "config.json", config)
         save_file(policy.actor.state_dict(), folder / "policy.safetensors")
@@ -248,9 +249,9 @@ def test_decisions_stay_as_they_were_where_all_before_the_last_stage_is_frozen(c
 def test_packed_and_masked_execution_learn_the_same(config, monkeypatch):
     """Weights may differ where they don't matter: Adam steps as far on a gradient of mere noise."""
     config = replace(config, frozen="nothing")
-    masked_block, calls = backbone.masked_block, []
+    masked_block, calls = staged_vit.masked_block, []
     monkeypatch.setattr(
-        backbone, "masked_block", lambda *args: calls.append(1) or masked_block(*args)
+        staged_vit, "masked_block", lambda *args: calls.append(1) or masked_block(*args)
     )
     train(config)
     assert not calls
@@ -298,7 +299,7 @@ def test_a_run_tells_all_about_itself(config):
         (run.backbone.model, "dense"),
         (tuned.backbone.model, "fine-tuned, unpruned"),
     ):
-        expected = supervised.accuracy(vit, validation, torch.device("cpu"))
+        expected = classification.accuracy(vit, validation, torch.device("cpu"))
         assert models[name]["accuracy"] == expected
         assert models[name]["gmacs"] == run.backbone.dense_macs / 1e9
     assert report["config"]["run"] == str(config.run)
@@ -320,7 +321,7 @@ def test_the_test_split_is_not_opened(config, monkeypatch):
         opened.add(split)
         return open_images(dataset, split, *args, **kwargs)
 
-    for module in (finetune, supervised):
+    for module in (finetune, classification):
         monkeypatch.setattr(module, "open_images", watch)
     train(replace(config, epochs=1))
     assert opened == {"train", "validation"}
@@ -332,13 +333,13 @@ def test_the_run_is_named_after_the_one_it_tunes(config):
 
 
 def test_a_policy_acts_under_the_price_and_with_the_dither_given(trained, config):
-    fields = ["token", "cls", "stage", "cls_attention", "budget"]
+    fields = ["token", "cls", "stage", "cls_attention", "alpha"]
     run = trained(observation=fields, alpha_range=[0.02, 0.4])
-    train(replace(config, run=run, budget=0.3, dither=True, epochs=1))
+    train(replace(config, run=run, alpha=0.3, dither=True, epochs=1))
     policy = PrunedViT.from_pretrained("runs/r/model").policy
-    assert policy.budget == 0.3
+    assert policy.alpha == 0.3
     assert policy.dither
-    train(replace(config, run=run, budget=0.3, epochs=1, run_name="even"))
+    train(replace(config, run=run, alpha=0.3, epochs=1, run_name="even"))
     assert not PrunedViT.from_pretrained("runs/even/model").policy.dither
     judged = [
         json.loads(Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()[0])
@@ -347,12 +348,12 @@ def test_a_policy_acts_under_the_price_and_with_the_dither_given(trained, config
     assert judged[0]["validation_gmacs"] != judged[1]["validation_gmacs"]
 
 
-@pytest.mark.parametrize("change", [{"dither": True}, {"budget": 0.1}])
+@pytest.mark.parametrize("change", [{"dither": True}, {"alpha": 0.1}])
 def test_other_policies_have_no_budget_and_can_not_dither(config, run, monkeypatch, change):
     backbone = PrunedViT.from_run(run).backbone
     other = PrunedViT(backbone, KeepAll())
     monkeypatch.setattr(PrunedViT, "from_run", lambda folder: other)
-    with pytest.raises(ValueError, match="leave out --budget and --dither"):
+    with pytest.raises(ValueError, match="leave out --alpha and --dither"):
         train(replace(config, **change))
     assert not Path("runs").exists()
 
@@ -363,7 +364,7 @@ def test_other_policies_have_no_budget_and_can_not_dither(config, run, monkeypat
 @pytest.mark.parametrize("step", [2, STEPS + 2])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(config, monkeypatch, step):
     train(replace(config, run_name="whole"))
-    learn, taken = supervised.Learner.learn, []
+    learn, taken = classification.Learner.learn, []
 
     def learn_or_die(self, inputs, targets, now):
         taken.append(now)
@@ -371,7 +372,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(config, monkeypatch, step):
             raise KeyboardInterrupt
         return learn(self, inputs, targets, now)
 
-    monkeypatch.setattr(supervised.Learner, "learn", learn_or_die)
+    monkeypatch.setattr(classification.Learner, "learn", learn_or_die)
     with pytest.raises(KeyboardInterrupt):
         train(config)
     assert len(read_metrics("r")) == 1 + step // STEPS
@@ -480,7 +481,7 @@ def test_runs_that_can_not_be_tuned_are_named_at_once(config, run, tmp_path, set
     [
         ({"run": None}, TrainingError, "--run runs/NAME"),
         ({"run": Path("nowhere")}, SavedModelError, r"nowhere holds no finished run: config\.json"),
-        ({"budget": 0.3}, ValueError, "budget=0.3.*trained for one price"),
+        ({"alpha": 0.3}, ValueError, "alpha=0.3.*trained for one price"),
         ({"augmentation": {"flip": 1}}, DatasetError, "flip"),
         ({"batch_size": 73}, TrainingError, "72 training images.*73"),
         ({"device": "abacus"}, ValueError, "abacus"),

@@ -7,11 +7,12 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from torch import nn
 
-from tokenprune.agents.actor_critic import Actor
-from tokenprune.envs.batched import BatchedEnv, Observed, Transition
-from tokenprune.trainers import mappo
-from tokenprune.trainers.config import MappoConfig
-from tokenprune.trainers.mappo import (
+from prunevit.agents.policies.actor_critic import Actor
+from prunevit.envs.batched.protocol import BatchedEnv, Observed, Transition
+from prunevit.trainers import mappo
+from prunevit.trainers.common.config import MappoConfig
+from prunevit.trainers.common.value_norm import ValueNorm
+from prunevit.trainers.mappo import (
     Decisions,
     Learner,
     Trainer,
@@ -24,7 +25,6 @@ from tokenprune.trainers.mappo import (
     sample,
     value_loss,
 )
-from tokenprune.trainers.value_norm import ValueNorm
 
 CRITICS = ("central", "local", "none")
 SETTINGS = MappoConfig(

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from pettingzoo import ParallelEnv
 
-from tokenprune.trainers import tasks
-from tokenprune.trainers.config import defaults_for
+from prunevit.trainers.common import experiments
+from prunevit.trainers.common.config import defaults_for
 
 SEEN = np.zeros(1, np.float32)
 
@@ -61,10 +61,10 @@ class Paid(ParallelEnv):
     ],
 )
 def test_episodes_count_to_their_end_or_to_the_longest(length, longest, expected, monkeypatch):
-    monkeypatch.setattr(tasks, "make_pettingzoo", lambda name, **kwargs: lambda: Paid(length))
-    monkeypatch.setattr(tasks, "LONGEST_EPISODE", longest)
+    monkeypatch.setattr(experiments, "make_pettingzoo", lambda name, **kwargs: lambda: Paid(length))
+    monkeypatch.setattr(experiments, "LONGEST_EPISODE", longest)
     config = replace(defaults_for("pettingzoo:paid"), num_envs=3, eval_size=6)
-    task = tasks.PettingZooTask(config)
+    task = experiments.PettingZooTask(config)
     found = task.evaluate(task.make_actor())
     assert found == {
         "validation_episode_return": expected,

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tokenprune.agents.actor_critic import Actor
-from tokenprune.trainers.config import defaults_for
-from tokenprune.trainers.mappo import Trainer
-from tokenprune.trainers.tasks import PettingZooTask
+from prunevit.agents.policies.actor_critic import Actor
+from prunevit.trainers.common.config import defaults_for
+from prunevit.trainers.common.experiments import PettingZooTask
+from prunevit.trainers.mappo import Trainer
 
 # the least that training must bring, and what it takes: returns of random play are measured here
 GAMES = {

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from tokenprune.agents import PrunedViT
-from tokenprune.agents.actor_critic import LearnedPolicy, TokenActor
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.batched_tokens import BatchedTokenPrune
-from tokenprune.envs.game import TokenGame
-from tokenprune.trainers.config import MappoConfig
-from tokenprune.trainers.evaluation import evaluate
-from tokenprune.trainers.finetune import Distillation, FinetuneConfig, freeze
-from tokenprune.trainers.mappo import Trainer
-from tokenprune.trainers.supervised import Learner
+from prunevit.agents import PrunedViT
+from prunevit.agents.policies.actor_critic import LearnedPolicy, TokenActor
+from prunevit.envs.batched.token_prune import BatchedTokenPrune
+from prunevit.envs.game import TokenGame
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.trainers.common.classification import Learner
+from prunevit.trainers.common.config import MappoConfig
+from prunevit.trainers.common.evaluation import evaluate
+from prunevit.trainers.finetune import Distillation, FinetuneConfig, freeze
+from prunevit.trainers.mappo import Trainer
 
 FIELDS = ("token", "cls", "stage", "cls_attention")
 BFLOAT16 = 0.1  # 8 bits of a loss around 1, over four blocks

@@ -12,9 +12,10 @@ import ray
 import torch
 from ray.rllib.algorithms.ppo import PPO
 
-from tokenprune.envs.game import GameError
-from tokenprune.trainers import library_run, rllib
-from tokenprune.trainers.rllib import POLICY, RllibConfig, main, make_algorithm
+from prunevit.envs.game import GameError
+from prunevit.trainers import rllib
+from prunevit.trainers.common import integrations
+from prunevit.trainers.rllib import POLICY, RllibConfig, main, make_algorithm
 
 PATCHES, STAGES = 16, (1, 3)
 
@@ -57,7 +58,7 @@ def test_a_round_plays_new_images_to_the_end_and_moves_the_policy(one_core, vit,
 def test_a_run_leaves_its_record_and_a_checkpoint(
     one_core, tmp_path, monkeypatch, capsys, few_test_images
 ):
-    monkeypatch.setattr(library_run, "RUNS", tmp_path)
+    monkeypatch.setattr(integrations, "RUNS", tmp_path)
     main(["--images", "8", "--iterations", "2", "--run-name", "one", "--device", "cpu"])
     folder = tmp_path / "one"
     report = json.loads((folder / "report.json").read_text())["policies"]
@@ -74,7 +75,7 @@ def test_a_run_leaves_its_record_and_a_checkpoint(
 
 
 def test_a_training_that_is_stopped_leaves_a_checkpoint(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(library_run, "RUNS", tmp_path)
+    monkeypatch.setattr(integrations, "RUNS", tmp_path)
     done = []
 
     class Algorithm:
@@ -108,7 +109,7 @@ def test_a_training_that_is_stopped_leaves_a_checkpoint(tmp_path, monkeypatch, c
     ],
 )
 def test_wrong_settings_end_in_one_line(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr(library_run, "RUNS", tmp_path)
+    monkeypatch.setattr(integrations, "RUNS", tmp_path)
     with pytest.raises(SystemExit, match=message) as ended:
         main(arguments)
     assert str(ended.value).startswith("error: ")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from stable_baselines3 import PPO
 
-from tokenprune.envs import datasets
-from tokenprune.envs.adapters.sb3 import TokenVecEnv
-from tokenprune.trainers import library_run
-from tokenprune.trainers.sb3 import Sb3Config, TokenDQN, actor_of, main, make_algorithm
+from prunevit.envs.adapters.sb3 import TokenVecEnv
+from prunevit.envs.data import datasets
+from prunevit.trainers.common import integrations
+from prunevit.trainers.sb3 import Sb3Config, TokenDQN, actor_of, main, make_algorithm
 
 PATCHES, STAGES = 16, (1, 3)
 ALGORITHMS = ["ppo", "a2c", "dqn", "maskable-ppo"]
@@ -57,7 +57,7 @@ def test_tokens_explore_each_for_itself(env, tmp_path):
 
 
 def test_a_training_that_is_stopped_leaves_its_model(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(library_run, "RUNS", tmp_path)
+    monkeypatch.setattr(integrations, "RUNS", tmp_path)
     monkeypatch.setitem(datasets.DEFAULT_SIZES, "train", 20)
     seen, step = [], TokenVecEnv.step_wait
 
@@ -81,7 +81,7 @@ def test_a_training_that_is_stopped_leaves_its_model(tmp_path, monkeypatch, caps
 
 @pytest.mark.slow
 def test_ppo_learns_to_prune_the_digits(tmp_path, monkeypatch, capsys, few_test_images):
-    monkeypatch.setattr(library_run, "RUNS", tmp_path)
+    monkeypatch.setattr(integrations, "RUNS", tmp_path)
     main(["--images", "32", "--iterations", "20", "--run-name", "one", "--device", "cpu"])
     report = json.loads((tmp_path / "one" / "report.json").read_text())["policies"]
     assert (tmp_path / "one" / "model.zip").is_file()
@@ -100,7 +100,7 @@ def test_ppo_learns_to_prune_the_digits(tmp_path, monkeypatch, capsys, few_test_
     ],
 )
 def test_wrong_settings_end_in_one_line(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr(library_run, "RUNS", tmp_path)
+    monkeypatch.setattr(integrations, "RUNS", tmp_path)
     with pytest.raises(SystemExit, match=message) as ended:
         main(arguments)
     assert str(ended.value).startswith("error: ")
@@ -108,7 +108,7 @@ def test_wrong_settings_end_in_one_line(tmp_path, monkeypatch, arguments, messag
 
 
 def test_a_runs_folder_is_not_overwritten(tmp_path, monkeypatch):
-    monkeypatch.setattr(library_run, "RUNS", tmp_path)
+    monkeypatch.setattr(integrations, "RUNS", tmp_path)
     (tmp_path / "mine").mkdir()
     with pytest.raises(SystemExit, match="give another --run-name"):
         main(["--run-name", "mine"])

@@ -5,15 +5,15 @@ import timm
 import torch
 from timm.models.vision_transformer import ResPostBlock
 
-from tokenprune.agents import PrunedViT, TopK
-from tokenprune.benchmarks.peers.evit import (
+from prunevit.agents import PrunedViT, TopK
+from prunevit.benchmarks.peers.evit import (
     EViT,
     even_tokens,
     macs_counter,
     reorganise,
     token_counts,
 )
-from tokenprune.envs.backbone import StagedViT, UnsupportedBackboneError
+from prunevit.envs.vit.staged_vit import StagedViT, UnsupportedBackboneError
 
 STAGES = (1, 3)
 PAPERS_STAGES = (4, 7, 10)

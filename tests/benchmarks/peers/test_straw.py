@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from tokenprune.benchmarks.iterations import WatchedTrainer
-from tokenprune.benchmarks.peers.straw import Straw
-from tokenprune.trainers.config import MappoConfig
+from prunevit.benchmarks.iterations import WatchedTrainer
+from prunevit.benchmarks.peers.straw import Straw
+from prunevit.trainers.common.config import MappoConfig
 
 TINY = {
     "num_envs": 12, "rollouts_per_image": 4, "prune_before": (1, 3), "hidden": (8,),

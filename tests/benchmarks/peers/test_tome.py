@@ -5,7 +5,7 @@ import timm
 import torch
 from timm.models.vision_transformer import ResPostBlock
 
-from tokenprune.benchmarks.peers.tome import (
+from prunevit.benchmarks.peers.tome import (
     ToMeViT,
     even_merges,
     macs_counter,
@@ -14,7 +14,7 @@ from tokenprune.benchmarks.peers.tome import (
     merges_at,
     token_counts,
 )
-from tokenprune.envs.backbone import UnsupportedBackboneError
+from prunevit.envs.vit.staged_vit import UnsupportedBackboneError
 
 BACKBONES = {
     "class token": {},

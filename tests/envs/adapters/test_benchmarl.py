@@ -7,8 +7,8 @@ from torch.nn import functional as F
 pytest.importorskip("benchmarl")
 from torchrl.envs import TransformedEnv
 
-from tokenprune.envs.adapters.benchmarl import TokenPruneTask
-from tokenprune.envs.adapters.torchrl import TokenPruneTorchRL
+from prunevit.envs.adapters.benchmarl import TokenPruneTask
+from prunevit.envs.adapters.torchrl import TokenPruneTorchRL
 
 PATCHES, STAGES, BATCH = 16, (0, 1, 3), 4
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from tokenprune.envs.adapters.epymarl import TokenPruneAgents
-from tokenprune.envs.adapters.gymnasium import TokenPruneGym, TokenPruneVector
-from tokenprune.envs.adapters.sb3 import TokenVecEnv
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.batched_tokens import BatchedTokenPrune
-from tokenprune.envs.game import TokenGame
-from tokenprune.envs.rewards import MarkovGameReward, ReleasedCodeReward, TeamReward
-from tokenprune.envs.token_prune import TokenPruneEnv
+from prunevit.envs.adapters.epymarl import TokenPruneAgents
+from prunevit.envs.adapters.gymnasium import TokenPruneGym, TokenPruneVector
+from prunevit.envs.adapters.sb3 import TokenVecEnv
+from prunevit.envs.batched.token_prune import BatchedTokenPrune
+from prunevit.envs.game import TokenGame
+from prunevit.envs.rewards import MarkovGameReward, ReleasedCodeReward, TeamReward
+from prunevit.envs.token_prune import TokenPruneEnv
+from prunevit.envs.vit.staged_vit import StagedViT
 
 PATCHES, STAGES = 16, (0, 1, 3)
 INDICES = [7, 2, 11, 4]
@@ -130,7 +130,7 @@ class Rllib(Gym):
 
     def make(self, batch, game):
         pytest.importorskip("ray")
-        from tokenprune.envs.adapters.rllib import TokenPruneMultiVector
+        from prunevit.envs.adapters.rllib import TokenPruneMultiVector
 
         return TokenPruneMultiVector(batch, game)
 
@@ -166,7 +166,7 @@ class RllibSingle(Rllib):
 
     def make(self, batch, game):
         pytest.importorskip("ray")
-        from tokenprune.envs.adapters.rllib import TokenPruneMulti
+        from prunevit.envs.adapters.rllib import TokenPruneMulti
 
         return TokenPruneMulti(game)
 
@@ -211,7 +211,7 @@ class TorchRL(Gym):
     batch = BATCH
 
     def make(self, batch, game):
-        from tokenprune.envs.adapters.torchrl import TokenPruneTorchRL
+        from prunevit.envs.adapters.torchrl import TokenPruneTorchRL
 
         return TokenPruneTorchRL(batch, **game)
 

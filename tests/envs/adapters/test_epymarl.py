@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from gymnasium.wrappers import TimeLimit
 
-import tokenprune.envs  # noqa: F401 - registers
+import prunevit.envs  # noqa: F401 - registers
 
 PATCHES, STAGES = 16, (0, 1, 3)
 
@@ -14,7 +14,7 @@ PATCHES, STAGES = 16, (0, 1, 3)
 def test_its_form_is_that_of_gymma(vit, some_images):
     """As gymma goes about it: by name, behind a time limit, with lists of actions."""
     made = gymnasium.make(
-        "tokenprune.envs:tokenprune/TokenPruneAgents-v0",
+        "prunevit.envs:prunevit/TokenPruneAgents-v0",
         backbone=vit,
         dataset=some_images,
         prune_before=STAGES,

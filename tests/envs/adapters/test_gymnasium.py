@@ -10,12 +10,12 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
-import tokenprune.envs  # noqa: F401 - registers
-from tokenprune.envs.adapters.gymnasium import TokenPruneVector
-from tokenprune.envs.game import GameError
-from tokenprune.envs.rendering import GAP
+import prunevit.envs  # noqa: F401 - registers
+from prunevit.envs.adapters.gymnasium import TokenPruneVector
+from prunevit.envs.game import GameError
+from prunevit.envs.rendering import GAP
 
-NAME = "tokenprune/TokenPrune-v0"
+NAME = "prunevit/TokenPrune-v0"
 STAGES, PATCHES, BATCH = (0, 1, 3), 16, 4
 
 
@@ -37,7 +37,7 @@ def test_gymnasium_accepts_it(game):
 
 def test_the_module_in_a_name_is_enough(game):
     """For programs that only take a name from a configuration."""
-    env = gymnasium.make(f"tokenprune.envs:{NAME}", **game)
+    env = gymnasium.make(f"prunevit.envs:{NAME}", **game)
     assert env.reset(seed=0)[0].shape[0] == PATCHES
 
 

@@ -8,12 +8,12 @@ import pytest
 
 # what an adapter or trainer imports, and the extra that has it
 NEEDS = [
-    ("tokenprune.envs.adapters.sb3_contrib", "sb3_contrib", "sb3"),
-    ("tokenprune.envs.adapters.rllib", "ray", "rllib"),
-    ("tokenprune.trainers.rllib", "ray", "rllib"),
-    ("tokenprune.envs.adapters.torchrl", "torchrl", "torchrl"),
-    ("tokenprune.envs.adapters.benchmarl", "benchmarl", "benchmarl"),
-    ("tokenprune.trainers.benchmarl", "benchmarl", "benchmarl"),
+    ("prunevit.envs.adapters.sb3_contrib", "sb3_contrib", "sb3"),
+    ("prunevit.envs.adapters.rllib", "ray", "rllib"),
+    ("prunevit.trainers.rllib", "ray", "rllib"),
+    ("prunevit.envs.adapters.torchrl", "torchrl", "torchrl"),
+    ("prunevit.envs.adapters.benchmarl", "benchmarl", "benchmarl"),
+    ("prunevit.trainers.benchmarl", "benchmarl", "benchmarl"),
 ]
 
 
@@ -25,6 +25,6 @@ def test_a_missing_library_is_named_with_its_extra(monkeypatch, module, library,
         if name in ours or name.partition(".")[0] == library:
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, library, None)
-    expected = rf"{library}\S* is missing: pip install 'tokenprune\[{re.escape(extra)}\]' brings it"
+    expected = rf"{library}\S* is missing: pip install 'prunevit\[{re.escape(extra)}\]' brings it"
     with pytest.raises(ImportError, match=expected):
         importlib.import_module(module)

@@ -5,7 +5,7 @@ import pytest
 from pettingzoo.test import api_test
 from pettingzoo.utils.conversions import aec_to_parallel, parallel_to_aec
 
-from tokenprune.envs.token_prune import TokenPruneEnv
+from prunevit.envs.token_prune import TokenPruneEnv
 
 PATCHES, STAGES = 16, (0, 1, 3)
 

@@ -8,9 +8,9 @@ pytest.importorskip("ray")
 from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 from ray.rllib.utils.pre_checks.env import check_multiagent_environments
 
-from tokenprune.envs.adapters.rllib import TokenPruneMulti, TokenPruneMultiVector
-from tokenprune.envs.game import GameError
-from tokenprune.envs.rewards import MarkovGameReward, ReleasedCodeReward, TeamReward
+from prunevit.envs.adapters.rllib import TokenPruneMulti, TokenPruneMultiVector
+from prunevit.envs.game import GameError
+from prunevit.envs.rewards import MarkovGameReward, ReleasedCodeReward, TeamReward
 
 PATCHES, STAGES, BATCH = 16, (0, 1, 3), 4
 INDICES = [7, 2, 11, 0]

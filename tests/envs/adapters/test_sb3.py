@@ -9,9 +9,9 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecMonitor
 
-from tokenprune.envs.adapters.sb3 import LivingReplay, LivingRollouts, TokenVecEnv
-from tokenprune.envs.game import GameError
-from tokenprune.envs.token_prune import TokenPruneEnv
+from prunevit.envs.adapters.sb3 import LivingReplay, LivingRollouts, TokenVecEnv
+from prunevit.envs.game import GameError
+from prunevit.envs.token_prune import TokenPruneEnv
 
 PATCHES, STAGES, BATCH = 16, (0, 1, 3), 4
 ROWS = BATCH * PATCHES
@@ -213,7 +213,7 @@ def test_what_makes_no_sense_is_refused(env):
 
 def test_maskable_ppo_learns_from_the_living_alone(game):
     contrib = pytest.importorskip("sb3_contrib")
-    from tokenprune.envs.adapters.sb3_contrib import LivingMaskedRollouts
+    from prunevit.envs.adapters.sb3_contrib import LivingMaskedRollouts
 
     env = TokenVecEnv(BATCH, **game)
     model = contrib.MaskablePPO("MlpPolicy", env, n_steps=len(STAGES), batch_size=64, n_epochs=1,

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from tokenprune.envs.backbone import StagedViT
-from tokenprune.envs.batched_tokens import BatchedTokenPrune
-from tokenprune.envs.game import GameError, TokenGame
-from tokenprune.envs.token_prune import TokenPruneEnv
+from prunevit.envs.batched.token_prune import BatchedTokenPrune
+from prunevit.envs.game import GameError, TokenGame
+from prunevit.envs.token_prune import TokenPruneEnv
+from prunevit.envs.vit.staged_vit import StagedViT
 
 pytest.importorskip("torchrl")
 from torchrl.envs import check_env_specs
 from torchrl.envs.libs.pettingzoo import PettingZooWrapper
 
-from tokenprune.envs.adapters.torchrl import TokenPruneTorchRL
+from prunevit.envs.adapters.torchrl import TokenPruneTorchRL
 
 PATCHES, STAGES, BATCH = 16, (0, 1, 3), 4
 INDICES = [7, 2, 11, 0]

@@ -1,0 +1,126 @@
+"""DynamicViT's policy (arXiv 2106.02034): a predictor before each stage tells how likely a patch is
+kept, and the likeliest ones are.
+
+``trainers.dynamic_vit`` trains it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from prunevit.agents.policies.heuristics import keep_highest
+from prunevit.envs.observations import View
+from prunevit.envs.vit.staged_vit import StagedViT
+
+
+class KeepPredictor(nn.Module):
+    """Embeddings of an image's patches -> how likely each is kept (the paper's eqs. 1-5).
+
+    Half of what is read off a patch is its own, the other half is averaged over the image. The
+    paper's predictor is as wide as the backbone (``hidden`` = D).
+
+    Args:
+        width: D, of the backbone.
+        hidden: numbers read off a patch, a multiple of 4.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.read = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU())
+        self.judge = nn.Sequential(
+            nn.Linear(hidden, hidden // 2),
+            nn.GELU(),
+            nn.Linear(hidden // 2, hidden // 4),
+            nn.GELU(),
+            nn.Linear(hidden // 4, 2),
+        )
+
+    def forward(self, tokens: Tensor, image: Tensor, images: int, alive: Tensor) -> Tensor:
+        """Logits of prune and keep, [R, 2].
+
+        Args:
+            tokens: embeddings [R, D].
+            image: which image each is of, int64 [R].
+            images: how many there are, B.
+            alive: 1 where a patch counts for its image's average, 0 where it is pruned, [R].
+        """
+        local, shared = self.read(tokens).chunk(2, dim=1)
+        count = alive.new_zeros(images).index_add(0, image, alive)
+        total = shared.new_zeros(images, shared.shape[1])
+        total = total.index_add(0, image, shared * alive[:, None])
+        average = total / count.clamp(min=1)[:, None]
+        return self.judge(torch.cat([local, average.index_select(0, image)], dim=1))
+
+
+class DynamicViTPolicy(nn.Module):
+    """Keeps the patches of each image that the stage's predictor finds likeliest to be kept; of N
+    patches keep^(t+1) N at stage t, as many of every image.
+
+    Args:
+        width: D, of the backbone.
+        num_stages: T.
+        keep: the share of the patches that is kept from stage to stage; what it was trained with or
+            another: ``policy.keep = 0.5`` makes a trained one cheaper.
+        hidden: of the predictors.
+
+    Raises:
+        ValueError: ``keep`` or ``hidden`` is not allowed.
+    """
+
+    needs_attention = False
+
+    def __init__(self, width: int, num_stages: int, keep: float = 0.7, hidden: int = 32) -> None:
+        super().__init__()
+        if hidden < 4 or hidden % 4:
+            raise ValueError(f"hidden={hidden} must be a multiple of 4")
+        self.width = width
+        self.hidden = hidden
+        self.keep = keep
+        self.predictors = nn.ModuleList(KeepPredictor(width, hidden) for _ in range(num_stages))
+        self.macs_per_decision = sum(
+            layer.weight.numel()
+            for layer in self.predictors[0].modules()
+            if isinstance(layer, nn.Linear)
+        )
+
+    @property
+    def keep(self) -> float:
+        return self._keep
+
+    @keep.setter
+    def keep(self, share: float) -> None:
+        if not 0 < share <= 1:
+            raise ValueError(f"keep={share} must be above 0 and at most 1")
+        self._keep = float(share)
+
+    def shares(self) -> list[float]:
+        """Of the image's patches, kept at each stage."""
+        return [self.keep ** (stage + 1) for stage in range(len(self.predictors))]
+
+    def check_fits(self, backbone: StagedViT) -> None:
+        """Raises ValueError where ``backbone`` has another width or other stages."""
+        own = self.width, len(self.predictors)
+        other = backbone.width, backbone.num_stages
+        if own != other:
+            raise ValueError(
+                f"the policy was made for a backbone of width {own[0]} with {own[1]} stages, "
+                f"this one is of width {other[0]} with {other[1]}"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicViTPolicy:
+        """Moves with the backbone, but stays in float32: rounding moves its decisions."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
+    def forward(self, view: View) -> Tensor:
+        predictor = self.predictors[view.stage]
+        everyone = torch.ones_like(view.token[:, 0])
+        logits = predictor(view.token, view.image, len(view.alive), everyone)
+        # a sum is finite only where all its terms are, and asks the device but once
+        if not math.isfinite(logits.sum()):
+            raise ValueError("the policy's logits are not finite: check its weights and the images")
+        count = int(self.shares()[view.stage] * view.backbone.num_patches)
+        return keep_highest(view, logits[:, 1] - logits[:, 0], count)

@@ -1,0 +1,123 @@
+"""How good pruning could be: patches go by what trying out to remove them does to the answer.
+
+No policy, for it runs the model many times on the image that it prunes: an upper bound, not a
+strict one, to see how much is left to be learned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from prunevit.agents.pruned_vit import PrunedViT, Trace
+from prunevit.envs.observations import View
+from prunevit.envs.vit.staged_vit import StagedViT, Tokens
+
+PASSES_AT_ONCE = 512
+
+
+class FixedKeep:
+    """A policy for one batch of images whose survivors are known.
+
+    Args:
+        keep: bool [B, T, N].
+    """
+
+    needs_attention = False
+    macs_per_decision = 0
+
+    def __init__(self, keep: Tensor) -> None:
+        self.keep = keep
+
+    def __call__(self, view: View) -> Tensor:
+        return self.keep[:, view.stage]
+
+
+class Oracle:
+    """Greedy backward elimination: at each stage, rounds in which every living patch is left out in
+    turn and those go whose absence does the least harm, until as many are left as wanted.
+
+    Harm is what it costs of the true class's probability where labels are given: then an answer can
+    become right that was wrong, and accuracy exceed the dense model's. Where they are not, it is
+    the divergence from the dense model's answer, KL(dense, pruned). While a stage's patches are
+    chosen, later stages prune nothing.
+
+    Args:
+        backbone: the staged ViT, in packed execution.
+        tokens: patches of every image to keep at each stage.
+        share: of the living patches that go in a round, one at least. Less is greedier, better and
+            slower: 0 removes one patch a round.
+
+    Raises:
+        ValueError: not a number of tokens for each stage, or a share outside of 0..1.
+    """
+
+    def __init__(self, backbone: StagedViT, tokens: Sequence[int], share: float = 1 / 3) -> None:
+        if len(tokens) != backbone.num_stages or min(tokens) < 0:
+            raise ValueError(
+                f"tokens={tuple(tokens)}: {backbone.num_stages} stages need a number each, "
+                "at least 0"
+            )
+        if not 0 <= share < 1:
+            raise ValueError(f"share={share} must be at least 0 and below 1")
+        self.backbone = backbone
+        self.tokens = tuple(tokens)
+        self.share = share
+
+    def trace(self, images: Tensor, labels: Tensor | None = None) -> Trace:
+        """The images pruned so; what the search costs is not counted."""
+        keep = self.keep(images, labels)
+        return PrunedViT(self.backbone, FixedKeep(keep)).trace(images)
+
+    @torch.no_grad()
+    def keep(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Who survives each stage, bool [B, T, N].
+
+        Args:
+            images: float [B, C, H, W].
+            labels: the true classes, int64 [B].
+        """
+        at_once = max(1, PASSES_AT_ONCE // self.backbone.num_patches)
+        parts = images.split(at_once)
+        known = [None] * len(parts) if labels is None else labels.split(at_once)
+        return torch.cat([self._keep(*part) for part in zip(parts, known, strict=True)])
+
+    def _keep(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        backbone = self.backbone
+        tokens = backbone.begin(images, with_attention=False)
+        alive = tokens.alive[:, backbone.num_prefix :]
+        dense = self._answers(tokens, alive, 0)
+        history = []
+        for stage, wanted in enumerate(self.tokens):
+            left = int(alive[0].sum())  # every image has as many
+            while left > wanted:
+                going = min(left - wanted, max(1, math.floor(self.share * left)))
+                # patches that live, of each image [B, left]
+                patch = alive.nonzero()[:, 1].view(len(images), left)
+                without = alive.repeat_interleave(left, 0).scatter(1, patch.view(-1, 1), False)
+                answers = self._answers(tokens.repeat(left), without, stage)
+                harm = _harm(answers.unflatten(0, (-1, left)), dense, labels)
+                least = harm.topk(going, dim=1, largest=False).indices
+                alive = alive.scatter(1, patch.gather(1, least), False)
+                left -= going
+            tokens = backbone.advance(tokens, alive, stage, with_attention=False)
+            alive = tokens.alive[:, backbone.num_prefix :]
+            history.append(alive)
+        return torch.stack(history, dim=1)
+
+    def _answers(self, tokens: Tokens, keep: Tensor, stage: int) -> Tensor:
+        """Log-probabilities where ``keep`` survive the stage and nobody is pruned after it."""
+        for later in range(stage, self.backbone.num_stages):
+            tokens = self.backbone.advance(tokens, keep, later, with_attention=False)
+        return self.backbone.finish(tokens).log_softmax(-1)
+
+
+def _harm(answers: Tensor, dense: Tensor, labels: Tensor | None) -> Tensor:
+    """What each of an image's answers [B, n, classes] has lost, [B, n]."""
+    if labels is not None:
+        return -answers.gather(2, labels.view(-1, 1, 1).expand(-1, answers.shape[1], 1)).squeeze(2)
+    told = dense[:, None]
+    return (told.exp() * (told - answers)).sum(2)

@@ -1,0 +1,1 @@
+"""Labelled images: digits, folders, timm's datasets."""

@@ -1,0 +1,48 @@
+"""Names that versions before 0.2 wrote into files, when the project was called tokenprune, and what
+they are called now. Whatever reads a file of before asks here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# settings and record fields, and the observation field of that name
+SETTINGS = {"budget": "alpha"}
+# last part of a parameter's name
+PARAMETERS = {"budget_weight": "alpha_weight"}
+# metadata of safetensors files: keys, and values of "format"
+METADATA = {
+    "tokenprune-backbone": "prunevit-backbone",
+    "tokenprune-checkpoint-1": "prunevit-checkpoint-1",
+    "tokenprune-checkpoint-2": "prunevit-checkpoint-2",
+}
+
+
+def rename_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's or a model's settings, or a record, as read from JSON, under today's names."""
+    renamed = {SETTINGS.get(key, key): value for key, value in values.items()}
+    if isinstance(renamed.get("observation"), list):
+        renamed["observation"] = [SETTINGS.get(name, name) for name in renamed["observation"]]
+    if isinstance(renamed.get("policy"), dict):
+        renamed["policy"] = rename_settings(renamed["policy"])
+    return renamed
+
+
+def rename_parameters(weights: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A state dict under today's names, and those within it."""
+    renamed = {}
+    for name, weight in weights.items():
+        if isinstance(name, str):
+            *owner, last = name.split(".")
+            name = ".".join([*owner, PARAMETERS.get(last, last)])
+        renamed[name] = rename_parameters(weight) if isinstance(weight, dict) else weight
+    return renamed
+
+
+def rename_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """A safetensors file's metadata under today's names."""
+    renamed = {METADATA.get(key, key): text for key, text in metadata.items()}
+    if "format" in renamed:
+        renamed["format"] = METADATA.get(renamed["format"], renamed["format"])
+    return renamed

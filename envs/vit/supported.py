@@ -1,0 +1,94 @@
+"""Which of timm's models can run on a part of their tokens, and why others can't."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from prunevit.envs.vit.blocks import Family
+from prunevit.envs.vit.eva import EVA
+from prunevit.envs.vit.vision_transformer import VIT
+
+FAMILIES = (VIT, EVA)
+
+
+class UnsupportedBackboneError(ValueError):
+    """A model that can't be run from stage to stage on a part of its tokens; the message says
+    why.
+    """
+
+
+def family_of(model: Any) -> Family:
+    """The family of a model that can be staged.
+
+    Raises:
+        UnsupportedBackboneError: it can't; the message says why.
+    """
+    reason = why_unsupported(model)
+    if reason is not None:
+        raise UnsupportedBackboneError(
+            f"{type(model).__name__} can't be run on a part of its tokens: {reason}. "
+            "Supported are timm's plain VisionTransformer models (ViT, DeiT, DeiT-3, DINOv2, CLIP, "
+            "SigLIP and others) and its Eva models (EVA, EVA-02, DINOv3, PE and others)."
+        )
+    return next(family for family in FAMILIES if type(model) in family.models)
+
+
+def why_unsupported(model: Any) -> str | None:
+    """Why a model can't be staged; None where it can."""
+    for family in FAMILIES:
+        if type(model) in family.models:
+            return _unfit(family, model)
+    return _foreign(model)
+
+
+def attention_width(model: Any) -> int:
+    """Numbers that attention handles a token: heads times head size."""
+    attn = model.blocks[0].attn
+    return attn.num_heads * attn.head_dim
+
+
+def _foreign(model: Any) -> str:
+    """Why not, of a model of no family."""
+    reason = "its forward pass is not that of timm's VisionTransformer or Eva"
+    if not isinstance(model, nn.Module):
+        return reason
+    if any(
+        "rel_pos" in name or "relative_position" in name for name, _ in model.named_parameters()
+    ):
+        return (
+            f"{reason}, and its attention adds a bias for each pair of places (relative "
+            "positions), which would have to follow the tokens that survive"
+        )
+    return f"{reason}, which is a plain sequence of blocks"
+
+
+def _unfit(family: Family, model: Any) -> str | None:
+    """Why not, of a model of ``family``; None where it can be staged."""
+    if not len(model.blocks):
+        return "it has no blocks"
+    for i, block in enumerate(model.blocks):
+        if type(block) not in family.blocks:
+            return f"block {i} is a {type(block).__name__}, none of {_names(family.blocks)}"
+        if type(block.attn) not in family.attentions:
+            return (
+                f"the attention of block {i} is a {type(block.attn).__name__}, "
+                f"none of {_names(family.attentions)}"
+            )
+    if not model.global_pool:
+        return "it has no pooling (global_pool='') and so gives no logits"
+    if model.num_classes < 1:
+        return "it has no classifier (num_classes=0) and so gives no logits"
+    patches = model.patch_embed
+    padded = getattr(patches, "dynamic_img_pad", False)
+    if padded and patches.dynamic_feat_size(patches.img_size) != tuple(patches.grid_size):
+        return (
+            f"it pads images of {patches.img_size} pixels to more patches than its grid of "
+            f"{patches.grid_size} has: choose a multiple of the patch size as img_size"
+        )
+    return None
+
+
+def _names(classes: Any) -> str:
+    return "timm's " + ", ".join(cls.__name__ for cls in classes)

@@ -1,0 +1,45 @@
+"""timm's plain ``VisionTransformer``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import Attention
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from torch import Tensor
+
+from prunevit.envs.vit.blocks import POST_NORM, Family, Form, pre_norm_enter
+from prunevit.envs.vit.onednn_linear import linear, mlp
+
+
+def _embed(model: Any, images: Tensor) -> tuple[Tensor, None]:
+    x = model.patch_drop(model._pos_embed(model.patch_embed(images)))
+    return model.norm_pre(x), None
+
+
+def _whole(block: Any, x: Tensor, mask: Tensor | None, turn: Tensor | None) -> Tensor:
+    return block(x, attn_mask=mask)
+
+
+def _join(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
+    return x + block.ls1(mixed)
+
+
+def _leave(block: Any, x: Tensor) -> Tensor:
+    return x + block.ls2(mlp(block.mlp, block.norm2(x)))
+
+
+def _project(attn: Any, source: Tensor, turn: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    qkv = linear(attn.qkv, source).unflatten(-1, (3, attn.num_heads, attn.head_dim))
+    q, k, v = qkv.unbind(-3)
+    return attn.q_norm(q), attn.k_norm(k), v
+
+
+VIT = Family(
+    models=(VisionTransformer, VisionTransformerDistilled),
+    blocks={Block: Form(pre_norm_enter, _join, _leave), ResPostBlock: POST_NORM},
+    attentions={Attention: _project},
+    embed=_embed,
+    whole=_whole,
+)

@@ -1,0 +1,281 @@
+"""BatchedTokenPrune: the game with its images behind it, as trainers drive it."""
+
+import pytest
+import torch
+
+from prunevit.envs.batched.protocol import BatchedEnv, Observed
+from prunevit.envs.batched.token_prune import BatchedTokenPrune, action_mask
+from prunevit.envs.data.datasets import DigitsInClutter
+from prunevit.envs.game import GameError, TokenGame
+from prunevit.envs.observations import DEFAULT_FIELDS, FIELDS, field_slices
+from prunevit.envs.vit.create import create_backbone
+from prunevit.envs.vit.staged_vit import StagedViT
+
+PATCHES, STAGES = 16, (1, 3)
+PARTS = ("observation", "state", "alive", "action_mask")
+
+
+@pytest.fixture
+def make_env(vit, some_images):
+    def make(num_envs=6, rollouts=1, images=some_images, observation=DEFAULT_FIELDS, **prices):
+        game = TokenGame(StagedViT(vit, STAGES), rollouts_per_image=rollouts)
+        return BatchedTokenPrune(game, images, num_envs, observation, **prices)
+
+    return make
+
+
+def drawn(env, times=1, **kwargs):
+    """Images of so many resets in a row, [times, B]."""
+    indices = []
+    for _ in range(times):
+        env.reset(**kwargs)
+        indices.append(env.indices)
+    return torch.stack(indices)
+
+
+# --- the protocol ---
+
+
+def test_it_is_a_batched_env(make_env):
+    env = make_env(rollouts=3)
+    assert isinstance(env, BatchedEnv)
+    assert (env.num_envs, env.num_agents) == (6, PATCHES)
+    assert (env.episode_length, env.rollouts_per_start) == (len(STAGES), 3)
+    assert env.action_space.n == 2
+    assert env.device == torch.device("cpu")
+    assert make_env().rollouts_per_start == 1
+
+
+@pytest.mark.parametrize("fields", [DEFAULT_FIELDS, FIELDS, ("alpha",)])
+@pytest.mark.parametrize("rollouts", [1, 3])
+def test_an_episode_is_the_games(make_env, some_images, keeps, fields, rollouts):
+    env = make_env(rollouts=rollouts, observation=fields)
+    assert env.field_slices == field_slices(env.game.backbone, fields)
+    reference = TokenGame(env.game.backbone, rollouts_per_image=rollouts)
+    keep = keeps(6, len(STAGES), PATCHES)
+    observed = env.reset(seed=0)
+    chosen = env.indices[::rollouts]
+    assert torch.equal(env.indices, chosen.repeat_interleave(rollouts))
+    assert torch.equal(env.labels, some_images.labels[env.indices])
+    assert torch.equal(env.pixels, some_images.images[chosen])
+    stage = reference.reset(*some_images.load(chosen))
+    for step, decision in enumerate(keep):
+        for part, shape in zip(
+            PARTS,
+            (
+                (6, PATCHES, *env.observation_space.shape),
+                (6, *env.state_space.shape),
+                (6, PATCHES),
+                (6, PATCHES, 2),
+            ),
+            strict=True,
+        ):
+            assert getattr(observed, part).shape == shape, part
+        living = stage.view.living(fields)
+        assert torch.equal(observed.alive, stage.alive)
+        assert torch.equal(observed.living(), living)
+        assert torch.equal(observed.observation, stage.view.scatter(living))
+        assert torch.equal(Observed.living(observed), living)
+        rows, seen = observed.distinct()
+        torch.testing.assert_close(rows[seen], living, rtol=0, atol=1e-6)
+        assert torch.equal(observed.state, stage.view.state())
+        assert observed.action_mask[..., 0].all()
+        assert torch.equal(observed.action_mask[..., 1], stage.alive)
+        transition = env.step(decision.long())
+        stage = reference.step(decision)
+        observed = transition.observed
+        over = step + 1 == len(STAGES)
+        assert torch.equal(transition.reward, stage.reward)
+        assert transition.terminated.tolist() == [over] * 6
+        assert not transition.truncated.any()
+        assert transition.final is None
+        assert torch.equal(env.survivors, stage.alive)
+        assert (env.outcome is not None) == over
+        assert bool(transition.metrics) == over
+
+    outcome = stage.outcome
+    assert torch.equal(env.outcome.logits, outcome.logits)
+    assert transition.metrics.keys() == {"accuracy", "gmacs", "keep_ratio"}
+    assert torch.equal(transition.metrics["accuracy"], outcome.correct.float())
+    assert torch.equal(transition.metrics["gmacs"], outcome.gmacs)
+    torch.testing.assert_close(
+        transition.metrics["keep_ratio"], outcome.kept.float().mean(1) / PATCHES
+    )
+    # nothing is seen after the end
+    assert not observed.alive.any()
+    assert not observed.observation.any()
+    assert not observed.state.any()
+    assert observed.observation.shape == (6, PATCHES, *env.observation_space.shape)
+    assert observed.state.shape == (6, *env.state_space.shape)
+    assert observed.action_mask.tolist() == [[[True, False]] * PATCHES] * 6
+    env.reset()
+    assert env.outcome is None
+
+
+def test_action_masks():
+    """Everybody may prune, the living may keep."""
+    assert action_mask(torch.tensor([[True, False]])).tolist() == [[[True, True], [True, False]]]
+
+
+# --- prices ---
+
+
+def test_each_image_is_played_under_a_price_of_its_own(make_env):
+    env = make_env(36, rollouts=3, observation=("alpha",), alpha_range=(0.01, 0.1))
+    prices = env.reset(seed=0).view.alpha
+    assert torch.equal(prices, prices[::3].repeat_interleave(3))
+    assert len(prices.unique()) == 12
+    assert prices.min() >= 0.01
+    assert prices.max() <= 0.1
+    assert torch.equal(env.reset(seed=0).view.alpha, prices)
+    assert not torch.equal(env.reset(seed=1).view.alpha, prices)
+    # as many between 0.01 and 0.03 as between 0.03 and 0.1
+    drawn = torch.cat([env.reset().view.alpha[::3] for _ in range(50)])
+    assert abs((drawn < 10**-1.5).float().mean() - 0.5) < 0.1
+
+
+@pytest.mark.parametrize("prices", [(0.0, 1.0), (0.2, 0.1), (0.1, float("inf")), (0.1, 1e13)])
+def test_a_range_of_prices_is_positive_and_ascending(make_env, prices):
+    with pytest.raises(ValueError, match=r"two positive prices of at most 1e\+12, the lower one"):
+        make_env(alpha_range=prices)
+
+
+# --- seeds ---
+
+
+def test_the_same_seed_begins_the_same_episodes(make_env):
+    one, other = make_env(), make_env()
+    other.reset(seed=1)
+    for env in (one, other):
+        env.reset(seed=7)
+    torch.manual_seed(0)  # the global generator plays no part
+    assert torch.equal(drawn(one, 5), drawn(other, 5))
+    state = torch.get_rng_state()
+    one.reset()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_episodes_differ_between_seeds_resets_and_environments(make_env):
+    env = make_env()
+    assert not torch.equal(drawn(env, seed=0), drawn(env, seed=1))
+    first, second = drawn(env, 2)
+    assert not torch.equal(first, second)
+    assert not torch.equal(drawn(make_env(), 3), drawn(make_env(), 3))
+
+
+@pytest.mark.parametrize(("num_envs", "rollouts"), [(12, 1), (36, 3)])
+def test_images_are_drawn_without_repeats(make_env, some_images, num_envs, rollouts):
+    (indices,) = drawn(make_env(num_envs, rollouts))
+    assert indices[::rollouts].sort().values.tolist() == list(range(len(some_images)))
+
+
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
+def test_images_can_be_named(make_env, some_images, kind):
+    env = make_env(4, rollouts=2)
+    env.reset(indices=kind([5, 3]))
+    assert env.indices.tolist() == [5, 5, 3, 3]
+    assert torch.equal(env.pixels, some_images.images[[5, 3]])
+
+
+def test_named_images_do_not_use_the_seed_up(make_env):
+    one, other = make_env(), make_env()
+    for env in (one, other):
+        env.reset(seed=3)
+    one.reset(indices=range(6))
+    assert torch.equal(drawn(one), drawn(other))
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(("num_envs", "rollouts"), [(0, 1), (-3, 1), (0, 4), (6, 4), (3, 4)])
+def test_environments_come_in_multiples_of_the_rollouts(make_env, num_envs, rollouts):
+    message = f"num_envs={num_envs} must be a positive multiple of rollouts_per_image={rollouts}"
+    with pytest.raises(ValueError, match=message):
+        make_env(num_envs, rollouts)
+
+
+def test_more_images_than_there_are_can_not_be_drawn(make_env):
+    make_env(24, rollouts=2)
+    with pytest.raises(ValueError, match="needs 13 different images, the dataset has 12"):
+        make_env(26, rollouts=2)
+
+
+def test_classes_that_the_backbone_does_not_know(make_env, make_images):
+    images = make_images()
+    images.num_classes = 6
+    with pytest.raises(ValueError, match="dataset has 6 classes, the backbone tells 5 apart"):
+        make_env(images=images)
+
+
+@pytest.mark.parametrize("fields", [("token", "smell"), (), ("cls", "cls")])
+def test_wrong_fields(make_env, fields):
+    with pytest.raises(ValueError, match="name one or more of token"):
+        make_env(observation=fields)
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([1, 2, 3], r"2 image indices are needed: got \[3\]"),
+        ([[1, 2]], r"2 image indices are needed: got \[1, 2\]"),
+        ([0, 12], r"\[0, 12\]: the dataset has 0\.\.11"),
+        ([0, -1], r"\[0, -1\]: the dataset has 0\.\.11"),
+        ([0, 1.5], "whole numbers"),
+        ([True, False], "whole numbers"),
+        ("ab", "whole numbers"),
+    ],
+)
+def test_wrong_indices(make_env, indices, message):
+    with pytest.raises(ValueError, match=message):
+        make_env(4, rollouts=2).reset(indices=indices)
+
+
+ONES = torch.ones(6, PATCHES, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("actions", "message"),
+    [
+        (ONES[:, 1:], r"int64 \[6, 16\]: got torch.int64 \[6, 15\]"),
+        (ONES[1:], r"int64 \[6, 16\]: got torch.int64 \[5, 16\]"),
+        (ONES[..., None], r"int64 \[6, 16\]: got torch.int64 \[6, 16, 1\]"),
+        (ONES.bool(), r"int64 \[6, 16\]: got torch.bool"),
+        (ONES.float(), r"int64 \[6, 16\]: got torch.float32"),
+        (ONES * 2, r"0 \(prune\) or 1 \(keep\)"),
+        (-ONES, r"0 \(prune\) or 1 \(keep\)"),
+    ],
+)
+def test_wrong_actions_are_refused_and_nothing_is_lost(make_env, actions, message):
+    env = make_env()
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=message):
+        env.step(actions)
+    assert not env.step(ONES).terminated.any()
+
+
+def test_steps_out_of_turn(make_env):
+    env = make_env()
+    with pytest.raises(GameError, match="reset"):
+        env.step(ONES)
+    env.reset(seed=0)
+    for _ in STAGES:
+        env.step(ONES)
+    with pytest.raises(GameError, match="reset"):
+        env.step(ONES)
+    env.reset(seed=0)
+    env.close()
+    with pytest.raises(GameError, match="reset"):
+        env.step(ONES)
+
+
+def test_a_seed_repeats_the_augmentation_too():
+    game = TokenGame(StagedViT(create_backbone(untrained=True)))
+    env = BatchedTokenPrune(game, DigitsInClutter("train", 40, augment=True), 8)
+    env.reset(seed=5)
+    first = env.pixels
+    env.reset(seed=6)
+    other = env.pixels
+    env.reset(seed=5)
+    assert torch.equal(env.pixels, first)
+    assert not torch.equal(other, first)

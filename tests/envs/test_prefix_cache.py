@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from prunevit.envs.batched.token_prune import BatchedTokenPrune
+from prunevit.envs.game import TokenGame
+from prunevit.envs.prefix_cache import Beginnings
+from prunevit.envs.rewards import TeamReward
+from prunevit.envs.vit.staged_vit import StagedViT
+
+FIELDS = ("token", "cls", "stage", "cls_attention")
+
+
+class Counting:
+    """An ``ImageSet`` that tells what was loaded of it."""
+
+    def __init__(self, images):
+        self.images, self.loaded = images, []
+        self.num_classes, self.class_names = images.num_classes, images.class_names
+
+    def __len__(self):
+        return len(self.images)
+
+    def load(self, indices):
+        self.loaded += [int(i) for i in indices]
+        return self.images.load(indices)
+
+
+def make_env(vit, images, cache=0.0, stages=(1, 3), execution="packed", accuracy="correct"):
+    game = TokenGame(StagedViT(vit, stages, execution), TeamReward(accuracy=accuracy), 2)
+    return BatchedTokenPrune(game, images, 8, FIELDS, cache=cache)
+
+
+def episode(env, **start):
+    """All that is seen and paid when every third token goes."""
+    observed, told = env.reset(**start), []
+    for stage in range(env.episode_length):
+        told += [observed.living(), observed.state, observed.alive]
+        actions = (torch.arange(env.num_agents) % 3 != stage).long().expand(env.num_envs, -1)
+        transition = env.step(actions.contiguous())
+        observed = transition.observed
+        told.append(transition.reward)
+    told += [env.outcome.logits, env.outcome.gmacs, env.labels, env.indices]
+    return told
+
+
+@pytest.mark.parametrize("execution", ["packed", "masked"])
+@pytest.mark.parametrize("stages", [(1, 3), (0, 2)])
+@pytest.mark.parametrize("accuracy", ["correct", "kl"])
+def test_the_game_is_the_same_from_memory(vit, some_images, execution, stages, accuracy):
+    options = {"stages": stages, "execution": execution, "accuracy": accuracy}
+    plain = make_env(vit, some_images, **options)
+    counting = Counting(some_images)
+    cached = make_env(vit, counting, 1e9, **options)
+    # nothing there; half of it; all of it, in another order
+    for indices in ([3, 1, 4, 0], [1, 5, 9, 4], [5, 0, 3, 9]):
+        expected, found = (episode(env, indices=indices) for env in (plain, cached))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert sorted(counting.loaded) == [0, 1, 3, 4, 5, 9]
+
+
+def test_rotary_positions_too(make_vit, some_images):
+    vit = make_vit("eva02_tiny_patch14_224", patch_size=8)
+    plain, cached = make_env(vit, some_images), make_env(vit, some_images, 1e9)
+    for indices in ([3, 1, 4, 0], [4, 3, 2, 1]):
+        expected, found = (episode(env, indices=indices) for env in (plain, cached))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_is_bounded_and_hits_are_told(vit, some_images):
+    counting = Counting(some_images)
+    slots = 17
+    image = (slots * (vit.embed_dim + 1)) * 4 + 8  # rows, their attention, the label
+    env = make_env(vit, counting, 3.9 * image)
+    hits = []
+    for indices in ([0, 1, 2, 3], [0, 1, 2, 3], [3, 2, 4, 5], [3, 6, 7, 8]):
+        env.reset(indices=indices)
+        for _ in range(2):
+            transition = env.step(torch.ones(8, 16, dtype=torch.int64))
+        assert transition.metrics["cache_hits"].unique().numel() == 1
+        hits.append(float(transition.metrics["cache_hits"][0]))
+    assert hits == [0, 0.75, 0.25, 0]
+    assert counting.loaded == [0, 1, 2, 3, 3, 3, 4, 5, 3, 6, 7, 8]
+
+
+def test_an_image_that_is_asked_for_twice_is_run_once(vit, some_images):
+    counting = Counting(some_images)
+    kept = Beginnings(TokenGame(StagedViT(vit, (2,))), counting, 1e9)
+    begun, labels = kept.load(torch.tensor([7, 2, 7]))
+    assert sorted(counting.loaded) == [2, 7]
+    assert labels.tolist() == some_images.labels[[7, 2, 7]].tolist()
+    first, _, third = begun.tokens.x.unflatten(0, (3, -1))
+    assert torch.equal(first, third)

@@ -1,0 +1,305 @@
+"""What can be trained on: a game, the actor that fits it, and how to tell whether it learned."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from prunevit.agents.policies.actor_critic import Actor, LearnedPolicy, TokenActor
+from prunevit.agents.pruned_vit import PrunedViT
+from prunevit.agents.saving import middle_alpha
+from prunevit.envs.batched.pettingzoo import BatchedPettingZoo, make_pettingzoo
+from prunevit.envs.batched.protocol import BatchedEnv
+from prunevit.envs.batched.token_prune import BatchedTokenPrune
+from prunevit.envs.data.datasets import DIGITS, find_bad_images, open_images, read_class_names
+from prunevit.envs.game import TokenGame
+from prunevit.envs.rewards import make_reward
+from prunevit.envs.token_prune import pick_device
+from prunevit.envs.vit.create import create_backbone
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.torch_compile import check_compiler
+from prunevit.trainers.common.config import PETTINGZOO_PREFIX, MappoConfig
+from prunevit.trainers.common.distributed import ALONE, Ranks
+from prunevit.trainers.common.evaluation import evaluate
+from prunevit.trainers.mappo import MASKED_LOGIT, sample
+
+LONGEST_EPISODE = 2_000  # in an evaluation: some games have no end
+EVALUATION_SEED = 987_654_321
+# arguments of a backbone that are not the model's
+OTHER_SETTINGS = {"name", "pretrained", "checkpoint", "num_classes", "untrained"}
+
+
+class Task(Protocol):
+    """A game to train on.
+
+    Attributes:
+        env: what the trainer plays.
+    """
+
+    @property
+    def env(self) -> BatchedEnv: ...
+
+    def make_actor(self) -> nn.Module:
+        """A fresh actor for the game."""
+        ...
+
+    def announce(self, seeds: Iterable[int]) -> None:
+        """Says with which seeds the game is going to be reset, for what can be done before."""
+        ...
+
+    def evaluate(self, actor: nn.Module) -> dict[str, float]:
+        """How the greedy policy does on validation, by name; every name begins with
+        ``validation_``. All ranks call it, and get the same.
+        """
+        ...
+
+    def progress(self, record: dict[str, float]) -> str:
+        """What of an iteration's record a progress bar shows."""
+        ...
+
+    def played(self) -> str:
+        """What the last iteration was played on, for a message about what went wrong in it."""
+        ...
+
+    def report(self, actor: nn.Module, folder: Path) -> dict[str, Any]:
+        """Judges the trained actor once and for all, draws the pictures, and returns what to write
+        down.
+        """
+        ...
+
+
+class BackboneSettings(Protocol):
+    """Which backbone, for which dataset; ``MappoConfig`` says what each means."""
+
+    backbone: str
+    model_kwargs: dict[str, Any]
+    pretrained: bool
+    checkpoint: Path | None
+    dataset: str
+    device: str
+
+
+def load_backbone(config: BackboneSettings) -> nn.Module:
+    """The backbone, frozen, on its device; a random one has the dataset's classes.
+
+    Raises:
+        BackboneError: it can't be made.
+        ValueError: ``model_kwargs`` name what isn't theirs.
+    """
+    surplus = sorted(OTHER_SETTINGS & config.model_kwargs.keys())
+    if surplus:
+        raise ValueError(
+            f"model_kwargs can't set {', '.join(surplus)}: the dataset has its number of classes, "
+            "the rest are settings of their own"
+        )
+    fits_data = not config.pretrained and config.checkpoint is None and config.dataset != DIGITS
+    model = create_backbone(
+        config.backbone,
+        pretrained=config.pretrained,
+        checkpoint=config.checkpoint,
+        num_classes=len(read_class_names(config.dataset)) if fits_data else None,
+        **config.model_kwargs,
+    )
+    # convolutional stems run faster on this layout; nothing else depends on it
+    device = pick_device(config.device)
+    return model.to(device).to(memory_format=torch.channels_last).requires_grad_(False)
+
+
+def list_bad_images(dataset: str) -> Collection[str]:
+    """The damaged files of a folder, which the standard error output lists; raises what
+    ``find_bad_images`` raises.
+    """
+    bad = find_bad_images(dataset)
+    print(f"{len(bad)} bad images are skipped", *bad.values(), sep="\n", file=sys.stderr)
+    return bad.keys()
+
+
+class TokenPruneTask:
+    """Token pruning on a backbone and a dataset."""
+
+    def __init__(self, config: MappoConfig, ranks: Ranks = ALONE) -> None:
+        self.config = config
+        self.ranks = ranks
+        self.model = load_backbone(config).to(getattr(torch, config.backbone_dtype))
+        self.data_config = resolve_model_data_config(self.model)
+        self.backbone = StagedViT(self.model, config.prune_before)
+        options = {
+            name: getattr(config, name)
+            for name in ("alpha", "beta", "accuracy")
+            if getattr(config, name) is not None
+        }
+        # evaluations and the report go on without a compiler, as whoever loads the policy does
+        played = self.backbone
+        if config.compile:
+            check_compiler(played.device)
+            played = StagedViT(self.model, config.prune_before, compiled=True)
+        game = TokenGame(played, make_reward(config.reward, **options), config.rollouts_per_image)
+        self.workers = ranks.workers(config.workers, self.backbone.device)
+        self.skipped = list_bad_images(config.dataset) if config.skip_bad_images else ()
+        self.env = BatchedTokenPrune(
+            game,
+            open_images(
+                config.dataset,
+                "train",
+                self.data_config,
+                augment=config.augment,
+                skip=self.skipped,
+            ),
+            ranks.share_of("num_envs", config.num_envs),
+            config.observation,
+            config.alpha_range,
+            (ranks.rank, ranks.count),
+            config.cache_gb * 1e9,
+            self.workers,
+        )
+        self.validation = open_images(
+            config.dataset, "validation", self.data_config, skip=self.skipped
+        )
+
+    def make_actor(self) -> nn.Module:
+        attention = None
+        if self.config.attention_prior:
+            if "cls_attention" not in self.config.observation:
+                raise ValueError(
+                    "the attention prior reads cls_attention: add it to --observation, "
+                    "or give --attention-prior 0"
+                )
+            attention = self.env.field_slices["cls_attention"].start
+        size = self.env.observation_space.shape[0]
+        price = self.env.field_slices.get("alpha")
+        return TokenActor(
+            size,
+            self.config.hidden,
+            attention,
+            prior_weight=self.config.attention_prior,
+            keep_bias=self.config.keep_bias,
+            alpha=None if price is None else price.start,
+        )
+
+    def pruned(self, actor: nn.Module) -> PrunedViT:
+        """The backbone pruned by ``actor``, greedily."""
+        config = self.config
+        alpha = middle_alpha(config.to_json())
+        policy = LearnedPolicy(actor, config.observation, self.backbone.num_prefix, alpha)
+        return PrunedViT(self.backbone, policy)
+
+    def announce(self, seeds: Iterable[int]) -> None:
+        self.env.announce(seeds)
+
+    def evaluate(self, actor: nn.Module) -> dict[str, float]:
+        size = self.config.eval_size
+        result = evaluate(self.pruned(actor), self.validation, size, self.ranks, self.workers)
+        return {
+            "validation_accuracy": result.accuracy,
+            "validation_gmacs": result.gmacs,
+            "validation_keep_ratio": sum(result.kept) / len(result.kept),
+        }
+
+    def progress(self, record: dict[str, float]) -> str:
+        return (
+            f"accuracy {record['accuracy']:.3f} kept {record['keep_ratio']:.3f} "
+            f"reward {record['reward']:.3f}"
+        )
+
+    def played(self) -> str:
+        images = self.env.indices[:: self.env.rollouts_per_start].tolist()
+        return f"training images {' '.join(map(str, images))}"
+
+    def report(self, actor: nn.Module, folder: Path) -> dict[str, Any]:
+        from prunevit.trainers.common.report import report_pruning
+
+        return report_pruning(self, actor, folder)
+
+
+class PettingZooTask:
+    """Any PettingZoo ``ParallelEnv`` with like agents and discrete actions."""
+
+    def __init__(self, config: MappoConfig, ranks: Ranks = ALONE) -> None:
+        self.config = config
+        num_envs = ranks.share_of("num_envs", config.num_envs)
+        device = str(pick_device(config.device))
+        try:
+            self._make = make_pettingzoo(
+                config.env.removeprefix(PETTINGZOO_PREFIX), **config.env_kwargs
+            )
+            self.env: BatchedEnv = BatchedPettingZoo(
+                self._make,
+                num_envs,
+                device,
+                with_state=config.critic == "central",
+                first=ranks.rank * num_envs,
+            )
+        # a module that is missing, arguments that the environment doesn't take, no ParallelEnv
+        except (ImportError, TypeError, AssertionError) as error:
+            raise ValueError(f"{config.env} can't be made: {error}") from error
+
+    def make_actor(self) -> nn.Module:
+        return Actor(
+            self.env.observation_space.shape[0], int(self.env.action_space.n), self.config.hidden
+        )
+
+    def announce(self, seeds: Iterable[int]) -> None:
+        del seeds
+
+    @torch.no_grad()
+    def evaluate(self, actor: nn.Module) -> dict[str, float]:
+        device = str(self.env.device)
+        env = BatchedPettingZoo(self._make, self.config.num_envs, device, with_state=False)
+        try:
+            return {
+                "validation_episode_return": self._mean_return(env, actor, greedy=True),
+                "validation_sampled_return": self._mean_return(env, actor, greedy=False),
+            }
+        finally:
+            env.close()
+
+    def _mean_return(self, env: BatchedEnv, actor: nn.Module, greedy: bool) -> float:
+        """Mean over as many episodes of every copy: otherwise short ones would count more. One
+        that is longer than ``LONGEST_EPISODE`` steps is counted in stretches of so many.
+        """
+        observed = env.reset(EVALUATION_SEED)
+        generator = torch.Generator(env.device).manual_seed(EVALUATION_SEED)
+        wanted = -(-self.config.eval_size // env.num_envs)
+        returns: list[list[float]] = [[] for _ in range(env.num_envs)]
+        paid = torch.zeros(env.num_envs, device=env.device)
+        steps = torch.zeros(env.num_envs, dtype=torch.int64, device=env.device)
+        while any(len(mine) < wanted for mine in returns):
+            logits = actor(observed.living())
+            allowed = observed.action_mask[observed.alive]
+            log_probs = logits.masked_fill(~allowed, MASKED_LOGIT).log_softmax(-1)
+            actions = torch.zeros(observed.alive.shape, dtype=torch.int64, device=env.device)
+            chosen = log_probs.argmax(-1) if greedy else sample(log_probs, generator)
+            actions[observed.alive] = chosen
+            transition = env.step(actions)
+            paid += transition.reward.mean(1)
+            steps += 1
+            ended = transition.terminated | transition.truncated | (steps == LONGEST_EPISODE)
+            for copy in ended.nonzero().flatten().tolist():
+                if len(returns[copy]) < wanted:
+                    returns[copy].append(float(paid[copy]))
+            paid[ended], steps[ended] = 0, 0
+            observed = transition.observed
+        return sum(map(sum, returns)) / (wanted * env.num_envs)
+
+    def progress(self, record: dict[str, float]) -> str:
+        return f"return {record.get('episode_return', float('nan')):.2f}"
+
+    def played(self) -> str:
+        return f"{self.env.num_envs} episodes of {self.config.env}"
+
+    def report(self, actor: nn.Module, folder: Path) -> dict[str, Any]:
+        from prunevit.trainers.common.report import draw_curve
+
+        draw_curve(folder)
+        return {"policies": {"learned": self.evaluate(actor)}}
+
+
+def make_task(config: MappoConfig, ranks: Ranks = ALONE) -> Task:
+    """The game that ``config`` names, of which ``ranks`` play a part each."""
+    return TokenPruneTask(config, ranks) if config.is_token_prune else PettingZooTask(config, ranks)

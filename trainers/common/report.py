@@ -1,0 +1,140 @@
+"""The end of a token-pruning run: the table of policies, and the pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from prunevit.agents.policies.heuristics import KeepAll, TopK
+from prunevit.agents.pruned_vit import PrunedViT
+from prunevit.envs.data.datasets import open_images
+from prunevit.envs.rendering import denormalise, stage_strip
+from prunevit.trainers.common.checkpoint import write_atomically
+from prunevit.trainers.common.evaluation import best_topk, evaluate, speeds_of_fresh_process
+
+if TYPE_CHECKING:
+    from prunevit.trainers.common.experiments import TokenPruneTask
+
+SPEED_BATCH = 64
+SPEED_IMAGES = 512
+PICTURES = 6
+
+matplotlib.use("Agg", force=False)
+
+
+def report_pruning(task: TokenPruneTask, actor: nn.Module, folder: Path) -> dict[str, Any]:
+    """Compares the learned policy with dense, random and attention top-k on the test images.
+
+    The top-k policies spend at least the learned policy's GMACs, with whichever way to spread
+    tokens over the stages is best on validation.
+    """
+    learned = task.pruned(actor)
+    size = task.config.eval_size
+    target = evaluate(learned, task.validation, size)
+    models = {"dense": PrunedViT(task.backbone, KeepAll()), "learned": learned}
+    for name in ("random", "attention"):
+        tokens = best_topk(task.backbone, task.validation, target.gmacs, target.kept, name, size)
+        models[name] = PrunedViT(task.backbone, TopK(tokens, name, task.config.seed))
+    test = open_images(task.config.dataset, "test", task.data_config, skip=task.skipped)
+    results = {name: evaluate(model, test) for name, model in models.items()}
+
+    count = max(min(SPEED_IMAGES, len(test)) // SPEED_BATCH, 1) * SPEED_BATCH
+    pixels, _ = test.load([i % len(test) for i in range(count)])
+    # dense is timm's own model, not ours with nothing pruned
+    timed = models | {"dense": task.model}
+    speeds = speeds_of_fresh_process(
+        timed, pixels.to(task.backbone.device, task.backbone.dtype), SPEED_BATCH
+    )
+
+    draw_pruned(task, learned, test, folder / "pruned.png")
+    draw_curve(folder)
+    return {
+        "policies": {
+            name: {
+                "accuracy": result.accuracy,
+                "gmacs": task.backbone.dense_macs / 1e9 if name == "dense" else result.gmacs,
+                "kept": list(result.kept),
+                "images_per_second": speeds[name],
+            }
+            for name, result in results.items()
+        }
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report's policies as text, compared with dense."""
+    dense = report["policies"]["dense"]
+    lines = [
+        f"{'policy':<11}{'test accuracy':>14}{'GMACs':>9}{'of dense':>9}"
+        f"{'images/s':>10}{'speed-up':>9}  patches kept, % after each stage"
+    ]
+    for name, row in report["policies"].items():
+        kept = " ".join(f"{100 * share:.0f}" for share in row["kept"])
+        lines.append(
+            f"{name:<11}{100 * row['accuracy']:>13.2f}%{row['gmacs']:>9.4f}"
+            f"{100 * row['gmacs'] / dense['gmacs']:>8.1f}%{row['images_per_second']:>10.0f}"
+            f"{row['images_per_second'] / dense['images_per_second']:>8.2f}x  {kept}"
+        )
+    return "\n".join(lines)
+
+
+@torch.inference_mode()
+def draw_pruned(task: TokenPruneTask, model: PrunedViT, images: Any, path: Path) -> None:
+    """A few images stage by stage, pruned patches whited out, with label, answer and what it
+    cost.
+    """
+    indices = np.linspace(0, len(images) - 1, PICTURES).astype(int).tolist()
+    pixels, labels = images.load(indices)
+    trace = model.trace(pixels.to(task.backbone.device, task.backbone.dtype))
+    everyone = torch.ones_like(trace.alive[:, :1])
+    alive = torch.cat([everyone, trace.alive], dim=1).cpu()
+    shown = denormalise(pixels, tuple(task.data_config["mean"]), tuple(task.data_config["std"]))
+    names = images.class_names
+    figure = Figure(figsize=(2 * alive.shape[1], 2.2 * PICTURES), layout="constrained")
+    for i, axes in enumerate(figure.subplots(PICTURES, 1, squeeze=False).flat):
+        axes.imshow(stage_strip(shown[i], alive[i], task.backbone.grid_size))
+        axes.set_axis_off()
+        answer = int(trace.logits[i].argmax())
+        answer_name = names[answer] if answer < len(names) else answer
+        cost = float(trace.macs[i]) / task.backbone.dense_macs
+        kept = " ".join(str(int(n)) for n in alive[i].sum(1))
+        axes.set_title(
+            f"{names[int(labels[i])]}, answered {answer_name}: {cost:.0%} of the compute, "
+            f"patches {kept}",
+            fontsize=9,
+        )
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=80))
+
+
+def draw_curve(folder: Path) -> None:
+    """Draws what ``metrics.jsonl`` says of the training to ``curve.png``."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    wanted = [
+        ("accuracy", "sampled, training images", "validation_accuracy", "greedy, validation"),
+        ("keep_ratio", "sampled, training images", "validation_keep_ratio", "greedy, validation"),
+        ("episode_return", "sampled", "validation_episode_return", "greedy"),
+        ("reward", "sampled", None, None),
+        ("entropy", "policy entropy", None, None),
+    ]
+    panels = [panel for panel in wanted if any(panel[0] in record for record in records)]
+    figure = Figure(figsize=(3.6 * len(panels), 3), layout="constrained")
+    for axes, (name, label, checked, checked_label) in zip(
+        figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True
+    ):
+        for key, text, style in ((name, label, "-"), (checked, checked_label, "o-")):
+            points = [(r["iteration"], r[key]) for r in records if key in r]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=text, markersize=3)
+        axes.set_xlabel("iteration")
+        axes.set_title(name.replace("_", " "), fontsize=10)
+        axes.legend(fontsize=7)
+    path = folder / "curve.png"
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=80))
