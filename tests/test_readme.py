@@ -1,4 +1,4 @@
-"""The README's tables of policies say what the committed records say, and leave no policy out."""
+"""Tables of policies in docs/benchmarks.md say what the records say, and leave no policy out."""
 
 import re
 from collections import defaultdict
@@ -9,24 +9,24 @@ import pytest
 from prunevit.benchmarks.records import interval, read
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"
 FOLDERS = ("digits/compare", "digits/two-minutes", "cifar10/compare")
 # who knows the answers is judged on few images: the text has what it reaches
 BOUNDS = {"oracle", "oracle-no-labels"}
 
-pytestmark = pytest.mark.skipif(not README.is_file(), reason="needs the checkout")
+pytestmark = pytest.mark.skipif(not PAGE.is_file(), reason="needs the checkout")
 
 NUMBER = r"\d+\.\d\d"
 FIGURE = re.compile(rf"({NUMBER})(x?)(?: \[({NUMBER}), ({NUMBER})\])?")
 
 
 def tables():
-    """``(header, rows)`` of the README's tables whose columns are operating points, as cells; the
+    """``(header, rows)`` of the page's tables whose columns are operating points, as cells; the
     speeds that have a row of their own beneath the accuracies' stand in these cells.
     """
     found = []
-    for block in re.findall(r"(?:^\|.*\n)+", README.read_text(encoding="utf-8"), re.MULTILINE):
+    for block in re.findall(r"(?:^\|.*\n)+", PAGE.read_text(encoding="utf-8"), re.MULTILINE):
         header, _, *rows = (
             [cell.strip() for cell in line.strip().strip("|").split("|")]
             for line in block.splitlines()
@@ -100,7 +100,7 @@ def agree(cells, points):
 
 ROWS = [
     pytest.param(points_of(header, row), id=f"{number}: {row[0]}")
-    for number, (header, rows) in enumerate(tables() if README.is_file() else [])
+    for number, (header, rows) in enumerate(tables() if PAGE.is_file() else [])
     for row in rows
 ]
 
