@@ -111,7 +111,7 @@ class OneImage(nn.Module):
 def export_onnx(model: PrunedViT, file: Path | str) -> None:
     """Writes ``model`` for images [1, C, H, W], input "image", output "logits".
 
-    Needs ``pip install 'prunevit[onnx]'``.
+    Needs ``pip install -e '.[onnx]'``.
 
     Raises:
         ExportError: the model has no ONNX form.

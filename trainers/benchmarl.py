@@ -17,9 +17,9 @@ import tyro
 from torch import nn
 
 from prunevit.envs.adapters.benchmarl import TokenPruneTask
-from prunevit.envs.adapters.common import needs
 from prunevit.envs.token_prune import pick_device
 from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.extras import needs
 from prunevit.trainers.common.evaluation import Evaluation
 from prunevit.trainers.common.integrations import GAMMA, LibraryConfig, LibraryRun, table
 from prunevit.trainers.common.signals import ends_in_one_line

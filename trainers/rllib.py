@@ -15,8 +15,8 @@ import tyro
 from torch import Tensor
 
 from prunevit.agents.policies.actor_critic import Actor, Critic
-from prunevit.envs.adapters.common import needs
 from prunevit.envs.adapters.rllib import TokenEnvRunner, TokenPruneMulti
+from prunevit.extras import needs
 from prunevit.trainers.common.evaluation import Evaluation
 from prunevit.trainers.common.integrations import GAMMA, LibraryConfig, LibraryRun, table
 from prunevit.trainers.common.signals import ends_in_one_line

@@ -21,6 +21,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
 from prunevit.envs.adapters.sb3 import LivingReplay, LivingRollouts, TokenVecEnv
+from prunevit.extras import needs
 from prunevit.trainers.common.evaluation import Evaluation
 from prunevit.trainers.common.integrations import GAMMA, LibraryConfig, LibraryRun, table
 from prunevit.trainers.common.signals import ends_in_one_line
@@ -33,7 +34,7 @@ class Sb3Config(LibraryConfig):
     library = "sb3"
 
     algo: Literal["ppo", "a2c", "dqn", "maskable-ppo"] = "ppo"
-    """Who learns; maskable-ppo needs pip install 'prunevit[sb3]'."""
+    """Who learns; maskable-ppo needs pip install -e '.[sb3]'."""
 
     @property
     def learner(self) -> str:
@@ -108,9 +109,11 @@ def make_algorithm(config: Sb3Config, env: TokenVecEnv, stages: int, folder: Pat
             gradient_steps=8, batch_size=2048, target_update_interval=10 * env.num_envs,
             exploration_fraction=0.5, **shared,
         )  # fmt: skip
-    from sb3_contrib import MaskablePPO
-
+    # our adapter first: without sb3-contrib its error names the extra
     from prunevit.envs.adapters.sb3_contrib import LivingMaskedRollouts
+
+    with needs("sb3"):
+        from sb3_contrib import MaskablePPO
 
     return MaskablePPO(
         "MlpPolicy", rollout_buffer_class=LivingMaskedRollouts, batch_size=minibatch, n_epochs=4,

@@ -15,10 +15,10 @@ from torch import nn
 
 from prunevit.benchmarks.measuring import now
 from prunevit.envs.adapters.benchmarl import TokenPruneTask
-from prunevit.envs.adapters.common import needs
 from prunevit.envs.adapters.torchrl import GROUP
 from prunevit.envs.data.datasets import ImageSet
 from prunevit.envs.rewards import make_reward
+from prunevit.extras import needs
 from prunevit.trainers.benchmarl import BenchmarlConfig, make_experiment
 from prunevit.trainers.common.config import MappoConfig
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunevit.benchmarks.marl_games import Curve, Settings, game_maker
-from prunevit.envs.adapters.common import needs
+from prunevit.extras import needs
 
 with needs("marl-peers"):
     from benchmarl.algorithms import IppoConfig, MappoConfig

@@ -11,7 +11,7 @@ from stable_baselines3.common.utils import set_random_seed
 from torch import Tensor
 
 from prunevit.benchmarks.marl_games import Curve, Settings, game_maker
-from prunevit.envs.adapters.common import needs
+from prunevit.extras import needs
 
 with needs("marl-peers"):
     import supersuit

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from prunevit.envs.adapters.common import needs
 from prunevit.envs.adapters.torchrl import GROUP, TokenPruneTorchRL
+from prunevit.extras import needs
 
 with needs("benchmarl"):
     from benchmarl.environments import TaskClass

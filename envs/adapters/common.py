@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -65,21 +64,6 @@ class HeldGame:
         if self._env is not None:
             self._env.close()
             self._env = None
-
-
-@contextmanager
-def needs(extra: str) -> Iterator[None]:
-    """Around the imports of an adapter: says how to install what is missing.
-
-    Raises:
-        ImportError: a module is not there.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{error.name} is missing: pip install 'prunevit[{extra}]' brings it"
-        ) from error
 
 
 def named_images(options: Mapping[str, Any] | None) -> Any:

@@ -24,8 +24,9 @@ import torch
 from gymnasium.spaces import Dict as DictSpace
 from numpy.typing import NDArray
 
-from prunevit.envs.adapters.common import HeldGame, joint_action, named_images, needs, to_numpy
+from prunevit.envs.adapters.common import HeldGame, joint_action, named_images, to_numpy
 from prunevit.envs.batched.protocol import Observed
+from prunevit.extras import needs
 
 with needs("rllib"):
     from ray.rllib.env.multi_agent_env import MultiAgentEnv

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from prunevit.envs.adapters.common import needs
 from prunevit.envs.adapters.sb3 import LivingRollouts
+from prunevit.extras import needs
 
 with needs("sb3"):
     from sb3_contrib.common.maskable.buffers import MaskableRolloutBuffer

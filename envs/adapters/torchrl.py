@@ -13,9 +13,10 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from prunevit.envs.adapters.common import GameArguments, HeldGame, joint_action, needs
+from prunevit.envs.adapters.common import GameArguments, HeldGame, joint_action
 from prunevit.envs.batched.protocol import Observed
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
+from prunevit.extras import needs
 
 with needs("torchrl"):
     from tensordict import TensorDict, TensorDictBase

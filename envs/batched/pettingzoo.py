@@ -18,10 +18,11 @@ from pettingzoo import AECEnv, ParallelEnv
 from torch import Tensor
 
 from prunevit.envs.batched.protocol import Observed, Transition
+from prunevit.extras import install_command
 
 ACTION_MASK = "action_mask"
 SEED_LIMIT = 2**31  # the narrowest seeders, behind C bindings, take a signed 32-bit integer
-EXTRAS = {"mpe2": "prunevit[mpe2]"}  # what to install for an environment's top-level package
+EXTRAS = {"mpe2": "mpe2"}  # our extra that installs an environment's top-level package
 
 
 class BatchedPettingZoo:
@@ -484,8 +485,12 @@ def _import(module_name: str) -> Any:
             advice = f"{parent} has {', '.join(known) or 'no environments'}"
         else:
             top, *below = module_name.split(".")
-            extra = f"pettingzoo[{below[0]}]" if top == "pettingzoo" and below else EXTRAS.get(top)
-            advice = f"pip install {extra!r}" if extra else f"install what provides {missing!r}"
+            if top == "pettingzoo" and below:
+                advice = f"pip install 'pettingzoo[{below[0]}]'"
+            elif top in EXTRAS:
+                advice = install_command(EXTRAS[top])
+            else:
+                advice = f"install what provides {missing!r}"
         raise ModuleNotFoundError(
             f"environment {module_name!r} needs module {missing!r}, which is not there: {advice}",
             name=missing,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from prunevit.envs.token_prune import pick_device
+from prunevit.extras import install_command
 from prunevit.trainers.common.signals import signals_are_noted, stop
 
 if TYPE_CHECKING:
@@ -252,7 +253,7 @@ def join_ranks(device: str) -> Ranks:
         from lightning_fabric.strategies import DDPStrategy
     except ImportError as error:
         raise RanksError(
-            "many ranks are joined by Lightning Fabric: pip install 'prunevit[distributed]'"
+            f"many ranks are joined by Lightning Fabric: {install_command('distributed')}"
         ) from error
     kind = pick_device(device).type
     on_machine = int(os.environ["LOCAL_WORLD_SIZE"])

@@ -811,8 +811,8 @@ def test_environments_are_found_by_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "missing", "advice"),
     [
-        ("mpe2.simple_spread_v3", "mpe2", r"pip install 'prunevit\[mpe2\]'"),
-        ("mpe2.simple_spread_v3", "pygame", r"pip install 'prunevit\[mpe2\]'"),
+        ("mpe2.simple_spread_v3", "mpe2", r"pip install -e '\.\[mpe2\]'"),
+        ("mpe2.simple_spread_v3", "pygame", r"pip install -e '\.\[mpe2\]'"),
         ("pettingzoo.butterfly.pistonball_v6", "pygame", r"pip install 'pettingzoo\[butterfly\]'"),
         ("nowhere.simple_v1", "nowhere", r"needs module 'nowhere'.*install what provides"),
     ],

@@ -120,7 +120,7 @@ def test_a_process_without_torchrun_is_alone_and_needs_no_fabric(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert join_ranks("cpu") is ALONE
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RanksError, match=r"pip install 'prunevit\[distributed\]'"):
+    with pytest.raises(RanksError, match=r"pip install -e '\.\[distributed\]'"):
         join_ranks("cpu")
 
 
