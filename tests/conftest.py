@@ -1,6 +1,9 @@
 """What several test files share: small ViTs in which every parameter matters, and a few images."""
 
+import importlib.util
+import os
 from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
@@ -17,6 +20,35 @@ from prunevit.trainers.common.evaluation import images_per_second
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=40)
 settings.register_profile("search", deadline=None, max_examples=1_000)
 settings.load_profile("fixed")
+
+
+# an extra of setup.cfg is there if these can be imported
+EXTRAS = {
+    "benchmarl": ["benchmarl"],
+    "distributed": ["lightning_fabric"],
+    "games": ["mpe2", "pygame"],
+    "marl-peers": ["mpe2", "benchmarl", "supersuit"],
+    "mpe2": ["mpe2"],
+    "onnx": ["onnx", "onnxscript", "onnxruntime"],
+    "rllib": ["ray"],
+    "sb3": ["sb3_contrib"],
+    "torchrl": ["torchrl"],
+}
+
+
+def is_installed(module):
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def pytest_runtest_setup(item):
+    """Skips what is marked ``integration(extra)`` where that extra is not installed."""
+    for mark in item.iter_markers("integration"):
+        for extra in mark.args:
+            if not all(is_installed(module) for module in EXTRAS[extra]):
+                pytest.skip(f"needs pip install -e '.[{extra}]'")
 
 
 def pytest_addoption(parser):
@@ -124,6 +156,19 @@ def keeps():
         return keep
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def walk():
+    """``--env`` of a PettingZoo game that needs no other library (games/walk.py), which from now
+    on can be imported, here and in processes that are begun here.
+    """
+    folder = str(Path(__file__).with_name("games"))
+    others = os.environ.get("PYTHONPATH")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.setenv("PYTHONPATH", folder + (os.pathsep + others if others else ""))
+        yield "pettingzoo:walk"
 
 
 @pytest.fixture

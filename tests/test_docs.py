@@ -11,11 +11,10 @@ PAGES = [
     "gymnasium",
     "pettingzoo",
     "sb3",
-    "torchrl",
-    pytest.param("benchmarl", marks=pytest.mark.slow),
-    pytest.param("rllib", marks=pytest.mark.slow),
+    pytest.param("torchrl", marks=pytest.mark.integration("torchrl")),
+    pytest.param("benchmarl", marks=pytest.mark.integration("benchmarl")),
+    pytest.param("rllib", marks=pytest.mark.integration("rllib")),
 ]
-NEEDS = {"torchrl": "torchrl", "benchmarl": "benchmarl", "rllib": "ray"}
 # a reader wants a training, a test its first round
 SHORTER = {"benchmarl": ("config.max_n_iters, config.max_n_frames", "= 100, None", "= 1, None")}
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="needs the checkout")
@@ -31,7 +30,8 @@ def one_core(request):
     if "rllib" not in request.node.name:
         yield
         return
-    ray = pytest.importorskip("ray")
+    import ray
+
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
@@ -40,8 +40,6 @@ def one_core(request):
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_snippets_run(page, one_core, tmp_path, monkeypatch):
-    if page in NEEDS:
-        pytest.importorskip(NEEDS[page])
     monkeypatch.chdir(tmp_path)
     found = snippets(page)
     assert found

@@ -142,7 +142,7 @@ def test_nothing_unpickles():
 
 
 @IN_CHECKOUT
-@pytest.mark.slow
+@pytest.mark.stress
 def test_a_wheel_brings_types_and_weights(tmp_path):
     pytest.importorskip("setuptools", minversion="77")
     source = tmp_path / "source"

@@ -78,7 +78,7 @@ def test_compiled_is_what_eager_is(vit):
             torch.testing.assert_close(compiled(images), model(images), rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="inductor needs a C++ compiler")
 @torch.no_grad()
 def test_inductors_code_gives_the_same_logits(vit):

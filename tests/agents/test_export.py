@@ -37,10 +37,11 @@ def test_one_image_is_what_the_pruned_vit_does(make_vit, images, kwargs):
         torch.testing.assert_close(one(image[None]), model(image[None]), rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.integration("onnx")
 @torch.no_grad()
 def test_onnxruntime_gives_the_same_logits(vit, images, tmp_path):
-    runtime = pytest.importorskip("onnxruntime")
+    import onnxruntime as runtime
+
     model = pruned(vit)
     survivors = {int(kept.sum()) for kept in model(images, return_keep=True)[1]}
     assert len(survivors) > 3

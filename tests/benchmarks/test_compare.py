@@ -91,9 +91,9 @@ def test_ours_spend_at_most_as_much(arena, name, dithers, monkeypatch):
         )
 
 
+@pytest.mark.integration("benchmarl")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_another_librarys_algorithm_is_trained_once_and_set_by_its_threshold(arena, monkeypatch):
-    pytest.importorskip("benchmarl")
     from prunevit.trainers import benchmarl
 
     trainings = []
@@ -177,7 +177,7 @@ def test_records_are_complete_and_nothing_is_measured_twice(tmp_path, monkeypatc
     assert again == rows
 
 
-@pytest.mark.slow
+@pytest.mark.learning
 def test_what_learns_is_trained_once(tmp_path, monkeypatch):
     config = CompareConfig(
         policies=("mappo", "released"), seeds=1, points=(0.9,), out=tmp_path / "r", **SETTINGS
@@ -277,7 +277,7 @@ def test_curves_and_pictures_are_left(tmp_path):
 # --- trainings of their own kind ---
 
 
-@pytest.mark.slow
+@pytest.mark.learning
 def test_the_backbone_is_fine_tuned_once_under_ours(arena, monkeypatch):
     tiny = {"epochs": 1, "epoch_size": 64, "batch_size": 32, "validation_size": 20}
     arena = replace(arena, game=replace(arena.game, points=(0.95,), fine_tuning=tiny))
@@ -314,7 +314,7 @@ def test_what_is_fine_tuned_is_what_was_chosen_on_validation(arena, monkeypatch)
         ENTRANTS["mappo-fine-tuned"].open(arena, 0).tune(arena.gmacs_at(0.95))
 
 
-@pytest.mark.slow
+@pytest.mark.learning
 def test_each_operating_point_has_a_training_of_its_own(arena):
     spread_run(arena.runs)
     contender = ENTRANTS["mappo-each-price"].open(arena, 0)
@@ -328,7 +328,7 @@ def test_each_operating_point_has_a_training_of_its_own(arena):
     assert contender.make(knobs).policy.threshold == knobs["threshold"]
 
 
-@pytest.mark.slow
+@pytest.mark.learning
 def test_dynamic_vit_takes_part_with_and_without_its_backbone(arena):
     arena = replace(arena, game=replace(arena.game, dynamic_vit={"batch_size": 8}))
     # the backbone begins to learn after a sixth of the training

@@ -291,7 +291,7 @@ def test_a_missing_library_is_told_before_anything_is_trained(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.learning
 def test_ours_and_sb3_get_better_at_spreading(tmp_path, capsys):
     main(
         ["--games", "simple_spread", "--entrants", "ours-mappo", "ours-ippo", "sb3-ppo", "--seeds",

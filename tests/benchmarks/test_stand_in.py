@@ -29,7 +29,7 @@ TRAIN, VALIDATION = 3, 1  # images a class
 DEIT = "deit_small_patch16_224"
 SMALL = {"img_size": 64, "embed_dim": 32, "num_heads": 2}  # 12 blocks, as the stages ask for
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.learning
 
 
 @pytest.fixture(scope="module")

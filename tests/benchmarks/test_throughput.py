@@ -454,7 +454,7 @@ def test_on_cuda():
 # --- fresh processes ---
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_peak_memory_of_a_fresh_process():
     config = tiny_config(memory=True, batch_sizes=(2,), variants=("packed",))
     (records,) = measure(config)
@@ -462,7 +462,7 @@ def test_peak_memory_of_a_fresh_process():
         assert 50 * 2**20 < record["peak_memory"] < 8 * 2**30
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_the_command_runs():
     arguments = ["--model-kwargs", json.dumps(TINY), "--schedule", "every-block"]
     ended = subprocess.run(

@@ -140,9 +140,9 @@ def test_a_cell_that_is_killed_is_named_and_the_rest_measured(monkeypatch, capsy
     assert "2.00x" in lines[-2]
 
 
+@pytest.mark.integration("benchmarl")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_benchmarl_takes_turns_on_the_same_game(vit, some_images):
-    pytest.importorskip("benchmarl")
     from prunevit.benchmarks.peers.iterations_benchmarl import iterate
 
     config = MappoConfig(**TINY | {"num_envs": 12}, device="cpu")
@@ -179,7 +179,7 @@ def test_the_defaults_make_sense():
     check(TrainSpeedConfig())
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_a_cell_of_a_fresh_process():
     cell = train_speed.in_a_process(Cell(16, 8, 2, 0.5, 1, "cpu", 1))
     assert 50 * 2**20 < cell["memory"] < 8 * 2**30

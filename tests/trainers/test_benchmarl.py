@@ -7,52 +7,58 @@ import signal
 import pytest
 import torch
 
-pytest.importorskip("benchmarl")
-from benchmarl.experiment import Callback, Experiment
-from torchrl.envs.utils import ExplorationType, set_exploration_type
-
-from prunevit.envs.adapters.benchmarl import TokenPruneTask
-from prunevit.trainers.benchmarl import (
-    ALGORITHMS,
-    BenchmarlConfig,
-    actor_of,
-    main,
-    make_experiment,
-    run,
-)
 from prunevit.trainers.common import integrations
 from prunevit.trainers.common.signals import Stopped
 
 PATCHES, STAGES = 16, (1, 3)
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+ALGORITHMS = ["mappo", "ippo", "iql", "vdn", "qmix"]
+pytestmark = [
+    pytest.mark.integration("benchmarl"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),
+]
+
+
+@pytest.fixture
+def benchmarl():
+    from prunevit.trainers import benchmarl
+
+    return benchmarl
 
 
 @pytest.fixture
 def task(vit, some_images):
+    from prunevit.envs.adapters.benchmarl import TokenPruneTask
+
     return TokenPruneTask(config={"backbone": vit, "dataset": some_images, "prune_before": STAGES})
 
 
 @pytest.fixture
-def experiment(task, tmp_path):
+def experiment(benchmarl, task, tmp_path):
     """``experiment(algorithm, ...)``: a tiny one."""
 
     def make(algorithm, **settings):
-        config = BenchmarlConfig(
+        config = benchmarl.BenchmarlConfig(
             algorithm=algorithm, images=4, iterations=2, hidden=(8,), device="cpu", **settings
         )
-        return make_experiment(config, task, tmp_path)
+        return benchmarl.make_experiment(config, task, tmp_path)
 
     return make
 
 
+def test_every_algorithm_is_tried(benchmarl):
+    assert set(benchmarl.ALGORITHMS) == set(ALGORITHMS)
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_trains_and_its_actor_decides_as_its_policy(
-    experiment, task, tmp_path, algorithm
+    benchmarl, experiment, task, tmp_path, algorithm
 ):
+    from torchrl.envs.utils import ExplorationType, set_exploration_type
+
     made = experiment(algorithm)
-    before = [value.clone() for value in actor_of(made).parameters()]
-    run(made)
-    actor = actor_of(made)
+    before = [value.clone() for value in benchmarl.actor_of(made).parameters()]
+    benchmarl.run(made)
+    actor = benchmarl.actor_of(made)
     assert any((p != old).any() for p, old in zip(actor.parameters(), before, strict=True))
     (folder,) = tmp_path.iterdir()
     assert list(folder.glob("checkpoints/*.pt"))
@@ -74,14 +80,18 @@ def test_every_algorithm_trains_and_its_actor_decides_as_its_policy(
     assert not chosen[~living].any()
 
 
-def test_time_that_is_up_ends_the_training_with_a_checkpoint(experiment, tmp_path):
+def test_time_that_is_up_ends_the_training_with_a_checkpoint(benchmarl, experiment, tmp_path):
     made = experiment("ippo", minutes=1e-9)
-    run(made)
+    benchmarl.run(made)
     assert made.n_iters_performed == 0
     assert list(tmp_path.glob("*/checkpoints/*.pt"))
 
 
-def test_a_training_that_is_stopped_leaves_a_checkpoint_to_go_on_from(experiment, tmp_path):
+def test_a_training_that_is_stopped_leaves_a_checkpoint_to_go_on_from(
+    benchmarl, experiment, tmp_path
+):
+    from benchmarl.experiment import Callback, Experiment
+
     made = experiment("ippo")
 
     class Stop(Callback):
@@ -90,12 +100,12 @@ def test_a_training_that_is_stopped_leaves_a_checkpoint_to_go_on_from(experiment
 
     made.callbacks.append(Stop())
     with pytest.raises(Stopped) as stopped:
-        run(made)
+        benchmarl.run(made)
     (checkpoint,) = tmp_path.glob("*/checkpoints/*.pt")
     assert stopped.value.__notes__ == [f"{checkpoint} is saved"]
     again = Experiment.reload_from_file(str(checkpoint))
-    weights = actor_of(again).state_dict()
-    for name, weight in actor_of(made).state_dict().items():
+    weights = benchmarl.actor_of(again).state_dict()
+    for name, weight in benchmarl.actor_of(made).state_dict().items():
         assert torch.equal(weights[name], weight)
 
 
@@ -106,10 +116,12 @@ def test_a_task_survives_pickling(task):
     assert again.max_steps(env) == len(STAGES)
 
 
-@pytest.mark.slow
-def test_mappo_learns_to_prune_the_digits(tmp_path, monkeypatch, capsys, few_test_images):
+@pytest.mark.learning
+def test_mappo_learns_to_prune_the_digits(
+    benchmarl, tmp_path, monkeypatch, capsys, few_test_images
+):
     monkeypatch.setattr(integrations, "RUNS", tmp_path)
-    main(["--images", "32", "--iterations", "30", "--run-name", "one", "--device", "cpu"])
+    benchmarl.main(["--images", "32", "--iterations", "30", "--run-name", "one", "--device", "cpu"])
     report = json.loads((tmp_path / "one" / "report.json").read_text())
     policies = report["policies"]
     assert report["iterations"] == 30
@@ -128,16 +140,16 @@ def test_mappo_learns_to_prune_the_digits(tmp_path, monkeypatch, capsys, few_tes
         (["--prune-before", "99"], "99"),
     ],
 )
-def test_wrong_settings_end_in_one_line(tmp_path, monkeypatch, arguments, message):
+def test_wrong_settings_end_in_one_line(benchmarl, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr(integrations, "RUNS", tmp_path)
     with pytest.raises(SystemExit, match=message) as ended:
-        main(arguments)
+        benchmarl.main(arguments)
     assert str(ended.value).startswith("error: ")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_runs_folder_is_not_overwritten(tmp_path, monkeypatch):
+def test_a_runs_folder_is_not_overwritten(benchmarl, tmp_path, monkeypatch):
     monkeypatch.setattr(integrations, "RUNS", tmp_path)
     (tmp_path / "mine").mkdir()
     with pytest.raises(SystemExit, match="give another --run-name"):
-        main(["--run-name", "mine"])
+        benchmarl.main(["--run-name", "mine"])

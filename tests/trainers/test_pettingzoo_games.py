@@ -36,7 +36,8 @@ GAMES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.learning
+@pytest.mark.integration("games")
 @pytest.mark.no_cover  # tracing what the games call takes as long as playing them
 @pytest.mark.parametrize("game", GAMES)
 def test_learns_beyond_random(game):

@@ -5,37 +5,43 @@ import os
 import signal
 
 import pytest
-
-pytest.importorskip("ray")
-
-import ray
 import torch
-from ray.rllib.algorithms.ppo import PPO
 
 from prunevit.envs.game import GameError
-from prunevit.trainers import rllib
 from prunevit.trainers.common import integrations
-from prunevit.trainers.rllib import POLICY, RllibConfig, main, make_algorithm
 
 PATCHES, STAGES = 16, (1, 3)
+pytestmark = pytest.mark.integration("rllib")
+
+
+@pytest.fixture
+def rllib():
+    from prunevit.trainers import rllib
+
+    return rllib
 
 
 @pytest.fixture
 def one_core():
+    import ray
+
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
 
-@pytest.mark.slow
-def test_a_round_plays_new_images_to_the_end_and_moves_the_policy(one_core, vit, some_images):
+def test_a_round_plays_new_images_to_the_end_and_moves_the_policy(
+    one_core, rllib, vit, some_images
+):
     game = {"backbone": vit, "dataset": some_images, "prune_before": STAGES, "device": "cpu"}
-    algorithm = make_algorithm(RllibConfig(images=4, hidden=(8,)), game, PATCHES, len(STAGES))
+    config = rllib.RllibConfig(images=4, hidden=(8,))
+    algorithm = rllib.make_algorithm(config, game, PATCHES, len(STAGES))
+    policy = algorithm.get_module(rllib.POLICY)
     # hardly anybody stays
     with torch.no_grad():
-        algorithm.get_module(POLICY).actor.net[-1].bias[0] = 3.0
+        policy.actor.net[-1].bias[0] = 3.0
     env = algorithm.env_runner.env
-    before = [p.clone() for p in algorithm.get_module(POLICY).actor.parameters()]
+    before = [p.clone() for p in policy.actor.parameters()]
     played = []
     for _ in range(2):
         results = algorithm.train()["env_runners"]
@@ -45,7 +51,7 @@ def test_a_round_plays_new_images_to_the_end_and_moves_the_policy(one_core, vit,
     assert len(played[0]) == 4
     assert env._images.held.env.game.num_stages == len(STAGES)
     assert results["num_episodes_lifetime"] == 2 * 4
-    after = algorithm.get_module(POLICY).actor.parameters()
+    after = algorithm.get_module(rllib.POLICY).actor.parameters()
     assert any((now != old).any() for now, old in zip(after, before, strict=True))
     # a runner that is given another environment lets go of the one it had
     algorithm.env_runner.make_env()
@@ -54,12 +60,13 @@ def test_a_round_plays_new_images_to_the_end_and_moves_the_policy(one_core, vit,
     algorithm.stop()
 
 
-@pytest.mark.slow
 def test_a_run_leaves_its_record_and_a_checkpoint(
-    one_core, tmp_path, monkeypatch, capsys, few_test_images
+    one_core, rllib, tmp_path, monkeypatch, capsys, few_test_images
 ):
+    from ray.rllib.algorithms.ppo import PPO
+
     monkeypatch.setattr(integrations, "RUNS", tmp_path)
-    main(["--images", "8", "--iterations", "2", "--run-name", "one", "--device", "cpu"])
+    rllib.main(["--images", "8", "--iterations", "2", "--run-name", "one", "--device", "cpu"])
     folder = tmp_path / "one"
     report = json.loads((folder / "report.json").read_text())["policies"]
     assert report["dense"]["accuracy"] > 0.9
@@ -69,12 +76,13 @@ def test_a_run_leaves_its_record_and_a_checkpoint(
     shown = capsys.readouterr().out.splitlines()
     assert shown[-1].split()[:2] == ["ppo", f"{100 * report['ppo']['accuracy']:.2f}%"]
     restored = PPO.from_checkpoint(str(folder / "checkpoint"))
-    seen = torch.randn(3, *restored.get_module(POLICY).observation_space.shape)
-    assert restored.get_module(POLICY).forward_inference({"obs": seen})
+    policy = restored.get_module(rllib.POLICY)
+    seen = torch.randn(3, *policy.observation_space.shape)
+    assert policy.forward_inference({"obs": seen})
     restored.stop()
 
 
-def test_a_training_that_is_stopped_leaves_a_checkpoint(tmp_path, monkeypatch, capsys):
+def test_a_training_that_is_stopped_leaves_a_checkpoint(rllib, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(integrations, "RUNS", tmp_path)
     done = []
 
@@ -90,7 +98,7 @@ def test_a_training_that_is_stopped_leaves_a_checkpoint(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(rllib, "make_algorithm", lambda *_: Algorithm())
     with pytest.raises(SystemExit) as ended:
-        main(["--run-name", "one", "--device", "cpu"])
+        rllib.main(["--run-name", "one", "--device", "cpu"])
     assert ended.value.code == 128 + signal.SIGTERM
     checkpoint = tmp_path / "one" / "checkpoint"
     assert done == [checkpoint, "stopped"]
@@ -108,9 +116,9 @@ def test_a_training_that_is_stopped_leaves_a_checkpoint(tmp_path, monkeypatch, c
         (["--prune-before", "99"], "99"),
     ],
 )
-def test_wrong_settings_end_in_one_line(tmp_path, monkeypatch, arguments, message):
+def test_wrong_settings_end_in_one_line(rllib, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr(integrations, "RUNS", tmp_path)
     with pytest.raises(SystemExit, match=message) as ended:
-        main(arguments)
+        rllib.main(arguments)
     assert str(ended.value).startswith("error: ")
     assert not list(tmp_path.iterdir())

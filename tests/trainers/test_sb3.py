@@ -15,7 +15,7 @@ from prunevit.trainers.common import integrations
 from prunevit.trainers.sb3 import Sb3Config, TokenDQN, actor_of, main, make_algorithm
 
 PATCHES, STAGES = 16, (1, 3)
-ALGORITHMS = ["ppo", "a2c", "dqn", "maskable-ppo"]
+MASKABLE = pytest.param("maskable-ppo", marks=pytest.mark.integration("sb3"))
 
 
 @pytest.fixture
@@ -27,10 +27,8 @@ def config(algo):
     return Sb3Config(algo=algo, images=4, iterations=4, hidden=(8,))
 
 
-@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("algo", ["ppo", "a2c", "dqn", MASKABLE])
 def test_the_actor_decides_as_the_model_does(env, tmp_path, algo):
-    if algo == "maskable-ppo":
-        pytest.importorskip("sb3_contrib")
     model = make_algorithm(config(algo), env, len(STAGES), tmp_path)
     before = [p.clone() for p in model.policy.parameters()]
     model.learn(4 * len(STAGES) * env.num_envs)
@@ -79,7 +77,7 @@ def test_a_training_that_is_stopped_leaves_its_model(tmp_path, monkeypatch, caps
     assert len(seen) == 5
 
 
-@pytest.mark.slow
+@pytest.mark.learning
 def test_ppo_learns_to_prune_the_digits(tmp_path, monkeypatch, capsys, few_test_images):
     monkeypatch.setattr(integrations, "RUNS", tmp_path)
     main(["--images", "32", "--iterations", "20", "--run-name", "one", "--device", "cpu"])

@@ -4,12 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-pytest.importorskip("benchmarl")
-from torchrl.envs import TransformedEnv
-
-from prunevit.envs.adapters.benchmarl import TokenPruneTask
-from prunevit.envs.adapters.torchrl import TokenPruneTorchRL
-
+pytestmark = pytest.mark.integration("benchmarl")
 PATCHES, STAGES, BATCH = 16, (0, 1, 3), 4
 
 
@@ -20,6 +15,8 @@ def config(vit, some_images):
 
 @pytest.fixture
 def task(config):
+    from prunevit.envs.adapters.benchmarl import TokenPruneTask
+
     return TokenPruneTask(config=config)
 
 
@@ -29,6 +26,8 @@ def env(task):
 
 
 def test_an_experiments_environments_are_the_native_one_on_one_backbone(task, config, env, vit):
+    from prunevit.envs.adapters.torchrl import TokenPruneTorchRL
+
     native = TokenPruneTorchRL(BATCH, device="cpu", **config)
     native.set_seed(3)
     other = task.get_env_fun(2, False, 4, "cpu")()
@@ -79,6 +78,8 @@ def test_logs_are_of_the_steps_that_end_an_episode(task, env):
 
 
 def test_what_networks_see_is_normalised_from_the_first_step_on(task, env, config):
+    from torchrl.envs import TransformedEnv
+
     plain = task.get_env_fun(BATCH, False, 3, "cpu")()
     (transform,) = task.get_env_transforms(env)
     env = TransformedEnv(env, transform)

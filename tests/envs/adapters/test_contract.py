@@ -129,7 +129,6 @@ class Rllib(Gym):
     batch = BATCH
 
     def make(self, batch, game):
-        pytest.importorskip("ray")
         from prunevit.envs.adapters.rllib import TokenPruneMultiVector
 
         return TokenPruneMultiVector(batch, game)
@@ -165,7 +164,6 @@ class RllibSingle(Rllib):
     batch = 1
 
     def make(self, batch, game):
-        pytest.importorskip("ray")
         from prunevit.envs.adapters.rllib import TokenPruneMulti
 
         return TokenPruneMulti(game)
@@ -244,12 +242,15 @@ DRIVERS = {
     "rllib vector": Rllib,
     "torchrl": TorchRL,
 }
+EXTRAS = {"rllib": "rllib", "rllib vector": "rllib", "torchrl": "torchrl"}
+PARAMS = [
+    pytest.param(name, marks=pytest.mark.integration(EXTRAS[name]) if name in EXTRAS else ())
+    for name in DRIVERS
+]
 
 
-@pytest.fixture(params=DRIVERS)
+@pytest.fixture(params=PARAMS)
 def driver(request):
-    if request.param == "torchrl":
-        pytest.importorskip("torchrl")
     return DRIVERS[request.param]()
 
 
@@ -365,7 +366,7 @@ def test_what_was_handed_out_does_not_change_later(driver, game, decisions):
         np.testing.assert_array_equal(value, at_the_time)
 
 
-@pytest.mark.parametrize("driver", sorted(set(DRIVERS) - {"pettingzoo"}), indirect=True)
+@pytest.mark.parametrize("driver", PARAMS[1:], indirect=True)
 def test_closing_frees_the_backbone(driver, make_vit, game, decisions):
     model = make_vit()
     env = driver.make(driver.batch, game | {"backbone": model})

@@ -3,17 +3,12 @@
 import numpy as np
 import pytest
 
-pytest.importorskip("ray")
-
-from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
-from ray.rllib.utils.pre_checks.env import check_multiagent_environments
-
-from prunevit.envs.adapters.rllib import TokenPruneMulti, TokenPruneMultiVector
 from prunevit.envs.game import GameError
 from prunevit.envs.rewards import MarkovGameReward, ReleasedCodeReward, TeamReward
 
 PATCHES, STAGES, BATCH = 16, (0, 1, 3), 4
 INDICES = [7, 2, 11, 0]
+pytestmark = pytest.mark.integration("rllib")
 
 
 @pytest.fixture
@@ -21,8 +16,24 @@ def game(vit, some_images):
     return {"backbone": vit, "dataset": some_images, "prune_before": STAGES, "device": "cpu"}
 
 
+@pytest.fixture
+def one(game):
+    from prunevit.envs.adapters.rllib import TokenPruneMulti
+
+    return TokenPruneMulti(game)
+
+
+@pytest.fixture
+def make_many():
+    from prunevit.envs.adapters.rllib import TokenPruneMultiVector
+
+    return TokenPruneMultiVector
+
+
 def record(env, decisions):
     """RLlib's episodes, filled as its runner fills them, and what was paid [T, B, N]."""
+    from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
+
     seen, infos = env.reset(options={"indices": INDICES})
     episodes = [
         MultiAgentEpisode(
@@ -57,9 +68,11 @@ def record(env, decisions):
     [TeamReward(), MarkovGameReward(), ReleasedCodeReward()],
     ids=lambda r: type(r).__name__,
 )
-def test_episodes_hold_the_decisions_of_the_living_and_all_that_they_brought(game, keeps, reward):
+def test_episodes_hold_the_decisions_of_the_living_and_all_that_they_brought(
+    make_many, game, keeps, reward
+):
     decisions = keeps(BATCH, len(STAGES), PATCHES).numpy()
-    episodes, paid = record(TokenPruneMultiVector(BATCH, game | {"reward": reward}), decisions)
+    episodes, paid = record(make_many(BATCH, game | {"reward": reward}), decisions)
     pruned_early = 0
     for image, episode in enumerate(episodes):
         assert episode.is_terminated
@@ -82,9 +95,9 @@ def test_episodes_hold_the_decisions_of_the_living_and_all_that_they_brought(gam
         assert paid[-1].all()
 
 
-def test_a_batch_holds_what_single_images_do(game, keeps):
+def test_a_batch_holds_what_single_images_do(make_many, one, game, keeps):
     decisions = keeps(BATCH, len(STAGES), PATCHES).numpy().astype(int)
-    many, one = TokenPruneMultiVector(BATCH, game), TokenPruneMulti(game)
+    many = make_many(BATCH, game)
     batched = [many.reset(options={"indices": INDICES})[0]]
     batched += [
         many.step([dict(zip(one.agents, row, strict=True)) for row in keep]) for keep in decisions
@@ -109,8 +122,8 @@ def test_a_batch_holds_what_single_images_do(game, keeps):
         assert terminated == {"__all__": True}
 
 
-def test_the_step_after_the_last_one_begins_anew(game):
-    env = TokenPruneMultiVector(2, game)
+def test_the_step_after_the_last_one_begins_anew(make_many, game):
+    env = make_many(2, game)
     assert env.metadata["autoreset_mode"] == "next_step"
     env.reset(seed=0)
     nothing = [{}, {}]
@@ -130,23 +143,23 @@ def test_the_step_after_the_last_one_begins_anew(game):
     assert all(len(paid) == PATCHES for paid in env.step(nothing)[1])
 
 
-def test_rllib_accepts_it(game):
-    env = TokenPruneMulti(game)
-    check_multiagent_environments(env)
-    tokens = set(env.possible_agents)
+def test_rllib_accepts_it(one):
+    from ray.rllib.utils.pre_checks.env import check_multiagent_environments
+
+    check_multiagent_environments(one)
+    tokens = set(one.possible_agents)
     assert len(tokens) == PATCHES
-    assert env.observation_spaces.keys() == env.action_spaces.keys() == tokens
+    assert one.observation_spaces.keys() == one.action_spaces.keys() == tokens
 
 
-def test_what_makes_no_sense_is_refused(game):
-    env = TokenPruneMulti(game)
+def test_what_makes_no_sense_is_refused(one):
     with pytest.raises(ValueError, match="there is only 'indices'"):
-        env.reset(options={"image": 3})
-    env.reset(seed=0)
+        one.reset(options={"image": 3})
+    one.reset(seed=0)
     with pytest.raises(ValueError, match=r"0 \(prune\) or 1 \(keep\)"):
-        env.step({"token_0": 2})
+        one.step({"token_0": 2})
     with pytest.raises(TypeError, match="unknown arguments num_tokens"):
-        TokenPruneMulti({"num_tokens": 3})
-    env.close()
+        type(one)({"num_tokens": 3})
+    one.close()
     with pytest.raises(GameError, match="closed"):
-        env.reset()
+        one.reset()

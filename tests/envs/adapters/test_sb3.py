@@ -211,8 +211,10 @@ def test_what_makes_no_sense_is_refused(env):
         env.reset()
 
 
+@pytest.mark.integration("sb3")
 def test_maskable_ppo_learns_from_the_living_alone(game):
-    contrib = pytest.importorskip("sb3_contrib")
+    import sb3_contrib as contrib
+
     from prunevit.envs.adapters.sb3_contrib import LivingMaskedRollouts
 
     env = TokenVecEnv(BATCH, **game)
@@ -224,10 +226,12 @@ def test_maskable_ppo_learns_from_the_living_alone(game):
     assert all(batch.action_masks.all() for batch in batches)
 
 
+@pytest.mark.integration("marl-peers")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_the_supersuit_route(game):
     """The plain way for any PettingZoo environment: agents that stay, and a render mode."""
-    supersuit = pytest.importorskip("supersuit")
+    import supersuit
+
     parallel = TokenPruneEnv(pruned_agents="stay", render_mode="rgb_array", **game)
     single = supersuit.pettingzoo_env_to_vec_env_v1(parallel)
     env = supersuit.concat_vec_envs_v1(single, 1, num_cpus=0, base_class="stable_baselines3")

@@ -8,12 +8,7 @@ from prunevit.envs.game import GameError, TokenGame
 from prunevit.envs.token_prune import TokenPruneEnv
 from prunevit.envs.vit.staged_vit import StagedViT
 
-pytest.importorskip("torchrl")
-from torchrl.envs import check_env_specs
-from torchrl.envs.libs.pettingzoo import PettingZooWrapper
-
-from prunevit.envs.adapters.torchrl import TokenPruneTorchRL
-
+pytestmark = pytest.mark.integration("torchrl")
 PATCHES, STAGES, BATCH = 16, (0, 1, 3), 4
 INDICES = [7, 2, 11, 0]
 
@@ -25,6 +20,8 @@ def game(vit, some_images):
 
 @pytest.fixture
 def env(game):
+    from prunevit.envs.adapters.torchrl import TokenPruneTorchRL
+
     return TokenPruneTorchRL(BATCH, **game)
 
 
@@ -33,6 +30,8 @@ def act(env, keep):
 
 
 def test_specs_hold(env):
+    from torchrl.envs import check_env_specs
+
     check_env_specs(env, break_when_any_done="both")
     assert env.group_map == {"token": [f"token_{i}" for i in range(PATCHES)]}
 
@@ -95,6 +94,9 @@ def test_what_makes_no_sense_is_refused(env):
 @pytest.mark.filterwarnings("ignore:PettingZoo in TorchRL")
 def test_the_stock_wrapper_delivers_what_the_game_pays(game, vit, some_images, keeps):
     """It needs agents that stay: it looks for an action mask of each, also of those that left."""
+    from torchrl.envs import check_env_specs
+    from torchrl.envs.libs.pettingzoo import PettingZooWrapper
+
     env = PettingZooWrapper(TokenPruneEnv(pruned_agents="stay", **game), return_state=True)
     check_env_specs(env)
     bare = TokenGame(StagedViT(vit, STAGES))

@@ -4,12 +4,13 @@ import dataclasses
 import functools
 import importlib
 
-import mpe2.simple_spread_v3
 import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Sequence, Space
 from pettingzoo import ParallelEnv
+from pettingzoo.utils.conversions import parallel_to_aec
+from pettingzoo.utils.wrappers import OrderEnforcingWrapper
 
 from prunevit.envs.batched.pettingzoo import BatchedPettingZoo, make_pettingzoo
 from prunevit.envs.batched.protocol import BatchedEnv, Observed, Transition
@@ -431,6 +432,11 @@ def assert_same(one, other):
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, equal_nan=True)
 
 
+real_games = pytest.mark.parametrize(
+    "name", ["walk", pytest.param("mpe2.simple_spread_v3", marks=pytest.mark.integration("mpe2"))]
+)
+
+
 def play(env, seed, count):
     generator = torch.Generator().manual_seed(1)
     run = [values_of(env.reset(seed=seed))]
@@ -442,14 +448,12 @@ def play(env, seed, count):
     return run
 
 
-def spread(num_envs=3, **kwargs):
-    return BatchedPettingZoo(make_pettingzoo("mpe2.simple_spread_v3", **kwargs), num_envs)
-
-
-def test_runs_repeat_value_by_value_over_automatic_resets():
-    env = spread(max_cycles=5)
+@real_games
+def test_runs_repeat_value_by_value_over_automatic_resets(name, walk):
+    make = make_pettingzoo(name, max_cycles=5)
+    env = BatchedPettingZoo(make, 3)
     first, again = play(env, 7, 23), play(env, 7, 23)
-    elsewhere, other_seed = play(spread(max_cycles=5), 7, 23), play(env, 8, 23)
+    elsewhere, other_seed = play(BatchedPettingZoo(make, 3), 7, 23), play(env, 8, 23)
     assert sum(bool(step["truncated"].all()) for step in first[1:]) == 4
     for one, two, three in zip(first, again, elsewhere, strict=True):
         assert_same(one, two)
@@ -460,11 +464,12 @@ def test_runs_repeat_value_by_value_over_automatic_resets():
     assert len(rows.unique(dim=0)) == len(rows) == 12  # every episode begins differently
 
 
-def test_simple_spread_equals_its_copies_stepped_by_hand():
-    made = []
+@real_games
+def test_copies_equal_environments_stepped_by_hand(name, walk):
+    made, make_one = [], make_pettingzoo(name, max_cycles=4)
 
     def make():
-        env = mpe2.simple_spread_v3.parallel_env(max_cycles=4)
+        env = make_one()
         reset, env.seeds = env.reset, []
         env.reset = lambda seed: (env.seeds.append(seed), reset(seed=seed))[1]
         made.append(env)
@@ -472,9 +477,9 @@ def test_simple_spread_equals_its_copies_stepped_by_hand():
 
     env = BatchedPettingZoo(make, num_envs=2, agent_ids=False)
     seen, generator = env.reset(seed=0), torch.Generator().manual_seed(0)
-    singles = [mpe2.simple_spread_v3.parallel_env(max_cycles=4) for _ in range(2)]
+    singles = [make_one() for _ in range(2)]
     for t in range(9):
-        actions = torch.randint(5, (2, 3), generator=generator)
+        actions = torch.randint(env.action_space.n, (2, 3), generator=generator)
         transition = None if t == 0 else env.step(actions)
         for row, single in enumerate(singles):
             if t == 0:
@@ -571,7 +576,7 @@ def test_observations_of_one_size_are_alike_whatever_their_shape():
     assert batched({}, of=Shaped).reset(seed=0).observation[0, 2].tolist() == [3, 0]
 
 
-def test_what_make_env_makes_is_checked():
+def test_what_make_env_makes_is_checked(walk):
     class Fewer(Scripted):
         agent_names = ("a", "b")
 
@@ -590,8 +595,9 @@ def test_what_make_env_makes_is_checked():
         BatchedPettingZoo(factory(one, Fewer({})), 2)
     with pytest.raises(ValueError, match=r"no possible_agents"):
         BatchedPettingZoo(factory(Nobody({})), 1)
+    aec = OrderEnforcingWrapper(parallel_to_aec(make_pettingzoo("walk")()))
     with pytest.raises(TypeError, match=r"ParallelEnv, got OrderEnforcingWrapper.*aec_to_parallel"):
-        BatchedPettingZoo(mpe2.simple_spread_v3.env, 1)
+        BatchedPettingZoo(lambda: aec, 1)
 
 
 def test_step_needs_a_reset():
@@ -794,8 +800,8 @@ def test_missing_entries_are_named(position, what):
 # --- environments by name
 
 
-def test_environments_are_found_by_name(tmp_path, monkeypatch):
-    make = make_pettingzoo("mpe2.simple_spread_v3", N=2, max_cycles=3)
+def test_environments_are_found_by_name(walk, tmp_path, monkeypatch):
+    make = make_pettingzoo("walk", N=2, max_cycles=3)
     one, other = make(), make()
     assert one is not other
     assert one.possible_agents == ["agent_0", "agent_1"]
@@ -826,11 +832,15 @@ def test_a_missing_package_says_what_to_install(name, missing, advice, monkeypat
         make_pettingzoo(name)
 
 
-def test_an_unknown_environment_says_which_there_are():
-    with pytest.raises(ModuleNotFoundError, match=r"mpe2 has .*simple_spread_v3"):
-        make_pettingzoo("mpe2.simple_spread_v99")
-    with pytest.raises(ModuleNotFoundError, match=r"needs module 'mpe2.nothing'.*mpe2 has "):
-        make_pettingzoo("mpe2.nothing.simple_v1")
+def test_an_unknown_environment_says_which_there_are(tmp_path, monkeypatch):
+    (tmp_path / "some_games").mkdir()
+    for name in ("__init__", "chess_v3"):
+        (tmp_path / "some_games" / f"{name}.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match=r"some_games has .*chess_v3"):
+        make_pettingzoo("some_games.chess_v99")
+    with pytest.raises(ModuleNotFoundError, match=r"needs module .some_games.nothing.*_games has "):
+        make_pettingzoo("some_games.nothing.chess_v1")
     for malformed in ("", ":env", "mpe2/simple", "..mpe2"):
         with pytest.raises(ValueError, match="is no module name"):
             make_pettingzoo(malformed)

@@ -407,7 +407,7 @@ def seen():
     return {}
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 @pytest.mark.parametrize("name", claimed_names())
 @torch.no_grad()
 def test_every_name_of_timm_equals_timm_or_is_refused(make_vit, keeps, seen, name):

@@ -95,6 +95,7 @@ def begin(rank, port, folder):
         )
 
 
+@pytest.mark.integration("distributed")
 @pytest.mark.timeout(2 * TIMEOUT)
 def test_two_ranks_learn_what_one_does(folder):
     port = free_port()

@@ -27,6 +27,7 @@ from prunevit.trainers.common.checkpoint import load_checkpoint
 from prunevit.trainers.common.config import MappoConfig, defaults_for
 
 SPREAD = "pettingzoo:mpe2.simple_spread_v3"
+MPE2 = pytest.mark.integration("mpe2")
 TINY = {"patch_size": 16, "embed_dim": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0}
 POLICIES = ("dense", "learned", "random", "attention")
 
@@ -101,13 +102,18 @@ def tokens(photographs, weights):
     return arguments
 
 
-def spread(name, **changes):
+@pytest.fixture(scope="module")
+def walks(walk):
     """Arguments of a run in an environment that resets itself; episodes outlast an iteration."""
-    own = {
-        "env": SPREAD, "env_kwargs": '{"max_cycles": 15}', "num_envs": 2, "rollout_steps": 10,
-        "eval_size": 2, "critic_hidden": (8,), "run_name": name,
-    }  # fmt: skip
-    return flags(**COMMON | own | changes)
+
+    def arguments(name, **changes):
+        own = {
+            "env": walk, "env_kwargs": '{"max_cycles": 15}', "num_envs": 2, "rollout_steps": 10,
+            "eval_size": 2, "critic_hidden": (8,), "run_name": name,
+        }  # fmt: skip
+        return flags(**COMMON | own | changes)
+
+    return arguments
 
 
 def run(arguments):
@@ -180,10 +186,10 @@ def whole(finished):
 
 
 @pytest.fixture(scope="module")
-def whole_spread(tmp_path_factory):
+def whole_walk(tmp_path_factory, walks):
     with pytest.MonkeyPatch.context() as context:
-        context.chdir(tmp_path_factory.mktemp("spread"))
-        run(spread("whole"))
+        context.chdir(tmp_path_factory.mktemp("walk"))
+        run(walks("whole"))
         return Path("runs/whole").absolute()
 
 
@@ -219,16 +225,16 @@ KILLS = {
     # metrics of four iterations are there, the checkpoint beside them is not yet: files are synced
     # in the order config, metrics, checkpoint, metrics, checkpoint
     "tokens-writing": (("os", "fsync", 5), 4, True),
-    "spread-learning": (("Adam", "step", 3 * STEPS + 2), 2, True),
-    "spread-before-a-checkpoint": (("Adam", "step", STEPS + 1), 0, False),
+    "walk-learning": (("Adam", "step", 3 * STEPS + 2), 2, True),
+    "walk-before-a-checkpoint": (("Adam", "step", STEPS + 1), 0, False),
 }
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory, tokens):
+def killed(tmp_path_factory, tokens, walks):
     """The folder with the runs of ``KILLS``."""
     cwd = tmp_path_factory.mktemp("killed")
-    kinds = {"tokens": tokens, "spread": spread}
+    kinds = {"tokens": tokens, "walk": walks}
     scenarios = [
         (*where, signal.SIGKILL, kinds[name.partition("-")[0]](name))
         for name, (where, _, _) in KILLS.items()
@@ -242,15 +248,15 @@ def killed(tmp_path_factory, tokens):
 
 
 @pytest.mark.parametrize("name", KILLS)
-def test_a_killed_run_goes_on_as_if_nothing_had_been(name, killed, whole, whole_spread):
+def test_a_killed_run_goes_on_as_if_nothing_had_been(name, killed, whole, whole_walk, walk):
     folder = killed / name
     _, records, has_checkpoint = KILLS[name]
     assert (folder / "checkpoint.safetensors").exists() == has_checkpoint
     assert len(metrics(folder) if has_checkpoint else []) == records
     assert not (folder / "report.json").exists()
-    kind = ["--env", SPREAD] if name.startswith("spread") else []
+    kind = ["--env", walk] if name.startswith("walk") else []
     runs.main([*kind, "--resume", str(folder)])
-    check_same(folder, whole_spread if kind else whole)
+    check_same(folder, whole_walk if kind else whole)
     assert not list(folder.glob(".*"))
 
 
@@ -259,12 +265,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(name, killed, whole, whole_
 STOPS = {
     "tokens-stopped": (signal.SIGTERM, 3, {}),
     "tokens-interrupted": (signal.SIGINT, 3, {"workers": 1}),  # which change nothing
-    "spread-stopped": (signal.SIGTERM, 2, {}),
+    "walk-stopped": (signal.SIGTERM, 2, {}),
 }
 
 
-def test_a_stopped_run_goes_on_as_if_nothing_had_been(tokens, whole, whole_spread):
-    kinds = {"tokens": (tokens, whole), "spread": (spread, whole_spread)}
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(tokens, walks, walk, whole, whole_walk):
+    kinds = {"tokens": (tokens, whole), "walk": (walks, whole_walk)}
     scenarios = [
         ("Adam", "step", 3 * STEPS + 2, number, kinds[name.partition("-")[0]][0](name, **options))
         for name, (number, _, options) in STOPS.items()
@@ -283,7 +289,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(tokens, whole, whole_sprea
         ) in ended.stderr
         assert iteration_of(folder) == len(metrics(folder)) == iteration
         kind, _, _ = name.partition("-")
-        runs.main([*(["--env", SPREAD] if kind == "spread" else []), "--resume", str(folder)])
+        runs.main([*(["--env", walk] if kind == "walk" else []), "--resume", str(folder)])
         check_same(folder, kinds[kind][1])
     assert "Traceback" not in ended.stderr
 
@@ -430,20 +436,20 @@ def test_the_papers_way(critic, inputs, tokens):
     Critic(inputs, (8,)).load_state_dict(load_file("runs/r/critic.safetensors"))
 
 
-def test_pettingzoo_goes_through_the_same_code(whole_spread):
-    report = json.loads((whole_spread / "report.json").read_text())
+def test_pettingzoo_goes_through_the_same_code(whole_walk):
+    report = json.loads((whole_walk / "report.json").read_text())
     assert set(report) == {"policies", "seconds", "seed"}
     assert set(report["policies"]) == {"learned"}
     assert all(value < 0 for value in report["policies"]["learned"].values())
-    records = metrics(whole_spread)
+    records = metrics(whole_walk)
     assert [record["iteration"] for record in records] == [1, 2, 3, 4, 5]
     # begun anew at each checkpoint, no episode of 15 steps ends in the first 10
     assert ["episode_return" in record for record in records] == [False, True, False, True, False]
     assert "validation_episode_return" in records[-1]
     for name in ("policy", "critic"):
-        assert load_file(whole_spread / f"{name}.safetensors")
-    assert (whole_spread / "curve.png").exists()
-    assert not (whole_spread / "pruned.png").exists()
+        assert load_file(whole_walk / f"{name}.safetensors")
+    assert (whole_walk / "curve.png").exists()
+    assert not (whole_walk / "pruned.png").exists()
 
 
 # --- what can't be begun or resumed ---
@@ -576,18 +582,24 @@ def test_bad_names_and_values_are_named_at_once(settings, messages, tokens):
 @pytest.mark.parametrize(
     ("settings", "messages"),
     [
-        ({"env": "pettingzoo:mpe2.simple_spraed_v3"}, ["simple_spraed_v3", "simple_spread_v3"]),
+        pytest.param(
+            {"env": "pettingzoo:mpe2.simple_spraed_v3"},
+            ["simple_spraed_v3", "simple_spread_v3"],
+            marks=MPE2,
+        ),
         ({"env": "pettingzoo:no_such_package"}, ["no_such_package"]),
         ({"env": "pettingzoo:json"}, ["'json' has no callable 'parallel_env'"]),
-        ({"env": "pettingzoo:mpe2.simple_spread_v3:env"}, ["AECEnv"]),
-        ({"env": "pettingzoo:mpe2.simple_tag_v3"}, ["not alike"]),
+        pytest.param({"env": f"{SPREAD}:env"}, ["AECEnv"], marks=MPE2),
+        pytest.param({"env": "pettingzoo:mpe2.simple_tag_v3"}, ["not alike"], marks=MPE2),
         ({"env_kwargs": '{"players": 3}'}, ["players"]),
-        ({"env_kwargs": '{"local_ratio": 3}'}, ["local_ratio"]),
+        pytest.param(
+            {"env": SPREAD, "env_kwargs": '{"local_ratio": 3}'}, ["local_ratio"], marks=MPE2
+        ),
         ({"device": "abacus"}, ["device 'abacus' can't be used here"]),
     ],
 )
-def test_bad_games_are_named_at_once(settings, messages):
-    message = error_of(spread("r", **settings))
+def test_bad_games_are_named_at_once(settings, messages, walks):
+    message = error_of(walks("r", **settings))
     for part in messages:
         assert part in message
     assert not Path("runs").exists()
@@ -769,10 +781,10 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(term, tokens, monke
     check_same(Path("runs/r"), Path("runs/sound"))
 
 
-def test_other_games_say_what_they_played(monkeypatch):
+def test_other_games_say_what_they_played(monkeypatch, walks, walk):
     monkeypatch.setattr(mappo, "policy_loss", poisoned(mappo.policy_loss, 1, not_finite))
-    message = error_of(spread("r"))
-    assert f"policy_loss of iteration 1 is not finite, playing 2 episodes of {SPREAD}" in message
+    message = error_of(walks("r"))
+    assert f"policy_loss of iteration 1 is not finite, playing 2 episodes of {walk}" in message
 
 
 def test_bad_images_are_named_or_skipped(tokens, photographs, tmp_path, capsys):
