@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prunevit.agents.policies.actor_critic import LearnedPolicy
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.envs.observations import View
-from prunevit.envs.vit.blocks import observed_row
+from prunevit.envs.vit.blocks import masked_attention_received
 from prunevit.envs.vit.heads import classify_prefix, pools_tokens
 from prunevit.envs.vit.staged_vit import StagedViT, Tokens
 
@@ -54,7 +54,7 @@ class OneImage(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Logits [1, classes] of an image [1, C, H, W]."""
         backbone, policy = self.backbone, self.policy
-        x, rotary = backbone.family.embed(backbone.model, image)
+        x, rotary = backbone.ops.embed(backbone.model, image)
         if rotary is not None:
             raise ExportError("a backbone that rotates positions can't be exported")
         slots = backbone.num_slots
@@ -94,18 +94,18 @@ class OneImage(nn.Module):
         )
 
     def _run(self, tokens: Tokens, start: int, stop: int, with_attention: bool) -> Tokens:
-        backbone, image, paid = self.backbone, tokens.x[None], None
+        backbone, image, attention = self.backbone, tokens.x[None], None
         torch._check(image.shape[1] > 0)  # the class token stays, which an exporter can't know
         for i in range(start, stop):
             block = backbone.model.blocks[i]
             if with_attention and i == stop - 1:
                 whole = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
-                paid = observed_row(
-                    backbone.family, block, image, whole, None, backbone.observers
+                attention = masked_attention_received(
+                    backbone.ops, block, image, whole, None, backbone.num_query_tokens
                 ).squeeze(0)
             # without a mask: an exporter must not ask whether its length, which is open, is 1
-            image = backbone.family.whole(block, image, None, None)
-        return replace(tokens, x=image.squeeze(0), attention=paid)
+            image = backbone.ops.dense_block(block, image, None, None)
+        return replace(tokens, x=image.squeeze(0), attention=attention)
 
 
 def export_onnx(model: PrunedViT, file: Path | str) -> None:

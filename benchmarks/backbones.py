@@ -17,7 +17,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from prunevit.envs.vit.supported import FAMILIES, why_unsupported
+from prunevit.envs.vit.supported import SUPPORTED, why_unsupported
 
 # Titles of rows and patterns of names; the first that fits, and the last for all others of the
 # classes that are supported.
@@ -62,7 +62,7 @@ class Answer:
     @property
     def title(self) -> str:
         """Of the row that it stands in."""
-        if self.model not in {cls.__name__ for family in FAMILIES for cls in family.models}:
+        if self.model not in {cls.__name__ for ops in SUPPORTED for cls in ops.models}:
             return OTHERS
         return next(title for title, pattern in TITLES if fnmatchcase(self.name, pattern))
 

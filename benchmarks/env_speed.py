@@ -23,7 +23,7 @@ from torch import Tensor
 from prunevit.agents.policies.actor_critic import TokenActor
 from prunevit.benchmarks.adapter_speed import adapters, decisions_of, rows
 from prunevit.benchmarks.iterations import Noise
-from prunevit.envs.batched.protocol import Observed
+from prunevit.envs.batched.protocol import Observations
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.data.datasets import ImageSet, open_images
 from prunevit.envs.game import TokenGame
@@ -89,10 +89,10 @@ def bare_forward(env: BatchedTokenPrune, pixels: Tensor, actions: list[Tensor]) 
 
 def step_game(env: BatchedTokenPrune, indices: Tensor, actions: list[Tensor]) -> None:
     """The game with its observations, states and rewards, but nobody who decides."""
-    observed: Observed = env.reset(indices=indices)
+    observed: Observations = env.reset(indices=indices)
     for action in actions:
         observed.living()
-        observed = env.step(action).observed
+        observed = env.step(action).observations
 
 
 def play_dicts(env: TokenPruneEnv, actions: list[Tensor], episodes: int) -> int:
@@ -135,7 +135,7 @@ def measure(config: EnvSpeedConfig) -> dict[str, Any]:
     rollout, _ = play(env, learner, observed, game.num_stages, _generator(device))
     # what the policy itself chose, so that the bare passes run the same tokens
     played = []
-    for seen, action in zip(rollout.observed, rollout.action, strict=True):
+    for seen, action in zip(rollout.observations, rollout.action, strict=True):
         joint = torch.zeros(seen.alive.shape, dtype=torch.int64, device=device)
         joint[seen.alive] = action
         played.append(joint)

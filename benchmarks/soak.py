@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from prunevit.benchmarks.iterations import Noise
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
-from prunevit.envs.data.datasets import DigitsInClutter
+from prunevit.envs.data.datasets import ClutteredDigits
 from prunevit.envs.data.digits import IMAGE_SIZE
 from prunevit.envs.game import TokenGame
 from prunevit.envs.token_prune import TokenPruneEnv
@@ -141,7 +141,7 @@ def play(steps: int, look: Callable[[], None]) -> None:
         tensors.reset(done)
         for _ in STAGES:
             shape = (EPISODES, tensors.num_agents)
-            observed = tensors.step(torch.randint(2, shape, generator=generator)).observed
+            observed = tensors.step(torch.randint(2, shape, generator=generator)).observations
             observed.living()
             look()
         dicts.reset(done)
@@ -169,7 +169,7 @@ def train(iterations: int, look: Callable[[], None]) -> None:
     """A run of ``trainers.mappo`` up to its report."""
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         weights = Path(folder) / "tiny.safetensors"
-        classes = DigitsInClutter.num_classes
+        classes = ClutteredDigits.num_classes
         backbone = create_backbone(DIGITS_VIT, untrained=True, **TINY)
         write_weights(weights, backbone.state_dict(), DIGITS_VIT, classes, TINY)
         config = MappoConfig(

@@ -2,7 +2,7 @@
 
 from prunevit.envs import registration  # noqa: F401 - gymnasium.make knows the names from here on
 from prunevit.envs.batched.pettingzoo import BatchedPettingZoo
-from prunevit.envs.batched.protocol import BatchedEnv, Observed, Transition
+from prunevit.envs.batched.protocol import BatchedEnv, Observations, Transition
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.game import TokenGame
 from prunevit.envs.rewards import MarkovGameReward, ReleasedCodeReward, TeamReward
@@ -14,7 +14,7 @@ __all__ = [
     "BatchedPettingZoo",
     "BatchedTokenPrune",
     "MarkovGameReward",
-    "Observed",
+    "Observations",
     "ReleasedCodeReward",
     "StagedViT",
     "TeamReward",

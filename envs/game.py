@@ -40,7 +40,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Beginning:
+class InitialState:
     """Images before the first stage.
 
     Attributes:
@@ -122,7 +122,7 @@ class TokenGame:
         return self.reset_to(beginning, labels, alpha)
 
     @torch.no_grad()
-    def begin(self, images: Tensor, labels: Tensor) -> tuple[Beginning, Tensor]:
+    def begin(self, images: Tensor, labels: Tensor) -> tuple[InitialState, Tensor]:
         """Runs what comes before the first stage; ``labels`` come back on the backbone's device.
         Arguments and errors as of ``reset``.
         """
@@ -130,9 +130,11 @@ class TokenGame:
         with record_function("blocks before the first stage"):
             tokens = self.backbone.begin(images)
             dense_logits = self.dense_logits(tokens) if self.reward.needs_dense else None
-        return Beginning(tokens, dense_logits), labels
+        return InitialState(tokens, dense_logits), labels
 
-    def reset_to(self, beginning: Beginning, labels: Tensor, alpha: Tensor | None = None) -> Stage:
+    def reset_to(
+        self, beginning: InitialState, labels: Tensor, alpha: Tensor | None = None
+    ) -> Stage:
         """``reset`` to what ``begin`` returned, now or earlier."""
         prices = self._checked_prices(alpha, labels)
         tokens, dense_logits = beginning.tokens, beginning.dense_logits

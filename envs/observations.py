@@ -283,7 +283,7 @@ class View:
             if name == "token":
                 values = tokens.x.float()
             elif name == "cls" and backbone.has_class_token:
-                values = tokens.x.index_select(0, layout.first).float()
+                values = tokens.x.index_select(0, layout.starts).float()
             elif name == "stage":
                 values = self.stage_one_hot[None]
             elif name == "cls_attention" and tokens.attention is not None:

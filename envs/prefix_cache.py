@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from prunevit.envs.data.datasets import ImageSet
-from prunevit.envs.game import Beginning, TokenGame
-from prunevit.envs.vit.rope import Rotary
+from prunevit.envs.game import InitialState, TokenGame
+from prunevit.envs.vit.rope import RotaryEmbedding
 
 
-class Beginnings:
+class PrefixCache:
     """The images of a set as they stand before the first stage, as many as memory is given for.
 
     Those that came first are kept: images are drawn evenly, and none is likelier to come again than
@@ -33,10 +33,10 @@ class Beginnings:
         self._slot = torch.full((len(images),), -1, dtype=torch.int64)  # -1: not there
         self._used = 0
         self._kept: dict[str, Tensor] = {}  # [capacity, ...], by part of a beginning
-        self._rotary: Rotary | None = None
+        self._rotary: RotaryEmbedding | None = None
         self.hits = 0.0
 
-    def load(self, indices: Tensor) -> tuple[Beginning, Tensor]:
+    def load(self, indices: Tensor) -> tuple[InitialState, Tensor]:
         """Images int64 [n] as they begin, and their labels int64 [n]; raises what ``ImageSet.load``
         and ``TokenGame.begin`` raise.
         """
@@ -56,8 +56,8 @@ class Beginnings:
             parts[name] = part
         self._keep(missing, fresh)
         self.hits = float(known.float().mean())
-        tokens = self._game.backbone.rebuild(parts["x"], parts.get("attention"), self._rotary)
-        return Beginning(tokens, parts.get("dense_logits")), parts["label"]
+        tokens = self._game.backbone.restore(parts["x"], parts.get("attention"), self._rotary)
+        return InitialState(tokens, parts.get("dense_logits")), parts["label"]
 
     def _run(self, indices: Tensor) -> dict[str, Tensor]:
         """What is to be kept of each of the images [n], on the backbone's device."""

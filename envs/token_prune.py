@@ -14,7 +14,7 @@ from pettingzoo import ParallelEnv
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from prunevit.envs.batched.protocol import Observed
+from prunevit.envs.batched.protocol import Observations
 from prunevit.envs.batched.token_prune import KEEP, PRUNE, BatchedTokenPrune
 from prunevit.envs.data.datasets import DIGITS, ImageSet, open_images
 from prunevit.envs.data.digits import Split
@@ -129,7 +129,7 @@ class TokenPruneEnv(ParallelEnv):
             agent: Discrete(2) for agent in self.possible_agents
         }
         self._normalisation = (tuple(config["mean"]), tuple(config["std"]))
-        self._observed: Observed | None = None
+        self._observed: Observations | None = None
         self._history: list[Tensor] = []
         self._unpaid = torch.zeros(0)
 
@@ -182,9 +182,9 @@ class TokenPruneEnv(ParallelEnv):
             raise GameError("no episode to step in: call reset first (also after an episode's end)")
         acting, gone = self.agents, ~self._history[-1]
         transition = self.batched.step(self._joint_action(actions))
-        self._observed = transition.observed
+        self._observed = transition.observations
         over = bool(transition.terminated[0])
-        self._record(over, transition.observed)
+        self._record(over, transition.observations)
         reward = transition.reward
 
         leaving = self.pruned_agents == "leave"
@@ -293,7 +293,7 @@ class TokenPruneEnv(ParallelEnv):
             raise ValueError("actions must be 0 (prune) or 1 (keep)")
         return joint
 
-    def _record(self, over: bool, observed: Observed) -> None:
+    def _record(self, over: bool, observed: Observations) -> None:
         last = self.batched.survivors if over else observed.alive
         self._history.append(last)
 
@@ -304,7 +304,7 @@ class TokenPruneEnv(ParallelEnv):
         over = False
         while not over:
             transition = self.batched.step(nobody)
-            self._observed = transition.observed
+            self._observed = transition.observations
             paid = paid + transition.reward
             over = bool(transition.terminated[0])
         return paid

@@ -63,7 +63,7 @@ def rollout(env: BatchedTokenPrune, actor: nn.Module) -> tuple[Tensor, Tensor, T
         actions[observed.alive] = acted[-1]
         transition = env.step(actions)
         rewards.append(transition.reward)
-        observed = transition.observed
+        observed = transition.observations
     # what a token is paid after it was pruned, it owes to its last decision; [T, B, N]
     returns = torch.stack(rewards).flip(0).cumsum(0).flip(0)
     return torch.cat(seen), torch.cat(acted), torch.cat(log_probs), returns[torch.stack(alive)]

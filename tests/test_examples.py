@@ -48,7 +48,7 @@ def test_its_rollouts_hold_what_the_living_are_paid(ppo):
     def watched(actions):
         transition = step(actions)
         paid.append(transition.reward)
-        alive.append(transition.observed.alive)
+        alive.append(transition.observations.alive)
         return transition
 
     env.step = watched

@@ -201,7 +201,7 @@ def _blocks(
     """timm's own blocks on all tokens, [B, L, D]."""
     for i in range(start, stop):
         turn = begun.rotary.patches(i, len(x)) if begun.rotary else None
-        x = backbone.family.whole(backbone.model.blocks[i], x, bias, turn)
+        x = backbone.ops.dense_block(backbone.model.blocks[i], x, bias, turn)
     return x
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.profiler import record_function
 
 from prunevit.agents.policies.actor_critic import Critic
-from prunevit.envs.batched.protocol import BatchedEnv, Observed
+from prunevit.envs.batched.protocol import BatchedEnv, Observations
 from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.common.distributed import ALONE, Ranks
 from prunevit.trainers.common.gae import gae, leave_one_out
@@ -88,7 +88,7 @@ class Learner(nn.Module):
         logits = self.actor(observation).index_select(0, seen)
         return logits.masked_fill(~mask, MASKED_LOGIT).log_softmax(-1)
 
-    def critic_inputs(self, observed: Observed) -> Tensor:
+    def critic_inputs(self, observed: Observations) -> Tensor:
         """What the critic sees of each living agent, [R, D]."""
         living = observed.living()
         if self.config.critic == "local":
@@ -96,7 +96,7 @@ class Learner(nn.Module):
         return torch.cat([living, observed.state[observed.alive.nonzero()[:, 0]]], dim=1)
 
     @torch.no_grad()
-    def values(self, observed: Observed) -> Tensor:
+    def values(self, observed: Observations) -> Tensor:
         """V of every agent [B, N], zero for those that are not alive and where there is no
         critic.
         """
@@ -111,7 +111,7 @@ class Learner(nn.Module):
 class Rollout:
     """T steps of B environments; lists hold one entry a step, rows are living agents."""
 
-    observed: list[Observed] = field(default_factory=list)
+    observations: list[Observations] = field(default_factory=list)
     action: list[Tensor] = field(default_factory=list)  # int64 [R]
     log_prob: list[Tensor] = field(default_factory=list)  # of the action taken, [R]
     value: list[Tensor] = field(default_factory=list)  # [B, N]
@@ -124,8 +124,12 @@ class Rollout:
 
 @torch.no_grad()
 def play(
-    env: BatchedEnv, learner: Learner, observed: Observed, steps: int, generator: torch.Generator
-) -> tuple[Rollout, Observed]:
+    env: BatchedEnv,
+    learner: Learner,
+    observed: Observations,
+    steps: int,
+    generator: torch.Generator,
+) -> tuple[Rollout, Observations]:
     """Plays ``steps`` steps with sampled actions; returns them and what is seen next."""
     rollout = Rollout()
     value = learner.values(observed)
@@ -139,15 +143,15 @@ def play(
         transition = env.step(joint)
 
         with record_function("policy and critic"):
-            following = learner.values(transition.observed)
-        next_value, next_alive = following, transition.observed.alive
+            following = learner.values(transition.observations)
+        next_value, next_alive = following, transition.observations.alive
         if transition.final is not None:
             # a truncated episode would have gone on from its own last observation, not from the
             # next one's first
             cut = transition.truncated[:, None]
             next_value = torch.where(cut, learner.values(transition.final), next_value)
             next_alive = torch.where(cut, transition.final.alive, next_alive)
-        rollout.observed.append(observed)
+        rollout.observations.append(observed)
         rollout.action.append(action)
         rollout.log_prob.append(log_probs.gather(1, action[:, None]).squeeze(1))
         rollout.value.append(value)
@@ -157,7 +161,7 @@ def play(
         rollout.ended.append(transition.terminated | transition.truncated)
         for name, metric in transition.metrics.items():
             rollout.metrics.setdefault(name, []).append(metric)
-        observed, value = transition.observed, following
+        observed, value = transition.observations, following
     return rollout, observed
 
 
@@ -228,7 +232,7 @@ def judge(rollout: Rollout, learner: Learner, env: BatchedEnv) -> Decisions:
     living agents.
     """
     config = learner.config
-    alive = torch.stack([observed.alive for observed in rollout.observed])
+    alive = torch.stack([observed.alive for observed in rollout.observations])
     value = torch.stack(rollout.value)
     advantage = gae(
         torch.stack(rollout.reward),
@@ -243,7 +247,7 @@ def judge(rollout: Rollout, learner: Learner, env: BatchedEnv) -> Decisions:
     returns = (advantage + value)[alive]
     if env.rollouts_per_start > 1:
         advantage = leave_one_out(advantage, env.rollouts_per_start)
-    distinct = [observed.distinct() for observed in rollout.observed]
+    distinct = [observed.distinct() for observed in rollout.observations]
     before = itertools.accumulate((len(rows) for rows, _ in distinct), initial=0)
     seen = torch.cat([seen + start for (_, seen), start in zip(distinct, before, strict=False)])
     return Decisions(
@@ -251,8 +255,8 @@ def judge(rollout: Rollout, learner: Learner, env: BatchedEnv) -> Decisions:
         seen=seen,
         critic_input=advantage.new_empty(len(seen), 0)
         if learner.critic is None
-        else torch.cat([learner.critic_inputs(observed) for observed in rollout.observed]),
-        mask=torch.cat([observed.action_mask[observed.alive] for observed in rollout.observed]),
+        else torch.cat([learner.critic_inputs(observed) for observed in rollout.observations]),
+        mask=torch.cat([observed.action_mask[observed.alive] for observed in rollout.observations]),
         action=torch.cat(rollout.action),
         log_prob=torch.cat(rollout.log_prob),
         value=learner.value_norm.normalise(value[alive]),
@@ -411,7 +415,7 @@ class Trainer:
         self.ranks = ranks
         self.learner = Learner(actor, env, config, ranks)
         self.iteration = 0
-        self._observed: Observed | None = None
+        self._observed: Observations | None = None
 
     def iterate(self) -> dict[str, float]:
         """Plays and learns once; returns what there is to log.

@@ -20,7 +20,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
-from prunevit.envs.adapters.sb3 import LivingReplay, LivingRollouts, TokenVecEnv
+from prunevit.envs.adapters.sb3 import TokenReplayBuffer, TokenRolloutBuffer, TokenVecEnv
 from prunevit.extras import needs
 from prunevit.trainers.common.evaluation import Evaluation
 from prunevit.trainers.common.integrations import GAMMA, LibraryConfig, LibraryRun, table
@@ -97,27 +97,28 @@ def make_algorithm(config: Sb3Config, env: TokenVecEnv, stages: int, folder: Pat
     minibatch = max(env.num_envs * stages // 4, 1)
     if config.algo == "ppo":
         return PPO(
-            "MlpPolicy", rollout_buffer_class=LivingRollouts, batch_size=minibatch, n_epochs=4,
+            "MlpPolicy", rollout_buffer_class=TokenRolloutBuffer, batch_size=minibatch, n_epochs=4,
             **on_policy, **shared,
         )  # fmt: skip
     if config.algo == "a2c":
-        return A2C("MlpPolicy", rollout_buffer_class=LivingRollouts, **on_policy, **shared)
+        return A2C("MlpPolicy", rollout_buffer_class=TokenRolloutBuffer, **on_policy, **shared)
     if config.algo == "dqn":
         return TokenDQN(
-            "MlpPolicy", replay_buffer_class=LivingReplay, replay_buffer_kwargs={"gamma": GAMMA},
+            "MlpPolicy", replay_buffer_class=TokenReplayBuffer,
+            replay_buffer_kwargs={"gamma": GAMMA},
             buffer_size=200_000, learning_starts=env.num_envs * stages, train_freq=stages,
             gradient_steps=8, batch_size=2048, target_update_interval=10 * env.num_envs,
             exploration_fraction=0.5, **shared,
         )  # fmt: skip
     # our adapter first: without sb3-contrib its error names the extra
-    from prunevit.envs.adapters.sb3_contrib import LivingMaskedRollouts
+    from prunevit.envs.adapters.sb3_contrib import MaskableTokenRolloutBuffer
 
     with needs("sb3"):
         from sb3_contrib import MaskablePPO
 
     return MaskablePPO(
-        "MlpPolicy", rollout_buffer_class=LivingMaskedRollouts, batch_size=minibatch, n_epochs=4,
-        **on_policy, **shared,
+        "MlpPolicy", rollout_buffer_class=MaskableTokenRolloutBuffer, batch_size=minibatch,
+        n_epochs=4, **on_policy, **shared,
     )  # fmt: skip
 
 

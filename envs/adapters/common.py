@@ -31,7 +31,7 @@ class GameArguments(TypedDict, total=False):
     execution: Execution
 
 
-class HeldGame:
+class GameHandle:
     """The game behind an adapter, until the adapter is closed: then nothing holds the backbone.
 
     Args:
@@ -66,7 +66,7 @@ class HeldGame:
             self._env = None
 
 
-def named_images(options: Mapping[str, Any] | None) -> Any:
+def image_indices(options: Mapping[str, Any] | None) -> Any:
     """``options["indices"]``, or None where images are to be drawn.
 
     Raises:

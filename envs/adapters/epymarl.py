@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from prunevit.envs.adapters.common import (
     GameArguments,
-    HeldGame,
+    GameHandle,
+    image_indices,
     joint_action,
-    named_images,
     to_numpy,
 )
-from prunevit.envs.batched.protocol import Observed
+from prunevit.envs.batched.protocol import Observations
 
 
 class TokenPruneAgents(gymnasium.Env[tuple[NDArray[np.float32], ...], Sequence[int]]):
@@ -39,7 +39,7 @@ class TokenPruneAgents(gymnasium.Env[tuple[NDArray[np.float32], ...], Sequence[i
     """
 
     def __init__(self, **game: Unpack[GameArguments]) -> None:
-        self._held = HeldGame(1, game)
+        self._held = GameHandle(1, game)
         env = self._held.env
         (size,) = env.observation_space.shape
         self.n_agents = env.num_agents
@@ -55,7 +55,7 @@ class TokenPruneAgents(gymnasium.Env[tuple[NDArray[np.float32], ...], Sequence[i
         is one.
         """
         super().reset(seed=seed)
-        observed = self._held.env.reset(seed, indices=named_images(options))
+        observed = self._held.env.reset(seed, indices=image_indices(options))
         return _each(observed), {}
 
     # gymma takes a reward for each agent
@@ -69,7 +69,7 @@ class TokenPruneAgents(gymnasium.Env[tuple[NDArray[np.float32], ...], Sequence[i
             {"correct": float(outcome.correct), "gmacs": float(outcome.gmacs)} if outcome else {}
         )
         return (
-            _each(transition.observed),
+            _each(transition.observations),
             tuple(transition.reward[0].tolist()),
             bool(transition.terminated),
             False,
@@ -80,5 +80,5 @@ class TokenPruneAgents(gymnasium.Env[tuple[NDArray[np.float32], ...], Sequence[i
         self._held.close()
 
 
-def _each(observed: Observed) -> tuple[NDArray[np.float32], ...]:
+def _each(observed: Observations) -> tuple[NDArray[np.float32], ...]:
     return tuple(to_numpy(observed.observation[0]))

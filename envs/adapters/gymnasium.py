@@ -21,12 +21,12 @@ from torch import Tensor
 
 from prunevit.envs.adapters.common import (
     GameArguments,
-    HeldGame,
+    GameHandle,
+    image_indices,
     joint_action,
-    named_images,
     to_numpy,
 )
-from prunevit.envs.batched.protocol import Observed
+from prunevit.envs.batched.protocol import Observations
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.rendering import denormalise, strip_of_episode
 
@@ -76,7 +76,7 @@ class Pictures:
             raise ValueError(f"render_mode={render_mode!r}: choose rgb_array, or None")
         self._history: list[Tensor] | None = [] if render_mode else None
 
-    def begin(self, observed: Observed) -> None:
+    def begin(self, observed: Observations) -> None:
         if self._history is not None:
             self._history = [observed.alive]
 
@@ -118,7 +118,7 @@ class TokenPruneGym(gymnasium.Env[Any, NDArray[np.int8]]):
     def __init__(self, render_mode: str | None = None, **game: Unpack[GameArguments]) -> None:
         self.render_mode = render_mode
         self._pictures = Pictures(render_mode)
-        self._held = HeldGame(1, game)
+        self._held = GameHandle(1, game)
         self.observation_space = _all_tokens(self._held.env)
         self.action_space = MultiBinary(self._held.env.num_agents)
 
@@ -130,7 +130,7 @@ class TokenPruneGym(gymnasium.Env[Any, NDArray[np.int8]]):
         """
         super().reset(seed=seed)
         env = self._held.env
-        observed = env.reset(seed, indices=named_images(options))
+        observed = env.reset(seed, indices=image_indices(options))
         self._pictures.begin(observed)
         nothing = torch.zeros(observed.alive.shape, device=env.device)
         return to_numpy(observed.observation[0]), self._info(observed, nothing)
@@ -142,11 +142,11 @@ class TokenPruneGym(gymnasium.Env[Any, NDArray[np.int8]]):
         transition = env.step(joint_action(action, env.device)[None])
         self._pictures.go_on(env)
         return (
-            to_numpy(transition.observed.observation[0]),
+            to_numpy(transition.observations.observation[0]),
             float(transition.reward.mean()),
             bool(transition.terminated),
             False,
-            self._info(transition.observed, transition.reward),
+            self._info(transition.observations, transition.reward),
         )
 
     def render(self) -> Any:
@@ -156,7 +156,7 @@ class TokenPruneGym(gymnasium.Env[Any, NDArray[np.int8]]):
     def close(self) -> None:
         self._held.close()
 
-    def _info(self, observed: Observed, reward: Tensor) -> dict[str, Any]:
+    def _info(self, observed: Observations, reward: Tensor) -> dict[str, Any]:
         rows = {
             name: value[0] for name, value in facts(self._held.env, observed.alive, reward).items()
         }
@@ -191,7 +191,7 @@ class TokenPruneVector(VectorEnv[Any, Any, Any]):
         self.num_envs = num_envs
         self.render_mode = render_mode
         self._pictures = Pictures(render_mode)
-        self._held = HeldGame(num_envs, game)
+        self._held = GameHandle(num_envs, game)
         self._give: Callable[[Tensor], Any] = _as_it_is if tensors else to_numpy
         self.single_observation_space = _all_tokens(self._held.env)
         self.single_action_space = MultiBinary(self._held.env.num_agents)
@@ -203,7 +203,7 @@ class TokenPruneVector(VectorEnv[Any, Any, Any]):
     ) -> tuple[Any, dict[str, Any]]:
         """Begins episodes on images that ``seed`` draws, or on the B of ``options["indices"]``."""
         super().reset(seed=seed)
-        observed = self._begin(seed, named_images(options))
+        observed = self._begin(seed, image_indices(options))
         nothing = torch.zeros(observed.alive.shape, device=observed.alive.device)
         return self._give(observed.observation), self._infos(observed, nothing)
 
@@ -211,7 +211,7 @@ class TokenPruneVector(VectorEnv[Any, Any, Any]):
         env = self._held.env
         transition = env.step(joint_action(actions, env.device))
         self._pictures.go_on(env)
-        observed = transition.observed
+        observed = transition.observations
         infos = self._infos(observed, transition.reward)
         if env.outcome is not None:
             ended = {"final_obs": self._give(observed.observation), "final_info": infos}
@@ -235,12 +235,12 @@ class TokenPruneVector(VectorEnv[Any, Any, Any]):
         if hasattr(self, "_held"):
             self._held.close()
 
-    def _begin(self, seed: int | None, indices: Any) -> Observed:
+    def _begin(self, seed: int | None, indices: Any) -> Observations:
         observed = self._held.env.reset(seed, indices=indices)
         self._pictures.begin(observed)
         return observed
 
-    def _infos(self, observed: Observed, reward: Tensor) -> dict[str, Any]:
+    def _infos(self, observed: Observations, reward: Tensor) -> dict[str, Any]:
         shown = facts(self._held.env, observed.alive, reward)
         return self._with_masks({name: self._give(value) for name, value in shown.items()})
 

@@ -24,8 +24,8 @@ import torch
 from gymnasium.spaces import Dict as DictSpace
 from numpy.typing import NDArray
 
-from prunevit.envs.adapters.common import HeldGame, joint_action, named_images, to_numpy
-from prunevit.envs.batched.protocol import Observed
+from prunevit.envs.adapters.common import GameHandle, image_indices, joint_action, to_numpy
+from prunevit.envs.batched.protocol import Observations
 from prunevit.extras import needs
 
 with needs("rllib"):
@@ -51,7 +51,7 @@ class _Images:
     """
 
     def __init__(self, num_envs: int, arguments: Mapping[str, Any]) -> None:
-        self.held = HeldGame(num_envs, arguments)
+        self.held = GameHandle(num_envs, arguments)
         env = self.held.env
         self.agents = [f"token_{i}" for i in range(env.num_agents)]
         self.observation_spaces = dict.fromkeys(self.agents, env.observation_space)
@@ -61,7 +61,7 @@ class _Images:
     def begin(
         self, seed: int | None, options: Mapping[str, Any] | None
     ) -> tuple[list[PerAgent], list[PerAgent]]:
-        observed = self.held.env.reset(seed, indices=named_images(options))
+        observed = self.held.env.reset(seed, indices=image_indices(options))
         self._alive = to_numpy(observed.alive)
         return self._seen(observed, self._alive), [{} for _ in self._alive]
 
@@ -77,18 +77,18 @@ class _Images:
         acted = self._alive
         transition = env.step(joint.to(env.device))
         over = bool(transition.terminated[0])
-        self._alive = to_numpy(transition.observed.alive)
+        self._alive = to_numpy(transition.observations.alive)
         rewards = [dict(zip(self.agents, row, strict=True)) for row in transition.reward.tolist()]
         return (
             # an episode's last observation is never learned from, but RLlib wants there to be one
-            self._seen(transition.observed, acted if over else self._alive),
+            self._seen(transition.observations, acted if over else self._alive),
             rewards,
             [{ALL: over} for _ in rewards],
             [{ALL: False} for _ in rewards],
             self._facts(),
         )
 
-    def _seen(self, observed: Observed, who: NDArray[np.bool_]) -> list[PerAgent]:
+    def _seen(self, observed: Observations, who: NDArray[np.bool_]) -> list[PerAgent]:
         values = to_numpy(observed.observation)
         return [
             {self.agents[place]: rows[place] for place in np.flatnonzero(here)}

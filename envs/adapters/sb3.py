@@ -23,12 +23,12 @@ from torch import Tensor
 
 from prunevit.envs.adapters.common import (
     GameArguments,
-    HeldGame,
+    GameHandle,
+    image_indices,
     joint_action,
-    named_images,
     to_numpy,
 )
-from prunevit.envs.batched.protocol import Observed
+from prunevit.envs.batched.protocol import Observations
 
 
 class TokenVecEnv(VecEnv):
@@ -48,7 +48,7 @@ class TokenVecEnv(VecEnv):
     render_mode = None
 
     def __init__(self, num_images: int = 64, **game: Unpack[GameArguments]) -> None:
-        self._held = HeldGame(num_images, game)
+        self._held = GameHandle(num_images, game)
         env = self._held.env
         (size,) = env.observation_space.shape
         self.num_images, self.num_tokens = num_images, env.num_agents
@@ -63,7 +63,7 @@ class TokenVecEnv(VecEnv):
         self._actions: Tensor | None = None
 
     def reset(self) -> NDArray[np.float32]:
-        observed = self._begin(self._seeds[0], named_images(self._options[0]))
+        observed = self._begin(self._seeds[0], image_indices(self._options[0]))
         self._reset_seeds()
         self._reset_options()
         return self._rows(observed.observation)
@@ -79,7 +79,7 @@ class TokenVecEnv(VecEnv):
         env = self._held.env
         acted = self._alive
         transition = env.step(self._actions)
-        observed = transition.observed
+        observed = transition.observations
         self._actions = None
         self._alive = observed.alive
         self._paid = self._paid + transition.reward
@@ -120,7 +120,7 @@ class TokenVecEnv(VecEnv):
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
         return [False] * len(list(self._get_indices(indices)))
 
-    def _begin(self, seed: int | None, indices: Any) -> Observed:
+    def _begin(self, seed: int | None, indices: Any) -> Observations:
         observed = self._held.env.reset(seed, indices=indices)
         self._alive = observed.alive
         self._paid = torch.zeros(observed.alive.shape, device=observed.alive.device)
@@ -156,7 +156,7 @@ def _marked(acted: Tensor, info: dict[str, Any]) -> list[dict[str, Any]]:
     return kinds[to_numpy(acted.flatten()).astype(np.intp)].tolist()
 
 
-class LivingRollouts(RolloutBuffer):
+class TokenRolloutBuffer(RolloutBuffer):
     """The rollout buffer of ``PPO`` and ``A2C`` for ``TokenVecEnv``: minibatches hold decisions of
     living tokens only.
 
@@ -207,7 +207,7 @@ class LivingRollouts(RolloutBuffer):
             yield self._get_samples(chosen)
 
 
-class LivingReplay(ReplayBuffer):
+class TokenReplayBuffer(ReplayBuffer):
     """The replay buffer of ``DQN`` for ``TokenVecEnv``: holds decisions of living tokens only, each
     from the end of its episode on, when all that it brought is known.
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from prunevit.envs.adapters.sb3 import LivingRollouts
+from prunevit.envs.adapters.sb3 import TokenRolloutBuffer
 from prunevit.extras import needs
 
 with needs("sb3"):
     from sb3_contrib.common.maskable.buffers import MaskableRolloutBuffer
 
 
-class LivingMaskedRollouts(LivingRollouts, MaskableRolloutBuffer):
-    """``LivingRollouts`` for ``MaskablePPO``."""
+class MaskableTokenRolloutBuffer(TokenRolloutBuffer, MaskableRolloutBuffer):
+    """``TokenRolloutBuffer`` for ``MaskablePPO``."""
 
-    arrays = (*LivingRollouts.arrays, "action_masks")
+    arrays = (*TokenRolloutBuffer.arrays, "action_masks")

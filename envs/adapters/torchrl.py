@@ -13,8 +13,8 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from prunevit.envs.adapters.common import GameArguments, HeldGame, joint_action
-from prunevit.envs.batched.protocol import Observed
+from prunevit.envs.adapters.common import GameArguments, GameHandle, joint_action
+from prunevit.envs.batched.protocol import Observations
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.extras import needs
 
@@ -48,7 +48,7 @@ class TokenPruneTorchRL(EnvBase):
     """
 
     def __init__(self, num_envs: int = 64, **game: Unpack[GameArguments]) -> None:
-        held = HeldGame(num_envs, game)
+        held = GameHandle(num_envs, game)
         env = held.env
         super().__init__(device=env.device, batch_size=torch.Size([num_envs]))
         self._held = held
@@ -97,11 +97,11 @@ class TokenPruneTorchRL(EnvBase):
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         env = self._held.env
         transition = env.step(joint_action(tensordict.get((GROUP, "action")), env.device))
-        shown = self._tensordict(transition.observed, transition.terminated[:, None])
+        shown = self._tensordict(transition.observations, transition.terminated[:, None])
         shown.set((GROUP, "reward"), transition.reward[..., None])
         return shown
 
-    def _tensordict(self, observed: Observed, done: Tensor) -> TensorDict:
+    def _tensordict(self, observed: Observations, done: Tensor) -> TensorDict:
         env = self._held.env
         batch = self.batch_size
         group = TensorDict(

@@ -17,7 +17,7 @@ from gymnasium.spaces.utils import flatdim, flatten, flatten_space
 from pettingzoo import AECEnv, ParallelEnv
 from torch import Tensor
 
-from prunevit.envs.batched.protocol import Observed, Transition
+from prunevit.envs.batched.protocol import Observations, Transition
 from prunevit.extras import install_command
 
 ACTION_MASK = "action_mask"
@@ -115,7 +115,7 @@ class BatchedPettingZoo:
         self._episodes = [0] * num_envs
         self._stepping = False
 
-    def reset(self, seed: int | None = None) -> Observed:
+    def reset(self, seed: int | None = None) -> Observations:
         """Begins new episodes everywhere.
 
         The k-th episode of environment b is seeded by (``seed``, b, k), so that a whole run repeats
@@ -138,7 +138,7 @@ class BatchedPettingZoo:
             self._begin(row)
         self._now.check_finite()
         self._stepping = True
-        return self._now.observed(self.device)
+        return self._now.observations(self.device)
 
     def step(self, actions: Tensor) -> Transition:
         """Takes the joint action int64 [B, N]; an environment whose last agent ends is reset.
@@ -199,11 +199,11 @@ class BatchedPettingZoo:
             final.check_finite()
         self._stepping = True
         return Transition(
-            observed=self._now.observed(self.device),
+            observations=self._now.observations(self.device),
             reward=torch.tensor(reward, device=self.device),
             terminated=torch.tensor(terminated, device=self.device),
             truncated=torch.tensor(truncated, device=self.device),
-            final=None if final is None else final.observed(self.device),
+            final=None if final is None else final.observations(self.device),
             metrics={k: torch.tensor(v, device=self.device) for k, v in metrics.items()},
         )
 
@@ -343,7 +343,7 @@ class _Layout:
 
 
 class _Frame:
-    """The arrays behind one ``Observed``, filled environment by environment.
+    """The arrays behind one ``Observations``, filled environment by environment.
 
     Rows that were never written hold zeros, nobody alive, and action 0 allowed.
     """
@@ -438,9 +438,9 @@ class _Frame:
         for row, at in np.argwhere(~np.isfinite(self.state)):
             raise ValueError(f"the state of environment {row} is {self.state[row, at]} at {at}")
 
-    def observed(self, device: torch.device) -> Observed:
+    def observations(self, device: torch.device) -> Observations:
         """Tensors on ``device`` that own their memory: the next step overwrites the arrays here."""
-        return Observed(
+        return Observations(
             observation=torch.tensor(self.observation, device=device),
             state=torch.tensor(self.state, device=device),
             alive=torch.tensor(self.alive, device=device),

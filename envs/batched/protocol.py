@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Observed:
+class Observations:
     """What the agents see before they act, B environments of N agents at once.
 
     Attributes:
@@ -49,8 +49,8 @@ class Transition:
     """What one joint action brought.
 
     Attributes:
-        observed: what the agents see next; in an environment that reset itself, the new episode's
-            beginning.
+        observations: what the agents see next. In an environment that reset itself, this is the
+            first observation of the new episode.
         reward: float32 [B, N], paid to the living and, where the game says so, to those that have
             gone.
         terminated: bool [B], the episode ended by its own rules: nothing follows, nothing is
@@ -61,11 +61,11 @@ class Transition:
         metrics: named float32 [B] of episodes that ended in this step, NaN elsewhere.
     """
 
-    observed: Observed
+    observations: Observations
     reward: Tensor
     terminated: Tensor
     truncated: Tensor
-    final: Observed | None = None
+    final: Observations | None = None
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -96,7 +96,7 @@ class BatchedEnv(Protocol):
     rollouts_per_start: int
     device: torch.device
 
-    def reset(self, seed: int | None = None) -> Observed:
+    def reset(self, seed: int | None = None) -> Observations:
         """Begins new episodes everywhere; the same seed begins the same ones."""
         ...
 

@@ -14,12 +14,12 @@ from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 from torch.profiler import record_function
 
-from prunevit.envs.batched.protocol import Observed, Transition
-from prunevit.envs.data.datasets import ImageSet, Load, Plannable, Reseedable
+from prunevit.envs.batched.protocol import Observations, Transition
+from prunevit.envs.data.datasets import ImageSet, Load, Prefetchable, Reseedable
 from prunevit.envs.data.prefetch import Prefetcher
 from prunevit.envs.game import Outcome, Stage, TokenGame
 from prunevit.envs.observations import DEFAULT_FIELDS, View, field_slices, state_size
-from prunevit.envs.prefix_cache import Beginnings
+from prunevit.envs.prefix_cache import PrefixCache
 from prunevit.envs.rewards import LARGEST_NUMBER
 
 PRUNE, KEEP = 0, 1
@@ -27,8 +27,8 @@ MOST_SEED = 2**63 - 1  # a generator takes larger ones for negative
 PART_STRIDE = 2_654_435_769  # between the seeds of what parts draw each for itself
 
 
-class ViewObserved(Observed):
-    """``Observed`` over a ``View``: what nobody reads is never computed."""
+class LazyObservations(Observations):
+    """``Observations`` over a ``View``: what nobody reads is never computed."""
 
     def __init__(self, view: View, fields: Sequence[str]) -> None:
         object.__setattr__(self, "view", view)
@@ -157,7 +157,7 @@ class BatchedTokenPrune:
         self.images = images
         self.alpha_range = alpha_range
         self.part = part
-        self._beginnings = Beginnings(game, images, cache) if cache else None
+        self._beginnings = PrefixCache(game, images, cache) if cache else None
         self._workers = workers
         self._ahead: Prefetcher | None = None
         self.num_envs = num_envs
@@ -181,7 +181,7 @@ class BatchedTokenPrune:
 
     def reset(
         self, seed: int | None = None, indices: Sequence[int] | Tensor | None = None
-    ) -> Observed:
+    ) -> Observations:
         """Begins episodes on images drawn without repeats, or on those named.
 
         Args:
@@ -228,11 +228,11 @@ class BatchedTokenPrune:
         """
         if self._ahead is not None:
             self._ahead.close()
-        if self._workers and self._beginnings is None and isinstance(self.images, Plannable):
+        if self._workers and self._beginnings is None and isinstance(self.images, Prefetchable):
             loads = self._loads(self.images, seeds)
             self._ahead = Prefetcher(self.images, loads, self._workers, self.device)
 
-    def _loads(self, images: Plannable, seeds: Iterable[int]) -> Iterator[Load]:
+    def _loads(self, images: Prefetchable, seeds: Iterable[int]) -> Iterator[Load]:
         """What ``reset`` reads for each of ``seeds``."""
         for seed in seeds:
             chosen = self._draw_images(torch.Generator().manual_seed(seed))
@@ -240,7 +240,7 @@ class BatchedTokenPrune:
 
     def _load(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         images = self.images
-        if self._ahead is None or not isinstance(images, Plannable):
+        if self._ahead is None or not isinstance(images, Prefetchable):
             return images.load(chosen)
         load = images.plan(chosen)
         return next(self._ahead) if load == self._ahead.due else images.read(load)
@@ -273,7 +273,7 @@ class BatchedTokenPrune:
         over = stage.outcome is not None
         flags = torch.full((self.num_envs,), over, device=self.device)
         return Transition(
-            observed=self._ended(stage) if over else self._observed(stage),
+            observations=self._ended(stage) if over else self._observed(stage),
             reward=stage.reward,
             terminated=flags,
             truncated=torch.zeros_like(flags),
@@ -299,15 +299,15 @@ class BatchedTokenPrune:
         if self._ahead is not None:
             self._ahead.close()
 
-    def _observed(self, stage: Stage) -> Observed:
+    def _observed(self, stage: Stage) -> Observations:
         assert stage.view is not None
-        return ViewObserved(stage.view, self.fields)
+        return LazyObservations(stage.view, self.fields)
 
-    def _ended(self, stage: Stage) -> Observed:
+    def _ended(self, stage: Stage) -> Observations:
         """Nothing is seen after the end: zeros that take no memory."""
         alive = torch.zeros_like(stage.alive)
         zero = torch.zeros(1, device=self.device)
-        return Observed(
+        return Observations(
             observation=zero.expand(*alive.shape, *self.observation_space.shape),
             state=zero.expand(self.num_envs, *self.state_space.shape),
             alive=alive,

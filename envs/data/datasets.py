@@ -31,12 +31,12 @@ from prunevit.envs.data.image_sources import (
 from prunevit.envs.data.timm_sources import TIMM_PREFIXES, timm_openers
 
 __all__ = [
+    "ClutteredDigits",
     "DatasetError",
-    "DigitsInClutter",
+    "ImageDataset",
     "ImageSet",
     "Load",
-    "Photographs",
-    "Plannable",
+    "Prefetchable",
     "Split",
     "open_images",
 ]
@@ -99,7 +99,7 @@ class Load:
 
 
 @runtime_checkable
-class Plannable(Protocol):
+class Prefetchable(Protocol):
     """An ``ImageSet`` whose ``load`` is ``read`` of what ``plan`` gives: one may be here, the other
     in another process.
     """
@@ -119,7 +119,7 @@ class Plannable(Protocol):
         ...
 
 
-class DigitsInClutter:
+class ClutteredDigits:
     """``digits.draw_digits`` as an ``ImageSet``; the images are drawn when first asked for.
 
     Args:
@@ -176,7 +176,7 @@ def _rotate_and_shear(images: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
-class Photographs:
+class ImageDataset:
     """Images of an ``ImageSource`` as an ``ImageSet``, through timm's transforms.
 
     Args:
@@ -314,12 +314,12 @@ def open_images(
         if not isinstance(augment, bool):
             raise DatasetError("digits have an augmentation of their own, which has no arguments")
         _check_takes_digits(data_config)
-        return DigitsInClutter(split, size, seed, augment)
+        return ClutteredDigits(split, size, seed, augment)
     source, indices = _open_split(dataset, split, skip)
     if size is not None and size < len(indices):
         indices = np.random.RandomState(seed).permutation(indices)[:size]
     augmentation = None if augment is False else {} if augment is True else augment
-    return Photographs(source, indices, data_config, augmentation, seed)
+    return ImageDataset(source, indices, data_config, augmentation, seed)
 
 
 def find_bad_images(dataset: str) -> dict[str, str]:
@@ -341,7 +341,7 @@ def find_bad_images(dataset: str) -> dict[str, str]:
 def read_class_names(dataset: str) -> tuple[str, ...]:
     """The classes of ``dataset`` by label; raises what ``open_images`` raises."""
     if dataset == DIGITS:
-        return DigitsInClutter.class_names
+        return ClutteredDigits.class_names
     return _openers(dataset)["train"]().class_names
 
 

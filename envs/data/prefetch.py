@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from prunevit.envs.data.datasets import DatasetError, ImageSet, Load, Plannable
+from prunevit.envs.data.datasets import DatasetError, ImageSet, Load, Prefetchable
 
 BATCHES_AHEAD = 2  # that a process has read or is reading
 
@@ -34,7 +34,7 @@ class Prefetcher(Iterator[tuple[Tensor, Tensor]]):
     """
 
     def __init__(
-        self, images: Plannable, loads: Iterable[Load], workers: int, device: torch.device
+        self, images: Prefetchable, loads: Iterable[Load], workers: int, device: torch.device
     ) -> None:
         self._due: deque[Load] = deque()
         loader = DataLoader(
@@ -98,7 +98,7 @@ def _noted(loads: Iterable[Load], due: deque[Load]) -> Iterator[Load]:
 class _Batches(Dataset[tuple[Tensor, Tensor] | str]):
     """What a process gives for a ``Load``: the batch, or what is wrong with an image of it."""
 
-    def __init__(self, images: Plannable) -> None:
+    def __init__(self, images: Prefetchable) -> None:
         self._images = images
 
     def __getitem__(self, load: Load) -> tuple[Tensor, Tensor] | str:
@@ -136,7 +136,7 @@ def prefetch(
 
     Closing the generator ends the processes.
     """
-    if not workers or not isinstance(images, Plannable):
+    if not workers or not isinstance(images, Prefetchable):
         for indices in batches:
             yield images.load(indices)
         return

@@ -7,7 +7,7 @@ from typing import Any
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 
-from prunevit.envs.vit.ragged import Layout, attention
+from prunevit.envs.vit.ragged import Layout, varlen_attention
 
 
 def classify_prefix(model: Any, prefix: Tensor) -> Tensor:
@@ -26,8 +26,8 @@ def classify_normed(model: Any, rows: Tensor, layout: Layout, pre_logits: bool =
     if model.global_pool == "prr":
         pool = model.attn_pool
         heads = pool.pre_norm(rows).unflatten(1, (pool.num_heads, pool.head_dim))
-        refined = pool.post_norm(attention(heads, heads, heads, layout))
-        pooled = refined[layout.first] if pool.pool == "token" else layout.mean(refined)
+        refined = pool.post_norm(varlen_attention(heads, heads, heads, layout))
+        pooled = refined[layout.starts] if pool.pool == "token" else layout.mean(refined)
     elif model.global_pool == "map":
         padded, valid = layout.pad(rows)
         pooled = model.attn_pool(padded, attn_mask=valid[:, None, None, :])

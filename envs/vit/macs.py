@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunevit.envs.vit.heads import classify_normed, classify_prefix, pools_tokens
 from prunevit.envs.vit.ragged import Layout
-from prunevit.envs.vit.supported import attention_width, family_of
+from prunevit.envs.vit.supported import attention_width, model_ops
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Macs:
         sizes = [model.num_prefix_tokens + n for n in (1, 2, 3)]
         costs = []
         with _in_eval_mode(model):
-            embedding = _count_macs(partial(family_of(model).embed, model, blank))
+            embedding = _count_macs(partial(model_ops(model).embed, model, blank))
             for n in sizes:
                 layout = Layout.of(np.array([n]), attention_width(model), blank.device)
                 rows = blank.new_zeros(n, model.embed_dim)
@@ -67,7 +67,7 @@ class Macs:
             2 * self.width * (stop - start)
         )
 
-    def attention_row(self, tokens: Any) -> Any:
+    def attention_received(self, tokens: Any) -> Any:
         """One query against every key: the observed row of the attention matrix."""
         return tokens * self.width
 

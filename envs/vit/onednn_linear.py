@@ -33,7 +33,7 @@ if HAS_ONEDNN:
         return count
 
 
-def runs_by_onednn(layer: nn.Module, x: Tensor) -> bool:
+def uses_onednn(layer: nn.Module, x: Tensor) -> bool:
     """Whether ``linear`` takes ``x`` [..., in] through oneDNN: in float32 on a CPU, where nobody
     asks for gradients and the product is large enough.
     """
@@ -54,14 +54,14 @@ def runs_by_onednn(layer: nn.Module, x: Tensor) -> bool:
     )
 
 
-def is_watched(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether somebody waits for what passes through a module or its parts."""
     return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)``."""
-    if not runs_by_onednn(layer, x):
+    if not uses_onednn(layer, x):
         return layer(x)
     rows, count = _padded(x)
     return _onednn(layer, rows)[:count].unflatten(0, x.shape[:-1])
@@ -72,9 +72,9 @@ def mlp(layer: nn.Module, x: Tensor) -> Tensor:
     GELU are one.
     """
     parts: Any = layer
-    if type(layer) is not Mlp or layer.training or not runs_by_onednn(parts.fc1, x):
+    if type(layer) is not Mlp or layer.training or not uses_onednn(parts.fc1, x):
         return layer(x)
-    if is_watched(layer):
+    if has_hooks(layer):
         return layer(x)
     rows, count = _padded(x)
     if type(parts.act) is nn.GELU:

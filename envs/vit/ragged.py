@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-# Images are padded to the longest of their bucket; buckets are ranges of length this many tokens
+# Images are padded to the max_seqlen of their bucket; buckets are ranges of length this many tokens
 # wide. Width 1 pads nothing: images of one length share a call.
 BUCKET_WIDTHS = (1, 4, 16, 1 << 30)
 # What decides between them on a CPU, fitted to one core (x86, AVX-512): the fixed cost of a call, a
@@ -35,7 +35,7 @@ HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Padding:
-    """Cells: the rows again, in buckets of images that are padded to the longest among them.
+    """Cells: the rows again, in buckets of images that are padded to the max_seqlen among them.
 
     Attributes:
         row: the row that stands in each cell, int64 [cells].
@@ -55,26 +55,26 @@ class Layout:
 
     Attributes:
         lengths: rows of each image in packed order, int64 [B], on the host.
-        first: row at which each image begins, int64 [B].
+        starts: row at which each image begins, int64 [B].
         image: packed place of the image that each row belongs to, int64 [S].
         width: numbers that attention handles a row (heads times head size).
-        equal: rows of every image, where all have as many; else None.
+        uniform_length: rows of every image, where all have as many; else None.
         buckets: how attention goes through the cells, int64 [buckets, 3] on the host: images,
             cells of an image, and whether some of these are padding.
         padding: the cells; None where they are the rows themselves.
-        bounds: int32 [B + 1], where images begin, and the end: what variable-length kernels take.
-        longest: rows of the longest image.
+        cu_seqlens: cumulative lengths, int32 [B + 1], as variable-length kernels take them.
+        max_seqlen: rows of the longest image.
     """
 
     lengths: NDArray[np.int64]
-    first: Tensor
+    starts: Tensor
     image: Tensor
     width: int
-    equal: int | None
+    uniform_length: int | None
     buckets: Tensor
     padding: Padding | None
-    bounds: Tensor
-    longest: int
+    cu_seqlens: Tensor
+    max_seqlen: int
 
     @staticmethod
     @torch.compiler.disable
@@ -83,26 +83,26 @@ class Layout:
         buckets.
         """
         if len(lengths) and (lengths == lengths[0]).all():
-            return Layout.alike(len(lengths), int(lengths[0]), width, device)
-        bounds = np.concatenate([[0], np.cumsum(lengths)])
+            return Layout.uniform(len(lengths), int(lengths[0]), width, device)
+        cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
         on_device = torch.from_numpy(lengths).to(device)
         edges = _edges(lengths, width, device)
         buckets = _buckets(lengths, edges)
         return Layout(
             lengths=lengths,
-            first=torch.from_numpy(bounds[:-1]).to(device),
-            image=torch.repeat_interleave(on_device, output_size=int(bounds[-1])),
+            starts=torch.from_numpy(cu_seqlens[:-1]).to(device),
+            image=torch.repeat_interleave(on_device, output_size=int(cu_seqlens[-1])),
             width=width,
-            equal=None,
+            uniform_length=None,
             buckets=torch.from_numpy(buckets),
             padding=_pad(lengths, buckets, device),
-            bounds=torch.from_numpy(bounds.astype(np.int32)).to(device),
-            longest=int(lengths.max(initial=0)),
+            cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)).to(device),
+            max_seqlen=int(lengths.max(initial=0)),
         )
 
     @staticmethod
     @torch.compiler.disable
-    def alike(images: int, length: int, width: int, device: torch.device) -> Layout:
+    def uniform(images: int, length: int, width: int, device: torch.device) -> Layout:
         """Lays out images of one length: one bucket, without padding."""
         if not images:
             return Layout.of(np.zeros(0, np.int64), width, device)
@@ -110,27 +110,29 @@ class Layout:
         alone = images == 1
         return Layout(
             lengths=np.full(images, length, np.int64),
-            first=first,
+            starts=first,
             image=first.expand(length) if alone else _owners(images, length, device),
             width=width,
-            equal=length,
+            uniform_length=length,
             buckets=torch.tensor([[images, length, 0]]),
             padding=None,
-            bounds=torch.arange(0, (images + 1) * length, length, dtype=torch.int32, device=device),
-            longest=length,
+            cu_seqlens=torch.arange(
+                0, (images + 1) * length, length, dtype=torch.int32, device=device
+            ),
+            max_seqlen=length,
         )
 
-    def parts(self, count: int) -> list[tuple[slice, Layout]]:
+    def split(self, count: int) -> list[tuple[slice, Layout]]:
         """``count`` neighbours of about as many rows each, or fewer; images stay whole. Where each
         part's rows stand, and their layout.
         """
-        bounds = np.concatenate([[0], np.cumsum(self.lengths)])
-        ideal = np.linspace(0, bounds[-1], count + 1)
-        edges = np.unique(np.searchsorted(bounds, ideal))
+        cu_seqlens = np.concatenate([[0], np.cumsum(self.lengths)])
+        ideal = np.linspace(0, cu_seqlens[-1], count + 1)
+        edges = np.unique(np.searchsorted(cu_seqlens, ideal))
         return [
             (
-                slice(int(bounds[first]), int(bounds[last])),
-                Layout.of(self.lengths[first:last], self.width, self.first.device),
+                slice(int(cu_seqlens[first]), int(cu_seqlens[last])),
+                Layout.of(self.lengths[first:last], self.width, self.starts.device),
             )
             for first, last in pairwise(edges)
         ]
@@ -148,12 +150,14 @@ class Layout:
         return lowest.scatter_reduce(0, index, rows, "amax")
 
     def pad(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [S, D] -> [B, longest, D], zeros behind an image's last row, and bool [B, longest],
-        True on rows.
+        """Pads rows [S, D] to [B, max_seqlen, D] with zeros.
+
+        Returns:
+            the padded rows, and bool [B, max_seqlen], True on rows.
         """
-        valid = torch.from_numpy(np.arange(self.longest) < self.lengths[:, None]).to(rows.device)
+        valid = torch.from_numpy(np.arange(self.max_seqlen) < self.lengths[:, None]).to(rows.device)
         padded = rows.new_zeros(*valid.shape, rows.shape[1])
-        place = torch.arange(len(rows), device=rows.device) - self.first[self.image]
+        place = torch.arange(len(rows), device=rows.device) - self.starts[self.image]
         return padded.index_put((self.image, place), rows), valid
 
     def without_first(self, rows: Tensor, count: int) -> tuple[Tensor, Layout]:
@@ -176,7 +180,7 @@ def _edges(lengths: NDArray[np.int64], width: int, device: torch.device) -> NDAr
     """Images at which buckets begin, and the end."""
     if device.type == "cpu" and len(lengths):
         ways = [_cut(lengths, bucket_width) for bucket_width in BUCKET_WIDTHS]
-        return min(ways, key=lambda edges: _seconds(lengths, edges, width))
+        return min(ways, key=lambda edges: _estimated_seconds(lengths, edges, width))
     # a GPU is short of work, not of arithmetic: one call
     return np.array([0, len(lengths)] if len(lengths) else [0])
 
@@ -187,11 +191,11 @@ def _cut(lengths: NDArray[np.int64], bucket_width: int) -> NDArray[np.int64]:
     return np.concatenate([[0], cuts, [len(lengths)]])
 
 
-def _seconds(lengths: NDArray[np.int64], edges: NDArray[np.int64], width: int) -> float:
-    images, longest, padded = _buckets(lengths, edges).T
-    cells = int((images * longest).sum())
+def _estimated_seconds(lengths: NDArray[np.int64], edges: NDArray[np.int64], width: int) -> float:
+    images, max_seqlen, padded = _buckets(lengths, edges).T
+    cells = int((images * max_seqlen).sum())
     gathered = 4 * width * cells if padded.any() else 0
-    shared = MAC_SECONDS * (2 * images * longest**2 * width).sum() + GATHER_SECONDS * gathered
+    shared = MAC_SECONDS * (2 * images * max_seqlen**2 * width).sum() + GATHER_SECONDS * gathered
     calls = len(images) + 4 * bool(gathered)
     return float(CALL_SECONDS * calls + shared / torch.get_num_threads())
 
@@ -200,18 +204,18 @@ def _buckets(lengths: NDArray[np.int64], edges: NDArray[np.int64]) -> NDArray[np
     """``Layout.buckets``."""
     if not len(lengths):
         return np.zeros((0, 3), np.int64)
-    longest = np.maximum.reduceat(lengths, edges[:-1])
-    padded = np.minimum.reduceat(lengths, edges[:-1]) < longest
-    return np.stack([np.diff(edges), longest, padded], axis=1)
+    max_seqlen = np.maximum.reduceat(lengths, edges[:-1])
+    padded = np.minimum.reduceat(lengths, edges[:-1]) < max_seqlen
+    return np.stack([np.diff(edges), max_seqlen, padded], axis=1)
 
 
 def _pad(
     lengths: NDArray[np.int64], buckets: NDArray[np.int64], device: torch.device
 ) -> Padding | None:
-    images, longest, padded = buckets.T
+    images, max_seqlen, padded = buckets.T
     if not padded.any():
         return None
-    cells = np.repeat(longest, images)  # of each image
+    cells = np.repeat(max_seqlen, images)  # of each image
     end = np.cumsum(cells)
     place = np.arange(end[-1]) - np.repeat(end - cells, cells)
     length, first = (
@@ -226,7 +230,7 @@ def _pad(
     )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Softmax attention in which no row sees another image's.
 
     Args:
@@ -241,8 +245,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     if q.device.type == "cuda" and q.dtype in HALF_PRECISION:
         from torch.nn.attention.varlen import varlen_attn
 
-        bounds, longest = layout.bounds, layout.longest
-        mixed = varlen_attn(q, k, v, bounds, bounds, longest, longest)
+        cu_seqlens, max_seqlen = layout.cu_seqlens, layout.max_seqlen
+        mixed = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
         assert isinstance(mixed, Tensor)  # without return_aux
         return mixed.flatten(1)
     # how many buckets there are differs from batch to batch: a compiler must not look inside
@@ -304,7 +308,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, bias: Tensor | None) -> 
     return q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
 
 
-def first_row_attention(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
+def attention_received(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
     """What each image's first row pays to every row of its image: one row of the attention matrix,
     mean over heads.
 
@@ -317,9 +321,9 @@ def first_row_attention(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
         [S]; sums to 1 over each image.
     """
     scale = q.shape[-1] ** -0.5
-    if layout.equal is not None:
+    if layout.uniform_length is not None:
         # images of one length need no gathering
-        images = k.unflatten(0, (-1, layout.equal))
+        images = k.unflatten(0, (-1, layout.uniform_length))
         return ((images * q[:, None]).sum(-1) * scale).softmax(1).mean(-1).flatten()
     scores = (q[layout.image] * k).sum(-1) * scale  # [S, heads]
     index = layout.image[:, None].expand_as(scores)

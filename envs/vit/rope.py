@@ -1,4 +1,4 @@
-"""Rotary positions that follow the surviving tokens."""
+"""RotaryEmbedding positions that follow the surviving tokens."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
-class Rotary:
+class RotaryEmbedding:
     """Sines and cosines by which blocks rotate the queries and keys of B images' tokens.
 
     Attributes:
-        turns: of each patch of an image, sines before cosines, [depth, heads, N, 2 * head_dim];
+        sin_cos: of each patch of an image, sines before cosines, [depth, heads, N, 2 * head_dim];
             depth is 1 where all blocks rotate alike, heads likewise.
         prefix: slots before the patches, whose tokens are not rotated.
         slot: place in its image, 0..L-1, of each row, int64 [S]; None where every image has all its
             slots.
-        shared: sines and cosines of each row, [S, heads, 2 * head_dim], gathered once for all
+        gathered: sines and cosines of each row, [S, heads, 2 * head_dim], gathered once for all
             blocks; None where blocks differ or every image has all its slots.
     """
 
-    turns: Tensor
+    sin_cos: Tensor
     prefix: int
     slot: Tensor | None = None
-    shared: Tensor | None = None
+    gathered: Tensor | None = None
 
     @staticmethod
-    def of(turns: Tensor, prefix: int) -> Rotary:
+    def of(sin_cos: Tensor, prefix: int) -> RotaryEmbedding:
         """From what timm's modules give: [N, 2 * head_dim], or [depth, heads, N, 2 * head_dim]."""
-        return Rotary(turns if turns.dim() == 4 else turns[None, None], prefix)
+        return RotaryEmbedding(sin_cos if sin_cos.dim() == 4 else sin_cos[None, None], prefix)
 
-    def take(self, slot: Tensor) -> Rotary:
+    def take(self, slot: Tensor) -> RotaryEmbedding:
         """Of rows that stand in ``slot``, int64 [S]."""
-        alike = len(self.turns) == 1
+        alike = len(self.sin_cos) == 1
         return replace(
-            self, slot=slot, shared=self.slots(0).index_select(0, slot) if alike else None
+            self, slot=slot, gathered=self.slots(0).index_select(0, slot) if alike else None
         )
 
-    def part(self, rows: slice) -> Rotary:
+    def slice_rows(self, rows: slice) -> RotaryEmbedding:
         """Of some of the rows, images whole."""
         if self.slot is None:
             return self
-        shared = None if self.shared is None else self.shared[rows]
-        return replace(self, slot=self.slot[rows], shared=shared)
+        gathered = None if self.gathered is None else self.gathered[rows]
+        return replace(self, slot=self.slot[rows], gathered=gathered)
 
     def slots(self, block: int) -> Tensor:
         """Of each slot of an image, [L, heads, 2 * head_dim]."""
@@ -60,8 +60,8 @@ class Rotary:
 
     def rows(self, block: int, count: int) -> Tensor:
         """Of each of the ``count`` packed rows, [S, heads, 2 * head_dim]."""
-        if self.shared is not None:
-            return self.shared
+        if self.gathered is not None:
+            return self.gathered
         slots = self.slots(block)
         if self.slot is not None:
             return slots.index_select(0, self.slot)
@@ -78,4 +78,4 @@ class Rotary:
 
     def _of_block(self, block: int) -> Tensor:
         """[heads, N, 2 * head_dim]."""
-        return self.turns[block if len(self.turns) > 1 else 0]
+        return self.sin_cos[block if len(self.sin_cos) > 1 else 0]

@@ -24,11 +24,11 @@ from prunevit.envs.vit.heads import (
     pools_tokens,
 )
 from prunevit.envs.vit.macs import Macs
-from prunevit.envs.vit.onednn_linear import is_watched
+from prunevit.envs.vit.onednn_linear import has_hooks
 from prunevit.envs.vit.ragged import Layout
-from prunevit.envs.vit.rope import Rotary
-from prunevit.envs.vit.supported import UnsupportedBackboneError, attention_width, family_of
-from prunevit.envs.vit.torch_compile import compiled_block
+from prunevit.envs.vit.rope import RotaryEmbedding
+from prunevit.envs.vit.supported import UnsupportedBackboneError, attention_width, model_ops
+from prunevit.envs.vit.torch_compile import compile_block
 
 __all__ = ["Execution", "StagedViT", "Tokens", "UnsupportedBackboneError"]
 
@@ -38,24 +38,24 @@ Execution = Literal["packed", "masked"]
 # them comes from the system anew, page by page. In parts of 2 to 4 MiB 1,024 images of 65 tokens of
 # width 64 take three quarters of the time (one core), 64 images of DeiT-S 0.9 to 0.97 of it; 256
 # and 32 images lose nothing.
-PART_BYTES = 1 << 22
+CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
-class Pass:
+class Segment:
     """Blocks that have run; what they cost is counted only when somebody asks.
 
     Attributes:
         alive: bool [B, L], on what.
         start: the first of them.
         stop: the one behind the last.
-        observed: whether attention was observed in the last.
+        with_attention: whether attention was observed in the last.
     """
 
     alive: Tensor
     start: int
     stop: int
-    observed: bool
+    with_attention: bool
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class Tokens:
         row: int64 [B * L], the row of ``x`` that holds each slot's token; of no meaning where it is
             not alive.
         layout: of the packed rows; None in masked execution.
-        attention: what the class token paid each row of ``x`` in the last block, mean over heads,
-            [S]; None where not asked for or before the first block. In a model without a class
-            token the mean query of its prefix tokens, or of all its tokens, stands in.
-        passes: the blocks that have run so far.
+        attention: what each row of ``x`` received from the class token in the last block, mean
+            over heads, [S]. None before the first block, or where it was not asked for. A model
+            without a class token uses the mean query of its prefix tokens, or of all its tokens.
+        segments: the blocks that have run so far.
         rotary: where the model has rotary positions, those of the rows of ``x``.
     """
 
@@ -82,8 +82,8 @@ class Tokens:
     row: Tensor
     layout: Layout | None
     attention: Tensor | None
-    passes: tuple[Pass, ...] = ()
-    rotary: Rotary | None = None
+    segments: tuple[Segment, ...] = ()
+    rotary: RotaryEmbedding | None = None
 
     def repeat(self, times: int) -> Tokens:
         """Each image ``times`` times in a row.
@@ -99,8 +99,9 @@ class Tokens:
             alive=self.alive.repeat_interleave(times, dim=0),
             row=row if shared else torch.arange(len(row), device=row.device),
             attention=self.attention if shared or self.attention is None else self.attention[row],
-            passes=tuple(
-                replace(ran, alive=ran.alive.repeat_interleave(times, dim=0)) for ran in self.passes
+            segments=tuple(
+                replace(ran, alive=ran.alive.repeat_interleave(times, dim=0))
+                for ran in self.segments
             ),
         )
 
@@ -117,8 +118,8 @@ class StagedViT(nn.Module):
             but the first where None.
         execution: "packed" removes pruned tokens; "masked" carries all of them and masks attention:
             slower, and the reference, for gradients too.
-        compiled: whether packed execution runs its blocks through ``torch.compile``, which takes
-            half a minute where they first meet a kind of layout; without gradients only.
+        torch_compile: whether packed execution runs its blocks through ``torch.compile``, which
+            takes half a minute where they first meet a kind of layout; without gradients only.
 
     Raises:
         UnsupportedBackboneError: the model can't be staged; the message says why.
@@ -130,17 +131,17 @@ class StagedViT(nn.Module):
         model: nn.Module,
         prune_before: Sequence[int] | None = None,
         execution: Execution = "packed",
-        compiled: bool = False,
+        torch_compile: bool = False,
     ) -> None:
         super().__init__()
         if execution not in get_args(Execution):
             raise ValueError(
-                f"unknown execution {execution!r}: choose from {', '.join(get_args(Execution))}"
+                f"unknown execution {execution!r}: choose from {', '.residual(get_args(Execution))}"
             )
-        self.family = family_of(model)
+        self.ops = model_ops(model)
         self.model = cast(Any, model)
         self.execution = execution
-        self._compiled = compiled
+        self._torch_compile = torch_compile
         self.depth = len(self.model.blocks)
         self.prune_before = _check_stages(prune_before, self.depth)
         self.width: int = self.model.embed_dim
@@ -155,7 +156,7 @@ class StagedViT(nn.Module):
         self.num_classes: int = self.model.num_classes
         self.has_class_token = getattr(self.model, "cls_token", None) is not None
         # whose attention is observed: the first token's, the first tokens', or that of all (0)
-        self.observers = 1 if self.has_class_token else self.num_prefix
+        self.num_query_tokens = 1 if self.has_class_token else self.num_prefix
         # a head that reads patches alone has nothing to read once all are gone
         self.keeps_last_patch = not head_reads_prefix(self.model)
         self._macs = Macs.of(self.model, self.image_shape)
@@ -210,28 +211,30 @@ class StagedViT(nn.Module):
         batch = len(images)
         wanted = execution or self.execution
         rows = batch * self.num_slots
-        count = self._count_parts(rows, batch) if wanted == "packed" else 1
+        count = self._num_chunks(rows, batch) if wanted == "packed" else 1
         if count > 1:
-            x, rotary = self._embed_in_parts(images, count)
+            x, rotary = self._embed_in_chunks(images, count)
         else:
             # timm can't embed no images: it infers shapes from the number of elements
             some = images if batch else images.new_zeros(1, *self.image_shape)
-            x, rotary = self.family.embed(self.model, some)
-        return self._whole(x[:batch], rotary, wanted)
+            x, rotary = self.ops.embed(self.model, some)
+        return self._dense_tokens(x[:batch], rotary, wanted)
 
     @torch.compiler.disable
-    def _embed_in_parts(self, images: Tensor, count: int) -> tuple[Tensor, Rotary | None]:
-        parts = [self.family.embed(self.model, part) for part in images.tensor_split(count)]
+    def _embed_in_chunks(self, images: Tensor, count: int) -> tuple[Tensor, RotaryEmbedding | None]:
+        parts = [self.ops.embed(self.model, part) for part in images.tensor_split(count)]
         return torch.cat([x for x, _ in parts]), parts[0][1]
 
     @torch.compiler.disable(recursive=False)
-    def _whole(self, x: Tensor, rotary: Rotary | None, execution: Execution) -> Tokens:
+    def _dense_tokens(
+        self, x: Tensor, rotary: RotaryEmbedding | None, execution: Execution
+    ) -> Tokens:
         """Images x [B, L, D] of which nothing has been pruned."""
         batch = len(x)
         alive = torch.ones(batch, self.num_slots, dtype=torch.bool, device=x.device)
         layout = None
         if execution == "packed":
-            layout = Layout.alike(batch, self.num_slots, attention_width(self.model), x.device)
+            layout = Layout.uniform(batch, self.num_slots, attention_width(self.model), x.device)
         return Tokens(
             x=x.flatten(0, 1),
             alive=alive,
@@ -241,7 +244,9 @@ class StagedViT(nn.Module):
             rotary=rotary,
         )
 
-    def rebuild(self, x: Tensor, attention: Tensor | None, rotary: Rotary | None) -> Tokens:
+    def restore(
+        self, x: Tensor, attention: Tensor | None, rotary: RotaryEmbedding | None
+    ) -> Tokens:
         """What ``begin`` returned, from its parts.
 
         Args:
@@ -249,10 +254,10 @@ class StagedViT(nn.Module):
             attention: likewise, [B, L].
             rotary: of any of these images.
         """
-        tokens = self._whole(x, rotary, self.execution)
-        ran = Pass(tokens.alive, 0, self.prune_before[0], attention is not None)
-        paid = None if attention is None else attention.flatten()
-        return replace(tokens, attention=paid, passes=(ran,))
+        tokens = self._dense_tokens(x, rotary, self.execution)
+        ran = Segment(tokens.alive, 0, self.prune_before[0], attention is not None)
+        attention = None if attention is None else attention.flatten()
+        return replace(tokens, attention=attention, segments=(ran,))
 
     @torch.compiler.disable(recursive=False)
     def advance(
@@ -299,7 +304,7 @@ class StagedViT(nn.Module):
         if (host_lengths == host_lengths[:1]).all():
             # images of one length stay in the order of the batch, tokens in that of their slots
             images, length = len(host_lengths), int(host_lengths[0])
-            layout = Layout.alike(images, length, tokens.layout.width, alive.device)
+            layout = Layout.uniform(images, length, tokens.layout.width, alive.device)
             slot = _nonzero(alive.view(1, -1), int(host_lengths.sum()))[1]
             row = alive.view(-1).cumsum(0) - 1
         else:
@@ -318,7 +323,7 @@ class StagedViT(nn.Module):
             row=row,
             layout=layout,
             attention=None,
-            passes=tokens.passes,
+            segments=tokens.segments,
             rotary=rotary,
         )
 
@@ -328,15 +333,15 @@ class StagedViT(nn.Module):
         """
         assert tokens.layout is not None
         slot = alive.view(-1).nonzero().squeeze(1)
-        if len(slot) == tokens.layout.equal:
+        if len(slot) == tokens.layout.uniform_length:
             return replace(tokens, attention=None)
         return Tokens(
             x=tokens.x.index_select(0, tokens.row.index_select(0, slot)),
             alive=alive,
             row=alive.view(-1).cumsum(0) - 1,
-            layout=Layout.alike(1, len(slot), tokens.layout.width, alive.device),
+            layout=Layout.uniform(1, len(slot), tokens.layout.width, alive.device),
             attention=None,
-            passes=tokens.passes,
+            segments=tokens.segments,
             rotary=tokens.rotary.take(slot) if tokens.rotary else None,
         )
 
@@ -344,8 +349,8 @@ class StagedViT(nn.Module):
     def finish(self, tokens: Tokens) -> Tensor:
         """Norm, pooling over the survivors, and classifier: logits [B, classes]."""
         if not pools_tokens(self.model):
-            if tokens.layout is not None and tokens.layout.equal is not None:
-                images = tokens.x.unflatten(0, (-1, tokens.layout.equal))
+            if tokens.layout is not None and tokens.layout.uniform_length is not None:
+                images = tokens.x.unflatten(0, (-1, tokens.layout.uniform_length))
                 return classify_prefix(self.model, images[:, : self.num_prefix])
             row = tokens.row.view(len(tokens.alive), self.num_slots)
             return classify_prefix(self.model, tokens.x[row[:, : self.num_prefix]])
@@ -389,11 +394,11 @@ class StagedViT(nn.Module):
     def spent_macs(self, tokens: Tokens) -> Tensor:
         """Multiply-accumulates of each image so far, int64 [B]."""
         spent = torch.full((len(tokens.alive),), self._macs.embed, device=tokens.alive.device)
-        for ran in tokens.passes:
+        for ran in tokens.segments:
             count = ran.alive.sum(1)
             spent = spent + self._macs.blocks(count, ran.start, ran.stop)
-            if ran.observed:
-                spent = spent + self._macs.attention_row(count)
+            if ran.with_attention:
+                spent = spent + self._macs.attention_received(count)
         return spent
 
     def uniform_macs(self, tokens: Sequence[int], with_attention: bool = True) -> int:
@@ -406,7 +411,7 @@ class StagedViT(nn.Module):
             start, stop = edges[stage], edges[stage + 1]
             spent += self._macs.blocks(count, start, stop)
             if with_attention and stop > start and stop < self.depth:
-                spent += self._macs.attention_row(count)
+                spent += self._macs.attention_received(count)
         return spent
 
     def segment_macs(self, alive_patches: Tensor, stage: int) -> Tensor:
@@ -424,62 +429,66 @@ class StagedViT(nn.Module):
         start: int,
         stop: int,
         with_attention: bool,
-        in_parts: bool = True,
+        in_chunks: bool = True,
     ) -> Tokens:
         """Runs the blocks ``start``..``stop - 1`` on the tokens that ``make`` gives: nobody else
         may hold them, or the rows that the blocks begin with stay in memory until the last is done.
-        Very many where ``in_parts`` allows it, in parts.
+        Very many where ``in_chunks`` allows it, in parts.
         """
         tokens = make()
-        if in_parts and stop > start and tokens.layout is not None:
-            count = self._count_parts(len(tokens.x), len(tokens.alive))
+        if in_chunks and stop > start and tokens.layout is not None:
+            count = self._num_chunks(len(tokens.x), len(tokens.alive))
             if count > 1:
-                return self._run_in_parts(tokens, start, stop, with_attention, count)
-        x, paid = tokens.x, None
+                return self._run_in_chunks(tokens, start, stop, with_attention, count)
+        x, attention = tokens.x, None
         tokens = replace(tokens, x=x.new_empty(0))
-        packed = compiled_block() if self._compiled else packed_block
+        packed = compile_block() if self._torch_compile else packed_block
         for i in range(start, stop):
             block, rotary = self.model.blocks[i], tokens.rotary
-            observers = self.observers if with_attention and i == stop - 1 else None
+            num_query_tokens = self.num_query_tokens if with_attention and i == stop - 1 else None
             if tokens.layout is None:
-                x, paid = masked_block(self.family, block, i, x, tokens.alive, rotary, observers)
+                x, attention = masked_block(
+                    self.ops, block, i, x, tokens.alive, rotary, num_query_tokens
+                )
             else:
-                x, paid = packed(self.family, block, i, x, tokens.layout, rotary, observers)
-        ran = Pass(tokens.alive, start, stop, paid is not None)
-        return replace(tokens, x=x, attention=paid, passes=(*tokens.passes, ran))
+                x, attention = packed(
+                    self.ops, block, i, x, tokens.layout, rotary, num_query_tokens
+                )
+        ran = Segment(tokens.alive, start, stop, attention is not None)
+        return replace(tokens, x=x, attention=attention, segments=(*tokens.segments, ran))
 
     # not for a compiler: the number and the sizes of parts differ from batch to batch
     @torch.compiler.disable
-    def _run_in_parts(
+    def _run_in_chunks(
         self, tokens: Tokens, start: int, stop: int, with_attention: bool, count: int
     ) -> Tokens:
         """``_run`` on about as many rows at a time, images whole."""
         assert tokens.layout is not None
-        x, paid = torch.empty_like(tokens.x), []
-        for place, layout in tokens.layout.parts(count):
-            rotary = tokens.rotary.part(place) if tokens.rotary else None
+        x, attention = torch.empty_like(tokens.x), []
+        for place, layout in tokens.layout.split(count):
+            rotary = tokens.rotary.slice_rows(place) if tokens.rotary else None
             part = replace(tokens, x=tokens.x[place], layout=layout, rotary=rotary)
-            ran = self._run(lambda part=part: part, start, stop, with_attention, in_parts=False)
+            ran = self._run(lambda part=part: part, start, stop, with_attention, in_chunks=False)
             x[place] = ran.x
             if ran.attention is not None:
-                paid.append(ran.attention)
-        done = Pass(tokens.alive, start, stop, bool(paid))
-        attention = torch.cat(paid) if paid else None
-        return replace(tokens, x=x, attention=attention, passes=(*tokens.passes, done))
+                attention.append(ran.attention)
+        done = Segment(tokens.alive, start, stop, bool(attention))
+        attention = torch.cat(attention) if attention else None
+        return replace(tokens, x=x, attention=attention, segments=(*tokens.segments, done))
 
     @torch.compiler.disable
-    def _count_parts(self, rows: int, images: int) -> int:
+    def _num_chunks(self, rows: int, images: int) -> int:
         """In how many parts so many images, of so many tokens together, go through the model: more
         than one where they are many, on a CPU, and nobody could tell.
         """
         size = rows * self.width * self.dtype.itemsize
-        if size <= PART_BYTES or self.device.type != "cpu" or self._compiled:
+        if size <= CHUNK_BYTES or self.device.type != "cpu" or self._torch_compile:
             return 1
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
             return 1
-        if any(part.training for part in self.model.modules()) or is_watched(self.model):
+        if any(part.training for part in self.model.modules()) or has_hooks(self.model):
             return 1
-        return min(math.ceil(size / PART_BYTES), images)
+        return min(math.ceil(size / CHUNK_BYTES), images)
 
 
 def _nonzero(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from prunevit.envs.vit.blocks import Family
+from prunevit.envs.vit.blocks import ModelOps
 from prunevit.envs.vit.eva import EVA
 from prunevit.envs.vit.vision_transformer import VIT
 
-FAMILIES = (VIT, EVA)
+SUPPORTED = (VIT, EVA)
 
 
 class UnsupportedBackboneError(ValueError):
@@ -19,8 +19,8 @@ class UnsupportedBackboneError(ValueError):
     """
 
 
-def family_of(model: Any) -> Family:
-    """The family of a model that can be staged.
+def model_ops(model: Any) -> ModelOps:
+    """The ops of a model that can be staged.
 
     Raises:
         UnsupportedBackboneError: it can't; the message says why.
@@ -32,14 +32,14 @@ def family_of(model: Any) -> Family:
             "Supported are timm's plain VisionTransformer models (ViT, DeiT, DeiT-3, DINOv2, CLIP, "
             "SigLIP and others) and its Eva models (EVA, EVA-02, DINOv3, PE and others)."
         )
-    return next(family for family in FAMILIES if type(model) in family.models)
+    return next(ops for ops in SUPPORTED if type(model) in ops.models)
 
 
 def why_unsupported(model: Any) -> str | None:
     """Why a model can't be staged; None where it can."""
-    for family in FAMILIES:
-        if type(model) in family.models:
-            return _unfit(family, model)
+    for ops in SUPPORTED:
+        if type(model) in ops.models:
+            return _unfit(ops, model)
     return _foreign(model)
 
 
@@ -50,7 +50,7 @@ def attention_width(model: Any) -> int:
 
 
 def _foreign(model: Any) -> str:
-    """Why not, of a model of no family."""
+    """Why not, of a model of no ops."""
     reason = "its forward pass is not that of timm's VisionTransformer or Eva"
     if not isinstance(model, nn.Module):
         return reason
@@ -64,17 +64,17 @@ def _foreign(model: Any) -> str:
     return f"{reason}, which is a plain sequence of blocks"
 
 
-def _unfit(family: Family, model: Any) -> str | None:
-    """Why not, of a model of ``family``; None where it can be staged."""
+def _unfit(ops: ModelOps, model: Any) -> str | None:
+    """Why not, of a model of ``ops``; None where it can be staged."""
     if not len(model.blocks):
         return "it has no blocks"
     for i, block in enumerate(model.blocks):
-        if type(block) not in family.blocks:
-            return f"block {i} is a {type(block).__name__}, none of {_names(family.blocks)}"
-        if type(block.attn) not in family.attentions:
+        if type(block) not in ops.blocks:
+            return f"block {i} is a {type(block).__name__}, none of {_names(ops.blocks)}"
+        if type(block.attn) not in ops.attentions:
             return (
                 f"the attention of block {i} is a {type(block.attn).__name__}, "
-                f"none of {_names(family.attentions)}"
+                f"none of {_names(ops.attentions)}"
             )
     if not model.global_pool:
         return "it has no pooling (global_pool='') and so gives no logits"

@@ -13,7 +13,7 @@ from prunevit.envs.vit.blocks import packed_block
 
 
 @cache
-def compiled_block() -> Callable[..., tuple[Tensor, Tensor | None]]:
+def compile_block() -> Callable[..., tuple[Tensor, Tensor | None]]:
     """``packed_block``, compiled as it is needed: once for each kind of layout, with and without
     attention observed, and not for each number of tokens or for each block.
     """

@@ -9,7 +9,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor
 
-from prunevit.envs.vit.blocks import POST_NORM, Family, Form, pre_norm_enter
+from prunevit.envs.vit.blocks import POST_NORM, BlockOps, ModelOps, pre_norm
 from prunevit.envs.vit.onednn_linear import linear, mlp
 
 
@@ -18,28 +18,28 @@ def _embed(model: Any, images: Tensor) -> tuple[Tensor, None]:
     return model.norm_pre(x), None
 
 
-def _whole(block: Any, x: Tensor, mask: Tensor | None, turn: Tensor | None) -> Tensor:
+def _dense_block(block: Any, x: Tensor, mask: Tensor | None, rope: Tensor | None) -> Tensor:
     return block(x, attn_mask=mask)
 
 
-def _join(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
+def _residual(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
     return x + block.ls1(mixed)
 
 
-def _leave(block: Any, x: Tensor) -> Tensor:
+def _mlp(block: Any, x: Tensor) -> Tensor:
     return x + block.ls2(mlp(block.mlp, block.norm2(x)))
 
 
-def _project(attn: Any, source: Tensor, turn: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _project(attn: Any, source: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     qkv = linear(attn.qkv, source).unflatten(-1, (3, attn.num_heads, attn.head_dim))
     q, k, v = qkv.unbind(-3)
     return attn.q_norm(q), attn.k_norm(k), v
 
 
-VIT = Family(
+VIT = ModelOps(
     models=(VisionTransformer, VisionTransformerDistilled),
-    blocks={Block: Form(pre_norm_enter, _join, _leave), ResPostBlock: POST_NORM},
+    blocks={Block: BlockOps(pre_norm, _residual, _mlp), ResPostBlock: POST_NORM},
     attentions={Attention: _project},
     embed=_embed,
-    whole=_whole,
+    dense_block=_dense_block,
 )

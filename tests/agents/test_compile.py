@@ -60,7 +60,7 @@ def test_parts_compile_nothing_anew(vit, monkeypatch):
     """Neither their number nor their sizes are a compiler's business."""
     model = prune(vit, Draw(), STAGES)
     size = 2 * model.backbone.num_slots * model.backbone.width * 4
-    monkeypatch.setattr(staged_vit, "PART_BYTES", size)
+    monkeypatch.setattr(staged_vit, "CHUNK_BYTES", size)
     compiled = torch.compile(model, dynamic=True, backend="eager")
     for images in batches([7, 8, 9, 10, 11, 12, 7, 13, 14, 15]):
         compiled(images)

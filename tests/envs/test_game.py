@@ -219,8 +219,8 @@ def test_nobody_observes_attention_on_the_way_to_the_dense_answer(game, batch, m
     game.reset(*batch)
     (tokens,) = ended
     assert tokens.alive.all()
-    assert [ran.stop for ran in tokens.passes] == [0, 1, 3, 4]
-    assert not any(ran.observed for ran in tokens.passes)
+    assert [ran.stop for ran in tokens.segments] == [0, 1, 3, 4]
+    assert not any(ran.with_attention for ran in tokens.segments)
 
 
 def test_stages_and_the_end_are_paid(vit, batch, keeps):

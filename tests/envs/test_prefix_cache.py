@@ -3,7 +3,7 @@ import torch
 
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.game import TokenGame
-from prunevit.envs.prefix_cache import Beginnings
+from prunevit.envs.prefix_cache import PrefixCache
 from prunevit.envs.rewards import TeamReward
 from prunevit.envs.vit.staged_vit import StagedViT
 
@@ -37,7 +37,7 @@ def episode(env, **start):
         told += [observed.living(), observed.state, observed.alive]
         actions = (torch.arange(env.num_agents) % 3 != stage).long().expand(env.num_envs, -1)
         transition = env.step(actions.contiguous())
-        observed = transition.observed
+        observed = transition.observations
         told.append(transition.reward)
     told += [env.outcome.logits, env.outcome.gmacs, env.labels, env.indices]
     return told
@@ -84,7 +84,7 @@ def test_memory_is_bounded_and_hits_are_told(vit, some_images):
 
 def test_an_image_that_is_asked_for_twice_is_run_once(vit, some_images):
     counting = Counting(some_images)
-    kept = Beginnings(TokenGame(StagedViT(vit, (2,))), counting, 1e9)
+    kept = PrefixCache(TokenGame(StagedViT(vit, (2,))), counting, 1e9)
     begun, labels = kept.load(torch.tensor([7, 2, 7]))
     assert sorted(counting.loaded) == [2, 7]
     assert labels.tolist() == some_images.labels[[7, 2, 7]].tolist()

@@ -15,7 +15,7 @@ from torch import nn
 
 from prunevit.agents import KeepAll, PrunedViT
 from prunevit.agents.saving import SavedModelError, learned_policy
-from prunevit.envs.data.datasets import DatasetError, DigitsInClutter, open_images
+from prunevit.envs.data.datasets import ClutteredDigits, DatasetError, open_images
 from prunevit.envs.observations import View
 from prunevit.envs.vit import staged_vit
 from prunevit.envs.vit.create import create_backbone, write_weights
@@ -259,7 +259,7 @@ def test_packed_and_masked_execution_learn_the_same(config, monkeypatch):
     assert calls
     for packed, masked in zip(read_metrics("r")[1:], read_metrics("masked")[1:], strict=True):
         assert packed["loss"] == pytest.approx(masked["loss"], abs=1e-4)
-    images, _ = DigitsInClutter("validation", 20).load(range(20))
+    images, _ = ClutteredDigits("validation", 20).load(range(20))
     packed, masked = (
         PrunedViT.from_pretrained(f"runs/{name}/model")(images) for name in ("r", "masked")
     )

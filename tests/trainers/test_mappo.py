@@ -8,7 +8,7 @@ from gymnasium.spaces import Box, Discrete
 from torch import nn
 
 from prunevit.agents.policies.actor_critic import Actor
-from prunevit.envs.batched.protocol import BatchedEnv, Observed, Transition
+from prunevit.envs.batched.protocol import BatchedEnv, Observations, Transition
 from prunevit.trainers import mappo
 from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.common.value_norm import ValueNorm
@@ -56,7 +56,7 @@ def see(*values, alive=None, mask=None):
     index = torch.arange(len(values), dtype=torch.float32)[None]
     living = torch.ones(first.shape, dtype=torch.bool) if alive is None else torch.tensor([alive])
     allowed = torch.ones(*first.shape, 2, dtype=torch.bool) if mask is None else mask
-    return Observed(
+    return Observations(
         torch.stack([first, index], -1), first.sum(1, keepdim=True), living.bool(), allowed
     )
 
@@ -285,7 +285,7 @@ def test_play_and_learning_see_the_same_masks():
     assert decisions.log_prob[:2].tolist() == [0, 0]
 
 
-class Shared(Observed):
+class Shared(Observations):
     """Says what all see but once."""
 
     def distinct(self):
@@ -295,7 +295,7 @@ class Shared(Observed):
 @pytest.mark.parametrize("minibatches", [1, 3])
 def test_what_is_seen_by_many_is_learned_from_as_if_each_had_its_own(minibatches):
     outcomes = []
-    for kind in (Observed, Shared):
+    for kind in (Observations, Shared):
         trainer = make_trainer(4, minibatches=minibatches)
         observe = trainer.env.observe
         trainer.env.observe = lambda observe=observe, kind=kind: kind(**vars(observe()))
@@ -492,7 +492,9 @@ class Guess:
         right = self.right[min(self.step_index, self.steps - 1)]
         shown = nn.functional.one_hot(right, 3).float()
         alive = torch.ones(right.shape, dtype=torch.bool)
-        return Observed(shown, self.worth[:, None], alive, torch.ones_like(shown, dtype=torch.bool))
+        return Observations(
+            shown, self.worth[:, None], alive, torch.ones_like(shown, dtype=torch.bool)
+        )
 
     def step(self, actions):
         reward = (actions == self.right[self.step_index]).float()

@@ -138,7 +138,7 @@ class TokenPruneTask:
         played = self.backbone
         if config.compile:
             check_compiler(played.device)
-            played = StagedViT(self.model, config.prune_before, compiled=True)
+            played = StagedViT(self.model, config.prune_before, torch_compile=True)
         game = TokenGame(played, make_reward(config.reward, **options), config.rollouts_per_image)
         self.workers = ranks.workers(config.workers, self.backbone.device)
         self.skipped = list_bad_images(config.dataset) if config.skip_bad_images else ()
@@ -284,7 +284,7 @@ class PettingZooTask:
                 if len(returns[copy]) < wanted:
                     returns[copy].append(float(paid[copy]))
             paid[ended], steps[ended] = 0, 0
-            observed = transition.observed
+            observed = transition.observations
         return sum(map(sum, returns)) / (wanted * env.num_envs)
 
     def progress(self, record: dict[str, float]) -> str:

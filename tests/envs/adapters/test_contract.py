@@ -300,7 +300,7 @@ def test_agents_see_what_the_game_shows_and_hear_how_it_ended(
 ):
     bare = BatchedTokenPrune(TokenGame(StagedViT(vit, STAGES)), some_images, BATCH)
     shown = [bare.reset(indices=INDICES)]
-    shown += [bare.step(keep.long()).observed for keep in decisions]
+    shown += [bare.step(keep.long()).observations for keep in decisions]
     outcome = bare.outcome
     assert outcome is not None
     facts = (bare.indices, bare.labels, outcome.correct, outcome.gmacs, outcome.logits)

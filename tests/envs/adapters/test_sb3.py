@@ -9,7 +9,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecMonitor
 
-from prunevit.envs.adapters.sb3 import LivingReplay, LivingRollouts, TokenVecEnv
+from prunevit.envs.adapters.sb3 import TokenReplayBuffer, TokenRolloutBuffer, TokenVecEnv
 from prunevit.envs.game import GameError
 from prunevit.envs.token_prune import TokenPruneEnv
 
@@ -103,7 +103,7 @@ def filled(played, buffer_class, **kwargs):
 
 
 def test_rollouts_hold_the_decisions_of_the_living_and_all_that_they_brought(played):
-    buffer = filled(played, LivingRollouts)
+    buffer = filled(played, TokenRolloutBuffer)
     buffer.compute_returns_and_advantage(torch.full((ROWS,), 1e6), np.ones(ROWS, bool))
     living = np.stack(played[0]).any(-1)
     assert 0 < living[1:].sum() < living[1:].size
@@ -124,7 +124,7 @@ def test_rollouts_hold_the_decisions_of_the_living_and_all_that_they_brought(pla
 
 
 def test_rollouts_end_with_episodes(played):
-    buffer = filled(played, LivingRollouts)
+    buffer = filled(played, TokenRolloutBuffer)
     with pytest.raises(ValueError, match="n_steps=3 ends amid an episode"):
         buffer.compute_returns_and_advantage(torch.zeros(ROWS), np.zeros(ROWS, bool))
 
@@ -132,7 +132,7 @@ def test_rollouts_end_with_episodes(played):
 def test_replay_holds_the_decisions_of_the_living_and_all_that_they_brought(played):
     seen, actions, rewards, steps = played
     space = Box(-np.inf, np.inf, seen[0].shape[1:], np.float32)
-    buffer = LivingReplay(1000, space, Discrete(2), n_envs=ROWS, gamma=GAMMA)
+    buffer = TokenReplayBuffer(1000, space, Discrete(2), n_envs=ROWS, gamma=GAMMA)
     following = [*seen[1:], np.zeros_like(seen[0])]
     for i, action in enumerate(actions):
         assert buffer.size() == 0
@@ -162,7 +162,7 @@ def test_replay_holds_the_decisions_of_the_living_and_all_that_they_brought(play
 def test_a_full_replay_forgets_the_oldest(played):
     seen, actions, rewards, steps = played
     space = Box(-np.inf, np.inf, seen[0].shape[1:], np.float32)
-    buffer = LivingReplay(ROWS + 10, space, Discrete(2), n_envs=ROWS, gamma=GAMMA)
+    buffer = TokenReplayBuffer(ROWS + 10, space, Discrete(2), n_envs=ROWS, gamma=GAMMA)
     for _ in range(3):
         for i, action in enumerate(actions):
             buffer.add(seen[i], seen[i], action, rewards[i], steps[i][2], steps[i][3])
@@ -193,7 +193,7 @@ def test_every_row_is_an_environment_of_its_own_kind(env):
 
 def test_sb3s_own_tools_take_it(env):
     model = PPO("MlpPolicy", env, n_steps=len(STAGES), batch_size=64, n_epochs=1, seed=0,
-                rollout_buffer_class=LivingRollouts)  # fmt: skip
+                rollout_buffer_class=TokenRolloutBuffer)  # fmt: skip
     model.learn(2 * len(STAGES) * ROWS)
     logged = [info["r"] for info in model.ep_info_buffer]
     assert len(logged) == 2 * BATCH
@@ -215,11 +215,18 @@ def test_what_makes_no_sense_is_refused(env):
 def test_maskable_ppo_learns_from_the_living_alone(game):
     import sb3_contrib as contrib
 
-    from prunevit.envs.adapters.sb3_contrib import LivingMaskedRollouts
+    from prunevit.envs.adapters.sb3_contrib import MaskableTokenRolloutBuffer
 
     env = TokenVecEnv(BATCH, **game)
-    model = contrib.MaskablePPO("MlpPolicy", env, n_steps=len(STAGES), batch_size=64, n_epochs=1,
-                                seed=0, rollout_buffer_class=LivingMaskedRollouts)  # fmt: skip
+    model = contrib.MaskablePPO(
+        "MlpPolicy",
+        env,
+        n_steps=len(STAGES),
+        batch_size=64,
+        n_epochs=1,
+        seed=0,
+        rollout_buffer_class=MaskableTokenRolloutBuffer,
+    )
     model.learn(len(STAGES) * ROWS)
     batches = list(model.rollout_buffer.get(10))
     assert all(batch.observations.any(1).all() for batch in batches)

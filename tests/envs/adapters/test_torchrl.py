@@ -62,7 +62,7 @@ def test_states_and_images_are_the_games_at_every_step(env, vit, some_images, ke
         assert not seen["info", "gmacs"].any()
         assert seen["info", "index"].flatten().tolist() == INDICES
         torch.testing.assert_close(seen["info", "label"].flatten(), bare.labels)
-        observed, seen = bare.step(keep.long()).observed, act(env, keep)
+        observed, seen = bare.step(keep.long()).observations, act(env, keep)
 
 
 def test_rollouts_go_on_into_the_next_episodes(env):

@@ -13,7 +13,7 @@ from pettingzoo.utils.conversions import parallel_to_aec
 from pettingzoo.utils.wrappers import OrderEnforcingWrapper
 
 from prunevit.envs.batched.pettingzoo import BatchedPettingZoo, make_pettingzoo
-from prunevit.envs.batched.protocol import BatchedEnv, Observed, Transition
+from prunevit.envs.batched.protocol import BatchedEnv, Observations, Transition
 
 TERMINATED, TRUNCATED, BOTH = (True, False), (False, True), (True, True)
 
@@ -138,7 +138,7 @@ def test_state_is_the_environments_own_where_it_has_one():
     assert env.state_space.shape == (4,)
     transition = env.step(zeros(env))
     assert transition.final.state.tolist() == [[1, 7, 0, 9]]
-    assert transition.observed.state.tolist() == [[0, 7, 3, 9]]
+    assert transition.observations.state.tolist() == [[0, 7, 3, 9]]
 
 
 class Structured(Scripted):
@@ -158,7 +158,7 @@ def test_dict_observations_are_flattened_without_their_mask():
     assert seen.observation.tolist() == [[[1, 0, 0, 9, 0], [0, 1, 0, 9, 0], [0, 0, 1, 9, 0]]]
     only, both = [False, True, False, False], [False, True, True, False]
     assert seen.action_mask.tolist() == [[only, only, both]]
-    assert env.step(zeros(env) + 1).observed.action_mask.tolist() == [[only, only, both]]
+    assert env.step(zeros(env) + 1).observations.action_mask.tolist() == [[only, only, both]]
 
 
 class Wrapped(Scripted):
@@ -189,7 +189,7 @@ def test_masks_in_infos():
     env = batched({}, of=MaskedByInfo)
     expected = [[False, True, True, False], [True] * 4, [False, True, True, False]]
     assert env.reset(seed=0).action_mask.tolist() == [expected]
-    assert env.step(torch.tensor([[1, 3, 2]])).observed.action_mask.tolist() == [expected]
+    assert env.step(torch.tensor([[1, 3, 2]])).observations.action_mask.tolist() == [expected]
 
 
 def test_values_are_not_cast_to_the_dtype_of_their_space():
@@ -212,11 +212,11 @@ def test_an_agent_that_ended_is_paid_once_more_and_then_gone():
     first = env.step(zeros(env))
     assert first.reward.tolist() == [[11, 21, 31]]
     for transition, t in ((first, 1), (env.step(torch.tensor([[3, 99, 2]])), 2)):
-        assert transition.observed.observation.tolist() == [[[1, t], [0, 0], [3, t]]]
-        assert transition.observed.state.tolist() == [[1, t, 0, 0, 3, t]]
-        assert transition.observed.alive.tolist() == [[True, False, True]]
-        assert transition.observed.action_mask[0, 1].tolist() == [True, False, False, False]
-        assert transition.observed.action_mask[0, 0].tolist() == [True] * 4
+        assert transition.observations.observation.tolist() == [[[1, t], [0, 0], [3, t]]]
+        assert transition.observations.state.tolist() == [[1, t, 0, 0, 3, t]]
+        assert transition.observations.alive.tolist() == [[True, False, True]]
+        assert transition.observations.action_mask[0, 1].tolist() == [True, False, False, False]
+        assert transition.observations.action_mask[0, 0].tolist() == [True] * 4
         assert transition.terminated.tolist() == transition.truncated.tolist() == [False]
         assert transition.final is None
     assert transition.reward.tolist() == [[12, 0, 32]]
@@ -241,8 +241,8 @@ def test_termination_resets_and_leaves_nothing_to_bootstrap():
     end = env.step(zeros(env))
     assert (end.terminated.tolist(), end.truncated.tolist(), end.final) == ([True], [False], None)
     assert end.reward.tolist() == [[12, 22, 32]]
-    assert end.observed.observation.tolist() == [[[1, 0], [2, 0], [3, 0]]]
-    assert end.observed.alive.all()
+    assert end.observations.observation.tolist() == [[[1, 0], [2, 0], [3, 0]]]
+    assert end.observations.alive.all()
 
 
 def test_truncation_hands_out_what_was_seen_last():
@@ -253,8 +253,8 @@ def test_truncation_hands_out_what_was_seen_last():
     assert end.final.alive.tolist() == [[False, True, True]]
     assert end.final.observation.tolist() == [[[0, 0], [2, 2], [3, 2]]]
     assert end.final.state.tolist() == [[0, 0, 2, 2, 3, 2]]
-    assert end.observed.observation.tolist() == [[[1, 0], [2, 0], [3, 0]]]
-    assert end.observed.alive.tolist() == [[True] * 3]
+    assert end.observations.observation.tolist() == [[[1, 0], [2, 0], [3, 0]]]
+    assert end.observations.alive.tolist() == [[True] * 3]
 
 
 @pytest.mark.parametrize("how", [TERMINATED, BOTH])
@@ -278,7 +278,7 @@ def test_both_flags_of_all_agents_are_a_termination():
 def test_an_agent_truncated_alone_is_gone_and_the_last_ones_decide():
     env = batched({1: {"a": TRUNCATED}, 2: {"b": TERMINATED, "c": TERMINATED}})
     env.reset(seed=0)
-    assert steps(env, 1).observed.alive.tolist() == [[False, True, True]]
+    assert steps(env, 1).observations.alive.tolist() == [[False, True, True]]
     end = env.step(zeros(env))
     assert (end.terminated.tolist(), end.truncated.tolist(), end.final) == ([True], [False], None)
 
@@ -295,7 +295,7 @@ def test_each_environment_resets_by_itself_and_reports_its_episode():
     second = env.step(zeros(env))
     assert second.terminated.tolist() == [True, False, False]
     assert second.truncated.tolist() == [False, True, False]
-    assert second.observed.observation[:, 1].tolist() == [[2, 0], [2, 0], [2, 2]]
+    assert second.observations.observation[:, 1].tolist() == [[2, 0], [2, 0], [2, 2]]
     assert second.metrics["episode_return"][:2].tolist() == [21, 43]
     assert second.metrics["episode_length"][:2].tolist() == [1, 2]
     assert second.metrics["episode_return"][2].isnan()
@@ -331,8 +331,8 @@ def test_agents_may_join_later():
     env = batched({}, of=Joining)
     assert env.reset(seed=0).alive.tolist() == [[True, False, False]]
     joined = env.step(zeros(env))
-    assert joined.observed.alive.tolist() == [[True, False, True]]
-    assert joined.observed.observation.tolist() == [[[1, 1], [0, 0], [3, 1]]]
+    assert joined.observations.alive.tolist() == [[True, False, True]]
+    assert joined.observations.observation.tolist() == [[[1, 1], [0, 0], [3, 1]]]
     assert joined.reward.tolist() == [[11, 0, 0]]
 
 
@@ -375,17 +375,17 @@ def test_advantages_of_every_single_agent_follow_from_the_transitions():
     for _ in range(count):
         transition = env.step(zeros(env))
         history.append((seen, transition))
-        seen = transition.observed
+        seen = transition.observations
 
     advantages, running = [], torch.zeros(2, 3)
     for before, after in reversed(history):
         ended = (after.terminated | after.truncated)[:, None]
-        following = value(after.observed.observation) * after.observed.alive * ~ended
+        following = value(after.observations.observation) * after.observations.alive * ~ended
         if after.final is not None:
             at_end = value(after.final.observation) * after.final.alive
             following = torch.where(after.truncated[:, None], at_end, following)
         delta = after.reward + GAMMA * following - value(before.observation)
-        running = delta + GAMMA * LAMBDA * running * (after.observed.alive & ~ended)
+        running = delta + GAMMA * LAMBDA * running * (after.observations.alive & ~ended)
         advantages.append(torch.where(before.alive, running, torch.nan))
     advantages.reverse()
 
@@ -413,11 +413,11 @@ def test_advantages_of_every_single_agent_follow_from_the_transitions():
 # --- seeds and memory
 
 
-def values_of(seen: Observed | Transition) -> dict[str, torch.Tensor]:
+def values_of(seen: Observations | Transition) -> dict[str, torch.Tensor]:
     flat = {}
     for field in dataclasses.fields(seen):
         part = getattr(seen, field.name)
-        if isinstance(part, Observed):
+        if isinstance(part, Observations):
             flat |= {f"{field.name}.{name}": v for name, v in values_of(part).items()}
         elif isinstance(part, torch.Tensor):
             flat[field.name] = part
@@ -458,7 +458,7 @@ def test_runs_repeat_value_by_value_over_automatic_resets(name, walk):
     for one, two, three in zip(first, again, elsewhere, strict=True):
         assert_same(one, two)
         assert_same(one, three)
-    starts = [first[t]["observation" if t == 0 else "observed.observation"] for t in (0, 5, 10)]
+    starts = [first[t]["observation" if t == 0 else "observations.observation"] for t in (0, 5, 10)]
     starts.append(other_seed[0]["observation"])
     rows = torch.cat(starts).flatten(1)
     assert len(rows.unique(dim=0)) == len(rows) == 12  # every episode begins differently
@@ -493,7 +493,7 @@ def test_copies_equal_environments_stepped_by_hand(name, walk):
                     last = torch.tensor(np.stack(list(shown.values())))
                     assert torch.equal(transition.final.observation[row], last)
                     shown, _ = single.reset(seed=made[row].seeds[t // 4])
-            now = (seen if transition is None else transition.observed).observation[row]
+            now = (seen if transition is None else transition.observations).observation[row]
             assert torch.equal(now, torch.tensor(np.stack(list(shown.values()))))
     assert transition.truncated.all()
 
@@ -536,7 +536,7 @@ def test_tensors_handed_out_are_never_overwritten_and_never_read_again():
     seen = env.reset(seed=0)
     for tensor in values_of(seen).values():
         tensor.zero_()
-    assert env.step(zeros(env)).observed.alive.tolist() == [[True] * 3, [False, True, True]]
+    assert env.step(zeros(env)).observations.alive.tolist() == [[True] * 3, [False, True, True]]
 
 
 # --- refusals

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from prunevit.envs.batched.protocol import BatchedEnv, Observed
+from prunevit.envs.batched.protocol import BatchedEnv, Observations
 from prunevit.envs.batched.token_prune import BatchedTokenPrune, action_mask
-from prunevit.envs.data.datasets import DigitsInClutter
+from prunevit.envs.data.datasets import ClutteredDigits
 from prunevit.envs.game import GameError, TokenGame
 from prunevit.envs.observations import DEFAULT_FIELDS, FIELDS, field_slices
 from prunevit.envs.vit.create import create_backbone
@@ -75,7 +75,7 @@ def test_an_episode_is_the_games(make_env, some_images, keeps, fields, rollouts)
         assert torch.equal(observed.alive, stage.alive)
         assert torch.equal(observed.living(), living)
         assert torch.equal(observed.observation, stage.view.scatter(living))
-        assert torch.equal(Observed.living(observed), living)
+        assert torch.equal(Observations.living(observed), living)
         rows, seen = observed.distinct()
         torch.testing.assert_close(rows[seen], living, rtol=0, atol=1e-6)
         assert torch.equal(observed.state, stage.view.state())
@@ -83,7 +83,7 @@ def test_an_episode_is_the_games(make_env, some_images, keeps, fields, rollouts)
         assert torch.equal(observed.action_mask[..., 1], stage.alive)
         transition = env.step(decision.long())
         stage = reference.step(decision)
-        observed = transition.observed
+        observed = transition.observations
         over = step + 1 == len(STAGES)
         assert torch.equal(transition.reward, stage.reward)
         assert transition.terminated.tolist() == [over] * 6
@@ -271,7 +271,7 @@ def test_steps_out_of_turn(make_env):
 
 def test_a_seed_repeats_the_augmentation_too():
     game = TokenGame(StagedViT(create_backbone(untrained=True)))
-    env = BatchedTokenPrune(game, DigitsInClutter("train", 40, augment=True), 8)
+    env = BatchedTokenPrune(game, ClutteredDigits("train", 40, augment=True), 8)
     env.reset(seed=5)
     first = env.pixels
     env.reset(seed=6)

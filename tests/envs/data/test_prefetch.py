@@ -51,7 +51,7 @@ def nobody_is_left():
 
 
 class Written:
-    """A ``Plannable`` whose reads are written down by whoever carries them out, a line each."""
+    """A ``Prefetchable`` whose reads are written down by whoever carries them out, a line each."""
 
     num_classes = 2
     class_names = ("a", "b")

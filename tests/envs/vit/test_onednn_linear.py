@@ -8,7 +8,7 @@ from timm.layers import Mlp
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunevit.envs.vit import onednn_linear
-from prunevit.envs.vit.onednn_linear import linear, mlp, runs_by_onednn
+from prunevit.envs.vit.onednn_linear import linear, mlp, uses_onednn
 from prunevit.envs.vit.staged_vit import StagedViT
 
 pytestmark = pytest.mark.skipif(
@@ -100,12 +100,12 @@ def test_what_somebody_put_in_the_way_runs(calls):
 @torch.no_grad()
 def test_small_products_and_many_rows_are_not_worth_it(monkeypatch):
     layer = torch.nn.Linear(4, 3)
-    assert runs_by_onednn(layer, torch.randn(256, 4))
-    assert not runs_by_onednn(layer, torch.randn(257, 4))
-    assert not runs_by_onednn(layer, torch.randn(0, 4))
+    assert uses_onednn(layer, torch.randn(256, 4))
+    assert not uses_onednn(layer, torch.randn(257, 4))
+    assert not uses_onednn(layer, torch.randn(0, 4))
     monkeypatch.setattr(onednn_linear, "WORTH_MACS", 5 * 4 * 3)
-    assert runs_by_onednn(layer, torch.randn(5, 4))
-    assert not runs_by_onednn(layer, torch.randn(4, 4))
+    assert uses_onednn(layer, torch.randn(5, 4))
+    assert not uses_onednn(layer, torch.randn(4, 4))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from prunevit.envs.vit import ragged
-from prunevit.envs.vit.ragged import BUCKET_WIDTHS, Layout, attention, first_row_attention
+from prunevit.envs.vit.ragged import BUCKET_WIDTHS, Layout, attention_received, varlen_attention
 
 HEADS, SIZE = 3, 4
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def by_image(rows, lengths):
 @each_lengths
 def test_a_layout_tells_whose_rows_they_are(lengths):
     layout = layout_of(lengths)
-    assert layout.first.tolist() == [sum(lengths[:i]) for i in range(len(lengths))]
+    assert layout.starts.tolist() == [sum(lengths[:i]) for i in range(len(lengths))]
     assert layout.image.tolist() == [i for i, length in enumerate(lengths) for _ in range(length)]
 
 
@@ -88,7 +88,9 @@ def test_buckets_are_those_that_should_take_the_least_time():
         if not lengths:
             continue
         edges = [ragged._cut(layout.lengths, width).tolist() for width in BUCKET_WIDTHS]
-        costs = [ragged._seconds(layout.lengths, np.array(e), HEADS * SIZE) for e in edges]
+        costs = [
+            ragged._estimated_seconds(layout.lengths, np.array(e), HEADS * SIZE) for e in edges
+        ]
         chosen = np.cumsum([0, *layout.buckets[:, 0].tolist()]).tolist()
         assert chosen == edges[int(np.argmin(costs))]
 
@@ -111,7 +113,7 @@ def test_buckets_are_ranges_of_length():
 )
 def test_what_buckets_are_taken_to_cost(monkeypatch, edges, calls, squares, gathered):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    seconds = ragged._seconds(np.array([3, 5, 5, 7]), np.array(edges), 6)
+    seconds = ragged._estimated_seconds(np.array([3, 5, 5, 7]), np.array(edges), 6)
     shared = ragged.MAC_SECONDS * 2 * 6 * squares + ragged.GATHER_SECONDS * gathered
     assert seconds == pytest.approx(ragged.CALL_SECONDS * calls + shared / 3, rel=1e-9)
 
@@ -119,9 +121,9 @@ def test_what_buckets_are_taken_to_cost(monkeypatch, edges, calls, squares, gath
 @each_lengths
 def test_a_layout_knows_images_of_one_length(lengths):
     layout = layout_of(lengths)
-    assert layout.equal == (lengths[0] if len(set(lengths)) == 1 else None)
-    assert layout.longest == max(lengths, default=0)
-    assert layout.bounds.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    assert layout.uniform_length == (lengths[0] if len(set(lengths)) == 1 else None)
+    assert layout.max_seqlen == max(lengths, default=0)
+    assert layout.cu_seqlens.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
 
 
 # --- attention ---
@@ -133,7 +135,7 @@ def test_attention_is_that_of_each_image_alone(monkeypatch, lengths, width):
     if width is not None:
         monkeypatch.setattr(ragged, "BUCKET_WIDTHS", (width,))
     q, k, v = (draw(lengths, HEADS, SIZE, seed=seed) for seed in range(3))
-    mixed = attention(q, k, v, layout_of(lengths))
+    mixed = varlen_attention(q, k, v, layout_of(lengths))
     assert mixed.shape == (sum(lengths), HEADS * SIZE)
     for ours, *image in zip(*(by_image(rows, lengths) for rows in (mixed, q, k, v)), strict=True):
         alone = F.scaled_dot_product_attention(*(rows.transpose(0, 1) for rows in image))
@@ -145,7 +147,7 @@ def test_attention_over_random_lengths(seed):
     generator = np.random.default_rng(seed)
     lengths = generator.integers(1, 70, size=generator.integers(1, 40)).tolist()
     q, k, v = (draw(lengths, HEADS, SIZE, seed=seed) for seed in range(3))
-    mixed = attention(q, k, v, layout_of(lengths))
+    mixed = varlen_attention(q, k, v, layout_of(lengths))
     for ours, *image in zip(*(by_image(rows, lengths) for rows in (mixed, q, k, v)), strict=True):
         alone = F.scaled_dot_product_attention(*(rows.transpose(0, 1) for rows in image))
         torch.testing.assert_close(ours, alone.transpose(0, 1).flatten(1), rtol=0, atol=1e-5)
@@ -154,7 +156,7 @@ def test_attention_over_random_lengths(seed):
 def test_gradients_stay_within_an_image():
     lengths = [3, 5, 4]
     q, k, v = (draw(lengths, HEADS, SIZE, seed=seed).requires_grad_() for seed in range(3))
-    attention(q, k, v, layout_of(lengths))[3:8].square().sum().backward()
+    varlen_attention(q, k, v, layout_of(lengths))[3:8].square().sum().backward()
     for rows in (q, k, v):
         reached = rows.grad.flatten(1).abs().sum(1) > 0
         assert reached.tolist() == [False] * 3 + [True] * 5 + [False] * 4
@@ -166,7 +168,7 @@ def test_first_row_attention_is_a_row_of_the_matrix(lengths):
     q = torch.randn(len(lengths), HEADS, SIZE, generator=torch.Generator().manual_seed(1))
     # far from zero: a softmax that does not subtract the maximum would overflow
     k = draw(lengths, HEADS, SIZE) + 300
-    paid = first_row_attention(q, k, layout)
+    paid = attention_received(q, k, layout)
     assert paid.shape == (sum(lengths),)
     for ours, query, keys in zip(by_image(paid, lengths), q, by_image(k, lengths), strict=True):
         scores = torch.einsum("hd,lhd->hl", query, keys) / SIZE**0.5
@@ -230,7 +232,7 @@ def test_everything_is_made_on_the_device_of_the_rows(lengths):
     """ "meta" stands for a GPU: like one, it refuses to meet what was left on the CPU."""
     meta = torch.device("meta")
     layout = Layout.of(np.array(lengths, np.int64), HEADS * SIZE, meta)
-    assert {layout.first.device, layout.image.device, layout.bounds.device} == {meta}
+    assert {layout.starts.device, layout.image.device, layout.cu_seqlens.device} == {meta}
     assert layout.buckets.device == CPU
     assert len(layout.buckets) == 1  # a call each would keep a GPU waiting
     rows = torch.empty(sum(lengths), 6, device=meta)
@@ -244,7 +246,7 @@ def test_everything_is_made_on_the_device_of_the_rows(lengths):
         valid,
         rest,
         without.image,
-        attention(k, k, k, layout),
-        first_row_attention(q, k, layout),
+        varlen_attention(k, k, k, layout),
+        attention_received(q, k, layout),
     ):
         assert made.device == meta

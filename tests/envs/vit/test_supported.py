@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunevit.envs.vit.ragged import MANY_IMAGES
 from prunevit.envs.vit.staged_vit import StagedViT, UnsupportedBackboneError
-from prunevit.envs.vit.supported import FAMILIES
+from prunevit.envs.vit.supported import SUPPORTED
 
 EXECUTIONS = ("packed", "masked")
 STAGES = (1, 3)
@@ -350,7 +350,7 @@ def test_patch_dropout_is_refused_in_training(make_vit, name):
 
 def claimed_names():
     """timm's names whose entrypoints stand beside a class that we support."""
-    classes = {cls for family in FAMILIES for cls in family.models}
+    classes = {cls for ops in SUPPORTED for cls in ops.models}
     return [
         name
         for name in timm.list_models()

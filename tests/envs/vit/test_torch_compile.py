@@ -18,10 +18,10 @@ compile_by = torch.compile
 def fresh_compiler(monkeypatch):
     """Of graphs alone: the code that is made of them takes its time."""
     monkeypatch.setattr(torch, "compile", partial(compile_by, backend="eager"))
-    for forget in (torch_compile.compiled_block.cache_clear, torch.compiler.reset, counters.clear):
+    for forget in (torch_compile.compile_block.cache_clear, torch.compiler.reset, counters.clear):
         forget()
     yield
-    for forget in (torch_compile.compiled_block.cache_clear, torch.compiler.reset):
+    for forget in (torch_compile.compile_block.cache_clear, torch.compiler.reset):
         forget()
 
 
@@ -39,7 +39,7 @@ def play(game, images, labels, shares):
 def test_a_compiled_game_is_the_same_and_compiles_no_number_of_tokens_anew(vit, make_images):
     images, labels = make_images(24).load(range(24))
     plain, fast = (
-        TokenGame(StagedViT(vit, (1, 3), compiled=is_compiled), TeamReward(accuracy="kl"), 2)
+        TokenGame(StagedViT(vit, (1, 3), torch_compile=is_compiled), TeamReward(accuracy="kl"), 2)
         for is_compiled in (False, True)
     )
     graphs = []

@@ -19,7 +19,7 @@ from PIL import Image
 from prunevit.agents import PrunedViT
 from prunevit.agents.policies.actor_critic import Actor
 from prunevit.agents.policies.heuristics import TopK
-from prunevit.envs.batched.protocol import Observed
+from prunevit.envs.batched.protocol import Observations
 from prunevit.envs.vit.create import create_backbone, write_weights
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers import mappo
@@ -157,7 +157,7 @@ def played(ranks, alive):
     for t in range(steps):
         shown, state = draw(batch, agents, 3), draw(batch, 2)
         parts = (shown * alive[t, ..., None], state, alive[t], torch.ones(batch, agents, 2).bool())
-        rollout.observed.append(Observed(*(mine(ranks, part) for part in parts)))
+        rollout.observations.append(Observations(*(mine(ranks, part) for part in parts)))
         live, action, log_prob = mine(ranks, alive[t]), draw(batch, agents), draw(batch, agents)
         rollout.action.append((mine(ranks, action) > 0).long()[live])
         rollout.log_prob.append(-mine(ranks, log_prob).abs()[live])

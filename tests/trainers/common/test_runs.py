@@ -20,7 +20,7 @@ from prunevit.agents.policies.actor_critic import Critic, TokenActor
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.vit.blocks import packed_block
 from prunevit.envs.vit.create import create_backbone, write_weights
-from prunevit.envs.vit.torch_compile import compiled_block
+from prunevit.envs.vit.torch_compile import compile_block
 from prunevit.trainers import mappo
 from prunevit.trainers.common import runs
 from prunevit.trainers.common.checkpoint import load_checkpoint
@@ -812,8 +812,8 @@ def test_a_learning_rate_out_of_bounds_is_noticed(tokens):
 def test_compiled_blocks_play_the_same_game(tokens, whole, monkeypatch):
     calls = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: calls.append(function) or function)
-    compiled_block.cache_clear()
+    compile_block.cache_clear()
     run([*tokens("compiled"), "--compile"])
-    compiled_block.cache_clear()
+    compile_block.cache_clear()
     check_same(Path("runs/compiled"), whole)
     assert calls == [torch.sin, packed_block]  # whether it can be done at all, and what was asked

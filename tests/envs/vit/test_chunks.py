@@ -31,10 +31,10 @@ def rows_seen(monkeypatch):
 
 
 @pytest.fixture
-def parts_of(monkeypatch):
+def chunks_of(monkeypatch):
     def cut(staged, images):
         size = images * staged.num_slots * staged.width * staged.dtype.itemsize
-        monkeypatch.setattr(staged_vit, "PART_BYTES", size)
+        monkeypatch.setattr(staged_vit, "CHUNK_BYTES", size)
 
     return cut
 
@@ -68,8 +68,8 @@ def played(staged, images, keep, with_attention=True):
         "vit_small_patch16_rope_mixed_224",
     ],
 )
-def test_parts_give_what_all_images_at_once_give(
-    name, alike, with_attention, make_vit, images, keeps, rows_seen, parts_of
+def test_chunks_give_what_all_images_at_once_give(
+    name, alike, with_attention, make_vit, images, keeps, rows_seen, chunks_of
 ):
     staged = StagedViT(make_vit(name), (0, 1, 3))
     keep = keeps(IMAGES, 3, staged.num_patches)
@@ -77,11 +77,11 @@ def test_parts_give_what_all_images_at_once_give(
         keep = keep[:, -1:].expand(-1, IMAGES, -1)
     logits, seen = played(staged, images, keep, with_attention)
     calls = len(rows_seen)
-    parts_of(staged, 2)
-    in_parts, seen_in_parts = played(staged, images, keep, with_attention)
+    chunks_of(staged, 2)
+    in_chunks, seen_in_chunks = played(staged, images, keep, with_attention)
     assert len(rows_seen) > 2 * calls
-    torch.testing.assert_close(in_parts, logits)
-    for tokens, others in zip(seen, seen_in_parts, strict=True):
+    torch.testing.assert_close(in_chunks, logits)
+    for tokens, others in zip(seen, seen_in_chunks, strict=True):
         torch.testing.assert_close(others.x, tokens.x)
         torch.testing.assert_close(others.attention, tokens.attention)
         assert others.row.equal(tokens.row)
@@ -89,11 +89,11 @@ def test_parts_give_what_all_images_at_once_give(
 
 
 @torch.no_grad()
-def test_parts_are_about_as_small_as_asked_for(
-    vit, images, keeps, rows_seen, parts_of, monkeypatch
+def test_chunks_are_about_as_small_as_asked_for(
+    vit, images, keeps, rows_seen, chunks_of, monkeypatch
 ):
     staged = StagedViT(vit, (1, 2))
-    parts_of(staged, 2)
+    chunks_of(staged, 2)
     embedded = []
     stem = type(vit.patch_embed)
     original = stem.forward
@@ -108,11 +108,11 @@ def test_parts_are_about_as_small_as_asked_for(
     assert max(rows_seen) <= 3 * staged.num_slots  # two, and what stands across the edge
 
 
-def test_nobody_can_tell(make_vit, images, keeps, rows_seen, parts_of):
+def test_nobody_can_tell(make_vit, images, keeps, rows_seen, chunks_of):
     """Gradients, hooks and layers in training see all images at once."""
     vit = make_vit()
     staged = StagedViT(vit, (1, 2))
-    parts_of(staged, 2)
+    chunks_of(staged, 2)
     keep = keeps(IMAGES, 2, staged.num_patches)
     whole = IMAGES * staged.num_slots
 
@@ -140,10 +140,10 @@ def test_nobody_can_tell(make_vit, images, keeps, rows_seen, parts_of):
 
 
 @torch.no_grad()
-def test_masked_and_compiled_blocks_see_all_images(vit, images, keeps, rows_seen, parts_of):
+def test_masked_and_compiled_blocks_see_all_images(vit, images, keeps, rows_seen, chunks_of):
     keep = keeps(IMAGES, 2, 16)
     masked = StagedViT(vit, (1, 2), "masked")
-    parts_of(masked, 2)
+    chunks_of(masked, 2)
     expected, _ = played(StagedViT(vit, (1, 2)), images, keep)
     calls = []
     original = staged_vit.masked_block
@@ -158,14 +158,14 @@ def test_masked_and_compiled_blocks_see_all_images(vit, images, keeps, rows_seen
     assert set(calls) == {IMAGES * masked.num_slots}
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(staged_vit, "compiled_block", lambda: staged_vit.packed_block)
+        patch.setattr(staged_vit, "compile_block", lambda: staged_vit.packed_block)
         rows_seen.clear()
-        played(StagedViT(vit, (1, 2), compiled=True), images, keep)
+        played(StagedViT(vit, (1, 2), torch_compile=True), images, keep)
     assert rows_seen[0] == IMAGES * masked.num_slots
 
 
 @torch.no_grad()
-def test_images_that_share_rows_go_on_in_parts(vit, images, keeps, rows_seen, parts_of):
+def test_images_that_share_rows_go_on_in_chunks(vit, images, keeps, rows_seen, chunks_of):
     staged = StagedViT(vit, (1, 2))
     keep = keeps(2 * IMAGES, 2, staged.num_patches)
 
@@ -177,7 +177,7 @@ def test_images_that_share_rows_go_on_in_parts(vit, images, keeps, rows_seen, pa
 
     logits = rollouts()
     calls = len(rows_seen)
-    parts_of(staged, 2)
+    chunks_of(staged, 2)
     torch.testing.assert_close(rollouts(), logits)
     assert len(rows_seen) > 2 * calls
 
@@ -209,7 +209,7 @@ def test_the_rows_that_blocks_begin_with_are_gone_after_the_first(
 @pytest.mark.parametrize("lengths", [[3, 3, 3, 3], [1, 1, 2, 5, 9], [1, 50], [50, 1], [7]])
 def test_a_layout_is_cut_between_images(lengths, count):
     layout = Layout.of(np.array(lengths), 8, CPU)
-    parts = layout.parts(count)
+    parts = layout.split(count)
     assert 1 <= len(parts) <= min(count, len(lengths))
     assert np.concatenate([part.lengths for _, part in parts]).tolist() == lengths
     edge = 0
