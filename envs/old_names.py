@@ -19,8 +19,12 @@ METADATA = {
 }
 
 
-def rename_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's or a model's settings, or a record, as read from JSON, under today's names."""
+def rename_settings(values: Any) -> Any:
+    """A run's or a model's settings, or a record, as read from JSON, under today's names. What is
+    no object is returned as it is: its reader says what is wrong with it.
+    """
+    if not isinstance(values, dict):
+        return values
     renamed = {SETTINGS.get(key, key): value for key, value in values.items()}
     if isinstance(renamed.get("observation"), list):
         renamed["observation"] = [SETTINGS.get(name, name) for name in renamed["observation"]]

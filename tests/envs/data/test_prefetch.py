@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -28,6 +27,7 @@ CONFIG = {
 }
 AUGMENTATION = {"auto_augment": "rand-m9-mstd0.5", "re_prob": 0.5}
 CPU = torch.device("cpu")
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,7 @@ class Written:
 
     def __init__(self, file, harm=lambda index: None):
         self.file, self.harm = file, harm
+        self.done = FORK.Semaphore(0)  # released with every batch that has been read
         file.touch()
 
     def __len__(self):
@@ -71,6 +72,7 @@ class Written:
             self.harm(index)
         with self.file.open("a") as file:
             file.write(f"{os.getpid()} {' '.join(map(str, load.indices))}\n")
+        self.done.release()
         index = torch.tensor(load.indices)
         return index.float(), index % 2
 
@@ -82,13 +84,6 @@ class Written:
         """Who read what."""
         lines = [list(map(int, line.split())) for line in self.file.read_text().splitlines()]
         return [(process, indices) for process, *indices in lines]
-
-
-def wait_for(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def make_env(vit, images, workers, part=(0, 1)):
@@ -128,11 +123,18 @@ def test_episodes_are_those_of_a_game_that_reads_for_itself(vit, photographs, au
 def test_all_is_read_once_and_before_it_is_asked_for(tmp_path):
     images = Written(tmp_path / "reads")
     batches = [[i, i + 1] for i in range(0, 24, 2)]
-    ahead = Prefetcher(images, map(images.plan, batches), 2, CPU)
+    planned = []
+
+    def plans():
+        for batch in batches:
+            planned.append(batch)
+            yield images.plan(batch)
+
+    ahead = Prefetcher(images, plans(), 2, CPU)
     # so far and no further
-    wait_for(lambda: len(images.reads) == 2 * BATCHES_AHEAD)
-    time.sleep(0.2)
-    assert len(images.reads) == 2 * BATCHES_AHEAD
+    for _ in range(2 * BATCHES_AHEAD):
+        assert images.done.acquire(timeout=60)
+    assert len(planned) == len(images.reads) == 2 * BATCHES_AHEAD
     for batch in batches:
         assert ahead.due == images.plan(batch)
         pixels, labels = next(ahead)
@@ -206,19 +208,20 @@ def test_how_other_libraries_start_processes_is_their_own_matter(tmp_path):
 
 @pytest.mark.timeout(60)
 def test_a_process_that_dies_is_an_error_where_its_batch_is_due(tmp_path):
-    taken = tmp_path / "taken"
+    taken = FORK.Event()
 
     def harm(index):
         if index == 1:
-            wait_for(taken.exists)
+            taken.wait()
             os.kill(os.getpid(), signal.SIGKILL)
 
     images = Written(tmp_path / "reads", harm)
     batches = prefetch(images, [[0], [1], [2]], 1, CPU)
     assert next(batches)[0] == 0
-    taken.touch()
+    (reader,) = multiprocessing.active_children()
+    taken.set()
     # torch would raise it here, wherever we are
-    wait_for(lambda: not multiprocessing.active_children())
+    reader.join()
     with pytest.raises(DatasetError, match="a process that reads images was ended"):
         next(batches)
 

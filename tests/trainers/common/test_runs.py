@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -193,14 +192,14 @@ def whole_walk(tmp_path_factory, walks):
         return Path("runs/whole").absolute()
 
 
-# A signal at the n-th call of a function, in a process of its own for each run.
+# Signals at the n-th call of a function, in a process of its own for each run.
 KILLER = """
 import importlib, json, os, sys
 import torch
 from prunevit.trainers.common import runs
 
 codes = []
-for owner, name, count, number, arguments in json.loads(sys.argv[1]):
+for owner, name, count, numbers, arguments in json.loads(sys.argv[1]):
     child = os.fork()
     if child:
         codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
@@ -210,7 +209,8 @@ for owner, name, count, number, arguments in json.loads(sys.argv[1]):
     def call_or_die(*args, **kwargs):
         calls.append(0)
         if len(calls) == count:
-            os.kill(os.getpid(), number)
+            for number in numbers:
+                os.kill(os.getpid(), number)
         return function(*args, **kwargs)
     setattr(owner, name, call_or_die)
     runs.main(arguments)
@@ -230,26 +230,42 @@ KILLS = {
 }
 
 
+# Ctrl-C and SIGTERM in the middle of the fourth iteration: games whose episodes end with an
+# iteration go on from the third, others from the last one after which all began anew
+STOPS = {
+    "tokens-stopped": ([signal.SIGTERM], 3, {}),
+    # twice, as from a terminal and from a parent; and with workers, which change nothing
+    "tokens-interrupted": ([signal.SIGINT, signal.SIGINT], 3, {"workers": 1}),
+    "walk-stopped": ([signal.SIGTERM], 2, {}),
+}
+
+
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory, tokens, walks):
-    """The folder with the runs of ``KILLS``."""
-    cwd = tmp_path_factory.mktemp("killed")
+def stopped(tmp_path_factory, tokens, walks):
+    """The folder with the runs of ``KILLS`` and ``STOPS``, and what these said."""
+    cwd = tmp_path_factory.mktemp("stopped")
     kinds = {"tokens": tokens, "walk": walks}
     scenarios = [
-        (*where, signal.SIGKILL, kinds[name.partition("-")[0]](name))
+        (*where, [signal.SIGKILL], kinds[name.partition("-")[0]](name))
         for name, (where, _, _) in KILLS.items()
+    ]
+    scenarios += [
+        ("Adam", "step", 3 * STEPS + 2, numbers, kinds[name.partition("-")[0]](name, **options))
+        for name, (numbers, _, options) in STOPS.items()
     ]
     ended = subprocess.run(
         [sys.executable, "-c", KILLER, json.dumps(scenarios)],
         cwd=cwd, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert ended.stdout.splitlines()[-1:] == [str([-signal.SIGKILL] * len(KILLS))], ended.stderr
-    return cwd / "runs"
+    codes = [-signal.SIGKILL] * len(KILLS) + [128 + numbers[0] for numbers, _, _ in STOPS.values()]
+    assert ended.stdout.splitlines()[-1:] == [str(codes)], ended.stderr
+    assert "Traceback" not in ended.stderr
+    return cwd / "runs", ended.stderr
 
 
 @pytest.mark.parametrize("name", KILLS)
-def test_a_killed_run_goes_on_as_if_nothing_had_been(name, killed, whole, whole_walk, walk):
-    folder = killed / name
+def test_a_killed_run_goes_on_as_if_nothing_had_been(name, stopped, whole, whole_walk, walk):
+    folder = stopped[0] / name
     _, records, has_checkpoint = KILLS[name]
     assert (folder / "checkpoint.safetensors").exists() == has_checkpoint
     assert len(metrics(folder) if has_checkpoint else []) == records
@@ -260,58 +276,18 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(name, killed, whole, whole_
     assert not list(folder.glob(".*"))
 
 
-# Ctrl-C and SIGTERM in the middle of the fourth iteration: games whose episodes end with an
-# iteration go on from the third, others from the last one after which all began anew
-STOPS = {
-    "tokens-stopped": (signal.SIGTERM, 3, {}),
-    "tokens-interrupted": (signal.SIGINT, 3, {"workers": 1}),  # which change nothing
-    "walk-stopped": (signal.SIGTERM, 2, {}),
-}
-
-
-def test_a_stopped_run_goes_on_as_if_nothing_had_been(tokens, walks, walk, whole, whole_walk):
-    kinds = {"tokens": (tokens, whole), "walk": (walks, whole_walk)}
-    scenarios = [
-        ("Adam", "step", 3 * STEPS + 2, number, kinds[name.partition("-")[0]][0](name, **options))
-        for name, (number, _, options) in STOPS.items()
-    ]
-    ended = subprocess.run(
-        [sys.executable, "-c", KILLER, json.dumps(scenarios)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    codes = [128 + number for number, _, _ in STOPS.values()]
-    assert ended.stdout.splitlines()[-1:] == [str(codes)], ended.stderr
-    for name, (number, iteration, _) in STOPS.items():
-        folder = Path("runs") / name
-        assert (
-            f"stopped by {number.name}; iteration {iteration} is saved; "
-            f"go on by --resume {folder}\n"
-        ) in ended.stderr
-        assert iteration_of(folder) == len(metrics(folder)) == iteration
-        kind, _, _ = name.partition("-")
-        runs.main([*(["--env", walk] if kind == "walk" else []), "--resume", str(folder)])
-        check_same(folder, kinds[kind][1])
-    assert "Traceback" not in ended.stderr
-
-
-def test_a_process_that_is_stopped_is_gone_within_5_seconds(tokens):
-    command = [sys.executable, "-m", "prunevit.trainers.mappo"]
-    command += map(str, tokens("long", iterations=100_000, eval_every=100_000))
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        while not Path("runs/long/metrics.jsonl").exists():
-            assert process.poll() is None
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        process.send_signal(signal.SIGINT)  # twice, as from a terminal and from a parent
-        start = time.monotonic()
-        _, said = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert time.monotonic() - start < 5
-    assert process.returncode == 128 + signal.SIGINT
-    assert said.splitlines()[-1].endswith("is saved; go on by --resume runs/long")
-    assert iteration_of(Path("runs/long")) >= COMMON["checkpoint_every"]
+@pytest.mark.parametrize("name", STOPS)
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(name, stopped, whole, whole_walk, walk):
+    folder, said = stopped[0] / name, stopped[1]
+    numbers, iteration, _ = STOPS[name]
+    assert (
+        f"stopped by {numbers[0].name}; iteration {iteration} is saved; "
+        f"go on by --resume runs/{name}\n"
+    ) in said
+    assert iteration_of(folder) == len(metrics(folder)) == iteration
+    kind = ["--env", walk] if name.startswith("walk") else []
+    runs.main([*kind, "--resume", str(folder)])
+    check_same(folder, whole_walk if kind else whole)
 
 
 def test_a_finished_run_is_only_reported_again(whole, monkeypatch, tmp_path):
