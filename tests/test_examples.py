@@ -52,7 +52,7 @@ def test_its_rollouts_hold_what_the_living_are_paid(ppo):
         return transition
 
     env.step = watched
-    seen, acted, log_probs, returns = ppo.rollout(env, actor)
+    seen, acted, log_probs, returns = ppo.collect_rollout(env, actor)
     first = env.num_envs * env.num_agents
     assert len(seen) == len(acted) == len(log_probs) == first + int(alive[0].sum())
     torch.testing.assert_close(returns[:first], (paid[0] + paid[1]).flatten())
