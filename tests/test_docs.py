@@ -1,4 +1,4 @@
-"""The how-tos' snippets run as they stand."""
+"""The snippets of the README and of the pages in docs/ run as they stand."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 DOCS = Path(__file__).parents[1] / "docs"
 # pages with snippets, and what they need
 PAGES = [
+    "../README",
     "gymnasium",
     "pettingzoo",
     "sb3",
