@@ -13,8 +13,9 @@ from prunevit.agents.policies.actor_critic import LearnedPolicy
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.envs.observations import View
 from prunevit.envs.vit.blocks import masked_attention_received
-from prunevit.envs.vit.heads import classify_prefix, pools_tokens
-from prunevit.envs.vit.staged_vit import StagedViT, Tokens
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.timm_models.heads import classify_prefix, pools_tokens
+from prunevit.envs.vit.tokens import Tokens
 
 OPSET = 18
 

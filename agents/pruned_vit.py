@@ -17,7 +17,8 @@ from prunevit.agents.policies.actor_critic import LearnedPolicy
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.agents.policies.policy import Policy
 from prunevit.envs.observations import View
-from prunevit.envs.vit.staged_vit import StagedViT, Tokens
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.tokens import Tokens
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from prunevit.agents.policies.heuristics import AdaptiveSampling, AttentionThres
 from prunevit.agents.policies.policy import Policy
 from prunevit.envs.observations import field_slices
 from prunevit.envs.old_names import rename_parameters, rename_settings
-from prunevit.envs.vit.create import BackboneError, create_backbone, read_description
+from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.weights import BackboneError, read_description
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

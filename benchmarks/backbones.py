@@ -17,7 +17,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from prunevit.envs.vit.supported import SUPPORTED, why_unsupported
+from prunevit.envs.vit.timm_models.supported import SUPPORTED, why_unsupported
 
 # Titles of rows and patterns of names; the first that fits, and the last for all others of the
 # classes that are supported.

@@ -37,8 +37,9 @@ from prunevit.benchmarks.shown import Curves, take_pictures
 from prunevit.benchmarks.trained import middle_point
 from prunevit.envs.data.datasets import ImageSet, open_images
 from prunevit.envs.token_prune import pick_device
-from prunevit.envs.vit.create import create_backbone, sha256
+from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.weights import sha256
 from prunevit.trainers.common.checkpoint import CheckpointError
 from prunevit.trainers.common.classification import versions
 from prunevit.trainers.common.evaluation import Evaluation, Stopwatch, evaluate, evaluate_traces

@@ -16,7 +16,8 @@ from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.data.datasets import ImageSet
 from prunevit.envs.game import Stage, TokenGame
 from prunevit.envs.rewards import make_reward
-from prunevit.envs.vit.create import DIGITS_VIT, create_backbone
+from prunevit.envs.vit.create import create_backbone
+from prunevit.envs.vit.digits_vit import DIGITS_VIT
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.mappo import Trainer

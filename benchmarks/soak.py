@@ -27,8 +27,10 @@ from prunevit.envs.data.datasets import ClutteredDigits
 from prunevit.envs.data.digits import IMAGE_SIZE
 from prunevit.envs.game import TokenGame
 from prunevit.envs.token_prune import TokenPruneEnv
-from prunevit.envs.vit.create import DIGITS_VIT, create_backbone, write_weights
+from prunevit.envs.vit.create import create_backbone
+from prunevit.envs.vit.digits_vit import DIGITS_VIT
 from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.weights import write_weights
 from prunevit.trainers.common import runs
 from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.config import MappoConfig

@@ -7,7 +7,8 @@ from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.game import TokenGame
 from prunevit.envs.rewards import MarkovGameReward, ReleasedCodeReward, TeamReward
 from prunevit.envs.token_prune import TokenPruneEnv
-from prunevit.envs.vit.staged_vit import StagedViT, UnsupportedBackboneError
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
 
 __all__ = [
     "BatchedEnv",

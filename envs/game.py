@@ -12,7 +12,8 @@ from torch.profiler import record_function
 
 from prunevit.envs.observations import View
 from prunevit.envs.rewards import LARGEST_NUMBER, EndFacts, Reward, StageFacts, TeamReward
-from prunevit.envs.vit.staged_vit import StagedViT, Tokens
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.tokens import Tokens
 
 
 class GameError(RuntimeError):
@@ -118,11 +119,11 @@ class TokenGame:
             ValueError: images of a wrong size, type or channels, or not finite; labels outside the
                 classes; prices of a wrong number, negative, or too large.
         """
-        beginning, labels = self.begin(images, labels)
-        return self.reset_to(beginning, labels, alpha)
+        initial, labels = self.initial_state(images, labels)
+        return self.reset_to(initial, labels, alpha)
 
     @torch.no_grad()
-    def begin(self, images: Tensor, labels: Tensor) -> tuple[InitialState, Tensor]:
+    def initial_state(self, images: Tensor, labels: Tensor) -> tuple[InitialState, Tensor]:
         """Runs what comes before the first stage; ``labels`` come back on the backbone's device.
         Arguments and errors as of ``reset``.
         """
@@ -132,14 +133,12 @@ class TokenGame:
             dense_logits = self.dense_logits(tokens) if self.reward.needs_dense else None
         return InitialState(tokens, dense_logits), labels
 
-    def reset_to(
-        self, beginning: InitialState, labels: Tensor, alpha: Tensor | None = None
-    ) -> Stage:
-        """``reset`` to what ``begin`` returned, now or earlier."""
+    def reset_to(self, initial: InitialState, labels: Tensor, alpha: Tensor | None = None) -> Stage:
+        """``reset`` to what ``initial_state`` returned, now or earlier."""
         prices = self._checked_prices(alpha, labels)
-        tokens, dense_logits = beginning.tokens, beginning.dense_logits
+        tokens, dense_logits = initial.tokens, initial.dense_logits
         times = self.rollouts_per_image
-        beginnings = tokens
+        unrepeated = tokens
         if times > 1:
             tokens = tokens.repeat(times)
             labels = labels.repeat_interleave(times)
@@ -150,7 +149,7 @@ class TokenGame:
         batch = len(labels)
         self._episode = _Episode(0, tokens, labels, dense_logits, alpha, ())
         alive = torch.ones(batch, self.num_agents, dtype=torch.bool, device=labels.device)
-        start = View(self.backbone, beginnings, 0, prices) if times > 1 else None
+        start = View(self.backbone, unrepeated, 0, prices) if times > 1 else None
         view = View(self.backbone, tokens, 0, alpha, start)
         return Stage(0, alive, torch.zeros(alive.shape, device=labels.device), view)
 

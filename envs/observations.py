@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prunevit.envs.vit.ragged import Layout
-from prunevit.envs.vit.staged_vit import StagedViT, Tokens
+from prunevit.envs.vit.layout import Layout
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.tokens import Tokens
 
 FIELDS = ("token", "cls", "stage", "position", "cls_attention", "alive_fraction", "alpha")
 DEFAULT_FIELDS = ("token", "cls", "stage", "cls_attention")

@@ -22,7 +22,8 @@ from prunevit.envs.game import GameError, TokenGame
 from prunevit.envs.observations import DEFAULT_FIELDS
 from prunevit.envs.rendering import denormalise, stage_strip
 from prunevit.envs.rewards import Reward, make_reward
-from prunevit.envs.vit.create import DIGITS_VIT, create_backbone
+from prunevit.envs.vit.create import create_backbone
+from prunevit.envs.vit.digits_vit import DIGITS_VIT
 from prunevit.envs.vit.staged_vit import Execution, StagedViT
 
 PrunedAgents = Literal["leave", "stay"]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunevit.envs.vit.create import BackboneError, create_backbone
+from prunevit.envs.vit.create import create_backbone
+from prunevit.envs.vit.weights import BackboneError
 from prunevit.trainers.common import runs
 from prunevit.trainers.common.checkpoint import CheckpointError, load_checkpoint, load_newest
 

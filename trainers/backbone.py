@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from prunevit.envs.data.datasets import DatasetError, ImageSet, open_images, read_class_names
 from prunevit.envs.token_prune import pick_device
-from prunevit.envs.vit.create import BackboneError, create_backbone, read_description, sha256
+from prunevit.envs.vit.create import create_backbone
+from prunevit.envs.vit.weights import BackboneError, read_description, sha256
 from prunevit.trainers.backbone_run import BackboneConfig, write_backbone
 from prunevit.trainers.common.checkpoint import CheckpointError, write_json
 from prunevit.trainers.common.classification import (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from prunevit.envs.vit.create import write_weights
+from prunevit.envs.vit.weights import write_weights
 from prunevit.trainers.common.checkpoint import write_atomically
 from prunevit.trainers.common.classification import Precision, unfit
 from prunevit.trainers.common.run_folder import RUNS, JsonObject

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.envs.data.datasets import ImageSet, Reseedable
-from prunevit.envs.vit.staged_vit import StagedViT, Tokens
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.tokens import Tokens
 from prunevit.trainers.common.run_folder import RUNS, JsonObject, TrainingError
 
 # the paper's: of the answers' distance to the dense model's, and of the tokens'

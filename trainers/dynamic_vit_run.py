@@ -22,8 +22,8 @@ from prunevit.agents.policies.heuristics import KeepAll
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.agents.saving import dynamic_vit_policy
 from prunevit.envs.data.datasets import ImageSet, open_images
-from prunevit.envs.vit.create import read_description, write_weights
 from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.weights import read_description, write_weights
 from prunevit.trainers.common.checkpoint import CheckpointError, write_atomically, write_json
 from prunevit.trainers.common.classification import versions
 from prunevit.trainers.common.evaluation import evaluate

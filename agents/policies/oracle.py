@@ -14,7 +14,8 @@ from torch import Tensor
 
 from prunevit.agents.pruned_vit import PrunedViT, Trace
 from prunevit.envs.observations import View
-from prunevit.envs.vit.staged_vit import StagedViT, Tokens
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.tokens import Tokens
 
 PASSES_AT_ONCE = 512
 

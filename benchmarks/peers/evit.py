@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from prunevit.benchmarks.peers.timm_parts import attend, check_plain, embed, pass_counter
-from prunevit.envs.vit.heads import pools_tokens
-from prunevit.envs.vit.staged_vit import UnsupportedBackboneError
+from prunevit.envs.vit.timm_models.heads import pools_tokens
+from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
 
 
 def fuse(patches: Tensor, attention: Tensor) -> Tensor:

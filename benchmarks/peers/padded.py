@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from prunevit.agents.policies.policy import Policy
 from prunevit.benchmarks.peers.timm_parts import attend, check_plain, embed
 from prunevit.envs.observations import View
-from prunevit.envs.vit.staged_vit import StagedViT, Tokens
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.tokens import Tokens
 
 
 class PaddedViT(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from prunevit.envs.game import TokenGame
 from prunevit.envs.observations import View
 from prunevit.envs.rewards import EndFacts, StageFacts
-from prunevit.envs.vit.staged_vit import Tokens
+from prunevit.envs.vit.tokens import Tokens
 from prunevit.trainers.mappo import Learner
 
 # the logits of an image's living tokens, [R, 2], and the stage -> their actions, int64 [R]

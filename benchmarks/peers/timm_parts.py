@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunevit.envs.vit.staged_vit import UnsupportedBackboneError
+from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
 
 
 def check_plain(model: Any) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunevit.benchmarks.peers.timm_parts import attend, check_plain, embed, pass_counter
-from prunevit.envs.vit.staged_vit import UnsupportedBackboneError
+from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
 
 POOLINGS = ("token", "avg", "map")
 

@@ -17,10 +17,11 @@ from torch.profiler import record_function
 from prunevit.envs.batched.protocol import Observations, Transition
 from prunevit.envs.data.datasets import ImageSet, Load, Prefetchable, Reseedable
 from prunevit.envs.data.prefetch import Prefetcher
-from prunevit.envs.game import Outcome, Stage, TokenGame
+from prunevit.envs.game import InitialState, Outcome, Stage, TokenGame
 from prunevit.envs.observations import DEFAULT_FIELDS, View, field_slices, state_size
-from prunevit.envs.prefix_cache import PrefixCache
 from prunevit.envs.rewards import LARGEST_NUMBER
+from prunevit.envs.vit.prefix_cache import PrefixCache
+from prunevit.envs.vit.tokens import Tokens
 
 PRUNE, KEEP = 0, 1
 MOST_SEED = 2**63 - 1  # a generator takes larger ones for negative
@@ -157,7 +158,9 @@ class BatchedTokenPrune:
         self.images = images
         self.alpha_range = alpha_range
         self.part = part
-        self._beginnings = PrefixCache(game, images, cache) if cache else None
+        self._cache = None
+        if cache:
+            self._cache = PrefixCache(game.backbone, self._run_prefix, len(images), cache)
         self._workers = workers
         self._ahead: Prefetcher | None = None
         self.num_envs = num_envs
@@ -208,18 +211,30 @@ class BatchedTokenPrune:
                 raise ValueError(
                     f"image indices {chosen.tolist()}: the dataset has 0..{len(self.images) - 1}"
                 )
-        if self._beginnings is not None:
-            beginning, labels = self._beginnings.load(chosen)
-            stage = self.game.reset_to(beginning, labels, self._draw_prices(count))
+        if self._cache is not None:
+            tokens, tensors = self._cache.load(chosen)
+            labels = tensors["labels"]
+            initial = InitialState(tokens, tensors.get("dense_logits"))
+            stage = self.game.reset_to(initial, labels, self._draw_alphas(count))
         else:
             with record_function("load images"):
                 self.pixels, labels = self._load(chosen)
-            stage = self.game.reset(self.pixels, labels, self._draw_prices(count))
+            stage = self.game.reset(self.pixels, labels, self._draw_alphas(count))
         times = self.rollouts_per_start
         self.indices = chosen.repeat_interleave(times).to(self.device)
         self.labels = labels.repeat_interleave(times).to(self.device)
         self.outcome = None
         return self._observed(stage)
+
+    def _run_prefix(self, indices: Tensor) -> tuple[Tokens, dict[str, Tensor]]:
+        """What the prefix cache keeps of images: their tokens, labels and dense logits."""
+        with record_function("load images"):
+            pixels, labels = self.images.load(indices)
+        initial, labels = self.game.initial_state(pixels, labels)
+        tensors = {"labels": labels}
+        if initial.dense_logits is not None:
+            tensors["dense_logits"] = initial.dense_logits
+        return initial.tokens, tensors
 
     def announce(self, seeds: Iterable[int]) -> None:
         """Says with which seeds ``reset`` is going to be called, in this order, so that ``workers``
@@ -228,7 +243,7 @@ class BatchedTokenPrune:
         """
         if self._ahead is not None:
             self._ahead.close()
-        if self._workers and self._beginnings is None and isinstance(self.images, Prefetchable):
+        if self._workers and self._cache is None and isinstance(self.images, Prefetchable):
             loads = self._loads(self.images, seeds)
             self._ahead = Prefetcher(self.images, loads, self._workers, self.device)
 
@@ -280,10 +295,10 @@ class BatchedTokenPrune:
             metrics={} if stage.outcome is None else self._metrics(stage.outcome),
         )
 
-    def _draw_prices(self, count: int) -> Tensor | None:
+    def _draw_alphas(self, count: int) -> Tensor | None:
         if self.alpha_range is None:
             return None
-        low, high = (math.log(price) for price in self.alpha_range)
+        low, high = (math.log(alpha) for alpha in self.alpha_range)
         drawn = torch.rand(count * self.part[1], generator=self._generator)
         return (low + (high - low) * self._mine(drawn, count)).exp()
 
@@ -320,6 +335,6 @@ class BatchedTokenPrune:
             "gmacs": outcome.gmacs,
             "keep_ratio": outcome.kept.float().mean(1) / self.num_agents,
         }
-        if self._beginnings is not None:
-            metrics["cache_hits"] = torch.full_like(outcome.gmacs, self._beginnings.hits)
+        if self._cache is not None:
+            metrics["cache_hits"] = torch.full_like(outcome.gmacs, self._cache.hits)
         return metrics

@@ -1,4 +1,4 @@
-"""The ViT runtime: a timm model run stage by stage on the tokens that survive.
+"""The ViT runtime: runs a timm model from stage to stage on the tokens that survive.
 
-It knows nothing of RL.
+It knows nothing of reinforcement learning.
 """

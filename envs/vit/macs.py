@@ -1,4 +1,4 @@
-"""Multiply-accumulates of a staged ViT."""
+"""``Macs``: multiply-accumulates of a ViT, in closed form in the number of tokens."""
 
 from __future__ import annotations
 
@@ -13,25 +13,30 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunevit.envs.vit.heads import classify_normed, classify_prefix, pools_tokens
-from prunevit.envs.vit.ragged import Layout
-from prunevit.envs.vit.supported import attention_width, model_ops
+from prunevit.envs.vit.layout import Layout
+from prunevit.envs.vit.timm_models.heads import classify_pooled, classify_prefix, pools_tokens
+from prunevit.envs.vit.timm_models.supported import attention_width, model_ops
 
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates of a backbone's parts, in closed form, as ``torch.utils.flop_counter``
-    counts them.
+    """Multiply-accumulates of a backbone's parts, equal to those of ``torch.utils.flop_counter``.
+
+    Attributes:
+        embed: of the patch embedding of an image.
+        per_token: of the linear layers of each block, for one token.
+        width: attention width: heads times head size.
+        head_fit: of the head: constant, linear and quadratic coefficient in the number of tokens.
     """
 
     embed: int
-    per_token: tuple[int, ...]  # linear layers of each block
-    width: int  # attention: heads times head size
-    head_fit: tuple[int, int, int]  # constant, linear and quadratic in the number of tokens
+    per_token: tuple[int, ...]
+    width: int
+    head_fit: tuple[int, int, int]
 
     @staticmethod
     def of(model: Any, image_shape: tuple[int, int, int]) -> Macs:
-        """Counts the parts of ``model``, which takes images of ``image_shape`` (C, H, W)."""
+        """Counts the parts of ``model`` for images of ``image_shape`` (C, H, W)."""
         blank = next(model.parameters()).new_zeros(1, *image_shape)
         sizes = [model.num_prefix_tokens + n for n in (1, 2, 3)]
         costs = []
@@ -41,11 +46,11 @@ class Macs:
                 layout = Layout.of(np.array([n]), attention_width(model), blank.device)
                 rows = blank.new_zeros(n, model.embed_dim)
                 if pools_tokens(model):
-                    costs.append(_count_macs(partial(classify_normed, model, rows, layout)))
+                    costs.append(_count_macs(partial(classify_pooled, model, rows, layout)))
                 else:
                     prefix = rows[None, : model.num_prefix_tokens]
                     costs.append(_count_macs(partial(classify_prefix, model, prefix)))
-        # three points fix the head's cost: attention pooling is at most quadratic in the tokens
+        # attention pooling is at most quadratic in the tokens, so three points fix the head's cost
         quadratic = (costs[2] - 2 * costs[1] + costs[0]) // 2
         linear = costs[1] - costs[0] - quadratic * (sizes[1] ** 2 - sizes[0] ** 2)
         constant = costs[0] - linear * sizes[0] - quadratic * sizes[0] ** 2
@@ -60,29 +65,30 @@ class Macs:
         )
 
     def blocks(self, tokens: Any, start: int, stop: int) -> Any:
-        """Blocks ``start``..``stop - 1`` on ``tokens`` tokens an image (an int or an int64
-        tensor).
-        """
+        """Of the blocks ``start`` to ``stop - 1`` on ``tokens`` tokens, an int or int64 tensor."""
         return tokens * sum(self.per_token[start:stop]) + tokens**2 * (
             2 * self.width * (stop - start)
         )
 
     def attention_received(self, tokens: Any) -> Any:
-        """One query against every key: the observed row of the attention matrix."""
+        """Of one query against ``tokens`` keys, which gives the attention that each receives."""
         return tokens * self.width
 
     def head(self, tokens: Any) -> Any:
+        """Of the pooling and the classifier, on ``tokens`` tokens."""
         constant, linear, quadratic = self.head_fit
         return constant + tokens * linear + tokens**2 * quadratic
 
     def dense(self, tokens: int) -> int:
-        """The unpruned model."""
+        """Of the unpruned model on images of ``tokens`` tokens."""
         return self.embed + self.blocks(tokens, 0, len(self.per_token)) + self.head(tokens)
 
 
 @contextmanager
 def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """In training mode a forward pass would move batch statistics, drop patches and draw random
+    """Puts ``model`` in evaluation mode for a while.
+
+    In training mode a forward pass would update batch statistics, drop patches and draw random
     numbers.
     """
     modes = [(module, module.training) for module in model.modules()]
@@ -94,8 +100,8 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-# the counter's module hooks fail without a graph where a module takes a parameter as its input
-# (attention pooling)
+# without gradients, the counter's module hooks fail on modules whose input is a parameter, such as
+# attention pooling
 @torch.enable_grad()
 def _count_macs(run: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False) as counter:

@@ -1,4 +1,4 @@
-"""Linear layers the way a CPU likes few rows: through oneDNN."""
+"""Linear layers and MLPs through oneDNN, which is faster on a CPU for few rows."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-# Measured on two AVX2 cores, widths of 64 to 768. Below so many multiply-accumulates oneDNN's fixed
-# cost weighs more than what it saves; for 24 to 200 rows of width 384 and more it is 1.3 to 1.5
-# times as fast, for thousands no more than 1.1 times.
-WORTH_MACS = 1 << 22
-MOST_ROWS = 256
-# oneDNN builds a kernel, of about 0.7 MB in 0.8 ms, for each number of rows that it meets: rows are
-# padded to multiples of this, so that it meets few.
+# Measured on two AVX2 cores, widths of 64 to 768. Below this many multiply-accumulates, oneDNN's
+# fixed cost outweighs what it saves. For 24 to 200 rows of width 384 or more it is 1.3 to 1.5 times
+# as fast; for thousands of rows, at most 1.1 times.
+MIN_MACS = 1 << 22
+MAX_ROWS = 256
+# oneDNN builds a kernel of about 0.7 MB in 0.8 ms for each new number of rows. Rows are padded to a
+# multiple of this, so that it builds few.
 ROW_STEP = 8
 
 _MKLDNN = torch.ops.mkldnn
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(_MKLDNN, "_linear_pointwise")
 
 if HAS_ONEDNN:
-    # those who count the operations of a model that we run shall find these too
+    # so that FLOP counters count these operations too
 
     @register_flop_formula(_MKLDNN._linear_pointwise)
     def _flops(rows: Any, weight: Any, *arguments: Any, **options: Any) -> int:
@@ -34,20 +34,21 @@ if HAS_ONEDNN:
 
 
 def uses_onednn(layer: nn.Module, x: Tensor) -> bool:
-    """Whether ``linear`` takes ``x`` [..., in] through oneDNN: in float32 on a CPU, where nobody
-    asks for gradients and the product is large enough.
+    """Whether ``linear`` runs ``layer`` on ``x`` [..., in] through oneDNN.
+
+    It does for float32 on a CPU, without gradients, if the product is large enough.
     """
     if not HAS_ONEDNN or type(layer) is not nn.Linear:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False  # whoever reads the graph knows the layer, not this
+        return False  # compilers and exporters know nn.Linear, not oneDNN's operator
     weight = layer.weight
     rows = x.numel() // layer.in_features
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and 0 < rows <= MOST_ROWS
-        and rows * weight.numel() >= WORTH_MACS
+        and 0 < rows <= MAX_ROWS
+        and rows * weight.numel() >= MIN_MACS
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not torch.is_autocast_enabled("cpu")
         and not (layer._forward_hooks or layer._forward_pre_hooks)
@@ -55,12 +56,12 @@ def uses_onednn(layer: nn.Module, x: Tensor) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody waits for what passes through a module or its parts."""
+    """Whether a module or one of its submodules has forward hooks."""
     return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``."""
+    """Computes ``layer(x)``."""
     if not uses_onednn(layer, x):
         return layer(x)
     rows, count = _padded(x)
@@ -68,8 +69,9 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def mlp(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)`` of a block's MLP. Of timm's plain one, through oneDNN the first product and its
-    GELU are one.
+    """Computes ``layer(x)`` for the MLP of a block.
+
+    Through oneDNN, the first layer of timm's ``Mlp`` and its GELU are one operation.
     """
     parts: Any = layer
     if type(layer) is not Mlp or layer.training or not uses_onednn(parts.fc1, x):
@@ -86,7 +88,7 @@ def mlp(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _padded(x: Tensor) -> tuple[Tensor, int]:
-    """[..., D] as rows, zeros behind them up to a multiple of ``ROW_STEP``; how many are x's."""
+    """Flattens ``x`` [..., D] to rows padded with zeros; returns them and the number of x's own."""
     rows = x.flatten(0, -2)
     return F.pad(rows, (0, 0, 0, -len(rows) % ROW_STEP)), len(rows)
 

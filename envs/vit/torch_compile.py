@@ -1,4 +1,4 @@
-"""The backbone's blocks as ``torch.compile`` makes them."""
+"""The backbone's blocks compiled with ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from prunevit.envs.vit.blocks import packed_block
 
 @cache
 def compile_block() -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """``packed_block``, compiled as it is needed: once for each kind of layout, with and without
-    attention observed, and not for each number of tokens or for each block.
+    """Returns ``packed_block`` compiled.
+
+    It compiles once for each kind of layout, with and without the attention received, but not for
+    each number of tokens or each block.
     """
     return torch.compile(packed_block, dynamic=True)
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compiles something small for ``device``.
+    """Checks that ``torch.compile`` works for ``device`` by compiling something small.
 
     Raises:
-        ValueError: that fails, as there is no C++ compiler, or no Triton for a GPU.
+        ValueError: it doesn't, for lack of a C++ compiler or, on a GPU, of Triton.
     """
     compiled: Any = torch.compile(torch.sin)
     try:
         compiled(torch.ones(2, device=device))
-    # what a compiler lacks is an error of torch's of many kinds
+    # torch reports a missing compiler by several kinds of RuntimeError
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"blocks can't be compiled for {device} here: {reason}") from error

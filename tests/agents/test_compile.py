@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from prunevit.agents import KeepAll, prune
 from prunevit.agents.saving import learned_policy
 from prunevit.envs.observations import DEFAULT_FIELDS
-from prunevit.envs.vit import staged_vit
+from prunevit.envs.vit import execution
 from prunevit.envs.vit.staged_vit import StagedViT
 
 STAGES = (1, 2, 3)
@@ -56,11 +56,11 @@ def test_new_numbers_of_tokens_compile_nothing_anew(vit):
 
 
 @torch.no_grad()
-def test_parts_compile_nothing_anew(vit, monkeypatch):
+def test_chunks_compile_nothing_anew(vit, monkeypatch):
     """Neither their number nor their sizes are a compiler's business."""
     model = prune(vit, Draw(), STAGES)
     size = 2 * model.backbone.num_slots * model.backbone.width * 4
-    monkeypatch.setattr(staged_vit, "CHUNK_BYTES", size)
+    monkeypatch.setattr(execution, "CHUNK_BYTES", size)
     compiled = torch.compile(model, dynamic=True, backend="eager")
     for images in batches([7, 8, 9, 10, 11, 12, 7, 13, 14, 15]):
         compiled(images)

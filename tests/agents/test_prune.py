@@ -20,8 +20,10 @@ from prunevit.agents import (
 )
 from prunevit.agents.saving import SavedModelError, learned_policy
 from prunevit.envs.observations import DEFAULT_FIELDS
-from prunevit.envs.vit.create import create_backbone, write_weights
-from prunevit.envs.vit.staged_vit import StagedViT, UnsupportedBackboneError
+from prunevit.envs.vit.create import create_backbone
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
+from prunevit.envs.vit.weights import write_weights
 from prunevit.trainers.common.runs import main as mappo
 
 BATCH, PATCHES, STAGES = 5, 16, (1, 3)

@@ -17,7 +17,7 @@ from prunevit.benchmarks.entrants import ENTRANTS, Peer
 from prunevit.benchmarks.records import FIELDS, Records, read
 from prunevit.benchmarks.shown import read_curves, read_pictures
 from prunevit.benchmarks.trained import RECIPES
-from prunevit.envs.vit.create import ASSETS
+from prunevit.envs.vit.digits_vit import ASSETS
 from prunevit.trainers.common.evaluation import evaluate
 
 SETTINGS = {"eval_size": 20, "test_size": 30, "speed": False, "iterations": 1, "threads": 1}

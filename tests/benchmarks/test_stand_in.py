@@ -19,7 +19,8 @@ from prunevit.agents import PrunedViT
 from prunevit.benchmarks import compare, figures, throughput
 from prunevit.benchmarks.games import GAMES
 from prunevit.envs.data.datasets import open_images
-from prunevit.envs.vit.create import create_backbone, write_weights
+from prunevit.envs.vit.create import create_backbone
+from prunevit.envs.vit.weights import write_weights
 from prunevit.trainers import finetune
 from prunevit.trainers.common import report, runs
 from prunevit.trainers.common.evaluation import evaluate

@@ -34,7 +34,8 @@ from prunevit.benchmarks.workload import (
     untrained_policy,
 )
 from prunevit.envs.data.datasets import open_images
-from prunevit.envs.vit.create import DIGITS_VIT, create_backbone
+from prunevit.envs.vit.create import create_backbone
+from prunevit.envs.vit.digits_vit import DIGITS_VIT
 from prunevit.envs.vit.staged_vit import StagedViT
 
 STAGES, BATCH, IMAGES = (1, 2, 3), 4, 8

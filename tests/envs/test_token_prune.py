@@ -12,8 +12,9 @@ from prunevit.envs.game import GameError, TokenGame
 from prunevit.envs.observations import DEFAULT_FIELDS, FIELDS
 from prunevit.envs.rewards import MarkovGameReward, ReleasedCodeReward, TeamReward
 from prunevit.envs.token_prune import TokenPruneEnv, pick_device
-from prunevit.envs.vit.create import BackboneError
-from prunevit.envs.vit.staged_vit import StagedViT, UnsupportedBackboneError
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
+from prunevit.envs.vit.weights import BackboneError
 
 PATCHES, STAGES = 16, (0, 1, 3)
 AGENTS = [f"token_{i}" for i in range(PATCHES)]

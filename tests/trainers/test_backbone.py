@@ -21,7 +21,8 @@ from torch import nn
 
 from prunevit.envs.data import datasets
 from prunevit.envs.data.datasets import DatasetError, open_images
-from prunevit.envs.vit.create import BackboneError, create_backbone, sha256
+from prunevit.envs.vit.create import create_backbone
+from prunevit.envs.vit.weights import BackboneError, sha256
 from prunevit.trainers import backbone
 from prunevit.trainers.backbone import main, train
 from prunevit.trainers.backbone_run import BackboneConfig

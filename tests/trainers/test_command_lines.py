@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from prunevit.envs.vit.create import create_backbone, write_weights
+from prunevit.envs.vit.create import create_backbone
+from prunevit.envs.vit.weights import write_weights
 from prunevit.trainers.common import report, runs
 
 SPREAD = "pettingzoo:mpe2.simple_spread_v3"

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from prunevit.agents import PrunedViT
 from prunevit.agents.saving import SavedModelError, dynamic_vit_policy
 from prunevit.envs.data import datasets
-from prunevit.envs.vit.create import create_backbone, write_weights
+from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.weights import write_weights
 from prunevit.trainers import dynamic_vit_run
 from prunevit.trainers.common.run_folder import TrainingError
 from prunevit.trainers.dynamic_vit import (

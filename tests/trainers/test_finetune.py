@@ -18,8 +18,9 @@ from prunevit.agents.saving import SavedModelError, learned_policy
 from prunevit.envs.data.datasets import ClutteredDigits, DatasetError, open_images
 from prunevit.envs.observations import View
 from prunevit.envs.vit import staged_vit
-from prunevit.envs.vit.create import create_backbone, write_weights
+from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.weights import write_weights
 from prunevit.trainers import finetune
 from prunevit.trainers.common import classification
 from prunevit.trainers.common.checkpoint import CheckpointError, load_checkpoint, write_json

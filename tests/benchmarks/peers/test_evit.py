@@ -13,7 +13,8 @@ from prunevit.benchmarks.peers.evit import (
     reorganise,
     token_counts,
 )
-from prunevit.envs.vit.staged_vit import StagedViT, UnsupportedBackboneError
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
 
 STAGES = (1, 3)
 PAPERS_STAGES = (4, 7, 10)

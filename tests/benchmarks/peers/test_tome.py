@@ -14,7 +14,7 @@ from prunevit.benchmarks.peers.tome import (
     merges_at,
     token_counts,
 )
-from prunevit.envs.vit.staged_vit import UnsupportedBackboneError
+from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
 
 BACKBONES = {
     "class token": {},

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from prunevit.envs.vit import staged_vit
-from prunevit.envs.vit.ragged import Layout
+from prunevit.envs.vit import execution
+from prunevit.envs.vit.layout import Layout
 from prunevit.envs.vit.staged_vit import StagedViT
 
 IMAGES = 7
@@ -20,13 +20,13 @@ CPU = torch.device("cpu")
 def rows_seen(monkeypatch):
     """How many rows each call of a block had; about two images are a part."""
     seen = []
-    original = staged_vit.packed_block
+    original = execution.packed_block
 
-    def counted(family, block, index, x, *others):
+    def counted(ops, block, index, x, *others):
         seen.append(len(x))
-        return original(family, block, index, x, *others)
+        return original(ops, block, index, x, *others)
 
-    monkeypatch.setattr(staged_vit, "packed_block", counted)
+    monkeypatch.setattr(execution, "packed_block", counted)
     return seen
 
 
@@ -34,7 +34,7 @@ def rows_seen(monkeypatch):
 def chunks_of(monkeypatch):
     def cut(staged, images):
         size = images * staged.num_slots * staged.width * staged.dtype.itemsize
-        monkeypatch.setattr(staged_vit, "CHUNK_BYTES", size)
+        monkeypatch.setattr(execution, "CHUNK_BYTES", size)
 
     return cut
 
@@ -146,19 +146,19 @@ def test_masked_and_compiled_blocks_see_all_images(vit, images, keeps, rows_seen
     chunks_of(masked, 2)
     expected, _ = played(StagedViT(vit, (1, 2)), images, keep)
     calls = []
-    original = staged_vit.masked_block
+    original = execution.masked_block
 
-    def counted(family, block, index, x, *others):
+    def counted(ops, block, index, x, *others):
         calls.append(len(x))
-        return original(family, block, index, x, *others)
+        return original(ops, block, index, x, *others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(staged_vit, "masked_block", counted)
+        patch.setattr(execution, "masked_block", counted)
         logits, _ = played(masked, images, keep)
     assert set(calls) == {IMAGES * masked.num_slots}
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(staged_vit, "compile_block", lambda: staged_vit.packed_block)
+        patch.setattr(execution, "compile_block", lambda: execution.packed_block)
         rows_seen.clear()
         played(StagedViT(vit, (1, 2), torch_compile=True), images, keep)
     assert rows_seen[0] == IMAGES * masked.num_slots
@@ -183,26 +183,26 @@ def test_images_that_share_rows_go_on_in_chunks(vit, images, keeps, rows_seen, c
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("execution", ["packed", "masked"])
+@pytest.mark.parametrize("kind", ["packed", "masked"])
 def test_the_rows_that_blocks_begin_with_are_gone_after_the_first(
-    execution, vit, images, keeps, monkeypatch
+    kind, vit, images, keeps, monkeypatch
 ):
-    staged = StagedViT(vit, (2,), execution)
+    staged = StagedViT(vit, (2,), kind)
     begun, alive = [], []
-    name = f"{execution}_block"
-    original = getattr(staged_vit, name)
+    name = f"{kind}_block"
+    original = getattr(execution, name)
 
-    def watched(family, block, index, x, *others):
+    def watched(ops, block, index, x, *others):
         if index % 2:
             alive.append(begun[-1]() is not None)
         else:
             begun.append(weakref.ref(x))
-        return original(family, block, index, x, *others)
+        return original(ops, block, index, x, *others)
 
-    monkeypatch.setattr(staged_vit, name, watched)
+    monkeypatch.setattr(execution, name, watched)
     played(staged, images, keeps(IMAGES, 1, staged.num_patches))
     # masked pruning leaves the rows that the caller got from ``begin`` as they are
-    assert alive == [False, execution == "masked"]
+    assert alive == [False, kind == "masked"]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 50])

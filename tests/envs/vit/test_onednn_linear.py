@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _always_worth_it(monkeypatch):
-    monkeypatch.setattr(onednn_linear, "WORTH_MACS", 0)
+    monkeypatch.setattr(onednn_linear, "MIN_MACS", 0)
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_small_products_and_many_rows_are_not_worth_it(monkeypatch):
     assert uses_onednn(layer, torch.randn(256, 4))
     assert not uses_onednn(layer, torch.randn(257, 4))
     assert not uses_onednn(layer, torch.randn(0, 4))
-    monkeypatch.setattr(onednn_linear, "WORTH_MACS", 5 * 4 * 3)
+    monkeypatch.setattr(onednn_linear, "MIN_MACS", 5 * 4 * 3)
     assert uses_onednn(layer, torch.randn(5, 4))
     assert not uses_onednn(layer, torch.randn(4, 4))
 

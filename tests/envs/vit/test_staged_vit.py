@@ -10,9 +10,10 @@ from timm.layers import SwiGLU
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch.utils.flop_counter import FlopCounterMode
 
+from prunevit.envs.vit.attention import MANY_IMAGES
 from prunevit.envs.vit.create import create_backbone
-from prunevit.envs.vit.ragged import MANY_IMAGES
-from prunevit.envs.vit.staged_vit import StagedViT, UnsupportedBackboneError
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
 
 EXECUTIONS = ("packed", "masked")
 STAGES = (1, 3)

@@ -15,9 +15,9 @@ from timm.models import model_entrypoint
 from timm.models.eva import EvaAttention
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunevit.envs.vit.ragged import MANY_IMAGES
-from prunevit.envs.vit.staged_vit import StagedViT, UnsupportedBackboneError
-from prunevit.envs.vit.supported import SUPPORTED
+from prunevit.envs.vit.attention import MANY_IMAGES
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.timm_models.supported import SUPPORTED, UnsupportedBackboneError
 
 EXECUTIONS = ("packed", "masked")
 STAGES = (1, 3)

@@ -20,8 +20,9 @@ from prunevit.agents import PrunedViT
 from prunevit.agents.policies.actor_critic import Actor
 from prunevit.agents.policies.heuristics import TopK
 from prunevit.envs.batched.protocol import Observations
-from prunevit.envs.vit.create import create_backbone, write_weights
+from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.weights import write_weights
 from prunevit.trainers import mappo
 from prunevit.trainers.backbone import CrossEntropy
 from prunevit.trainers.backbone_run import BackboneConfig

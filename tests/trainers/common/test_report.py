@@ -9,7 +9,8 @@ from PIL import Image
 
 from prunevit.agents.policies.actor_critic import TokenActor
 from prunevit.envs.data import datasets
-from prunevit.envs.vit.create import create_backbone, write_weights
+from prunevit.envs.vit.create import create_backbone
+from prunevit.envs.vit.weights import write_weights
 from prunevit.trainers.common import evaluation, report
 from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.common.evaluation import evaluate

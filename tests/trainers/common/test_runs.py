@@ -18,8 +18,9 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from prunevit.agents.policies.actor_critic import Critic, TokenActor
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.vit.blocks import packed_block
-from prunevit.envs.vit.create import create_backbone, write_weights
+from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.torch_compile import compile_block
+from prunevit.envs.vit.weights import write_weights
 from prunevit.trainers import mappo
 from prunevit.trainers.common import runs
 from prunevit.trainers.common.checkpoint import load_checkpoint

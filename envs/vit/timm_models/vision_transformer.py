@@ -1,4 +1,4 @@
-"""timm's plain ``VisionTransformer``."""
+"""timm's ``VisionTransformer``: ViT, DeiT, DeiT-3, DINOv2, CLIP, SigLIP and others."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor
 
-from prunevit.envs.vit.blocks import POST_NORM, BlockOps, ModelOps, pre_norm
 from prunevit.envs.vit.onednn_linear import linear, mlp
+from prunevit.envs.vit.timm_models.ops import POST_NORM, BlockOps, ModelOps, pre_norm
 
 
 def _embed(model: Any, images: Tensor) -> tuple[Tensor, None]:
@@ -30,8 +30,8 @@ def _mlp(block: Any, x: Tensor) -> Tensor:
     return x + block.ls2(mlp(block.mlp, block.norm2(x)))
 
 
-def _project(attn: Any, source: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    qkv = linear(attn.qkv, source).unflatten(-1, (3, attn.num_heads, attn.head_dim))
+def _project(attn: Any, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    qkv = linear(attn.qkv, x).unflatten(-1, (3, attn.num_heads, attn.head_dim))
     q, k, v = qkv.unbind(-3)
     return attn.q_norm(q), attn.k_norm(k), v
 

@@ -1,4 +1,4 @@
-"""RotaryEmbedding positions that follow the surviving tokens."""
+"""Rotary position embedding (RoPE) that follows the surviving tokens."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class RotaryEmbedding:
-    """Sines and cosines by which blocks rotate the queries and keys of B images' tokens.
+    """The sines and cosines by which blocks rotate the queries and keys of B images.
 
     Attributes:
-        sin_cos: of each patch of an image, sines before cosines, [depth, heads, N, 2 * head_dim];
-            depth is 1 where all blocks rotate alike, heads likewise.
-        prefix: slots before the patches, whose tokens are not rotated.
-        slot: place in its image, 0..L-1, of each row, int64 [S]; None where every image has all its
-            slots.
+        sin_cos: sines before cosines of each patch, [depth, heads, N, 2 * head_dim]. The depth is 1
+            if all blocks rotate alike, and so is heads if all heads do.
+        prefix: number of prefix tokens, which come before the patches and are not rotated.
+        slot: position of each row in its image, 0..L-1, int64 [S]; None if no token was pruned.
         gathered: sines and cosines of each row, [S, heads, 2 * head_dim], gathered once for all
-            blocks; None where blocks differ or every image has all its slots.
+            blocks; None if blocks differ or no token was pruned.
     """
 
     sin_cos: Tensor
@@ -29,29 +28,28 @@ class RotaryEmbedding:
     gathered: Tensor | None = None
 
     @staticmethod
-    def of(sin_cos: Tensor, prefix: int) -> RotaryEmbedding:
-        """From what timm's modules give: [N, 2 * head_dim], or [depth, heads, N, 2 * head_dim]."""
+    def from_timm(sin_cos: Tensor, prefix: int) -> RotaryEmbedding:
+        """Wraps timm's embedding, [N, 2 * head_dim] or [depth, heads, N, 2 * head_dim]."""
         return RotaryEmbedding(sin_cos if sin_cos.dim() == 4 else sin_cos[None, None], prefix)
 
     def take(self, slot: Tensor) -> RotaryEmbedding:
-        """Of rows that stand in ``slot``, int64 [S]."""
-        alike = len(self.sin_cos) == 1
-        return replace(
-            self, slot=slot, gathered=self.slots(0).index_select(0, slot) if alike else None
-        )
+        """Selects the embedding of rows at positions ``slot``, int64 [S]."""
+        same_in_all_blocks = len(self.sin_cos) == 1
+        gathered = self.slots(0).index_select(0, slot) if same_in_all_blocks else None
+        return replace(self, slot=slot, gathered=gathered)
 
     def slice_rows(self, rows: slice) -> RotaryEmbedding:
-        """Of some of the rows, images whole."""
+        """Selects the embedding of a slice of the rows; it must not cut through an image."""
         if self.slot is None:
             return self
         gathered = None if self.gathered is None else self.gathered[rows]
         return replace(self, slot=self.slot[rows], gathered=gathered)
 
     def slots(self, block: int) -> Tensor:
-        """Of each slot of an image, [L, heads, 2 * head_dim]."""
+        """Sines and cosines of every position of an image, [L, heads, 2 * head_dim]."""
         patches = self._of_block(block)
         half = patches.shape[-1] // 2
-        # sine 0 and cosine 1: prefix tokens come out as they went in, to the last bit
+        # sine 0 and cosine 1 leave prefix tokens unchanged, to the last bit
         sines, cosines = (
             F.pad(part, (0, 0, self.prefix, 0), value=value)
             for part, value in zip(patches.split(half, -1), (0.0, 1.0), strict=True)
@@ -59,7 +57,7 @@ class RotaryEmbedding:
         return torch.cat([sines, cosines], dim=-1).transpose(0, 1)
 
     def rows(self, block: int, count: int) -> Tensor:
-        """Of each of the ``count`` packed rows, [S, heads, 2 * head_dim]."""
+        """Sines and cosines of each of the ``count`` packed rows, [S, heads, 2 * head_dim]."""
         if self.gathered is not None:
             return self.gathered
         slots = self.slots(block)
@@ -68,8 +66,11 @@ class RotaryEmbedding:
         return slots.repeat(count // len(slots), 1, 1)
 
     def patches(self, block: int, images: int) -> Tensor:
-        """For timm's own blocks, which rotate patches alone and have heads first: [heads, N, 2 *
-        head_dim], or [B, heads, n, 2 * head_dim] for images that have kept n patches each.
+        """Sines and cosines as timm's own blocks take them: of patches alone, heads first.
+
+        Returns:
+            [heads, N, 2 * head_dim], or [B, heads, n, 2 * head_dim] for ``images`` images that have
+            kept n patches each.
         """
         if self.slot is None:
             return self._of_block(block)

@@ -3,8 +3,8 @@ import torch
 
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.game import TokenGame
-from prunevit.envs.prefix_cache import PrefixCache
 from prunevit.envs.rewards import TeamReward
+from prunevit.envs.vit.prefix_cache import PrefixCache
 from prunevit.envs.vit.staged_vit import StagedViT
 
 FIELDS = ("token", "cls", "stage", "cls_attention")
@@ -83,10 +83,16 @@ def test_memory_is_bounded_and_hits_are_told(vit, some_images):
 
 
 def test_an_image_that_is_asked_for_twice_is_run_once(vit, some_images):
-    counting = Counting(some_images)
-    kept = PrefixCache(TokenGame(StagedViT(vit, (2,))), counting, 1e9)
-    begun, labels = kept.load(torch.tensor([7, 2, 7]))
-    assert sorted(counting.loaded) == [2, 7]
-    assert labels.tolist() == some_images.labels[[7, 2, 7]].tolist()
-    first, _, third = begun.tokens.x.unflatten(0, (3, -1))
+    backbone, asked = StagedViT(vit, (2,)), []
+
+    def run(indices):
+        asked.extend(indices.tolist())
+        images, labels = some_images.load(indices)
+        return backbone.begin(images), {"labels": labels}
+
+    with torch.no_grad():
+        tokens, tensors = PrefixCache(backbone, run, 10, 1e9).load(torch.tensor([7, 2, 7]))
+    assert sorted(asked) == [2, 7]
+    assert tensors["labels"].tolist() == some_images.labels[[7, 2, 7]].tolist()
+    first, _, third = tokens.x.unflatten(0, (3, -1))
     assert torch.equal(first, third)

@@ -10,20 +10,20 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor
 from torch.nn import functional as F
 
-from prunevit.envs.vit.blocks import POST_NORM, BlockOps, ModelOps, pre_norm
 from prunevit.envs.vit.onednn_linear import linear, mlp
-from prunevit.envs.vit.rope import RotaryEmbedding
+from prunevit.envs.vit.timm_models.ops import POST_NORM, BlockOps, ModelOps, pre_norm
+from prunevit.envs.vit.timm_models.rope import RotaryEmbedding
 
 
 def _embed(model: Any, images: Tensor) -> tuple[Tensor, RotaryEmbedding | None]:
     x, sin_cos = model._pos_embed(model.patch_embed(images))
-    return model.norm_pre(x), None if sin_cos is None else RotaryEmbedding.of(
-        sin_cos, model.num_prefix_tokens
-    )
+    if sin_cos is None:
+        return model.norm_pre(x), None
+    return model.norm_pre(x), RotaryEmbedding.from_timm(sin_cos, model.num_prefix_tokens)
 
 
 def _dense_block(block: Any, x: Tensor, mask: Tensor | None, rope: Tensor | None) -> Tensor:
-    # timm infers the head size from the number of elements, which no images don't have
+    # timm infers the head size from the number of elements, so it can't run on zero images
     return block(x, rope=rope, attn_mask=mask) if len(x) else x
 
 
@@ -32,27 +32,28 @@ def _residual(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
 
 
 def _mlp(block: Any, x: Tensor) -> Tensor:
-    widened = mlp(block.mlp, block.norm2(x))
-    return x + (widened if block.gamma_2 is None else block.gamma_2 * widened)
+    out = mlp(block.mlp, block.norm2(x))
+    return x + (out if block.gamma_2 is None else block.gamma_2 * out)
 
 
-def _project_eva(attn: Any, source: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _project_eva(attn: Any, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     if attn.qkv is None:
-        return _project_separately(attn, source, rope)
+        return _project_separately(attn, x, rope)
     if attn.q_bias is None:
-        qkv = linear(attn.qkv, source)
+        qkv = linear(attn.qkv, x)
     else:
         bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-        # timm adds the bias on its own where asked to: in half precision the sum differs
-        apart = attn.qkv_bias_separate
-        qkv = attn.qkv(source) + bias if apart else F.linear(source, attn.qkv.weight, bias)
+        # with qkv_bias_separate timm adds the bias on its own, which rounds differently in half
+        # precision
+        separate = attn.qkv_bias_separate
+        qkv = attn.qkv(x) + bias if separate else F.linear(x, attn.qkv.weight, bias)
     return _split(attn, qkv, rope)
 
 
-def _project_rope(attn: Any, source: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _project_rope(attn: Any, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     if attn.qkv is None:
-        return _project_separately(attn, source, rope)
-    return _split(attn, linear(attn.qkv, source), rope)
+        return _project_separately(attn, x, rope)
+    return _split(attn, linear(attn.qkv, x), rope)
 
 
 def _split(attn: Any, qkv: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,15 +61,13 @@ def _split(attn: Any, qkv: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor,
     return _rotate(attn, attn.q_norm(q), rope), _rotate(attn, attn.k_norm(k), rope), v
 
 
-def _project_separately(
-    attn: Any, source: Tensor, rope: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _project_separately(attn: Any, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (
-        linear(project, source).unflatten(-1, (-1, attn.head_dim))
+        linear(project, x).unflatten(-1, (-1, attn.head_dim))
         for project in (attn.q_proj, attn.k_proj, attn.v_proj)
     )
     q, k = _rotate(attn, attn.q_norm(q), rope), _rotate(attn, attn.k_norm(k), rope)
-    # grouped queries: several heads read one head of keys and values
+    # grouped-query attention: several heads of queries share one head of keys and values
     groups = attn.num_heads // k.shape[-2]
     if groups > 1:
         k, v = (rows.repeat_interleave(groups, dim=-2) for rows in (k, v))

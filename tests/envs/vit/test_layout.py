@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from prunevit.envs.vit import ragged
-from prunevit.envs.vit.ragged import BUCKET_WIDTHS, Layout, attention_received, varlen_attention
+from prunevit.envs.vit import layout as layout_module
+from prunevit.envs.vit.attention import attention_received, varlen_attention
+from prunevit.envs.vit.layout import BUCKET_WIDTHS, Layout
 
 HEADS, SIZE = 3, 4
 CPU = torch.device("cpu")
@@ -52,7 +53,7 @@ def test_a_layout_tells_whose_rows_they_are(lengths):
 @each_lengths
 @pytest.mark.parametrize("width", BUCKET_WIDTHS)
 def test_cells_hold_every_row_once(monkeypatch, lengths, width):
-    monkeypatch.setattr(ragged, "BUCKET_WIDTHS", (width,))
+    monkeypatch.setattr(layout_module, "BUCKET_WIDTHS", (width,))
     layout = layout_of(lengths)
     image, cell = 0, 0
     for images, longest, padded in layout.buckets.tolist():
@@ -87,9 +88,10 @@ def test_buckets_are_those_that_should_take_the_least_time():
         layout = layout_of(lengths)
         if not lengths:
             continue
-        edges = [ragged._cut(layout.lengths, width).tolist() for width in BUCKET_WIDTHS]
+        edges = [layout_module._cut(layout.lengths, width).tolist() for width in BUCKET_WIDTHS]
         costs = [
-            ragged._estimated_seconds(layout.lengths, np.array(e), HEADS * SIZE) for e in edges
+            layout_module._estimated_seconds(layout.lengths, np.array(e), HEADS * SIZE)
+            for e in edges
         ]
         chosen = np.cumsum([0, *layout.buckets[:, 0].tolist()]).tolist()
         assert chosen == edges[int(np.argmin(costs))]
@@ -97,10 +99,10 @@ def test_buckets_are_those_that_should_take_the_least_time():
 
 def test_buckets_are_ranges_of_length():
     lengths = np.array([1, 3, 4, 5, 8, 9, 16, 17])
-    assert ragged._cut(lengths, 1).tolist() == list(range(9))
-    assert ragged._cut(lengths, 4).tolist() == [0, 3, 5, 6, 7, 8]
-    assert ragged._cut(lengths, 16).tolist() == [0, 7, 8]
-    assert ragged._cut(lengths, 1 << 30).tolist() == [0, 8]
+    assert layout_module._cut(lengths, 1).tolist() == list(range(9))
+    assert layout_module._cut(lengths, 4).tolist() == [0, 3, 5, 6, 7, 8]
+    assert layout_module._cut(lengths, 16).tolist() == [0, 7, 8]
+    assert layout_module._cut(lengths, 1 << 30).tolist() == [0, 8]
 
 
 @pytest.mark.parametrize(
@@ -113,9 +115,9 @@ def test_buckets_are_ranges_of_length():
 )
 def test_what_buckets_are_taken_to_cost(monkeypatch, edges, calls, squares, gathered):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    seconds = ragged._estimated_seconds(np.array([3, 5, 5, 7]), np.array(edges), 6)
-    shared = ragged.MAC_SECONDS * 2 * 6 * squares + ragged.GATHER_SECONDS * gathered
-    assert seconds == pytest.approx(ragged.CALL_SECONDS * calls + shared / 3, rel=1e-9)
+    seconds = layout_module._estimated_seconds(np.array([3, 5, 5, 7]), np.array(edges), 6)
+    shared = layout_module.MAC_SECONDS * 2 * 6 * squares + layout_module.GATHER_SECONDS * gathered
+    assert seconds == pytest.approx(layout_module.CALL_SECONDS * calls + shared / 3, rel=1e-9)
 
 
 @each_lengths
@@ -133,7 +135,7 @@ def test_a_layout_knows_images_of_one_length(lengths):
 @pytest.mark.parametrize("width", [*BUCKET_WIDTHS, None])
 def test_attention_is_that_of_each_image_alone(monkeypatch, lengths, width):
     if width is not None:
-        monkeypatch.setattr(ragged, "BUCKET_WIDTHS", (width,))
+        monkeypatch.setattr(layout_module, "BUCKET_WIDTHS", (width,))
     q, k, v = (draw(lengths, HEADS, SIZE, seed=seed) for seed in range(3))
     mixed = varlen_attention(q, k, v, layout_of(lengths))
     assert mixed.shape == (sum(lengths), HEADS * SIZE)

@@ -1,4 +1,4 @@
-"""Which of timm's models can run on a part of their tokens, and why others can't."""
+"""Which timm models can run on part of their tokens, and why others can't."""
 
 from __future__ import annotations
 
@@ -6,24 +6,22 @@ from typing import Any
 
 from torch import nn
 
-from prunevit.envs.vit.blocks import ModelOps
-from prunevit.envs.vit.eva import EVA
-from prunevit.envs.vit.vision_transformer import VIT
+from prunevit.envs.vit.timm_models.eva import EVA
+from prunevit.envs.vit.timm_models.ops import ModelOps
+from prunevit.envs.vit.timm_models.vision_transformer import VIT
 
 SUPPORTED = (VIT, EVA)
 
 
 class UnsupportedBackboneError(ValueError):
-    """A model that can't be run from stage to stage on a part of its tokens; the message says
-    why.
-    """
+    """The model can't run on part of its tokens; the message says why."""
 
 
 def model_ops(model: Any) -> ModelOps:
-    """The ops of a model that can be staged.
+    """Looks up the operations of a supported model.
 
     Raises:
-        UnsupportedBackboneError: it can't; the message says why.
+        UnsupportedBackboneError: the model is not supported; the message says why.
     """
     reason = why_unsupported(model)
     if reason is not None:
@@ -36,21 +34,21 @@ def model_ops(model: Any) -> ModelOps:
 
 
 def why_unsupported(model: Any) -> str | None:
-    """Why a model can't be staged; None where it can."""
+    """The reason why ``model`` is not supported, or None if it is."""
     for ops in SUPPORTED:
         if type(model) in ops.models:
-            return _unfit(ops, model)
-    return _foreign(model)
+            return _unsupported_part(ops, model)
+    return _unknown_class(model)
 
 
 def attention_width(model: Any) -> int:
-    """Numbers that attention handles a token: heads times head size."""
+    """The width of the model's attention: number of heads times head size."""
     attn = model.blocks[0].attn
     return attn.num_heads * attn.head_dim
 
 
-def _foreign(model: Any) -> str:
-    """Why not, of a model of no ops."""
+def _unknown_class(model: Any) -> str:
+    """The reason why a model of an unknown class is not supported."""
     reason = "its forward pass is not that of timm's VisionTransformer or Eva"
     if not isinstance(model, nn.Module):
         return reason
@@ -64,8 +62,8 @@ def _foreign(model: Any) -> str:
     return f"{reason}, which is a plain sequence of blocks"
 
 
-def _unfit(ops: ModelOps, model: Any) -> str | None:
-    """Why not, of a model of ``ops``; None where it can be staged."""
+def _unsupported_part(ops: ModelOps, model: Any) -> str | None:
+    """The reason why a model of a known class is not supported, or None if it is."""
     if not len(model.blocks):
         return "it has no blocks"
     for i, block in enumerate(model.blocks):

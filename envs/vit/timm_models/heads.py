@@ -1,4 +1,4 @@
-"""What timm's models do after their last block, over images of different lengths."""
+"""What timm's models do after their last block, on images with different numbers of tokens."""
 
 from __future__ import annotations
 
@@ -7,19 +7,34 @@ from typing import Any
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 
-from prunevit.envs.vit.ragged import Layout, varlen_attention
+from prunevit.envs.vit.attention import varlen_attention
+from prunevit.envs.vit.layout import Layout
 
 
 def classify_prefix(model: Any, prefix: Tensor) -> Tensor:
-    """For a classifier that reads nothing else: prefix tokens behind the last block [B, P, D] ->
-    logits [B, classes].
+    """Classifies by prefix tokens alone, for heads that read nothing else.
+
+    Args:
+        model: timm's model.
+        prefix: prefix tokens after the last block [B, P, D].
+
+    Returns:
+        logits [B, classes].
     """
     return model.forward_head(model.norm(prefix))
 
 
-def classify_normed(model: Any, rows: Tensor, layout: Layout, pre_logits: bool = False) -> Tensor:
-    """timm's ``forward_head`` of a model that pools over its tokens: normed rows [S, D] -> logits
-    [B, classes], or what the classifier reads.
+def classify_pooled(model: Any, rows: Tensor, layout: Layout, pre_logits: bool = False) -> Tensor:
+    """timm's ``forward_head`` for models that pool over their tokens.
+
+    Args:
+        model: timm's model.
+        rows: tokens after the last norm [S, D].
+        layout: which rows belong to which image.
+        pre_logits: return the input of the classifier instead of logits.
+
+    Returns:
+        logits [B, classes].
     """
     if not _pools_prefix(model):
         rows, layout = layout.without_first(rows, model.num_prefix_tokens)
@@ -42,17 +57,19 @@ def classify_normed(model: Any, rows: Tensor, layout: Layout, pre_logits: bool =
 
 
 def pools_tokens(model: Any) -> bool:
-    """Whether the classifier reads all tokens, not the class token (and its like) alone."""
+    """Whether the head reads all tokens, not only the class token or distillation tokens."""
     return not isinstance(model, VisionTransformerDistilled) and model.global_pool != "token"
 
 
 def head_reads_prefix(model: Any) -> bool:
-    """Whether the classifier has something to read once all patches are gone."""
+    """Whether the head still has something to read after all patches have been pruned."""
     return not pools_tokens(model) or (model.num_prefix_tokens > 0 and _pools_prefix(model))
 
 
 def _pools_prefix(model: Any) -> bool:
-    """Whether pooling goes over prefix tokens too: a flag of timm's VisionTransformer; Eva's
-    attention pooling always does, its other poolings never.
+    """Whether pooling includes prefix tokens.
+
+    A flag of timm's VisionTransformer. Eva's attention pooling always includes them, its other
+    poolings never do.
     """
     return getattr(model, "pool_include_prefix", model.attn_pool is not None)

@@ -1,0 +1,122 @@
+"""Attention over packed images: no token sees a token of another image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from prunevit.envs.vit.layout import Layout
+
+# On a CPU the fused kernel takes about 2 us per head and image, however few rows there are and
+# however many threads. From this many images on, and up to this many rows, two batched matrix
+# products take half of that (measured on two cores).
+MANY_IMAGES = 8
+SHORT_ROWS = 32
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """Softmax attention within each image of a packed tensor.
+
+    Args:
+        q: queries [S, heads, head_dim].
+        k: keys [S, heads, head_dim].
+        v: values [S, heads, head_dim].
+        layout: which rows belong to which image.
+
+    Returns:
+        [S, heads * head_dim].
+    """
+    if q.device.type == "cuda" and q.dtype in HALF_PRECISION:
+        from torch.nn.attention.varlen import varlen_attn
+
+        cu_seqlens, max_seqlen = layout.cu_seqlens, layout.max_seqlen
+        mixed = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        assert isinstance(mixed, Tensor)  # without return_aux
+        return mixed.flatten(1)
+    # the number of buckets differs from batch to batch, so a compiler must not look inside
+    attend = _opaque_attend if torch.compiler.is_compiling() else _attend
+    padding = layout.padding
+    if padding is None:
+        return attend(q, k, v, layout.buckets, None)
+    q, k, v = (rows.index_select(0, padding.row) for rows in (q, k, v))
+    return attend(q, k, v, layout.buckets, padding.bias).index_select(0, padding.cell)
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention over images of one length: q, k, v [B, heads, L, head_dim], additive mask."""
+    images, _, length, size = q.shape
+    short = q.device.type == "cpu" and images >= MANY_IMAGES and length <= SHORT_ROWS
+    if not short:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q @ k.transpose(-1, -2)).mul_(size**-0.5)
+    if mask is not None:
+        scores = scores.add_(mask)
+    return scores.softmax(-1) @ v
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention over cells, one call a bucket.
+
+    [cells, heads, head_dim] -> [cells, heads * head_dim].
+    """
+    mixed, start = [], 0
+    for images, length, padded in buckets.tolist():
+        stop = start + images * length
+        mask = None
+        if padded and bias is not None:
+            mask = bias[start:stop].view(images, 1, 1, length).to(q.dtype)
+        queries, keys, values = (
+            rows[start:stop].unflatten(0, (images, length)).transpose(1, 2) for rows in (q, k, v)
+        )
+        out = _softmax_attention(queries, keys, values, mask)
+        mixed.append(out.transpose(1, 2).reshape(images * length, -1))
+        start = stop
+    if len(mixed) == 1:
+        return mixed[0]
+    return torch.cat(mixed) if mixed else q.flatten(1)
+
+
+@torch.library.custom_op("prunevit::attend", mutates_args=())
+def _opaque_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    buckets: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """``_attend`` as one operator without a gradient."""
+    return _attend(q, k, v, buckets, bias)
+
+
+@_opaque_attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, bias: Tensor | None) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
+
+
+def attention_received(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
+    """The attention that every row receives from one query of its image, averaged over heads.
+
+    With the query of the class token this is the first row of each image's attention matrix.
+
+    Args:
+        q: one query for each image [B, heads, head_dim].
+        k: keys of all rows [S, heads, head_dim].
+        layout: which rows belong to which image.
+
+    Returns:
+        [S]; sums to 1 over each image.
+    """
+    scale = q.shape[-1] ** -0.5
+    if layout.uniform_length is not None:
+        # images of one length need no gathering
+        images = k.unflatten(0, (-1, layout.uniform_length))
+        return ((images * q[:, None]).sum(-1) * scale).softmax(1).mean(-1).flatten()
+    scores = (q[layout.image] * k).sum(-1) * scale  # [S, heads]
+    index = layout.image[:, None].expand_as(scores)
+    best = scores.new_full((len(layout.lengths), scores.shape[1]), -torch.inf)
+    best = best.scatter_reduce(0, index, scores, "amax")
+    weights = (scores - best[layout.image]).exp()
+    total = torch.zeros_like(best).index_add(0, layout.image, weights)
+    return (weights / total[layout.image]).mean(1)

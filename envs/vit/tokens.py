@@ -1,0 +1,148 @@
+"""``Tokens``: the tokens of B images between two blocks, and how pruned ones are removed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prunevit.envs.vit.layout import Layout
+from prunevit.envs.vit.timm_models.rope import RotaryEmbedding
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive blocks that have run on the same tokens; their cost is counted on demand.
+
+    Attributes:
+        alive: which tokens they ran on, bool [B, L].
+        start: the first of the blocks.
+        stop: the block after the last one.
+        with_attention: whether the last block also returned its class attention.
+    """
+
+    alive: Tensor
+    start: int
+    stop: int
+    with_attention: bool
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of B images on their way through the blocks.
+
+    Each image has L slots: its prefix tokens, then its N patches.
+
+    Attributes:
+        x: embeddings, one row per token, [S, D]. Packed execution stores the surviving tokens,
+            image after image; masked execution stores all B * L slots.
+        alive: which tokens still exist, bool [B, L].
+        row: the row of ``x`` that holds the token of each slot, int64 [B * L]; undefined for slots
+            whose token is gone.
+        layout: layout of the packed rows; None in masked execution.
+        attention: attention that each row received from the class token in the last block, averaged
+            over heads, [S]. None before the first block, or if it was not asked for. A model
+            without a class token uses the mean query of its prefix tokens, or of all its tokens.
+        segments: the blocks that have run so far.
+        rotary: rotary embedding of the rows; None if the model has none.
+    """
+
+    x: Tensor
+    alive: Tensor
+    row: Tensor
+    layout: Layout | None
+    attention: Tensor | None
+    segments: tuple[Segment, ...] = ()
+    rotary: RotaryEmbedding | None = None
+
+    def repeat(self, times: int) -> Tokens:
+        """Repeats each image ``times`` times, copies next to each other.
+
+        Copies of packed images share their rows of ``x``. They must be pruned next, since blocks
+        can't run on shared rows.
+        """
+        slots = self.alive.shape[1]
+        row = self.row.unflatten(0, (-1, slots)).repeat_interleave(times, dim=0).flatten()
+        shared = self.layout is not None
+        return replace(
+            self,
+            x=self.x if shared else self.x[row],
+            alive=self.alive.repeat_interleave(times, dim=0),
+            row=row if shared else torch.arange(len(row), device=row.device),
+            attention=self.attention if shared or self.attention is None else self.attention[row],
+            segments=tuple(
+                replace(segment, alive=segment.alive.repeat_interleave(times, dim=0))
+                for segment in self.segments
+            ),
+        )
+
+
+def remove_tokens(tokens: Tokens, alive: Tensor) -> Tokens:
+    """Leaves only the tokens that are ``alive``, bool [B, L].
+
+    Packed rows are gathered anew, which needs their number on the host: the one host sync of a
+    stage. Masked execution keeps all rows.
+    """
+    if tokens.layout is None:
+        return replace(tokens, alive=alive, attention=None)
+    if len(alive) == 1:
+        return _remove_from_one_image(tokens, alive)
+    slots = alive.shape[1]
+    lengths = alive.sum(1).cpu().numpy()
+    before = tokens.layout.lengths
+    if len(lengths) == len(before) and lengths.sum() == before.sum():
+        return replace(tokens, attention=None)  # nothing was pruned
+    if (lengths == lengths[:1]).all():
+        # images of one length stay in the order of the batch, their tokens in that of the slots
+        images, length = len(lengths), int(lengths[0])
+        layout = Layout.uniform(images, length, tokens.layout.width, alive.device)
+        slot = nonzero(alive.view(1, -1), int(lengths.sum()))[1]
+        row = alive.view(-1).cumsum(0) - 1
+    else:
+        order = np.argsort(lengths, kind="stable")
+        layout = Layout.of(lengths[order], tokens.layout.width, alive.device)
+        # slots of the survivors in packed order: images by length, tokens by position
+        place = torch.from_numpy(order).to(alive.device)
+        image, position = nonzero(alive[place], int(lengths.sum()))
+        slot = place[image] * slots + position
+        row = torch.zeros_like(tokens.row)
+        row[slot] = torch.arange(len(slot), device=slot.device)
+    rotary = tokens.rotary.take(slot % slots) if tokens.rotary else None
+    return Tokens(
+        x=tokens.x.index_select(0, tokens.row[slot]),
+        alive=alive,
+        row=row,
+        layout=layout,
+        attention=None,
+        segments=tokens.segments,
+        rotary=rotary,
+    )
+
+
+def _remove_from_one_image(tokens: Tokens, alive: Tensor) -> Tokens:
+    """``remove_tokens`` for a batch of one, whose rows are in the order of their slots."""
+    assert tokens.layout is not None
+    slot = alive.view(-1).nonzero().squeeze(1)
+    if len(slot) == tokens.layout.uniform_length:
+        return replace(tokens, attention=None)
+    return Tokens(
+        x=tokens.x.index_select(0, tokens.row.index_select(0, slot)),
+        alive=alive,
+        row=alive.view(-1).cumsum(0) - 1,
+        layout=Layout.uniform(1, len(slot), tokens.layout.width, alive.device),
+        attention=None,
+        segments=tokens.segments,
+        rotary=tokens.rotary.take(slot) if tokens.rotary else None,
+    )
+
+
+def nonzero(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Row and column of each of the ``count`` True entries of ``mask`` [R, C].
+
+    Since the count is known, a GPU need not be waited for.
+    """
+    on_host = mask.device.type == "cpu"
+    index = mask.nonzero() if on_host else torch.nonzero_static(mask, size=count)
+    return index[:, 0], index[:, 1]
