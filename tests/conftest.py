@@ -5,14 +5,17 @@ import os
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from hypothesis import settings
+from PIL import Image
 from timm.layers import Attention
 
+from prunevit.envs.data import datasets
 from prunevit.envs.vit.staged_vit import StagedViT
-from prunevit.trainers.common import integrations, report
+from prunevit.trainers.common import report
 from prunevit.trainers.common.evaluation import images_per_second
 
 # The same examples every time, however fast the machine is; to look for others, give
@@ -171,17 +174,43 @@ def walk():
         yield "pettingzoo:walk"
 
 
-@pytest.fixture
-def few_test_images(monkeypatch):
-    """Runs of other libraries are judged on 500 of the 5,000 digits."""
-    whole = integrations.open_images
+@pytest.fixture(scope="session")
+def make_photographs(tmp_path_factory):
+    """``make_photographs(train=20, test=5, shape=(64, 64), suffix=".png")``: the ``--dataset`` of
+    a new folder of noise of two kinds, dark and bright; so many images a kind and split.
+    """
 
-    def some(dataset, split, *arguments, **options):
-        return whole(
-            dataset, split, *arguments, **options | ({"size": 500} if split == "test" else {})
-        )
+    def make(train=20, test=5, shape=(64, 64), suffix=".png"):
+        root = tmp_path_factory.mktemp("photographs")
+        noise = np.random.RandomState(0)
+        for split, count in (("train", train), ("test", test)):
+            for name, level in (("dark", 60), ("bright", 190)):
+                folder = root / split / name
+                folder.mkdir(parents=True)
+                for i in range(count):
+                    pixels = noise.randint(level - 50, level + 50, shape, dtype=np.uint8)
+                    Image.fromarray(pixels).save(folder / f"{i}{suffix}")
+        return f"folder:{root}"
 
-    monkeypatch.setattr(integrations, "open_images", some)
+    return make
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_digits():
+    """So many are drawn where nobody says how many: the first of the usual 27,000."""
+    with pytest.MonkeyPatch.context() as patch:
+        for split, size in {"train": 1_000, "validation": 300, "test": 500}.items():
+            patch.setitem(datasets.DEFAULT_SIZES, split, size)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny models are the fastest on one; and commands that set a number set it for one test."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True, scope="session")

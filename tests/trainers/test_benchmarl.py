@@ -117,9 +117,7 @@ def test_a_task_survives_pickling(task):
 
 
 @pytest.mark.learning
-def test_mappo_learns_to_prune_the_digits(
-    benchmarl, tmp_path, monkeypatch, capsys, few_test_images
-):
+def test_mappo_learns_to_prune_the_digits(benchmarl, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(integrations, "RUNS", tmp_path)
     benchmarl.main(["--images", "32", "--iterations", "30", "--run-name", "one", "--device", "cpu"])
     report = json.loads((tmp_path / "one" / "report.json").read_text())

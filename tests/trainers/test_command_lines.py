@@ -23,6 +23,7 @@ SPREAD = "pettingzoo:mpe2.simple_spread_v3"
 TINY = {"patch_size": 16, "embed_dim": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0}
 SMALL = {"img_size": 32, **TINY, "num_heads": 1, "depth": 2}
 LONGEST_MESSAGE = 1_000
+FEW = 25  # command lines, of the test that belongs to the core
 USAGE_ERROR = "For full helptext, "  # begins its last line
 # nothing refuses huge ones, and nothing ends them either
 ENDLESS = "iterations", "epochs", "rollout-steps", "eval-size"
@@ -261,7 +262,8 @@ def break_runs(whole, files):
     files["whole"] = whole
 
 
-def test_any_command_line_runs_or_says_why_not(request, files, monkeypatch):
+@pytest.mark.parametrize("many", [False, pytest.param(True, marks=pytest.mark.stress)])
+def test_any_command_line_runs_or_says_why_not(many, request, files, monkeypatch):
     threads = torch.get_num_threads()
     # a run's pictures and timings have tests of their own, and take longer than the run
     monkeypatch.setattr(
@@ -284,7 +286,8 @@ def test_any_command_line_runs_or_says_why_not(request, files, monkeypatch):
     assert complaint_of([*first, "--run-name", "whole"]) == (True, None)
     break_runs(Path("runs/whole").absolute(), files)
     options = choices(files)
-    count, ran, wrong = request.config.getoption("--command-lines"), 0, []
+    count = request.config.getoption("--command-lines") if many else FEW
+    ran, wrong = 0, []
     for seed in range(count):
         line = command_line(random.Random(seed), options, base, spread, files)
         went, complaint = complaint_of(line)

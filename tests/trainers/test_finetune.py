@@ -1,14 +1,10 @@
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load, save_file
 from timm.data import resolve_model_data_config
 from torch import nn
@@ -38,27 +34,9 @@ STAGES = (1, 3)
 STEPS = 4  # an epoch
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
-    """Two kinds of noise, 64x64 grey."""
-    root = tmp_path_factory.mktemp("photographs")
-    noise = np.random.RandomState(0)
-    for split, count in (("train", 40), ("test", 2)):
-        for name, level in (("dark", 60), ("bright", 190)):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = noise.randint(level - 50, level + 50, (64, 64), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    return f"folder:{root}"
+def photographs(make_photographs):
+    return make_photographs(train=40, test=2)
 
 
 def spread_out(model, seed):
@@ -553,17 +531,3 @@ def test_the_command_line_tunes(config, monkeypatch, capsys):
     assert [line.split("  ")[0] for line in lines[-5:-1]] == [
         "dense", "pruned", "fine-tuned", "fine-tuned, unpruned",
     ]  # fmt: skip
-
-
-def test_it_runs_as_a_module_in_the_checkout():
-    finished = subprocess.run(
-        [sys.executable, "-m", "trainers.finetune", "--run", "nope"],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 1
-    assert finished.stderr.startswith("error: nope holds no finished run")
-    assert "Traceback" not in finished.stderr

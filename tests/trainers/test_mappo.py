@@ -35,14 +35,6 @@ SETTINGS = MappoConfig(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def settings(**changes):
     return dataclasses.replace(SETTINGS, **changes)
 

@@ -60,9 +60,7 @@ def test_a_round_plays_new_images_to_the_end_and_moves_the_policy(
     algorithm.stop()
 
 
-def test_a_run_leaves_its_record_and_a_checkpoint(
-    one_core, rllib, tmp_path, monkeypatch, capsys, few_test_images
-):
+def test_a_run_leaves_its_record_and_a_checkpoint(one_core, rllib, tmp_path, monkeypatch, capsys):
     from ray.rllib.algorithms.ppo import PPO
 
     monkeypatch.setattr(integrations, "RUNS", tmp_path)

@@ -78,7 +78,7 @@ def test_a_training_that_is_stopped_leaves_its_model(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.learning
-def test_ppo_learns_to_prune_the_digits(tmp_path, monkeypatch, capsys, few_test_images):
+def test_ppo_learns_to_prune_the_digits(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(integrations, "RUNS", tmp_path)
     main(["--images", "32", "--iterations", "20", "--run-name", "one", "--device", "cpu"])
     report = json.loads((tmp_path / "one" / "report.json").read_text())["policies"]

@@ -5,10 +5,8 @@ import os
 import signal
 import sys
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
@@ -31,17 +29,8 @@ FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("photographs")
-    noise = np.random.RandomState(0)
-    for split, count in (("train", 12), ("test", 1)):
-        for name in "ab":
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = noise.randint(256, size=(40, 36, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    return f"folder:{root}"
+def photographs(make_photographs):
+    return make_photographs(train=12, test=1, shape=(40, 36, 3))
 
 
 @pytest.fixture(autouse=True)

@@ -9,12 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
 from gymnasium.spaces import Box, Discrete
-from PIL import Image
 
 from prunevit.agents import PrunedViT
 from prunevit.agents.policies.actor_critic import Actor
@@ -52,17 +50,9 @@ TINY = {"patch_size": 16, "embed_dim": 16, "depth": 3, "num_heads": 2, "mlp_rati
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """64x64 grey noise of two kinds, and a random ViT of 16 patches."""
-    root = tmp_path_factory.mktemp("ranks")
-    noise = np.random.RandomState(0)
-    for split, count in (("train", 20), ("test", 5)):
-        for name, level in (("dark", 60), ("bright", 190)):
-            images = root / split / name
-            images.mkdir(parents=True)
-            for i in range(count):
-                pixels = noise.randint(level - 50, level + 50, (64, 64), dtype=np.uint8)
-                Image.fromarray(pixels).save(images / f"{i}.png")
+def folder(make_photographs):
+    """Images, and a random ViT of 16 patches."""
+    root = Path(make_photographs().removeprefix("folder:"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         weights = create_backbone(num_classes=2, untrained=True, **TINY).state_dict()

@@ -20,14 +20,6 @@ from prunevit.trainers.common.evaluation import (
 SCHEDULES = [(1.0, 0.6, 0.3), (0.25, 0.25, 0.25), (0.9, 0.05, 0.0)]  # shares kept, 3 stages
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Bright:
     """Keeps a patch by what it holds, so that images keep different numbers; costs 7 a decision."""
 
@@ -212,6 +204,7 @@ class Dies(torch.nn.Module):
         os._exit(1)
 
 
+@pytest.mark.stress
 def test_a_fresh_process_that_dies_is_an_error():
     with pytest.raises(RuntimeError, match="process that timed the models died"):
         speeds_of_fresh_process({"dies": Dies()}, torch.zeros(2, 1), batch_size=1)

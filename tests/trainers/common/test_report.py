@@ -22,14 +22,6 @@ SIZES = {"train": 16, "validation": 20, "test": 30}
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
 def few_images(monkeypatch):
     monkeypatch.setattr(datasets, "DEFAULT_SIZES", SIZES)
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -33,31 +32,13 @@ POLICIES = ("dense", "learned", "random", "attention")
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
-    """Two kinds of noise, 64x64 grey."""
-    root = tmp_path_factory.mktemp("photographs")
-    noise = np.random.RandomState(0)
-    for split, count in (("train", 20), ("test", 5)):
-        for name, level in (("dark", 60), ("bright", 190)):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = noise.randint(level - 50, level + 50, (64, 64), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    return f"folder:{root}"
+def photographs(make_photographs):
+    return make_photographs()
 
 
 @pytest.fixture(scope="module")
@@ -518,13 +499,6 @@ def test_the_checkpoint_of_another_backbone_is_named(whole, tokens, tmp_path, we
     assert "size mismatch" in message
 
 
-def test_an_error_is_one_line_and_exit_code_1():
-    ended = module("--resume", "nowhere")
-    assert ended.returncode == 1
-    assert ended.stderr == "error: nowhere is no run: it has no config.json\n"
-    assert ended.stdout == ""
-
-
 @pytest.mark.parametrize(
     ("settings", "messages"),
     [
@@ -668,6 +642,7 @@ exit $code
 """
 
 
+@pytest.mark.stress
 def test_a_disk_that_fills_up_is_one_line_and_the_last_checkpoint_is_intact(tokens, whole):
     name_space = ["unshare", "--user", "--map-root-user", "--mount"]
     if shutil.which("unshare") is None or subprocess.run([*name_space, "true"]).returncode:
