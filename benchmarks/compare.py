@@ -1,20 +1,19 @@
-"""Policies compared under one protocol: ``python -m benchmarks.compare --game digits``.
+"""Compares methods under one protocol: ``python -m benchmarks.compare --task digits``.
 
-Every policy prunes the same frozen backbone through the same runtime. Those that learn are trained,
-or their runs under OUT/runs are taken. At each operating point, a share of the dense model's
-compute, its knob is set on validation images; then it is judged on all test images. At the end all
-are timed beside timm's own dense model, in one process that does nothing else, in turns, decisions
-included: on a machine that should do nothing else either. ``--no-speed`` leaves that for later: the
-same call without it then does nothing but time what has no speed yet.
+Every method prunes the same frozen backbone through the same runtime. Methods that learn are
+trained, or their runs under OUT/runs are used. At each operating point, a share of the dense
+model's compute, a method's knob is set on validation images; then it is judged on all test images.
+At the end all methods are timed in turns with timm's own dense model, decisions included, in a
+process that does nothing else; nothing else should run on the machine then. With ``--no-speed``
+this is left for later: the same call without it then only times what has no speed yet.
 
-OUT/records.jsonl gets a line for each policy, seed and point as soon as it is measured. A call that
-was killed goes on where it stood. OUT/curves.jsonl and OUT/pictures.npz hold what the figures show
-beside records.
+OUT/records.jsonl gets a line for each method, seed and point as soon as it is measured, and a
+killed comparison goes on where it stood. OUT/curves.jsonl and OUT/pictures.npz hold what the
+figures need beside records.
 """
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,68 +21,77 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from prunevit.agents.pruned_vit import PrunedViT
-from prunevit.benchmarks.arena import Arena, Bound, Contender, Knobs, UnreachableError
-from prunevit.benchmarks.entrants import ENTRANTS
-from prunevit.benchmarks.games import GAMES
-from prunevit.benchmarks.measuring import Timing, hardware, speedup
-from prunevit.benchmarks.records import Record, Records, table
-from prunevit.benchmarks.shown import Curves, take_pictures
-from prunevit.benchmarks.trained import middle_point
+from prunevit.benchmarks.artifacts import open_curves, take_pictures, thin_curve
+from prunevit.benchmarks.machine import hardware
+from prunevit.benchmarks.markdown import markdown_table, mean_and_interval
+from prunevit.benchmarks.methods.registry import METHODS
+from prunevit.benchmarks.protocol import (
+    Benchmark,
+    UnreachableError,
+    UpperBound,
+    judge,
+    judge_dense,
+)
+from prunevit.benchmarks.records import FILE, Record, Records, command
+from prunevit.benchmarks.tasks import TASKS
 from prunevit.envs.data.datasets import ImageSet, open_images
+from prunevit.envs.old_names import COMPARE_FLAGS, rename_flags
 from prunevit.envs.token_prune import pick_device
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.weights import sha256
 from prunevit.trainers.common.checkpoint import CheckpointError
 from prunevit.trainers.common.classification import versions
-from prunevit.trainers.common.evaluation import Evaluation, Stopwatch, evaluate, evaluate_traces
 from prunevit.trainers.common.run_folder import TrainingError
 from prunevit.trainers.common.runs import RunError
+from prunevit.trainers.common.timing import TimingProcess, speedup
 
+MODULE = "benchmarks.compare"
 SPEED_BATCH = 64
 SPEED_IMAGES = 256
 SPEED_ROUNDS = 9
-PICTURED = ("mappo", "mappo-fine-tuned", "dynamic-vit", "attention")  # of seed 0
+PICTURED = ("mappo", "mappo-fine-tuned", "dynamic-vit", "attention")  # with seed 0
 
 
 @dataclass
 class CompareConfig:
     """What is compared."""
 
-    game: str = "digits"
+    task: str = "digits"
     """digits, cifar10 or imagenet."""
-    policies: tuple[str, ...] = (
+    methods: tuple[str, ...] = (
         "mappo", "dynamic-vit", "attention", "threshold", "ats", "evit", "tome", "random", "norm",
     )  # fmt: skip
-    """Who takes part; an unknown name lists them all."""
+    """Which methods; an unknown name lists them all."""
     seeds: int = 5
-    """Trainings of each policy that learns, and draws of each that is random."""
+    """Trainings of each learned method, and draws of each random one."""
     out: Path = Path("results")
     """Folder of the records and the runs."""
     data: str | None = None
-    """The dataset, as folder:PATH; the game's own if not given."""
+    """The data set, as folder:PATH; the task's own if not given."""
     backbone: str | None = None
-    """The backbone; the game's own if not given."""
+    """The backbone; the task's own if not given."""
     checkpoint: Path | None = None
     """A file with the backbone's weights."""
     pretrained: bool = False
     """Download the backbone's weights."""
     points: tuple[float, ...] = ()
-    """Operating points, shares of the dense model's compute; the game's own if none is given."""
+    """Operating points, shares of the dense compute; the task's own if none is given."""
     iterations: int | None = None
-    """Iterations of each training; the game's own if not given."""
+    """Iterations of each training; the task's own if not given."""
     eval_size: int = 1_000
     """Validation images on which knobs are set."""
     test_size: int | None = None
     """Test images; all of them if not given."""
     speed: bool = True
-    """Time at the end what has no speed yet. Nothing else should run then."""
+    """At the end, time what has no speed yet. Nothing else should run then."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     threads: int | None = None
@@ -96,12 +104,12 @@ def check(config: CompareConfig) -> None:
     Raises:
         ValueError: the message says which.
     """
-    if config.game not in GAMES:
-        raise ValueError(f"unknown game {config.game!r}: choose from {', '.join(GAMES)}")
-    unknown = [name for name in config.policies if name not in ENTRANTS]
-    if unknown or not config.policies:
-        known = "; ".join(f"{name} ({entrant.title})" for name, entrant in ENTRANTS.items())
-        raise ValueError(f"unknown policies {', '.join(unknown) or '()'}: there are {known}")
+    if config.task not in TASKS:
+        raise ValueError(f"unknown task {config.task!r}: choose from {', '.join(TASKS)}")
+    unknown = [name for name in config.methods if name not in METHODS]
+    if unknown or not config.methods:
+        known = "; ".join(f"{name} ({spec.title})" for name, spec in METHODS.items())
+        raise ValueError(f"unknown methods {', '.join(unknown) or '()'}: there are {known}")
     for name in ("seeds", "eval_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
@@ -109,19 +117,19 @@ def check(config: CompareConfig) -> None:
         raise ValueError(f"points={config.points}: shares of the dense compute, in (0, 1]")
 
 
-def open_arena(config: CompareConfig) -> tuple[Arena, ImageSet]:
-    """Where policies meet, and the test images.
+def open_benchmark(config: CompareConfig) -> tuple[Benchmark, ImageSet]:
+    """What methods share, and the test images.
 
     Raises:
         ValueError: data or weights are not named, unknown or damaged.
     """
-    game = GAMES[config.game]
-    game = replace(
-        game,
-        backbone=config.backbone or game.backbone,
-        points=tuple(config.points or game.points),
+    task = TASKS[config.task]
+    task = replace(
+        task,
+        backbone=config.backbone or task.backbone,
+        points=tuple(config.points or task.points),
     )
-    base = game.config(config.data, config.checkpoint, config.pretrained)
+    base = task.config(config.data, config.checkpoint, config.pretrained)
     base = replace(base, device=config.device, threads=config.threads)
     if config.iterations is not None:
         base = replace(base, iterations=config.iterations)
@@ -130,29 +138,29 @@ def open_arena(config: CompareConfig) -> tuple[Arena, ImageSet]:
     )
     model = model.to(pick_device(config.device)).to(memory_format=torch.channels_last)
     data_config = resolve_model_data_config(model)
-    arena = Arena(
-        game=game,
+    bench = Benchmark(
+        task=task,
         base=base,
         iterations=config.iterations,
         model=model.requires_grad_(False),
-        backbone=StagedViT(model, game.prune_before),
+        backbone=StagedViT(model, task.prune_before),
         validation=open_images(base.dataset, "validation", data_config),
         size=config.eval_size,
         runs=config.out / "runs",
     )
-    return arena, open_images(base.dataset, "test", data_config)
+    return bench, open_images(base.dataset, "test", data_config)
 
 
-def settings_of(config: CompareConfig, arena: Arena, test: ImageSet) -> dict[str, Any]:
+def settings_of(config: CompareConfig, bench: Benchmark, test: ImageSet) -> dict[str, Any]:
     """What all records of a folder have in common."""
-    base = arena.base
+    base = bench.base
     return {
         "backbone": base.backbone,
         "model_kwargs": base.model_kwargs,
         "weights": sha256(base.checkpoint) if base.checkpoint else None,
         "pretrained": base.pretrained,
         "dataset": base.dataset,
-        "prune_before": list(arena.game.prune_before),
+        "prune_before": list(bench.task.prune_before),
         "iterations": config.iterations,
         "eval_size": config.eval_size,
         "test_size": len(test) if config.test_size is None else min(config.test_size, len(test)),
@@ -160,32 +168,33 @@ def settings_of(config: CompareConfig, arena: Arena, test: ImageSet) -> dict[str
 
 
 def compare(config: CompareConfig) -> list[Record]:
-    """Measures what is not there yet; returns all records of the folder.
+    """Measures what isn't measured yet; returns all records of the folder.
 
     Raises:
-        ValueError: settings that don't go together, an unknown or damaged dataset or backbone, a
-            folder of another game or of other settings.
+        ValueError: settings that don't go together, an unknown or damaged data set or backbone, a
+            folder of another task or of other settings.
         CheckpointError: a run in the folder is damaged.
         RunError, TrainingError: a training can't begin, or diverged.
         OSError: the disk is full or not writable.
     """
-    records = Records(config.out, config.game)
-    arena, test = open_arena(config)
-    settings = settings_of(config, arena, test)
+    records = Records(config.out / FILE)
+    records.require({"task": config.task}, lambda row: {"task": row["task"]})
+    bench, test = open_benchmark(config)
+    settings = settings_of(config, bench, test)
     records.require(settings)
     field = [
         (name, seed)
-        for name in config.policies
-        for seed in range(config.seeds if ENTRANTS[name].is_seeded else 1)
+        for name in config.methods
+        for seed in range(config.seeds if METHODS[name].is_seeded else 1)
     ]
-    # the same for all records of as many images
-    dense_of = cache(lambda size: dense_accuracy(arena.model, test, size))
+    # depends only on the number of images
+    dense_of = cache(lambda size: judge_dense(bench, test, size))
     for name, seed in field:
-        measure(name, seed, settings, records, arena, test, dense_of)
-    leave_curves(field, config.out, arena)
-    leave_pictures(field, config.out, records, arena, test)
+        measure(name, seed, settings, records, bench, test, dense_of)
+    leave_curves(field, config.out, bench)
+    leave_pictures(field, config.out, records, bench, test)
     if config.speed:
-        time_what_has_no_speed(field, records, arena, test)
+        time_untimed(field, records, bench, test)
     return records.rows
 
 
@@ -194,58 +203,57 @@ def measure(
     seed: int,
     settings: dict[str, Any],
     records: Records,
-    arena: Arena,
+    bench: Benchmark,
     test: ImageSet,
     dense_of: Callable[[int], float],
 ) -> None:
-    """Trains a policy where that is due, and judges it at each point that has no record.
+    """Judges a method at each point without a record, and trains it first where that is due.
 
     Args:
-        name: of the policy.
+        name: of the method.
         seed: of its training, or its draws.
-        settings: what its records share with all others.
-        records: those that there are; gets the new ones.
-        arena: where policies meet.
+        settings: what all records have in common.
+        records: the records, which get the new ones.
+        bench: what methods share.
         test: the images that judge.
         dense_of: the dense model's accuracy on so many of them.
     """
-    entrant = ENTRANTS[name]
-    due = [point for point in arena.game.points if not records.has(name, seed, point)]
+    due = [point for point in bench.task.points if records.find(name, seed, point) is None]
     if not due:
         return
     print(f"{name}, seed {seed}", flush=True)
-    contender = entrant.open(arena, seed)
+    method = METHODS[name].open(bench, seed)
     size = settings["test_size"]
-    if isinstance(contender, Bound):
-        size = min(size, contender.images)
+    if isinstance(method, UpperBound):
+        size = min(size, method.images)
     for point in due:
         try:
-            knobs = contender.tune(arena.gmacs_at(point))
+            knobs = method.tune(bench.gmacs_at(point))
         except UnreachableError as error:
             print(f"  not at {point:.0%} of the dense compute: {error}", flush=True)
             continue
-        result = judged(contender, knobs, arena, test, size)
+        result = judge(method, knobs, bench, test, size)
         row = {
-            "game": arena.game.name,
-            "policy": name,
+            "task": bench.task.name,
+            "method": name,
             "seed": seed,
             "point": point,
             **knobs,
-            "fine_tuned": entrant.fine_tunes,
+            "fine_tuned": METHODS[name].fine_tunes,
             "accuracy": result.accuracy,
             "dense_accuracy": dense_of(size),
             "images": size,
             "gmacs": result.gmacs,
-            "dense_gmacs": arena.backbone.dense_macs / 1e9,
+            "dense_gmacs": bench.backbone.dense_macs / 1e9,
             "kept": list(result.kept),
             "left": list(result.left),
             "speedup": None,
-            **where(arena),
+            **where(bench),
             "versions": versions(),
             "settings": settings,
-            "command": command(),
+            "command": command(MODULE),
         }
-        records.add([row])
+        records.put(row)
         print(
             f"  {point:.0%}: accuracy {100 * row['accuracy']:.2f} of "
             f"{100 * row['dense_accuracy']:.2f} at {row['gmacs'] / row['dense_gmacs']:.1%}",
@@ -253,132 +261,137 @@ def measure(
         )
 
 
-def where(arena: Arena) -> dict[str, Any]:
-    """What a record says of the machine."""
-    device = arena.backbone.device
-    return {
-        "threads": torch.get_num_threads(),
-        "device": str(device),
-        "hardware": hardware(device),
-    }
+def where(bench: Benchmark) -> dict[str, Any]:
+    """What a record says about the machine."""
+    device = bench.backbone.device
+    threads = torch.get_num_threads()
+    return {"threads": threads, "device": str(device), "hardware": hardware(device)}
 
 
-def command() -> str:
-    """The call, as it would be typed again."""
-    return f"python -m benchmarks.compare {shlex.join(sys.argv[1:])}"
-
-
-def judged(
-    contender: Contender | Bound, knobs: Knobs, arena: Arena, images: ImageSet, size: int
-) -> Evaluation:
-    """What it does on ``size`` images."""
-    if isinstance(contender, Bound):
-        return evaluate_traces(contender.search(knobs), arena.backbone, images, size)
-    return evaluate(contender.make(knobs), images, size)
-
-
-@torch.inference_mode()
-def dense_accuracy(model: nn.Module, images: ImageSet, size: int) -> float:
-    """Share of ``size`` images that timm's own model gets right."""
-    chosen = [i * len(images) // size for i in range(size)]
-    device = next(model.parameters()).device
-    right = 0
-    for start in range(0, size, SPEED_IMAGES):
-        pixels, labels = images.load(chosen[start : start + SPEED_IMAGES])
-        right += int((model(pixels.to(device)).argmax(1).cpu() == labels).sum())
-    return right / size
-
-
-def leave_curves(field: Sequence[tuple[str, int]], out: Path, arena: Arena) -> None:
-    """Notes for the figures how the trainings of ``field`` went, as far as their runs are there."""
-    curves = Curves(out)
+def leave_curves(field: Sequence[tuple[str, int]], out: Path, bench: Benchmark) -> None:
+    """Saves the training curves of ``field`` whose runs are there."""
+    curves = open_curves(out)
     for name, seed in field:
-        metrics = arena.runs / f"{name}-{seed}" / "metrics.jsonl"
-        # fine-tuning goes in epochs
-        if metrics.is_file() and not ENTRANTS[name].fine_tunes:
-            curves.add(name, seed, metrics)
+        metrics = bench.runs / f"{name}-{seed}" / "metrics.jsonl"
+        # fine-tuning counts in epochs
+        if metrics.is_file() and not METHODS[name].fine_tunes:
+            curves.put({"method": name, "seed": seed, **thin_curve(metrics)})
 
 
 def leave_pictures(
-    field: Sequence[tuple[str, int]], out: Path, records: Records, arena: Arena, test: ImageSet
+    field: Sequence[tuple[str, int]], out: Path, records: Records, bench: Benchmark, test: ImageSet
 ) -> None:
-    """Notes for the figures what is left of a few images at the middle operating point."""
+    """Saves what is left of a few images at the middle operating point."""
     models = {}
     for name, seed in field:
-        row = records.find(name, seed, middle_point(arena))
+        row = records.find(name, seed, bench.middle_point)
         if seed or name not in PICTURED or row is None:
             continue
         try:
-            model = rebuilt(row, arena)
+            model = rebuild(row, bench)
         except ValueError as error:
             print(f"no pictures of {name}: {error}", flush=True)
             continue
         assert isinstance(model, PrunedViT)
         models[name] = model
     if models:
-        take_pictures(out, models, test, arena.backbone)
+        take_pictures(out, models, test, bench.backbone)
 
 
-def rebuilt(row: Record, arena: Arena) -> nn.Module | None:
-    """The model of a record, from its knobs and, where it was trained, its run; None where there is
-    no such model to deploy.
+def rebuild(row: Record, bench: Benchmark) -> nn.Module | None:
+    """The model of a record, from its knobs and, for a learned method, its run; None for an upper
+    bound, which has no model.
 
     Raises:
         ValueError: the run is gone or damaged.
     """
-    contender = ENTRANTS[row["policy"]].open(arena, row["seed"])
-    if isinstance(contender, Bound):
+    method = METHODS[row["method"]].open(bench, row["seed"])
+    if isinstance(method, UpperBound):
         return None
-    model = contender.make(row)
+    model = method.make(row)
     assert isinstance(model, nn.Module)
     return model
 
 
-def time_what_has_no_speed(
-    field: Sequence[tuple[str, int]], records: Records, arena: Arena, images: ImageSet
+def time_untimed(
+    field: Sequence[tuple[str, int]], records: Records, bench: Benchmark, images: ImageSet
 ) -> None:
-    """Writes into the records how many times faster than timm's dense model each is, at batches of
-    ``SPEED_BATCH``: the median of the rounds' own ratios. Nothing is trained or judged again.
+    """Writes into the records without a speed how many times faster than timm's dense model they
+    are, at batches of ``SPEED_BATCH``. Trains and judges nothing.
     """
-    pixels = speed_images(images).to(arena.backbone.device)
-    with Stopwatch() as watch:
+    pixels = speed_images(images).to(bench.backbone.device)
+    with TimingProcess() as process:
         for name, seed in field:
             rows = {
-                str(row["point"]): row
-                for row in records.rows
-                if (row["policy"], row["seed"]) == (name, seed)
-                and row["speedup"] is None
-                and row["point"] in arena.game.points
+                str(point): row
+                for point in bench.task.points
+                if (row := records.find(name, seed, point)) and row["speedup"] is None
             }
             try:
-                models = {key: rebuilt(row, arena) for key, row in rows.items()}
+                models = {key: rebuild(row, bench) for key, row in rows.items()}
             except ValueError as error:
                 print(f"{name}, seed {seed} can't be timed: {error}", flush=True)
                 continue
             timed = {key: model for key, model in models.items() if model is not None}
             if not timed:
                 continue
-            turns = {"dense": arena.model} | timed
-            seconds = watch.round_seconds(turns, pixels, SPEED_BATCH, SPEED_ROUNDS)
+            turns = {"dense": bench.model} | timed
+            timings = process.time_models(turns, pixels, SPEED_BATCH, SPEED_ROUNDS)
             for key in timed:
-                row = rows[key]
-                row["speedup"] = speedup(Timing(seconds["dense"]), Timing(seconds[key]))
-                row.update(where(arena), speed_command=command())
+                rows[key]["speedup"] = speedup(timings["dense"], timings[key])
+                rows[key].update(where(bench), speed_command=command(MODULE))
             records.save()
             said = ", ".join(f"{row['speedup']:.2f}x" for row in rows.values())
             print(f"{name}, seed {seed}: {said}", flush=True)
 
 
 def speed_images(images: ImageSet) -> Tensor:
-    """``SPEED_IMAGES`` images, evenly spread, some of them twice where there are fewer."""
+    """``SPEED_IMAGES`` images, evenly spread; some of them twice where there are fewer."""
     chosen = [i * len(images) // SPEED_IMAGES for i in range(SPEED_IMAGES)]
     return images.load(chosen)[0]
+
+
+def table(rows: Sequence[Record]) -> str:
+    """A line for each method and operating point, over the seeds, the most accurate first. Methods
+    that were judged on fewer images say on how many.
+    """
+
+    def mean(name: str, group: list[Record]) -> float:
+        return float(np.mean([row[name] for row in group]))
+
+    most = max((sum(row["left"]) for row in rows), default=0)
+    lines = []
+    for point in sorted({row["point"] for row in rows}):
+        groups: dict[str, list[Record]] = {}
+        for row in rows:
+            if row["point"] == point:
+                groups.setdefault(row["method"], []).append(row)
+        for name, group in sorted(groups.items(), key=lambda item: -mean("accuracy", item[1])):
+            images = min(sum(row["left"]) for row in group)
+            speeds = [row["speedup"] for row in group if row["speedup"] is not None]
+            loss = [100 * (row["dense_accuracy"] - row["accuracy"]) for row in group]
+            lines.append(
+                [
+                    f"{100 * point:.0f}%",
+                    name if images == most else f"{name} ({images} images)",
+                    str(len(group)),
+                    mean_and_interval([100 * row["accuracy"] for row in group]),
+                    mean_and_interval(loss),
+                    f"{np.mean([100 * row['gmacs'] / row['dense_gmacs'] for row in group]):.1f}",
+                    mean_and_interval(speeds, unit="x") if speeds else "not timed",
+                ]
+            )
+    header = ["point", "method", "seeds", "accuracy", "loss", "GMACs, % of dense", "speed-up"]
+    return markdown_table(header, lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     try:
-        config = tyro.cli(CompareConfig, description=__doc__, args=arguments)
+        arguments = rename_flags(sys.argv[1:] if arguments is None else arguments, COMPARE_FLAGS)
+        config = tyro.cli(
+            CompareConfig, description=__doc__, args=arguments, prog=f"python -m {MODULE}"
+        )
         check(config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)

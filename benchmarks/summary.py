@@ -1,13 +1,12 @@
-"""Several runs of ``trainers.mappo`` as one table: ``python -m benchmarks.summary runs/*``.
+"""Summarises runs of ``trainers.mappo`` in a table: ``python -m benchmarks.summary runs/*``.
 
-Runs whose settings differ in nothing but the seed stand in one row: mean and standard deviation
-over the seeds of the learned policy and of what it is compared with.
+Runs whose settings differ only in the seed share a row: mean and standard deviation over the seeds
+of the learned policy, and of its lead over the others in the runs' reports.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +15,13 @@ from typing import Any
 
 import tyro
 
+from prunevit.benchmarks.markdown import markdown_table, mean_and_deviation
+
 ONE_RUNS_OWN = ("seed", "run_name", "resume", "device", "threads", "accumulate")
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedRun:
     """A finished run: its folder's name, settings and report."""
 
     name: str
@@ -28,7 +29,7 @@ class Finished:
     report: dict[str, Any]
 
 
-def read_run(folder: Path) -> Finished:
+def read_run(folder: Path) -> FinishedRun:
     """Reads a run's settings and report.
 
     Raises:
@@ -43,49 +44,42 @@ def read_run(folder: Path) -> Finished:
         raise ValueError(f"{folder} holds no finished run: {error}") from error
     if "dense" not in report.get("policies", {}):
         raise ValueError(f"{folder} is no run of the token game")
-    return Finished(folder.name, config, report)
+    return FinishedRun(folder.name, config, report)
 
 
-def grouped(runs: Sequence[Finished]) -> list[list[Finished]]:
-    """Runs that differ in their seed alone, in the order in which they were given."""
-    groups: dict[str, list[Finished]] = {}
+def group_by_settings(runs: Sequence[FinishedRun]) -> list[list[FinishedRun]]:
+    """Groups of runs that differ only in the seed, in the order in which they were given."""
+    groups: dict[str, list[FinishedRun]] = {}
     for run in runs:
         settings = {key: value for key, value in run.config.items() if key not in ONE_RUNS_OWN}
         groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
     return list(groups.values())
 
 
-def figures(run: Finished) -> dict[str, float]:
-    """What a row averages; accuracies and shares in percent."""
-    policies = run.report["policies"]
+def columns_of(report: dict[str, Any]) -> dict[str, float]:
+    """The figures of a report; accuracies and shares in percent."""
+    policies = report["policies"]
     dense, learned = policies["dense"], policies["learned"]
     return {
         "loss": 100 * (dense["accuracy"] - learned["accuracy"]),
-        "GMACs %": 100 * learned["gmacs"] / dense["gmacs"],
+        "GMACs, % of dense": 100 * learned["gmacs"] / dense["gmacs"],
         "speed-up": learned["images_per_second"] / dense["images_per_second"],
         "over attention": 100 * (learned["accuracy"] - policies["attention"]["accuracy"]),
         "over random": 100 * (learned["accuracy"] - policies["random"]["accuracy"]),
-        "seconds": run.report["seconds"],
+        "seconds": report["seconds"],
     }
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation as text."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.2f} ± {deviation:.2f}"
-
-
-def table(runs: Sequence[Finished]) -> str:
+def table(runs: Sequence[FinishedRun]) -> str:
     """A row for each group of runs."""
-    groups = grouped(runs)
-    columns = list(figures(groups[0][0]))
-    width = max(len(group[0].name) for group in groups) + 2
-    lines = ["".join([f"{'run':<{width}}", "seeds", *(f"{c:>17}" for c in columns)])]
+    groups = group_by_settings(runs)
+    columns = list(columns_of(groups[0][0].report))
+    rows = []
     for group in groups:
-        measured = [figures(run) for run in group]
-        cells = (f"{spread([row[column] for row in measured]):>17}" for column in columns)
-        lines.append("".join([f"{group[0].name:<{width}}", f"{len(group):>5}", *cells]))
-    return "\n".join(lines)
+        figures = [columns_of(run.report) for run in group]
+        cells = [mean_and_deviation([row[column] for row in figures]) for column in columns]
+        rows.append([group[0].name, str(len(group)), *cells])
+    return markdown_table(["run", "seeds", *columns], rows)
 
 
 @dataclass
@@ -98,7 +92,7 @@ class SummaryConfig:
 
 def main() -> None:
     """The command line."""
-    config = tyro.cli(SummaryConfig, description=__doc__)
+    config = tyro.cli(SummaryConfig, description=__doc__, prog="python -m benchmarks.summary")
     if not config.runs:
         sys.exit("error: name at least one run folder, as runs/NAME")
     try:

@@ -4,11 +4,18 @@ they are called now. Whatever reads a file of before asks here, and nowhere else
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # settings and record fields, and the observation field of that name
 SETTINGS = {"budget": "alpha"}
+# fields of records in benchmarks/results, beside those
+RECORDS = {"game": "task", "policy": "method"}
+# flags of benchmarks.compare and benchmarks.marl.compare
+COMPARE_FLAGS = {
+    "--game": "--task", "--games": "--tasks", "--policies": "--methods", "--entrants": "--methods",
+}  # fmt: skip
 # last part of a parameter's name
 PARAMETERS = {"budget_weight": "alpha_weight"}
 # metadata of safetensors files: keys, and values of "format"
@@ -30,6 +37,29 @@ def rename_settings(values: Any) -> Any:
         renamed["observation"] = [SETTINGS.get(name, name) for name in renamed["observation"]]
     if isinstance(renamed.get("policy"), dict):
         renamed["policy"] = rename_settings(renamed["policy"])
+    return renamed
+
+
+def rename_record(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A benchmark's record as read from JSON, under today's names."""
+    names = SETTINGS | RECORDS
+    return {names.get(key, key): value for key, value in values.items()}
+
+
+def rename_flags(arguments: Sequence[str], flags: Mapping[str, str]) -> list[str]:
+    """A command line under today's flags, with a line of warning for each old one.
+
+    Args:
+        arguments: what follows the command.
+        flags: old flag -> new flag.
+    """
+    renamed = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if flag in flags:
+            print(f"warning: {flag} is called {flags[flag]} now", file=sys.stderr)
+            flag = flags[flag]
+        renamed.append(flag + equals + value)
     return renamed
 
 

@@ -15,7 +15,7 @@ from timm.layers import Attention
 from prunevit.envs.data import datasets
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common import report
-from prunevit.trainers.common.evaluation import images_per_second
+from prunevit.trainers.common.timing import time_models
 
 # The same examples every time, however fast the machine is; to look for others, give
 # --hypothesis-profile=search.
@@ -218,9 +218,10 @@ def timed_here():
     takes seconds.
     """
 
-    def speeds(models, images, batch_size):
-        return images_per_second(models, images[:4], batch_size, rounds=1)
+    def images_per_second(models, images, batch_size):
+        timings = time_models(models, images[:4], batch_size, rounds=1)
+        return {name: 4 / timing.seconds for name, timing in timings.items()}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "speeds_of_fresh_process", speeds)
+        patch.setattr(report, "images_per_second", images_per_second)
         yield

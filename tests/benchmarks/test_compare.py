@@ -10,15 +10,22 @@ from safetensors.torch import load_file, save_file
 
 from prunevit.agents import PrunedViT, TopK
 from prunevit.benchmarks import compare as comparison
-from prunevit.benchmarks import trained
-from prunevit.benchmarks.arena import Bound, Contender, UnreachableError, bisected
-from prunevit.benchmarks.compare import CompareConfig, compare, main, open_arena
-from prunevit.benchmarks.entrants import ENTRANTS, Peer
-from prunevit.benchmarks.records import FIELDS, Records, read
-from prunevit.benchmarks.shown import read_curves, read_pictures
-from prunevit.benchmarks.trained import RECIPES
+from prunevit.benchmarks.artifacts import open_curves, read_pictures
+from prunevit.benchmarks.compare import CompareConfig, compare, main, open_benchmark
+from prunevit.benchmarks.methods import learned
+from prunevit.benchmarks.methods.recipes import RECIPES
+from prunevit.benchmarks.methods.registry import METHODS
+from prunevit.benchmarks.protocol import (
+    FixedScheduleModel,
+    Method,
+    UnreachableError,
+    UpperBound,
+    bisect,
+)
+from prunevit.benchmarks.records import FIELDS, Records, command, read
 from prunevit.envs.vit.digits_vit import ASSETS
 from prunevit.trainers.common.evaluation import evaluate
+from prunevit.trainers.common.timing import Timing
 
 SETTINGS = {"eval_size": 20, "test_size": 30, "speed": False, "iterations": 1, "threads": 1}
 
@@ -35,8 +42,8 @@ def small_digits(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def arena():
-    return open_arena(CompareConfig(**SETTINGS))[0]
+def bench():
+    return open_benchmark(CompareConfig(**SETTINGS))[0]
 
 
 # --- knobs ---
@@ -44,56 +51,56 @@ def arena():
 
 @pytest.mark.parametrize("at_least", [False, True])
 def test_a_knob_is_set_from_the_side_that_was_asked_for(at_least):
-    knob = bisected(lambda k: 1 / k, 0.01, 100.0, 0.37, at_least)
+    knob = bisect(lambda k: 1 / k, 0.01, 100.0, 0.37, at_least)
     assert 1 / knob == pytest.approx(0.37, rel=0.01)
     assert (1 / knob >= 0.37) == at_least
     with pytest.raises(UnreachableError, match="GMACs at the"):
-        bisected(lambda k: 1 / k, 0.01, 100.0, 200.0 if at_least else 0.001, at_least)
+        bisect(lambda k: 1 / k, 0.01, 100.0, 200.0 if at_least else 0.001, at_least)
 
 
 @pytest.mark.parametrize(
     "name", ["random", "attention", "threshold", "ats", "tome", "evit", "evit-unfused"]
 )
-def test_who_is_compared_with_spends_at_least_as_much(arena, name):
-    target = arena.gmacs_at(0.4)
-    contender = ENTRANTS[name].open(arena, 0)
-    model = contender.make(contender.tune(target))
-    spent = evaluate(model, arena.validation, arena.size).gmacs
+def test_who_is_compared_with_spends_at_least_as_much(bench, name):
+    target = bench.gmacs_at(0.4)
+    method = METHODS[name].open(bench, 0)
+    model = method.make(method.tune(target))
+    spent = evaluate(model, bench.validation, bench.size).gmacs
     assert target <= spent < 1.06 * target
 
 
 @pytest.mark.parametrize("dithers", [False, True])
 @pytest.mark.parametrize("name", ["mappo", "mappo-one-price"])
-def test_ours_spend_at_most_as_much(arena, name, dithers, monkeypatch):
+def test_ours_spend_at_most_as_much(bench, name, dithers, monkeypatch):
     """With an actor whose patches differ: price and threshold both move what it costs."""
-    arena = replace(arena, game=replace(arena.game, dithers=dithers))
+    bench = replace(bench, task=replace(bench.task, dithers=dithers))
     recipe = RECIPES[name]
-    folder = trained.trained_run(arena, name, 0, recipe.settings(arena))
+    folder = learned.trained_run(bench, name, 0, recipe.settings(bench))
     model = PrunedViT.from_run(folder)
     with torch.no_grad():
         model.policy.actor.prior_weight.fill_(0.1)
         model.policy.actor.keep_bias.fill_(0.0)
-        if recipe.many_prices:
+        if recipe.alpha_range:
             model.policy.actor.alpha_weight.fill_(-0.1)
             model.policy.actor.keep_bias.fill_(-0.3)
     monkeypatch.setattr(PrunedViT, "from_run", lambda folder: model)
-    contender = ENTRANTS[name].open(arena, 0)
+    method = METHODS[name].open(bench, 0)
     for point in (0.3, 0.5):
-        target = arena.gmacs_at(point)
-        knobs = contender.tune(target)
-        pruned = contender.make(knobs | {"accuracy": 0.9})  # a record holds more than knobs
-        spent = evaluate(pruned, arena.validation, arena.size).gmacs
+        target = bench.gmacs_at(point)
+        knobs = method.tune(target)
+        pruned = method.make(knobs | {"accuracy": 0.9})  # a record holds more than knobs
+        spent = evaluate(pruned, bench.validation, bench.size).gmacs
         assert 0.85 * target < spent <= target
-        knob = "alpha" if recipe.many_prices else "threshold"
-        price = {} if recipe.many_prices else {"alpha": arena.base.alpha}  # that of the training
-        assert knobs == price | {knob: getattr(pruned.policy, knob)} | (
+        knob = "alpha" if recipe.alpha_range else "threshold"
+        trained_for = {} if recipe.alpha_range else {"alpha": bench.base.alpha}
+        assert knobs == trained_for | {knob: getattr(pruned.policy, knob)} | (
             {"dither": pruned.policy.dither} if dithers else {}
         )
 
 
 @pytest.mark.integration("benchmarl")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_another_librarys_algorithm_is_trained_once_and_set_by_its_threshold(arena, monkeypatch):
+def test_another_librarys_algorithm_is_trained_once_and_set_by_its_threshold(bench, monkeypatch):
     from prunevit.trainers import benchmarl
 
     trainings = []
@@ -101,30 +108,30 @@ def test_another_librarys_algorithm_is_trained_once_and_set_by_its_threshold(are
     monkeypatch.setattr(
         benchmarl, "train", lambda config: trainings.append(config) or original(config)
     )
-    (arena.runs / "benchmarl-iql-3").mkdir(parents=True)  # killed before it wrote anything
-    contender = ENTRANTS["benchmarl-iql"].open(arena, 3)
+    (bench.runs / "benchmarl-iql-3").mkdir(parents=True)  # killed before it wrote anything
+    method = METHODS["benchmarl-iql"].open(bench, 3)
     for point in (0.4, 0.7):
-        target = arena.gmacs_at(point)
-        knobs = contender.tune(target)
-        assert evaluate(contender.make(knobs), arena.validation, arena.size).gmacs <= target
+        target = bench.gmacs_at(point)
+        knobs = method.tune(target)
+        assert evaluate(method.make(knobs), bench.validation, bench.size).gmacs <= target
     assert [(config.algorithm, config.seed, config.iterations) for config in trainings] == [
         ("iql", 3, 1)
     ]
     with pytest.raises(ValueError, match="other settings"):
-        ENTRANTS["benchmarl-iql"].open(replace(arena, iterations=2), 3).tune(1.0)
+        METHODS["benchmarl-iql"].open(replace(bench, iterations=2), 3).tune(1.0)
 
 
-def test_what_can_not_be_so_cheap_is_not_there(arena):
+def test_what_can_not_be_so_cheap_is_not_there(bench):
     for name in ("attention", "random", "oracle"):
         with pytest.raises(UnreachableError, match="no patch kept"):
-            ENTRANTS[name].open(arena, 0).tune(arena.gmacs_at(0.1))
+            METHODS[name].open(bench, 0).tune(bench.gmacs_at(0.1))
 
 
-def test_a_peer_tells_what_it_was_given(arena):
-    model = PrunedViT(arena.backbone, TopK((20, 9)))
-    peer = Peer(model, arena.backbone, macs=7, kept=(20, 9))
-    images, _ = arena.validation.load(range(3))
-    told, traced = peer.trace(images), model.trace(images)
+def test_a_fixed_schedule_tells_what_it_was_given(bench):
+    model = PrunedViT(bench.backbone, TopK((20, 9)))
+    fixed = FixedScheduleModel(model, bench.backbone, macs=7, kept=(20, 9))
+    images, _ = bench.validation.load(range(3))
+    told, traced = fixed.trace(images), model.trace(images)
     assert torch.equal(told.logits, traced.logits)
     assert torch.equal(told.alive.sum(2), traced.alive.sum(2))
     assert told.macs.tolist() == [7] * 3
@@ -132,8 +139,8 @@ def test_a_peer_tells_what_it_was_given(arena):
 
 def spread_run(runs):
     """A run of ours whose policy tells patches and prices apart, as one iteration teaches none."""
-    base = open_arena(CompareConfig(**SETTINGS, out=runs.parent))[0]
-    folder = trained.trained_run(base, "mappo", 0, RECIPES["mappo"].settings(base))
+    base = open_benchmark(CompareConfig(**SETTINGS, out=runs.parent))[0]
+    folder = learned.trained_run(base, "mappo", 0, RECIPES["mappo"].settings(base))
     weights = load_file(folder / "policy.safetensors")
     for name, value in {"prior_weight": 0.1, "keep_bias": -0.3, "alpha_weight": -0.1}.items():
         weights[name].fill_(value)
@@ -145,11 +152,11 @@ def spread_run(runs):
 
 def test_records_are_complete_and_nothing_is_measured_twice(tmp_path, monkeypatch):
     config = CompareConfig(
-        policies=("attention", "random"), seeds=2, points=(0.4, 0.5), out=tmp_path / "r", **SETTINGS
+        methods=("attention", "random"), seeds=2, points=(0.4, 0.5), out=tmp_path / "r", **SETTINGS
     )
     rows = compare(config)
     # attention has no seed
-    assert [(row["policy"], row["seed"], row["point"]) for row in rows] == [
+    assert [(row["method"], row["seed"], row["point"]) for row in rows] == [
         ("attention", 0, 0.4), ("attention", 0, 0.5), ("random", 0, 0.4), ("random", 0, 0.5),
         ("random", 1, 0.4), ("random", 1, 0.5),
     ]  # fmt: skip
@@ -166,12 +173,12 @@ def test_records_are_complete_and_nothing_is_measured_twice(tmp_path, monkeypatc
     file.write_text(whole[: whole.rindex("{") + 9])  # killed while the last record was written
     judged = []
 
-    def note(contender, knobs, *rest):
+    def note(method, knobs, *rest):
         judged.append(knobs)
-        return original(contender, knobs, *rest)
+        return original(method, knobs, *rest)
 
-    original = comparison.judged
-    monkeypatch.setattr(comparison, "judged", note)
+    original = comparison.judge
+    monkeypatch.setattr(comparison, "judge", note)
     again = compare(config)
     assert judged == [{"tokens": rows[-1]["tokens"]}]
     assert again == rows
@@ -180,12 +187,12 @@ def test_records_are_complete_and_nothing_is_measured_twice(tmp_path, monkeypatc
 @pytest.mark.learning
 def test_what_learns_is_trained_once(tmp_path, monkeypatch):
     config = CompareConfig(
-        policies=("mappo", "released"), seeds=1, points=(0.9,), out=tmp_path / "r", **SETTINGS
+        methods=("mappo", "released"), seeds=1, points=(0.9,), out=tmp_path / "r", **SETTINGS
     )
     compare(config)
     for name in ("mappo-0", "released-0"):
         assert (tmp_path / "r" / "runs" / name / "policy.safetensors").is_file()
-    monkeypatch.setattr(trained, "learn", None)  # not called again
+    monkeypatch.setattr(learned, "learn", None)  # not called again
     Path(tmp_path / "r" / "records.jsonl").unlink()
     compare(config)
     written = tmp_path / "r" / "runs" / "mappo-0" / "config.json"
@@ -196,59 +203,69 @@ def test_what_learns_is_trained_once(tmp_path, monkeypatch):
     compare(config)
     other = CompareConfig(**(vars(config) | {"iterations": 2}))
     Path(tmp_path / "r" / "records.jsonl").unlink(missing_ok=True)
-    with pytest.raises(ValueError, match=r"other settings \(iterations\)"):
+    with pytest.raises(ValueError, match=r"other settings \(iterations 1 for 2\)"):
         compare(other)
 
 
 def test_speeds_come_later_without_training_or_judging(tmp_path, monkeypatch):
-    """Of two policies the one that keeps next to nothing is faster, whatever else runs."""
     config = CompareConfig(
-        policies=("attention", "oracle", "released"), seeds=1, points=(0.9, 0.3),
-        out=tmp_path / "r", **SETTINGS,
+        methods=("attention", "oracle", "released"), seeds=1, points=(0.9, 0.3),
+        out=tmp_path, **SETTINGS,
     )  # fmt: skip
-    monkeypatch.setattr("prunevit.benchmarks.entrants.ORACLE_IMAGES", 4)
-    monkeypatch.setattr(comparison, "SPEED_IMAGES", 128)
-    monkeypatch.setattr(comparison, "SPEED_ROUNDS", 3)
+    monkeypatch.setattr("prunevit.benchmarks.methods.untrained.ORACLE_IMAGES", 4)
     rows = compare(config)
     assert all(row["speedup"] is None for row in rows)
     known = [dict(row) for row in rows]
-    monkeypatch.setattr(comparison, "judged", None)
-    monkeypatch.setattr(trained, "learn", None)
-    timed = compare(CompareConfig(**(vars(config) | {"speed": True})))
-    assert timed == read(tmp_path / "r" / "records.jsonl")
+    turns = []
+
+    def time_models(process, models, images, batch_size, rounds):
+        turns.append(list(models))
+        assert models["dense"] is not models["0.9"]
+        assert isinstance(models["0.9"], PrunedViT)
+        # dense takes 1 s, the others as long as their point says
+        passes = {name: 1.0 if name == "dense" else float(name) for name in models}
+        return {name: Timing([seconds] * rounds) for name, seconds in passes.items()}
+
+    monkeypatch.setattr(comparison.TimingProcess, "time_models", time_models)
+    monkeypatch.setattr(comparison, "judge", None)
+    monkeypatch.setattr(learned, "learn", None)
+    timed = compare(replace(config, speed=True))
+    assert timed == read(tmp_path / "records.jsonl")
     for before, after in zip(known, map(dict, timed), strict=True):
-        is_timed = after["speedup"] is not None
-        assert after.pop("speed_command", "none") == (comparison.command() if is_timed else "none")
+        called = command("benchmarks.compare") if after["speedup"] is not None else None
+        assert after.pop("speed_command", None) == called
         assert before == after | {"speedup": None}
-    speeds = {(row["policy"], row["point"]): row["speedup"] for row in timed}
-    assert speeds["attention", 0.3] > speeds["attention", 0.9] > 0.3
-    assert speeds["released", 0.9] > 0.3
+    speeds = {(row["method"], row["point"]): row["speedup"] for row in timed}
+    assert speeds["attention", 0.3] == pytest.approx(1 / 0.3)
+    assert speeds["released", 0.9] == pytest.approx(1 / 0.9)
     assert speeds["oracle", 0.9] is None  # a search has no speed
-    monkeypatch.setattr(comparison.Stopwatch, "round_seconds", None)  # nothing is left to be timed
-    assert compare(CompareConfig(**(vars(config) | {"speed": True}))) == timed
+    assert turns[0] == ["dense", "0.9", "0.3"]
+    turns.clear()
+    assert compare(replace(config, speed=True)) == timed
+    assert not turns
 
 
 def test_a_policy_whose_run_is_gone_gets_no_speed(tmp_path, capsys):
     config = CompareConfig(
-        policies=("mappo",), seeds=1, points=(0.9,), out=tmp_path, **SETTINGS | {"speed": True}
+        methods=("mappo",), seeds=1, points=(0.9,), out=tmp_path, **SETTINGS | {"speed": True}
     )
-    row = {"game": "digits", "policy": "mappo", "point": 0.9, "alpha": 0.1, "speedup": None}
-    Records(tmp_path, "digits").add([dict.fromkeys(FIELDS, 0) | row])
+    row = {"task": "digits", "method": "mappo", "point": 0.9, "alpha": 0.1, "speedup": None}
+    Records(tmp_path / "records.jsonl").put(dict.fromkeys(FIELDS, 0) | row)
     assert compare(config)[0]["speedup"] is None
     assert "mappo, seed 0 can't be timed" in capsys.readouterr().out
 
 
-def test_a_bound_is_judged_on_few_images(arena, tmp_path, monkeypatch):
-    monkeypatch.setattr("prunevit.benchmarks.entrants.ORACLE_IMAGES", 5)
-    policies = ("oracle", "oracle-no-labels")
-    config = CompareConfig(policies=policies, points=(0.3,), out=tmp_path, **SETTINGS)
+def test_a_bound_is_judged_on_few_images(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr("prunevit.benchmarks.methods.untrained.ORACLE_IMAGES", 5)
+    methods = ("oracle", "oracle-no-labels")
+    config = CompareConfig(methods=methods, points=(0.3,), out=tmp_path, **SETTINGS)
     for row in compare(config):
         assert row["images"] == sum(row["left"]) == 5
         assert row["dense_accuracy"] * 5 == pytest.approx(round(row["dense_accuracy"] * 5))
-        assert row["gmacs"] >= arena.gmacs_at(0.3)
-    bound = ENTRANTS["oracle"].open(arena, 0)
-    assert isinstance(bound, Bound)
-    images, labels = arena.validation.load(range(2))
+        assert row["gmacs"] >= bench.gmacs_at(0.3)
+    bound = METHODS["oracle"].open(bench, 0)
+    assert isinstance(bound, UpperBound)
+    images, labels = bench.validation.load(range(2))
     search = bound.search({"tokens": [6, 3]})
     told, other = search(images, labels), search(images, (labels + 1) % 10)
     assert told.alive.sum(2).tolist() == [[6, 3]] * 2
@@ -260,46 +277,46 @@ def test_a_bound_is_judged_on_few_images(arena, tmp_path, monkeypatch):
 
 def test_curves_and_pictures_are_left(tmp_path):
     config = CompareConfig(
-        policies=("mappo", "attention", "random"), seeds=1, points=(0.9,), out=tmp_path, **SETTINGS
+        methods=("mappo", "attention", "random"), seeds=1, points=(0.9,), out=tmp_path, **SETTINGS
     )
     spread_run(tmp_path / "runs")
     compare(config)
-    (curve,) = read_curves(tmp_path)
-    assert (curve["policy"], curve["seed"], curve["iteration"]) == ("mappo", 0, [1])
+    (curve,) = open_curves(tmp_path).rows
+    assert (curve["method"], curve["seed"], curve["iteration"]) == ("mappo", 0, [1])
     assert 0 <= curve["keep_ratio"][0] <= 1
     pictures = read_pictures(tmp_path)
     assert pictures.images.shape == (6, 64, 64, 1)
     assert set(pictures.alive) == {"mappo", "attention"}
     compare(config)
-    assert len(read_curves(tmp_path)) == 1
+    assert len(open_curves(tmp_path).rows) == 1
 
 
 # --- trainings of their own kind ---
 
 
 @pytest.mark.learning
-def test_the_backbone_is_fine_tuned_once_under_ours(arena, monkeypatch):
+def test_the_backbone_is_fine_tuned_once_under_ours(bench, monkeypatch):
     tiny = {"epochs": 1, "epoch_size": 64, "batch_size": 32, "validation_size": 20}
-    arena = replace(arena, game=replace(arena.game, points=(0.95,), fine_tuning=tiny))
+    bench = replace(bench, task=replace(bench.task, points=(0.95,), fine_tuning=tiny))
     name = "mappo-fine-tuned"
-    assert ENTRANTS[name].fine_tunes
-    spread_run(arena.runs)
-    contender = ENTRANTS[name].open(arena, 0)
-    knobs = contender.tune(arena.gmacs_at(0.95))
-    model = contender.make(knobs)
-    before = arena.model.blocks[-1].mlp.fc1.weight
+    assert METHODS[name].fine_tunes
+    spread_run(bench.runs)
+    method = METHODS[name].open(bench, 0)
+    knobs = method.tune(bench.gmacs_at(0.95))
+    model = method.make(knobs)
+    before = bench.model.blocks[-1].mlp.fc1.weight
     assert not torch.equal(model.backbone.model.blocks[-1].mlp.fc1.weight, before)
     assert torch.equal(
-        model.backbone.model.blocks[0].mlp.fc1.weight, arena.model.blocks[0].mlp.fc1.weight
+        model.backbone.model.blocks[0].mlp.fc1.weight, bench.model.blocks[0].mlp.fc1.weight
     )
-    monkeypatch.setattr(trained.finetune, "train", None)  # not called again
-    assert ENTRANTS[name].open(arena, 0).tune(arena.gmacs_at(0.95)) == knobs
-    other = replace(arena, game=replace(arena.game, fine_tuning=tiny | {"batch_size": 16}))
-    with pytest.raises(ValueError, match=r"other settings \(batch_size\)"):
-        ENTRANTS[name].open(other, 0).tune(arena.gmacs_at(0.95))
+    monkeypatch.setattr(learned.finetune, "train", None)  # not called again
+    assert METHODS[name].open(bench, 0).tune(bench.gmacs_at(0.95)) == knobs
+    other = replace(bench, task=replace(bench.task, fine_tuning=tiny | {"batch_size": 16}))
+    with pytest.raises(ValueError, match=r"other settings \(batch_size 32 for 16\)"):
+        METHODS[name].open(other, 0).tune(bench.gmacs_at(0.95))
 
 
-def test_what_is_fine_tuned_is_what_was_chosen_on_validation(arena, monkeypatch):
+def test_what_is_fine_tuned_is_what_was_chosen_on_validation(bench, monkeypatch):
     class BegunError(Exception):
         pass
 
@@ -307,74 +324,74 @@ def test_what_is_fine_tuned_is_what_was_chosen_on_validation(arena, monkeypatch)
         assert (config.alpha, config.dither) == (0.07, True)
         raise BegunError
 
-    monkeypatch.setattr(trained.finetune, "train", begin)
-    ours = Contender(lambda gmacs: {"alpha": 0.07, "dither": True}, None)
-    monkeypatch.setattr(trained, "learned", lambda *_: ours)
+    monkeypatch.setattr(learned.finetune, "train", begin)
+    ours = Method(lambda gmacs: {"alpha": 0.07, "dither": True}, None)
+    monkeypatch.setattr(learned, "mappo", lambda *_: ours)
     with pytest.raises(BegunError):
-        ENTRANTS["mappo-fine-tuned"].open(arena, 0).tune(arena.gmacs_at(0.95))
+        METHODS["mappo-fine-tuned"].open(bench, 0).tune(bench.gmacs_at(0.95))
 
 
 @pytest.mark.learning
-def test_each_operating_point_has_a_training_of_its_own(arena):
-    spread_run(arena.runs)
-    contender = ENTRANTS["mappo-each-price"].open(arena, 0)
-    knobs = contender.tune(arena.gmacs_at(0.95))
+def test_each_operating_point_has_a_training_of_its_own(bench):
+    spread_run(bench.runs)
+    method = METHODS["mappo-each-price"].open(bench, 0)
+    knobs = method.tune(bench.gmacs_at(0.95))
     assert knobs["run"] == "mappo-each-price-95-0"
-    config = json.loads((arena.runs / knobs["run"] / "config.json").read_text())
-    low, high = arena.game.alpha_range
+    config = json.loads((bench.runs / knobs["run"] / "config.json").read_text())
+    low, high = bench.task.alpha_range
     assert low / 8 <= config["alpha"] <= high * 8
     assert knobs["alpha"] == config["alpha"]
     assert "alpha" not in config["observation"]
-    assert contender.make(knobs).policy.threshold == knobs["threshold"]
+    assert method.make(knobs).policy.threshold == knobs["threshold"]
 
 
 @pytest.mark.learning
-def test_dynamic_vit_takes_part_with_and_without_its_backbone(arena):
-    arena = replace(arena, game=replace(arena.game, dynamic_vit={"batch_size": 8}))
+def test_dynamic_vit_takes_part_with_and_without_its_backbone(bench):
+    bench = replace(bench, task=replace(bench.task, dynamic_vit={"batch_size": 8}))
     # the backbone begins to learn after a sixth of the training
     for name, iterations in (("dynamic-vit", 1), ("dynamic-vit-fine-tuned", 6)):
-        contender = ENTRANTS[name].open(replace(arena, iterations=iterations), 0)
-        model = contender.make(contender.tune(arena.gmacs_at(0.5)))
+        method = METHODS[name].open(replace(bench, iterations=iterations), 0)
+        model = method.make(method.tune(bench.gmacs_at(0.5)))
         learns = not torch.equal(
-            model.backbone.model.blocks[-1].mlp.fc1.weight, arena.model.blocks[-1].mlp.fc1.weight
+            model.backbone.model.blocks[-1].mlp.fc1.weight, bench.model.blocks[-1].mlp.fc1.weight
         )
-        assert learns == ENTRANTS[name].fine_tunes
-    config = json.loads((arena.runs / "dynamic-vit-0" / "config.json").read_text())
+        assert learns == METHODS[name].fine_tunes
+    config = json.loads((bench.runs / "dynamic-vit-0" / "config.json").read_text())
     assert config["iterations"] == SETTINGS["iterations"]
     assert config["batch_size"] == 8
 
 
-def test_every_ablation_takes_one_thing_away(arena):
-    settings = {name: recipe.settings(arena) for name, recipe in RECIPES.items()}
+def test_every_ablation_takes_one_thing_away(bench):
+    settings = {name: recipe.settings(bench) for name, recipe in RECIPES.items()}
     ours = settings["mappo"]
-    assert settings["one-stage"] == ours | {"prune_before": arena.game.prune_before[:1]}
+    assert settings["one-stage"] == ours | {"prune_before": bench.task.prune_before[:1]}
     assert settings["no-attention-prior"] == ours | {"attention_prior": 0.0}
     assert "stage" not in settings["no-stage"]["observation"]
     assert settings["no-image-baseline"]["rollouts_per_image"] == 1
     assert settings["ippo"]["critic"] == "local"
     assert settings["with-critic"] == ours | {"critic": "central"}
     assert settings["no-team-reward"]["reward"] == "markov-game"
-    assert settings["released"]["prune_before"] == arena.game.released_stages
+    assert settings["released"]["prune_before"] == bench.task.released_stages
     assert settings["released-faster"] == settings["released"] | {"lr": 5e-4}
     for changes in settings.values():
-        replace(arena.base, **changes)  # raises where settings don't go together
+        replace(bench.base, **changes)  # raises where settings don't go together
 
 
-def test_released_has_the_numbers_of_the_code(arena):
+def test_released_has_the_numbers_of_the_code(bench):
     """Those of github.com/LuErShuai/rl4evit at 5847406."""
-    settings = RECIPES["released"].settings(arena)
+    settings = RECIPES["released"].settings(bench)
     numbers = {
         "lr": 5e-6, "epochs": 4, "entropy": 0.01, "gamma": 0.99, "hidden": (64, 256, 64),
         "critic_hidden": (64, 256, 64), "lr_schedule": "constant", "reward": "released-code",
     }  # fmt: skip
     assert settings == settings | numbers
-    assert arena.base.num_envs / settings["minibatches"] == 16  # episodes a step
-    assert arena.base.clip == 0.2
+    assert bench.base.num_envs / settings["minibatches"] == 16  # episodes a step
+    assert bench.base.clip == 0.2
 
 
-def test_a_recipe_is_as_long_as_it_says_unless_told_otherwise(arena):
-    assert "iterations" not in RECIPES["released"].settings(arena)
-    free = replace(arena, iterations=None, base=replace(arena.base, iterations=400))
+def test_a_recipe_is_as_long_as_it_says_unless_told_otherwise(bench):
+    assert "iterations" not in RECIPES["released"].settings(bench)
+    free = replace(bench, iterations=None, base=replace(bench.base, iterations=400))
     assert RECIPES["released"].settings(free)["iterations"] == 200
     assert RECIPES["mappo"].settings(free)["iterations"] == 400
 
@@ -385,13 +402,13 @@ def test_a_recipe_is_as_long_as_it_says_unless_told_otherwise(arena):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--game chess", "unknown game 'chess': choose from digits, cifar10, imagenet"),
-        ("--policies mapo", "unknown policies mapo: there are random"),
+        ("--task chess", "unknown task 'chess': choose from digits, cifar10, imagenet"),
+        ("--methods mapo", "unknown methods mapo: there are random"),
         ("--seeds 0", "seeds=0"),
         ("--points 1.5", r"points=(1.5,): shares"),
-        ("--game cifar10", "where are its images? Give --data"),
-        ("--game cifar10 --data folder:x", "needs a trained backbone: give --checkpoint"),
-        ("--game cifar10 --data folder:x --checkpoint y", "no checkpoint y"),
+        ("--task cifar10", "where are its images? Give --data"),
+        ("--task cifar10 --data folder:x", "needs a trained backbone: give --checkpoint"),
+        ("--task cifar10 --data folder:x --checkpoint y", "no checkpoint y"),
         ("--checkpoint y", "no checkpoint y"),
     ],
 )
@@ -401,17 +418,17 @@ def test_bad_input_is_refused_at_once(line, message, capsys):
     assert message in str(error.value)
 
 
-def test_a_folder_of_another_game_is_refused(tmp_path):
+def test_a_folder_of_another_task_is_refused(tmp_path):
     (tmp_path / "records.jsonl").write_text("")
-    compare_again = CompareConfig(out=tmp_path, policies=("attention",), points=(0.4,), **SETTINGS)
+    compare_again = CompareConfig(out=tmp_path, methods=("attention",), points=(0.4,), **SETTINGS)
     rows = compare(compare_again)
-    assert rows[0]["game"] == "digits"
-    with pytest.raises(SystemExit, match="holds records of digits"):
-        main(["--game", "cifar10", "--out", str(tmp_path)])
+    assert rows[0]["task"] == "digits"
+    with pytest.raises(SystemExit, match=r"other settings \(task digits for cifar10\)"):
+        main(["--task", "cifar10", "--out", str(tmp_path)])
 
 
 def test_records_of_other_settings_are_refused(tmp_path):
-    config = CompareConfig(out=tmp_path, policies=("attention",), points=(0.4,), **SETTINGS)
+    config = CompareConfig(out=tmp_path, methods=("attention",), points=(0.4,), **SETTINGS)
     compare(config)
     for change, named in (
         ({"eval_size": 21}, "eval_size 20 for 21"),
@@ -424,7 +441,7 @@ def test_records_of_other_settings_are_refused(tmp_path):
 
 
 def test_the_first_records_that_did_not_say_their_settings_still_count(tmp_path):
-    config = CompareConfig(out=tmp_path, policies=("attention",), points=(0.4,), **SETTINGS)
+    config = CompareConfig(out=tmp_path, methods=("attention",), points=(0.4,), **SETTINGS)
     (row,) = compare(config)
     del row["settings"]
     (tmp_path / "records.jsonl").write_text(json.dumps(row) + "\n")

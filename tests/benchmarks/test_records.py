@@ -1,49 +1,81 @@
-"""Records survive what interrupts their writing, and tell means with honest intervals."""
+"""Records survive what interrupts their writing, and old ones are still read."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from prunevit.benchmarks.records import FIELDS, Records, cell, interval, read, table
+from prunevit.benchmarks.bootstrap import interval
+from prunevit.benchmarks.compare import table
+from prunevit.benchmarks.markdown import mean_and_deviation, mean_and_interval
+from prunevit.benchmarks.records import FIELDS, Records, differences, read
+
+OLD = Path(__file__).parent / "data" / "records_0.1.jsonl"
 
 
-def record(policy="a", seed=0, point=0.4, accuracy=0.9, **more):
+def record(method="a", seed=0, point=0.4, accuracy=0.9, **more):
     row = dict.fromkeys(FIELDS, 0)
     return row | {
-        "game": "digits", "policy": policy, "seed": seed, "point": point, "accuracy": accuracy,
+        "task": "digits", "method": method, "seed": seed, "point": point, "accuracy": accuracy,
         "dense_accuracy": 0.95, "gmacs": 0.4, "dense_gmacs": 1.0, "speedup": None, "left": [0, 9],
     } | more  # fmt: skip
 
 
-def test_records_come_back(tmp_path):
-    records = Records(tmp_path / "new", "digits")
-    records.add([record(seed=0), record(seed=1)])
-    records.add([record("b")])
-    again = Records(tmp_path / "new", "digits")
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "new" / "records.jsonl"
+
+
+def put(file, *rows):
+    records = Records(file)
+    for row in rows:
+        records.put(row)
+    return records
+
+
+def test_records_come_back(file):
+    put(file, record(seed=0), record(seed=1))
+    put(file, record("b"))
+    again = Records(file)
     assert again.rows == [record(seed=0), record(seed=1), record("b")]
-    assert again.has("a", 1, 0.4)
+    assert again.find("a", 1, 0.4) == record(seed=1)
     for other in (("a", 2, 0.4), ("b", 1, 0.4), ("a", 1, 0.5)):
-        assert not again.has(*other)
+        assert again.find(*other) is None
+
+
+def test_a_record_takes_the_place_of_the_one_with_its_key(file):
+    records = put(file, record(), record("b"), record(accuracy=0.5))
+    assert records.rows == read(file) == [record("b"), record(accuracy=0.5)]
 
 
 @pytest.mark.parametrize("cut", [1, 20, 5_000])
-def test_a_line_that_was_cut_off_is_measured_anew(tmp_path, cut):
-    Records(tmp_path, "digits").add([record(seed=seed) for seed in range(3)])
-    file = tmp_path / "records.jsonl"
+def test_a_line_that_was_cut_off_is_measured_again(file, cut):
+    put(file, *[record(seed=seed) for seed in range(3)])
     text = file.read_text()
     file.write_text(text[:-cut])
-    records = Records(tmp_path, "digits")
     whole = text[:-cut].count("\n")
-    assert len(records.rows) == whole
-    records.add([record(seed=9)])
+    put(file, record(seed=9))
     assert [row["seed"] for row in read(file)] == [*range(whole), 9]
 
 
-def test_records_of_another_game_are_refused(tmp_path):
-    Records(tmp_path, "digits").add([record()])
-    with pytest.raises(ValueError, match=r"holds records of digits: give another --out for cifar"):
-        Records(tmp_path, "cifar10")
+def test_records_of_before_are_read_with_a_warning(capsys):
+    rows = read(OLD)
+    assert [(row["task"], row["method"]) for row in rows] == [("digits", "mappo")] * 2
+    assert rows[0]["alpha"] == json.loads(OLD.read_text().splitlines()[0])["budget"]
+    warned = capsys.readouterr().err
+    assert warned.endswith("has fields of a version before 0.2: budget, game, policy\n")
+    assert warned.count("\n") == 1
+
+
+def test_records_of_other_settings_are_refused(file):
+    records = put(file, record(settings={"size": 1, "kind": "a"}), record("of the first"))
+    records.require({"size": 1, "kind": "a"})
+    with pytest.raises(ValueError, match=r"other settings \(kind a for b, size 1 for 2\): give"):
+        records.require({"size": 2, "kind": "b"})
+    with pytest.raises(ValueError, match=r"\(task digits for cifar10\)"):
+        records.require({"task": "cifar10"}, lambda row: {"task": row["task"]})
+    assert differences({"a": 1}, {"b": 2}) == "a 1 for None, b None for 2"
 
 
 @pytest.mark.parametrize(
@@ -66,10 +98,11 @@ def test_intervals_hold_the_mean_as_often_as_they_say():
     assert interval([0.5]) == interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
 
 
-def test_a_cell_tells_mean_and_interval():
+def test_cells_tell_mean_and_spread():
     low, high = interval([1.0, 2.0, 3.0, 4.0])
-    assert cell([1.0, 2.0, 3.0, 4.0], unit="x") == f"2.50x [{low:.2f}, {high:.2f}]"
-    assert cell([2.0, 2.0]) == "2.00"
+    assert mean_and_interval([1.0, 2.0, 3.0, 4.0], unit="x") == f"2.50x [{low:.2f}, {high:.2f}]"
+    assert mean_and_interval([2.0, 2.0]) == "2.00"
+    assert mean_and_deviation([1.0, 3.0], unit="%") == "2.00 ± 1.41%"
 
 
 def test_the_table_says_who_was_judged_on_fewer_images():
@@ -78,7 +111,7 @@ def test_the_table_says_who_was_judged_on_fewer_images():
     assert "| b |" in text
 
 
-def test_the_table_ranks_policies_at_each_point():
+def test_the_table_ranks_methods_at_each_point():
     rows = [
         record("worse", accuracy=0.8),
         record("better", accuracy=0.94, speedup=2.0),

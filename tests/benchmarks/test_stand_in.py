@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
 
 from prunevit.agents import PrunedViT
-from prunevit.benchmarks import compare, figures, throughput
-from prunevit.benchmarks.games import GAMES
+from prunevit.benchmarks import compare, figures
+from prunevit.benchmarks.speed import throughput
+from prunevit.benchmarks.tasks import TASKS
 from prunevit.envs.data.datasets import open_images
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.weights import write_weights
@@ -141,13 +142,13 @@ def test_the_comparison_runs(folder, images, weights, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(compare, "SPEED_IMAGES", compare.SPEED_BATCH)
     monkeypatch.setattr(compare, "SPEED_ROUNDS", 1)
-    short = replace(GAMES["imagenet"], fine_tuning={"epochs": 1, "epoch_size": 256})
-    monkeypatch.setitem(GAMES, "imagenet", short)
+    short = replace(TASKS["imagenet"], fine_tuning={"epochs": 1, "epoch_size": 256})
+    monkeypatch.setitem(TASKS, "imagenet", short)
     call = (
-        f"compare --game imagenet --data {images} --checkpoint {weights} --iterations 2 --seeds 1 "
+        f"compare --task imagenet --data {images} --checkpoint {weights} --iterations 2 --seeds 1 "
         "--points 0.7 --eval-size 32 --test-size 64 --device cpu --threads 1 --out results"
     )
-    run(compare.main, f"{call} --policies attention random mappo released dynamic-vit --no-speed")
+    run(compare.main, f"{call} --methods attention random mappo released dynamic-vit --no-speed")
     # two iterations teach ours too little to tell patches and prices apart
     file = Path("results/runs/mappo-0/policy.safetensors")
     learned = load_file(file)
@@ -155,12 +156,12 @@ def test_the_comparison_runs(folder, images, weights, monkeypatch):
         learned[name].fill_(value)
     save_file(learned, file)
     everyone = ["attention", "random", "released", "dynamic-vit", "mappo", "mappo-fine-tuned"]
-    run(compare.main, f"{call} --policies {' '.join(everyone)}")
+    run(compare.main, f"{call} --methods {' '.join(everyone)}")
     lines = Path("results/records.jsonl").read_text().splitlines()
-    records = {record["policy"]: record for record in map(json.loads, lines)}
+    records = {record["method"]: record for record in map(json.loads, lines)}
     assert set(records) == set(everyone)
     for record in records.values():
-        assert record["game"] == "imagenet"
+        assert record["task"] == "imagenet"
         assert 0 <= record["accuracy"] <= 1
         assert record["speedup"] > 0
         # on validation at most, or at least, as much as the point says

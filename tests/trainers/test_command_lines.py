@@ -266,9 +266,7 @@ def break_runs(whole, files):
 def test_any_command_line_runs_or_says_why_not(many, request, files, monkeypatch):
     threads = torch.get_num_threads()
     # a run's pictures and timings have tests of their own, and take longer than the run
-    monkeypatch.setattr(
-        report, "speeds_of_fresh_process", lambda models, *_: dict.fromkeys(models, 1.0)
-    )
+    monkeypatch.setattr(report, "images_per_second", lambda models, *_: dict.fromkeys(models, 1.0))
     for name in ("draw_pruned", "draw_curve"):
         monkeypatch.setattr(report, name, lambda *_: None)
     common = {

@@ -1,5 +1,5 @@
 """MAPPO learns PettingZoo games through the code path that the token game takes; that it learns
-``simple_spread``, beside its peers, is tested with benchmarks.marl_peers.
+``simple_spread``, beside its peers, is tested with benchmarks.marl.compare.
 """
 
 from dataclasses import replace

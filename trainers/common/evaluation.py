@@ -1,19 +1,13 @@
-"""How good, how cheap and how fast a pruned ViT is on given images."""
+"""How accurate and how cheap a pruned ViT is on given images."""
 
 from __future__ import annotations
 
-import copy
-import multiprocessing
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunevit.agents.policies.heuristics import Score, TopK
 from prunevit.agents.pruned_vit import PrunedViT, Trace
@@ -23,7 +17,6 @@ from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common.distributed import ALONE, Ranks
 
 BATCH_SIZE = 250
-ROUNDS = 15  # in which models take turns
 HALVINGS = 50  # of the scale of a schedule: far below what a single token makes
 
 
@@ -178,120 +171,3 @@ def best_topk(
             evaluate(PrunedViT(backbone, TopK(tokens, score)), images, size).accuracy
         ),
     )
-
-
-def images_per_second(
-    models: Mapping[str, Callable[[Tensor], Tensor]],
-    images: Tensor,
-    batch_size: int = 64,
-    rounds: int = ROUNDS,
-) -> dict[str, float]:
-    """Median speed of each model, all of them interleaved in every round, by name; arguments as of
-    ``round_seconds``.
-    """
-    seconds = round_seconds(models, images, batch_size, rounds)
-    return {name: len(images) / statistics.median(times) for name, times in seconds.items()}
-
-
-@torch.inference_mode()
-def round_seconds(
-    models: Mapping[str, Callable[[Tensor], Tensor]], images: Tensor, batch_size: int, rounds: int
-) -> dict[str, list[float]]:
-    """Seconds that each model takes in each round.
-
-    Args:
-        models: images [B, C, H, W] -> logits.
-        images: on the models' device, a multiple of ``batch_size``.
-        batch_size: of a call.
-        rounds: timed passes over ``images``, after one that is not counted.
-    """
-    batches = images.split(batch_size)
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(rounds + 1):
-        for name, model in models.items():
-            _wait(images.device)
-            start = time.perf_counter()
-            for batch in batches:
-                model(batch)
-            _wait(images.device)
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-class Stopwatch:
-    """``round_seconds`` as a process sees it that does nothing else, for as many sets of models as
-    there are between ``with Stopwatch() as watch`` and its end.
-
-    One that has trained before runs many small operations slower: its heap is in pieces. Models on
-    a GPU are timed where they are.
-    """
-
-    def __init__(self) -> None:
-        self._process: BaseProcess | None = None
-        self._connection: Connection | None = None
-
-    def __enter__(self) -> Stopwatch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._connection is not None and self._process is not None:
-            self._connection.close()  # which ends the process
-            self._process.join()
-
-    def round_seconds(
-        self, models: Mapping[str, nn.Module], images: Tensor, batch_size: int, rounds: int
-    ) -> dict[str, list[float]]:
-        """As the function of that name; raises RuntimeError where the process dies of it."""
-        if images.device.type != "cpu":
-            return round_seconds(models, images, batch_size, rounds)
-        connection = self._connected()
-        try:
-            # not among the process's arguments: PyTorch can't hand so many tensors to one that
-            # begins
-            connection.send((dict(models), images, batch_size, rounds))
-            return connection.recv()
-        except (EOFError, OSError) as error:
-            raise RuntimeError("the process that timed the models died") from error
-
-    def _connected(self) -> Connection:
-        """To the process, which begins when it is first needed."""
-        if self._connection is None:
-            context = multiprocessing.get_context("spawn")
-            self._connection, theirs = context.Pipe()
-            arguments = (theirs, torch.get_num_threads())
-            self._process = context.Process(target=_time, args=arguments, daemon=True)
-            self._process.start()
-            # the child's end is open there alone: should it die, there is nothing to wait for
-            theirs.close()
-        return self._connection
-
-
-def speeds_of_fresh_process(
-    models: Mapping[str, nn.Module], images: Tensor, batch_size: int, rounds: int = ROUNDS
-) -> dict[str, float]:
-    """``images_per_second`` by a ``Stopwatch``."""
-    with Stopwatch() as watch:
-        seconds = watch.round_seconds(models, images, batch_size, rounds)
-    return {name: len(images) / statistics.median(times) for name, times in seconds.items()}
-
-
-def _time(connection: Connection, threads: int) -> None:
-    """In the process of its own: times what the connection brings, until it is closed."""
-    torch.set_num_threads(threads)
-    while True:
-        try:
-            shared = connection.recv()
-        except EOFError:
-            return
-        # out of the memory that both processes share, into memory as any process has it
-        own = copy.deepcopy(shared)
-        del shared
-        connection.send(round_seconds(*own))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()

@@ -17,7 +17,8 @@ from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.envs.data.datasets import open_images
 from prunevit.envs.rendering import denormalise, stage_strip
 from prunevit.trainers.common.checkpoint import write_atomically
-from prunevit.trainers.common.evaluation import best_topk, evaluate, speeds_of_fresh_process
+from prunevit.trainers.common.evaluation import best_topk, evaluate
+from prunevit.trainers.common.timing import images_per_second
 
 if TYPE_CHECKING:
     from prunevit.trainers.common.experiments import TokenPruneTask
@@ -49,7 +50,7 @@ def report_pruning(task: TokenPruneTask, actor: nn.Module, folder: Path) -> dict
     pixels, _ = test.load([i % len(test) for i in range(count)])
     # dense is timm's own model, not ours with nothing pruned
     timed = models | {"dense": task.model}
-    speeds = speeds_of_fresh_process(
+    speeds = images_per_second(
         timed, pixels.to(task.backbone.device, task.backbone.dtype), SPEED_BATCH
     )
 

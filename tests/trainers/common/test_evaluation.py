@@ -1,5 +1,4 @@
 import itertools
-import os
 
 import pytest
 import torch
@@ -12,9 +11,7 @@ from prunevit.trainers.common.evaluation import (
     Evaluation,
     best_topk,
     evaluate,
-    images_per_second,
     schedules_at,
-    speeds_of_fresh_process,
 )
 
 SCHEDULES = [(1.0, 0.6, 0.3), (0.25, 0.25, 0.25), (0.9, 0.05, 0.0)]  # shares kept, 3 stages
@@ -144,67 +141,3 @@ def test_the_best_way_is_the_most_accurate_one_and_costs_enough(
         assert best_topk(staged, some_images, gmacs, kept, score, size=9) == best
         assert evaluate(PrunedViT(staged, TopK(best, score)), some_images).gmacs >= gmacs
     assert seen == candidates * len(candidates)
-
-
-# --- speed ---
-
-
-class Clock:
-    """A clock on which each model takes its own time for a batch."""
-
-    def __init__(self):
-        self.now, self.calls = 0.0, []
-
-    def model(self, name, seconds):
-        times = iter(seconds)
-
-        def run(batch):
-            self.calls.append((name, len(batch)))
-            self.now += next(times)
-
-        return run
-
-
-def test_speeds_are_medians_of_interleaved_rounds(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: clock.now)
-    models = {
-        # two batches a round; the first round is a warm-up, the last one of "b" is disturbed
-        "a": clock.model("a", [50, 50, 1, 1, 2, 2, 4, 4]),
-        "b": clock.model("b", [50, 50, 5, 5, 5, 5, 900, 900]),
-    }
-    found = images_per_second(models, torch.zeros(6, 1), batch_size=3, rounds=3)
-    assert found == {"a": 6 / 4, "b": 6 / 10}
-    assert clock.calls == [("a", 3), ("a", 3), ("b", 3), ("b", 3)] * 4
-
-
-def test_speeds_of_real_models(staged, some_images):
-    pixels, _ = some_images.load(range(8))
-    models = {
-        "dense": PrunedViT(staged, KeepAll()),
-        "pruned": PrunedViT(staged, TopK([2, 2, 2])),
-    }
-    found = images_per_second(models, pixels, batch_size=4, rounds=1)
-    assert set(found) == set(models)
-    assert min(found.values()) > 0
-
-
-def test_a_fresh_process_times_the_same_models(staged, some_images):
-    pixels, _ = some_images.load(range(8))
-    models = {"dense": staged.model, "pruned": PrunedViT(staged, TopK([2, 2, 2]))}
-    found = speeds_of_fresh_process(models, pixels, batch_size=4)
-    assert set(found) == set(models)
-    assert min(found.values()) > 0
-
-
-class Dies(torch.nn.Module):
-    """Takes its process along."""
-
-    def forward(self, images):
-        os._exit(1)
-
-
-@pytest.mark.stress
-def test_a_fresh_process_that_dies_is_an_error():
-    with pytest.raises(RuntimeError, match="process that timed the models died"):
-        speeds_of_fresh_process({"dies": Dies()}, torch.zeros(2, 1), batch_size=1)

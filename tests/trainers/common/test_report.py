@@ -123,7 +123,7 @@ def test_speed_is_that_of_pruning_and_of_timms_own_dense_model(task, actor, fold
         timed.update(models, images=images, batch_size=batch_size)
         return dict.fromkeys(models, 1.0)
 
-    monkeypatch.setattr(report, "speeds_of_fresh_process", time)
+    monkeypatch.setattr(report, "images_per_second", time)
     report_pruning(task, actor, folder)
     assert timed.pop("batch_size") == 64
     assert timed.pop("images").shape == (64, 1, 64, 64)
@@ -140,7 +140,7 @@ def test_the_random_rival_follows_the_runs_seed(task, actor, folder, monkeypatch
         models = {}
         monkeypatch.setattr(
             report,
-            "speeds_of_fresh_process",
+            "images_per_second",
             lambda m, *_: models.update(m) or dict.fromkeys(m, 1.0),
         )
         report_pruning(task_of_seed, actor, folder)

@@ -1,0 +1,1 @@
+"""Rivals, written anew from their papers, to be measured beside ours."""

@@ -1,0 +1,197 @@
+"""Token merging, written from the paper "Token Merging: Your ViT But Faster" (arXiv 2210.09461).
+
+In every block, between attention and MLP, the r patches that are most like another one are
+averaged into it. Deciding who merges (``match``) is apart from doing it (``merge``). LayerScale and
+the norms of queries and keys are applied where a backbone has them. Prefix tokens are set aside:
+the paper protects the class token, and what holds for it holds for the others.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from prunevit.benchmarks.baselines.timm_parts import attend, check_plain, embed, pass_counter
+from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
+
+POOLINGS = ("token", "avg", "map")
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Who merges into whom. Patches at even places are sources, those at odd places targets.
+
+    Attributes:
+        stays: sources that stay, ascending, int64 [B, sources - r].
+        merges: sources that merge, int64 [B, r].
+        into: the target of each of these, int64 [B, r].
+    """
+
+    stays: Tensor
+    merges: Tensor
+    into: Tensor
+
+
+def match(keys: Tensor, count: int) -> Matching:
+    """Bipartite soft matching: each source proposes to the target with the most similar key, and
+    the ``count`` best pairs merge.
+
+    Args:
+        keys: what is compared, by cosine, [B, N, d].
+        count: r, at most N // 2.
+    """
+    keys = F.normalize(keys, dim=-1)
+    similarity = keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)  # [B, sources, targets]
+    best, target = similarity.max(2)
+    order = best.argsort(dim=1, descending=True)
+    merges, stays = order[:, :count], order[:, count:].sort(1).values
+    return Matching(stays=stays, merges=merges, into=target.gather(1, merges))
+
+
+def merge(x: Tensor, size: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:
+    """Averages merging patches, each weighted with the number of patches it stands for.
+
+    Args:
+        x: patches [B, N, D].
+        size: how many of the first patches each stands for, [B, N, 1].
+        matching: who merges.
+
+    Returns:
+        patches [B, N - r, D] and their sizes [B, N - r, 1]: the sources that stay, then the
+        targets.
+    """
+    stays, merges, into = (
+        part[..., None] for part in (matching.stays, matching.merges, matching.into)
+    )
+    width = x.shape[2]
+    sources, targets = x[:, ::2], x[:, 1::2]
+    source_size, target_size = size[:, ::2], size[:, 1::2]
+    moved_size = source_size.gather(1, merges)
+    moved = sources.gather(1, merges.expand(-1, -1, width)) * moved_size
+    total_size = target_size.scatter_add(1, into, moved_size)
+    total = (targets * target_size).scatter_add(1, into.expand(-1, -1, width), moved)
+    staying = sources.gather(1, stays.expand(-1, -1, width))
+    return (
+        torch.cat([staying, total / total_size], dim=1),
+        torch.cat([source_size.gather(1, stays), total_size], dim=1),
+    )
+
+
+def most_merges(patches: int, wanted: int) -> int:
+    """The paper's limit: half of the patches can merge in a block."""
+    return min(wanted, patches // 2)
+
+
+def token_counts(patches: int, prefix: int, merges: Sequence[int]) -> list[int]:
+    """Tokens of an image, prefix ones included, before the first block and after each."""
+    counts = [patches]
+    for wanted in merges:
+        counts.append(counts[-1] - most_merges(counts[-1], wanted))
+    return [prefix + count for count in counts]
+
+
+class ToMeViT(nn.Module):
+    """A timm VisionTransformer, neither changed nor copied, with token merging.
+
+    Args:
+        model: the model, in evaluation mode.
+        merges: r of each block.
+
+    Raises:
+        UnsupportedBackboneError: blocks that are not timm's plain ones, or a pooling that merged
+            tokens have no weighted form of.
+        ValueError: not one r for each block.
+    """
+
+    def __init__(self, model: Any, merges: Sequence[int]) -> None:
+        super().__init__()
+        self.model = check_plain(model)
+        distilled = isinstance(model, VisionTransformerDistilled)
+        if not distilled and model.global_pool not in POOLINGS:
+            raise UnsupportedBackboneError(
+                f"token merging with global_pool={model.global_pool!r}: "
+                f"supported are {', '.join(POOLINGS)}"
+            )
+        if len(merges) != len(model.blocks):
+            raise ValueError(f"{len(merges)} numbers of merges for {len(model.blocks)} blocks")
+        self.merges = tuple(merges)
+        self._reads_prefix_alone = distilled or model.global_pool == "token"
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, classes] of images [B, C, H, W]."""
+        x = embed(self.model, images)
+        size: Tensor | None = None  # until something has merged all are 1
+        for block, wanted in zip(self.model.blocks, self.merges, strict=True):
+            x, size = self._block(block, x, size, wanted)
+        return self._head(self.model.norm(x), size)
+
+    def _block(
+        self, block: Any, x: Tensor, size: Tensor | None, wanted: int
+    ) -> tuple[Tensor, Tensor | None]:
+        mixed, _, k = attend(block.attn, block.norm1(x), _proportional(size))
+        x = x + block.ls1(mixed)
+        prefix = self.model.num_prefix_tokens
+        count = most_merges(x.shape[1] - prefix, wanted)
+        if count:
+            size = torch.ones_like(x[..., :1]) if size is None else size
+            matching = match(k[:, :, prefix:].mean(1), count)
+            patches, patch_size = merge(x[:, prefix:], size[:, prefix:], matching)
+            x = torch.cat([x[:, :prefix], patches], dim=1)
+            size = torch.cat([size[:, :prefix], patch_size], dim=1)
+        return x + block.ls2(block.mlp(block.norm2(x))), size
+
+    def _head(self, x: Tensor, size: Tensor | None) -> Tensor:
+        model = self.model
+        if self._reads_prefix_alone or size is None:
+            return model.forward_head(x)
+        if not model.pool_include_prefix:
+            x, size = x[:, model.num_prefix_tokens :], size[:, model.num_prefix_tokens :]
+        if model.global_pool == "avg":
+            pooled = (x * size).sum(1) / size.sum(1)
+        else:
+            pooled = model.attn_pool(x, attn_mask=_proportional(size))
+        return model.head(model.head_drop(model.fc_norm(pooled)))
+
+
+def _proportional(size: Tensor | None) -> Tensor | None:
+    """Proportional attention: log(size) on the scores makes a key count as often as it has patches;
+    [B, L, 1] -> [B, 1, 1, L].
+    """
+    return None if size is None else size.log().transpose(1, 2)[:, None]
+
+
+def even_merges(total: int, depth: int) -> tuple[int, ...]:
+    """The paper's constant schedule, r in every block, where ``total`` is a multiple of ``depth``;
+    otherwise the last blocks merge one more.
+    """
+    fewer, rest = divmod(total, depth)
+    return (fewer,) * (depth - rest) + (fewer + 1,) * rest
+
+
+def macs_counter(model: Any, image_shape: Sequence[int]) -> Callable[[Sequence[int]], int]:
+    """Counts what one image costs with given merges, matching included, without computing it."""
+    return pass_counter(model, image_shape, ToMeViT)
+
+
+def merges_at(model: Any, image_shape: Sequence[int], macs: float) -> tuple[int, ...]:
+    """The fewest merges, as evenly as they go, with which an image costs at most ``macs``.
+
+    Raises:
+        ValueError: even the most merges cost more.
+    """
+    depth = len(model.blocks)
+    most = depth * (model.patch_embed.num_patches // 2)
+    count = macs_counter(model, image_shape)
+    total = bisect_left(
+        range(most + 1), True, key=lambda total: count(even_merges(total, depth)) <= macs
+    )
+    if total > most:
+        raise ValueError(f"token merging can't get down to {macs / 1e9:.4f} GMACs")
+    return even_merges(total, depth)

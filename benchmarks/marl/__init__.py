@@ -1,0 +1,1 @@
+"""Our trainer compared with other MARL libraries on standard games."""

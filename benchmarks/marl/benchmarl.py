@@ -1,0 +1,132 @@
+"""BenchMARL's MAPPO and IPPO on a standard game."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from prunevit.benchmarks.marl.protocol import Curve, Settings, env_maker
+from prunevit.extras import needs
+
+with needs("marl-peers"):
+    from benchmarl.algorithms import IppoConfig, MappoConfig
+    from benchmarl.environments.pettingzoo.common import PettingZooClass
+    from benchmarl.experiment import Callback, Experiment, ExperimentConfig
+    from benchmarl.models.mlp import Mlp, MlpConfig
+    from tensordict import TensorDictBase
+    from torchrl.envs import EnvBase, PettingZooWrapper
+
+ALGORITHMS = {"mappo": MappoConfig, "ippo": IppoConfig}
+
+
+class GameTask(PettingZooClass):
+    """BenchMARL's own task for PettingZoo, for games of any package. Each copy has a seed of its
+    own: BenchMARL gives all the same one, so that they would play the same episodes.
+
+    Args:
+        task: of ``TASKS``.
+    """
+
+    def __init__(self, task: str) -> None:
+        super().__init__(name=task.upper(), config={"task": task})
+
+    def get_env_fun(
+        self, num_envs: int, continuous_actions: bool, seed: int | None, device: Any
+    ) -> Callable[[], EnvBase]:
+        make_game = env_maker(self.config["task"])
+        seeds = itertools.count(1_000_003 * (seed or 0))
+
+        def make() -> EnvBase:
+            return PettingZooWrapper(
+                make_game(),
+                categorical_actions=True,
+                return_state=True,
+                device=device,
+                seed=next(seeds),
+            )
+
+        return make
+
+    def supports_continuous_actions(self) -> bool:
+        return False
+
+    def supports_discrete_actions(self) -> bool:
+        return True
+
+    def has_state(self) -> bool:
+        return True
+
+    def max_steps(self, env: EnvBase) -> int:
+        return 0  # only for evaluations by BenchMARL, which are off
+
+    def has_render(self, env: EnvBase) -> bool:
+        return False
+
+
+class CurveCallback(Callback):
+    """Passes each iteration's policy to ``curve``."""
+
+    def __init__(self, curve: Curve) -> None:
+        super().__init__()
+        self.curve = curve
+
+    def on_train_end(self, training_td: TensorDictBase, group: str) -> None:
+        self.curve.after(self.experiment.n_iters_performed + 1, actor_of(self.experiment))
+
+
+def actor_of(experiment: Experiment) -> Callable[[Tensor], Tensor]:
+    """The network of an experiment's policy, as it is now."""
+    shared = next(part for part in experiment.policy.modules() if isinstance(part, Mlp))
+    return shared.mlp.get_stateful_net()
+
+
+def experiment_config(settings: Settings, folder: str) -> ExperimentConfig:
+    """``settings`` under BenchMARL's names; the rest is its default."""
+    return dataclasses.replace(
+        ExperimentConfig.get_from_yaml(),
+        prefer_continuous_actions=False,
+        gamma=settings.gamma,
+        lr=settings.lr,
+        adam_eps=settings.adam_eps,
+        clip_grad_val=settings.max_grad_norm,
+        max_n_iters=settings.iterations,
+        max_n_frames=None,
+        on_policy_collected_frames_per_batch=settings.frames_per_iteration,
+        on_policy_n_envs_per_worker=settings.num_envs,
+        on_policy_n_minibatch_iters=settings.epochs,
+        on_policy_minibatch_size=max(settings.frames_per_iteration // settings.minibatches, 1),
+        evaluation=False,
+        render=False,
+        loggers=[],
+        create_json=False,
+        save_folder=folder,
+    )
+
+
+def learn(task: str, algorithm: str, seed: int, settings: Settings, curve: Curve) -> None:
+    """Trains to the end, passing each iteration's policy to ``curve``."""
+    model = MlpConfig(
+        num_cells=list(settings.hidden), layer_class=nn.Linear, activation_class=nn.Tanh
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        experiment = Experiment(
+            task=GameTask(task),
+            algorithm_config=dataclasses.replace(
+                ALGORITHMS[algorithm].get_from_yaml(),
+                clip_epsilon=settings.clip,
+                entropy_coef=settings.entropy,
+                critic_coef=settings.value_weight,
+                lmbda=settings.gae_lambda,
+            ),
+            model_config=model,
+            seed=seed,
+            config=experiment_config(settings, folder),
+            callbacks=[CurveCallback(curve)],
+        )
+        curve.after(0, actor_of(experiment))
+        experiment.run()

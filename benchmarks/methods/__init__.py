@@ -1,0 +1,1 @@
+"""The methods of ``benchmarks.compare``: ways to choose which tokens go."""

@@ -1,0 +1,30 @@
+"""Images of random pixels: for benchmarks whose times don't depend on what an image shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class NoiseImages:
+    """An ``ImageSet`` of noise, held in memory.
+
+    Args:
+        shape: (C, H, W).
+        size: number of images.
+    """
+
+    num_classes = 1
+    class_names: tuple[str, ...] = ("noise",)
+
+    def __init__(self, shape: tuple[int, ...], size: int = 256) -> None:
+        self._pixels = torch.randn(size, *shape, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def load(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        chosen = torch.as_tensor(indices)
+        return self._pixels[chosen], torch.zeros_like(chosen)

@@ -1,1 +1,0 @@
-"""What others do, written anew from their papers to be measured beside ours."""

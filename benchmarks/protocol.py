@@ -1,0 +1,176 @@
+"""The protocol of ``benchmarks.compare``: how a method is brought to an operating point, and how it
+is judged there.
+
+Every method has one knob. It is set on validation images such that the method's compute matches the
+operating point, a share of the dense model's: learned methods cost at most as much, and those they
+are compared with at least as much. The test images then judge once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunevit.agents.pruned_vit import Trace
+from prunevit.benchmarks.tasks import Task
+from prunevit.envs.data.datasets import ImageSet
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.trainers.common.config import MappoConfig
+from prunevit.trainers.common.evaluation import Evaluation, Traced, evaluate, evaluate_traces
+
+BISECTIONS = 12
+
+Knobs = Mapping[str, Any]
+
+
+class UnreachableError(ValueError):
+    """A method can't be brought to an operating point; the message says why."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What all methods of a comparison share.
+
+    Attributes:
+        task: data, backbone and stages.
+        base: settings of ``trainers.mappo``, of which methods change some.
+        iterations: of every training; None leaves each method its own number.
+        model: timm's own model, frozen.
+        backbone: the same model, staged.
+        validation: images on which knobs are set.
+        size: how many of them are used.
+        runs: the folder of the trainings' runs.
+    """
+
+    task: Task
+    base: MappoConfig
+    iterations: int | None
+    model: nn.Module
+    backbone: StagedViT
+    validation: ImageSet
+    size: int
+    runs: Path
+
+    @property
+    def middle_point(self) -> float:
+        """The operating point for which methods train that can train for only one."""
+        points = sorted(self.task.points)
+        return points[(len(points) - 1) // 2]
+
+    def gmacs_at(self, point: float) -> float:
+        """GMACs of an image at an operating point, a share of the dense compute."""
+        return point * self.backbone.dense_macs / 1e9
+
+    def validate(self, model: Traced) -> Evaluation:
+        """What ``model`` does on the validation images."""
+        return evaluate(model, self.validation, self.size)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method with one seed, at any compute.
+
+    Attributes:
+        tune: GMACs of an image -> the knobs that bring it there. Trains where that is due. Raises
+            UnreachableError.
+        make: the pruned model with these knobs, which may be among other items, as in a record.
+            Trains nothing, and raises ValueError where the training's run is gone.
+    """
+
+    tune: Callable[[float], Knobs]
+    make: Callable[[Knobs], Traced]
+
+
+@dataclass(frozen=True)
+class UpperBound:
+    """An oracle, which searches with the image's own answer. It is no way to prune: it is judged on
+    few images, and its speed means nothing.
+
+    Attributes:
+        tune: as of ``Method``.
+        search: knobs -> a function of images and labels that searches.
+        images: how many it is judged on.
+    """
+
+    tune: Callable[[float], Knobs]
+    search: Callable[[Knobs], Callable[[Tensor, Tensor], Trace]]
+    images: int
+
+
+class FixedScheduleModel(nn.Module):
+    """A model that keeps the same number of patches of every image, as ``evaluate`` takes it.
+
+    Args:
+        model: images [B, C, H, W] -> logits.
+        backbone: the staged ViT that it was made from.
+        macs: multiply-accumulates of an image.
+        kept: number of patches after each stage.
+    """
+
+    def __init__(
+        self, model: nn.Module, backbone: StagedViT, macs: int, kept: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.backbone = backbone
+        self.macs = macs
+        self.kept = tuple(kept)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+    def trace(self, images: Tensor) -> Trace:
+        """Tells how many patches are left, as if they were the first ones; not which."""
+        batch, patches = len(images), self.backbone.num_patches
+        count = torch.tensor(self.kept, device=images.device)[:, None]
+        alive = torch.arange(patches, device=images.device) < count  # [T, N]
+        macs = torch.full((batch,), self.macs, device=images.device)
+        return Trace(self(images), alive.expand(batch, -1, -1), macs)
+
+
+def bisect(
+    cost: Callable[[float], float], low: float, high: float, target: float, at_least: bool
+) -> float:
+    """The knob whose cost comes closest to ``target`` from one side.
+
+    Args:
+        cost: knob -> GMACs, which fall as the knob rises.
+        low: lower end of the knob, positive.
+        high: upper end.
+        target: GMACs.
+        at_least: the cost must be at least ``target``; otherwise at most.
+
+    Raises:
+        UnreachableError: the cost is on the wrong side of the target at the far end.
+    """
+    end = low if at_least else high
+    reached = cost(end)
+    if (reached < target) if at_least else (reached > target):
+        raise UnreachableError(f"its cost is {reached:.4f} GMACs at the {end:g} end of its knob")
+    for _ in range(BISECTIONS):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if cost(middle) > target else (low, middle)
+    return low if at_least else high
+
+
+def judge(
+    method: Method | UpperBound, knobs: Knobs, bench: Benchmark, images: ImageSet, size: int
+) -> Evaluation:
+    """What a method does on ``size`` of ``images`` with these knobs."""
+    if isinstance(method, UpperBound):
+        return evaluate_traces(method.search(knobs), bench.backbone, images, size)
+    return evaluate(method.make(knobs), images, size)
+
+
+def judge_dense(bench: Benchmark, images: ImageSet, size: int) -> float:
+    """The accuracy of timm's own model on ``size`` of ``images``."""
+    backbone = bench.backbone
+    kept = [backbone.num_patches] * backbone.num_stages
+    dense = FixedScheduleModel(bench.model, backbone, backbone.dense_macs, kept)
+    return evaluate(dense, images, size).accuracy

@@ -1,0 +1,1 @@
+"""Long runs that look for leaks, and for what a kill breaks."""

@@ -1,0 +1,133 @@
+"""Kills short trainings at random moments: ``python -m benchmarks.stress.kill_storm``.
+
+Every killed run is resumed, and must end bit for bit like a run that was not killed. Runs on the
+CPU. The moments are drawn from a seed; what a run is doing then depends on the machine's speed.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from safetensors.torch import load_file
+
+from prunevit.trainers.common import runs
+from prunevit.trainers.common.config import MappoConfig
+from prunevit.trainers.common.signals import ends_in_one_line
+
+
+class KillStormError(RuntimeError):
+    """A killed and resumed run ended differently from the one that was not killed."""
+
+
+@dataclass
+class KillStormConfig:
+    """Kills, resumes and compares short trainings on the digits."""
+
+    kills: int = 30
+    """Runs to be killed."""
+    iterations: int = 12
+    """Of each training; checkpoints are written every second one."""
+    seed: int = 0
+    """Draws the moments."""
+
+
+def train(config: MappoConfig) -> None:
+    """Trains to the end of learning, without the report."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        task, _, _ = runs.learn(runs.open_run(config))
+    task.env.close()
+
+
+def train_in_a_process(config: MappoConfig, kill_after: float | None = None) -> tuple[bool, float]:
+    """Trains in a fork of this process, which is killed after ``kill_after`` seconds.
+
+    Returns:
+        whether it was killed before it ended, and how many seconds it took.
+
+    Raises:
+        KillStormError: it failed.
+    """
+    start = time.monotonic()
+    process = multiprocessing.get_context("fork").Process(target=train, args=(config,))
+    process.start()
+    process.join(kill_after)
+    process.kill()  # does nothing to one that has ended
+    process.join()
+    if process.exitcode not in (0, -signal.SIGKILL):
+        raise KillStormError(f"a training failed with exit code {process.exitcode}")
+    return process.exitcode != 0, time.monotonic() - start
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """What two equal runs have in common: everything but the seconds."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    weights = {k: v.tolist() for k, v in load_file(folder / "policy.safetensors").items()}
+    return {"metrics": records, "policy": weights}
+
+
+def storm(config: KillStormConfig, folder: Path) -> str:
+    """Kills and resumes; returns a summary in one line.
+
+    Raises:
+        KillStormError: a resumed run ended differently.
+    """
+    moments = random.Random(config.seed)
+    torch.set_num_threads(1)  # a fork doesn't inherit threads
+    base = MappoConfig(
+        iterations=config.iterations, checkpoint_every=2, eval_every=3, eval_size=50,
+        num_envs=32, device="cpu", threads=1,
+    )  # fmt: skip
+    whole = folder / "whole"
+    _, seconds = train_in_a_process(replace(base, run_name=str(whole)))
+    expected = results(whole)
+    resumed_from: list[int] = []
+    for number in range(config.kills):
+        run = folder / str(number)
+        moment = moments.uniform(0, seconds)
+        was_killed, _ = train_in_a_process(replace(base, run_name=str(run)), moment)
+        if was_killed:
+            checkpoint = run / "checkpoint.safetensors"
+            done = runs.load_newest(checkpoint)["iteration"] if checkpoint.is_file() else 0
+            resumed_from.append(done)
+            if (run / "config.json").is_file():
+                train_in_a_process(MappoConfig(resume=run))
+            else:  # killed before there was anything to resume
+                shutil.rmtree(run, ignore_errors=True)
+                train_in_a_process(replace(base, run_name=str(run)))
+        if results(run) != expected:
+            raise KillStormError(
+                f"killed after {moment:.3f} s, {run} ended differently from {whole}"
+            )
+    return (
+        f"{len(resumed_from)} of {config.kills} runs of {seconds:.1f} s were killed before their "
+        f"end, and resumed from iterations {' '.join(map(str, sorted(resumed_from)))} of "
+        f"{config.iterations}; all ended bit for bit like the one that was not killed"
+    )
+
+
+def main() -> None:
+    """The command line."""
+    with ends_in_one_line(KillStormError, OSError):
+        config = tyro.cli(
+            KillStormConfig, description=__doc__, prog="python -m benchmarks.stress.kill_storm"
+        )
+        with tempfile.TemporaryDirectory(prefix="kill-storm-") as folder:
+            print(storm(config, Path(folder)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The tasks of ``benchmarks.compare``: data sets, each with its backbone and stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prunevit.trainers.common.config import MappoConfig
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set with its backbone.
+
+    Attributes:
+        name: of the task.
+        backbone: as ``create_backbone`` takes it.
+        dataset: as ``open_images`` takes it; None where the user has to name it.
+        needs_weights: whether the user has to give the backbone's weights.
+        prune_before: stages of every method that doesn't bring its own.
+        released_stages: three stages like RL4EViT's (3, 6, 9) of 12.
+        points: operating points, shares of the dense model's compute.
+        alpha_range: alphas that one policy for many budgets is trained under.
+        dithers: whether learned policies may dither, where that is better on validation. In
+            photographs neighbouring patches are alike, and would all go at once.
+        training: further options of ``trainers.mappo``.
+        fine_tuning: options of ``trainers.finetune``.
+        dynamic_vit: options of ``trainers.dynamic_vit``, such that it takes about as many passes
+            through the backbone as ours.
+    """
+
+    name: str
+    backbone: str
+    dataset: str | None
+    needs_weights: bool
+    prune_before: tuple[int, ...]
+    released_stages: tuple[int, ...]
+    points: tuple[float, ...]
+    alpha_range: tuple[float, float]
+    dithers: bool = False
+    training: Mapping[str, Any] = field(default_factory=dict)
+    fine_tuning: Mapping[str, Any] = field(default_factory=dict)
+    dynamic_vit: Mapping[str, Any] = field(default_factory=dict)
+
+    def config(self, dataset: str | None, checkpoint: Path | None, pretrained: bool) -> MappoConfig:
+        """The settings that a training on this task starts from.
+
+        Raises:
+            ValueError: the data or the backbone's weights are not named.
+        """
+        dataset = self.dataset if dataset is None else dataset
+        if dataset is None:
+            raise ValueError(f"task {self.name}: where are its images? Give --data folder:PATH")
+        if self.needs_weights and checkpoint is None and not pretrained:
+            raise ValueError(
+                f"task {self.name} needs a trained backbone: give --checkpoint FILE "
+                "(python -m trainers.backbone makes one) or --pretrained"
+            )
+        return MappoConfig(
+            backbone=self.backbone,
+            dataset=dataset,
+            checkpoint=checkpoint,
+            pretrained=pretrained,
+            prune_before=self.prune_before,
+            **self.training,
+        )
+
+
+TASKS: Mapping[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            name="digits",
+            backbone="digits_vit",
+            dataset="digits",
+            needs_weights=False,
+            prune_before=(1, 3),
+            released_stages=(2, 4, 6),
+            points=(0.3, 0.36, 0.42, 0.5),
+            alpha_range=(0.01, 0.4),
+            training={"iterations": 400, "eval_every": 200},
+        ),
+        Task(
+            name="cifar10",
+            backbone="vit_tiny_patch16_224",
+            dataset=None,
+            needs_weights=True,
+            prune_before=(2, 4, 6),
+            released_stages=(2, 4, 6),
+            points=(0.5, 0.58, 0.6, 0.7, 0.8),
+            alpha_range=(0.01, 0.4),
+            dithers=True,
+            training={"iterations": 1_000, "eval_every": 250},
+            # as the backbone was trained
+            fine_tuning={
+                "augmentation": {"scale": [0.5, 1], "color_jitter": 0.0},
+                "epochs": 8,
+                "epoch_size": 45_000,
+                "labels": 1.0,
+                "optimizer": "nmuon",
+                "lr": 2e-3,
+            },
+            dynamic_vit={"iterations": 3_000},
+        ),
+        Task(
+            name="imagenet",
+            backbone="deit_small_patch16_224",
+            dataset=None,
+            needs_weights=True,
+            prune_before=(3, 6, 9),
+            released_stages=(3, 6, 9),
+            points=(0.5, 0.6, 0.7, 0.8),
+            alpha_range=(0.05, 1.0),
+            dithers=True,
+            training={"eval_every": 250, "eval_size": 5_000},
+            fine_tuning={"epochs": 1, "epoch_size": 1_300_000},
+        ),
+    )
+}

@@ -1,0 +1,476 @@
+"""The benchmark's variants do the same work, its plan is fair, and its records are complete."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from prunevit.agents.policies.heuristics import TopK
+from prunevit.agents.pruned_vit import PrunedViT
+from prunevit.benchmarks.baselines.padded import PaddedViT
+from prunevit.benchmarks.speed import throughput
+from prunevit.benchmarks.speed.throughput import (
+    ThroughputConfig,
+    check,
+    draw,
+    measure,
+    specs,
+    table,
+)
+from prunevit.benchmarks.speed.variants import (
+    calls,
+    gmacs,
+    make_plan,
+    packed_macs,
+)
+from prunevit.benchmarks.speed.workload import (
+    DrawnPolicy,
+    Schedule,
+    Workload,
+    draw_keep,
+    load,
+    untrained_policy,
+)
+from prunevit.envs.data.datasets import open_images
+from prunevit.envs.vit.create import create_backbone
+from prunevit.envs.vit.digits_vit import DIGITS_VIT
+from prunevit.envs.vit.staged_vit import StagedViT
+
+STAGES, BATCH, IMAGES = (1, 2, 3), 4, 8
+TINY = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+KEYS = {
+    "variant", "model", "batch_size", "image_size", "images_per_second", "gmacs", "speedup",
+    "efficiency", "threads", "device",
+}  # fmt: skip
+BACKBONES = {
+    "class token": {},
+    "registers": {"reg_tokens": 2, "init_values": 0.1},
+    "no prefix": {"class_token": False, "global_pool": "avg"},
+}
+PATTERNED = ("packed", "masked", "padded")
+
+
+def make_workload(model, keep=None, stages=STAGES):
+    packed = StagedViT(model, stages)
+    torch.manual_seed(0)
+    images = torch.randn(IMAGES, *packed.image_shape)
+    if keep is None:
+        keep = draw_keep((IMAGES, len(stages), packed.num_patches), 0.7, seed=0)
+    masked = StagedViT(model, stages, "masked")
+    return Workload(packed, masked, untrained_policy(packed), images, keep)
+
+
+@pytest.fixture
+def workload(make_vit):
+    return make_workload(make_vit(img_size=64))
+
+
+@pytest.fixture
+def plan(workload):
+    return make_plan(workload)
+
+
+@torch.no_grad()
+def logits(variant, workload, plan, batch_size=BATCH):
+    return torch.cat([call() for call in calls(variant, workload, plan, batch_size)])
+
+
+# --- the same work ---
+
+
+@pytest.mark.parametrize("kwargs", BACKBONES.values(), ids=BACKBONES)
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_variants_with_a_pattern_agree(make_vit, kwargs, batch_size):
+    workload = make_workload(make_vit(img_size=64, **kwargs))
+    plan = make_plan(workload, with_merges=False)
+    packed, masked, padded = (logits(v, workload, plan, batch_size) for v in PATTERNED)
+    torch.testing.assert_close(masked, packed, rtol=0, atol=1e-4)
+    torch.testing.assert_close(padded, packed, rtol=0, atol=1e-4)
+    dense = logits("dense", workload, plan, batch_size)
+    assert (dense - packed).abs().amax(1).min() > 1e-3  # something was pruned in every image
+
+
+def test_images_that_lose_everything_or_nothing_agree(make_vit):
+    for kwargs in BACKBONES.values():
+        keep = np.ones((IMAGES, 3, 64), dtype=np.bool_)
+        keep[1, 1:] = False
+        keep[2] = False
+        workload = make_workload(make_vit(img_size=64, **kwargs), keep)
+        plan = make_plan(workload, with_merges=False)
+        packed = logits("packed", workload, plan)
+        torch.testing.assert_close(logits("padded", workload, plan), packed, rtol=0, atol=1e-4)
+        dense = logits("dense", workload, plan)
+        torch.testing.assert_close(packed[3:], dense[3:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kwargs", BACKBONES.values(), ids=BACKBONES)
+@pytest.mark.parametrize("score", ["attention", "norm"])
+@torch.no_grad()
+def test_padded_decides_as_packed_does(make_vit, kwargs, score):
+    """A policy that reads what the blocks left sees the same thing in both."""
+    workload = make_workload(make_vit(img_size=64, **kwargs))
+    policy = TopK((40, 20, 7), score)
+    padded = PaddedViT(workload.packed, policy)(workload.images)
+    packed = PrunedViT(workload.packed, policy).eval()(workload.images)
+    torch.testing.assert_close(padded, packed, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kwargs", BACKBONES.values(), ids=BACKBONES)
+@torch.no_grad()
+def test_padded_pays_attention_to_living_tokens_alone(make_vit, kwargs):
+    """The attention that is observed after images have got different lengths."""
+    workload = make_workload(make_vit(img_size=64, **kwargs))
+    seen = {}
+
+    class Noting(DrawnPolicy):
+        def __call__(self, view):
+            seen.setdefault(view.stage, []).append(view.scatter(view.cls_attention))
+            return super().__call__(view)
+
+    keep = torch.from_numpy(workload.keep)
+    for model in (PaddedViT, PrunedViT):
+        model(workload.packed, Noting(workload.decider, keep)).eval()(workload.images)
+    assert set(seen) == {0, 1, 2}
+    for padded, packed in seen.values():
+        torch.testing.assert_close(padded, packed, rtol=1e-4, atol=1e-5)
+
+
+def test_uniform_runs_timms_blocks_without_a_mask(workload, plan):
+    masks, lengths = [], []
+
+    def note(_, inputs, options):
+        masks.append(options.get("attn_mask"))
+        lengths.append(inputs[0].shape[1])
+
+    blocks = workload.packed.model.blocks
+    hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
+    logits("uniform", workload, plan, IMAGES)
+    assert masks == [None] * len(masks)
+    # the blocks before the stages are run with their attention visible, not through the hook
+    assert lengths == [plan.tokens[-1] + 1]
+    logits("padded", workload, plan, IMAGES)
+    assert masks[-1] is not None
+    for hook in hooks:
+        hook.remove()
+
+
+# --- a fair plan ---
+
+
+def test_peers_cost_as_much_as_ours_and_not_more(make_vit):
+    workload = make_workload(make_vit(img_size=128, depth=6), stages=(1, 3, 5))
+    plan = make_plan(workload)
+    ours = gmacs("packed", workload, plan, BATCH)
+    for peer in ("tome", "uniform"):
+        assert 0.98 * ours < gmacs(peer, workload, plan, BATCH) <= ours, peer
+
+
+@pytest.mark.parametrize("kwargs", BACKBONES.values(), ids=BACKBONES)
+def test_our_cost_is_what_a_pass_says_it_was(make_vit, kwargs):
+    keep = draw_keep((IMAGES, 3, 64), 0.7, seed=0)
+    keep[0, 1:] = False
+    workload = make_workload(make_vit(img_size=64, **kwargs), keep)
+    policy = DrawnPolicy(workload.decider, torch.from_numpy(keep))
+    trace = PrunedViT(workload.packed, policy).eval().trace(workload.images)
+    assert trace.macs.double().mean().item() == packed_macs(workload, keep)
+    assert torch.equal(trace.alive[1:], torch.from_numpy(keep[1:]))
+    assert workload.decider.macs_per_decision > 0
+
+
+@pytest.mark.parametrize(
+    ("variant", "tolerance"),
+    [
+        ("dense", 1e-6),
+        ("packed", 0.02),  # attention over images of like length may be padded a little
+        ("masked", 0.15),  # computes queries and keys once more for the attention it observes
+        ("padded", 1e-6),
+        ("tome", 1e-6),
+        ("uniform", 1e-6),
+    ],
+)
+def test_costs_are_what_pytorch_counts(workload, plan, variant, tolerance):
+    """The policy apart: it multiplies what patches share only once, and is charged in full."""
+    with FlopCounterMode(display=False) as counter:
+        workload.decider.forward = lambda view: view.alive
+        for call in calls(variant, workload, plan, BATCH):
+            call()
+    counted = counter.get_total_flops() / 2 / IMAGES
+    charged = gmacs(variant, workload, plan, BATCH) * 1e9
+    if variant in PATTERNED:
+        decisions = 64 + plan.keep[:, :-1].sum((1, 2)).mean()
+        charged -= decisions * workload.decider.macs_per_decision
+    assert charged == pytest.approx(counted, rel=tolerance)
+
+
+def test_masked_and_padded_pay_for_what_they_carry(workload, plan):
+    cost = {
+        variant: gmacs(variant, workload, plan, BATCH)
+        for variant in ("dense", "packed", "masked", "padded")
+    }
+    assert cost["packed"] < cost["padded"] < cost["masked"]
+    assert cost["masked"] > cost["dense"]
+    assert gmacs("padded", workload, plan, 1) == pytest.approx(cost["packed"])
+
+
+def test_a_policy_is_asked_where_nothing_was_drawn(workload):
+    asked = make_plan(replace(workload, keep=None), with_merges=False)
+    alive = PrunedViT(workload.packed, workload.decider).eval().trace(workload.images).alive
+    assert np.array_equal(asked.keep, alive.numpy())
+    assert asked.merges == ()
+
+
+def test_a_run_brings_its_backbone_policy_and_images(tmp_path, monkeypatch):
+    backbone = StagedViT(create_backbone(DIGITS_VIT), (1, 3))
+    policy = untrained_policy(backbone)
+    # keeps what class attention is above even on
+    torch.nn.init.zeros_(policy.actor.net[-1].weight)
+    asked = []
+
+    def from_run(folder):
+        asked.append(folder)
+        return PrunedViT(backbone, policy).eval()
+
+    monkeypatch.setattr(PrunedViT, "from_run", from_run)
+    (tmp_path / "config.json").write_text(json.dumps({"dataset": "digits"}))
+    config = tiny_config(run=tmp_path, model_kwargs={}, variants=("padded",), batch_sizes=(3,))
+    (spec,) = specs(config)
+    workload = load(spec)
+    assert asked == [tmp_path]
+    assert workload.decider is policy
+    test = open_images("digits", "test", {"input_size": (1, 64, 64), "mean": (0,), "std": (1,)})
+    expected = test.load([0, 1, 2])[0]
+    correlation = np.corrcoef(workload.images.flatten().numpy(), expected.flatten().numpy())
+    assert correlation[0, 1] > 0.999
+    keep = make_plan(workload, with_merges=False).keep
+    assert 0 < keep.mean() < 1
+    (records,) = measure(config)
+    assert {record["model"] for record in records} == {str(tmp_path)}
+
+
+# --- drawn patterns ---
+
+
+def test_drawn_ratios_are_each_images_own_and_right_on_average():
+    keep = draw_keep((400, 3, 196), 0.7, seed=0)
+    counts = np.concatenate([np.full((400, 1), 196), keep.sum(2)], axis=1)
+    ratios = counts[:, 1:] / counts[:, :-1]
+    assert np.abs(ratios.mean(0) - 0.7).max() < 0.03
+    assert ratios.min() >= 0.4 - 0.02
+    assert ratios.std(0).min() > 0.1
+    assert len(set(counts[:, 1])) > 50
+    # nobody comes back
+    assert not (keep[:, 1:] & ~keep[:, :-1]).any()
+
+
+def test_patterns_come_from_the_seed():
+    first, again, other = (draw_keep((4, 2, 16), 0.5, seed) for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert draw_keep((2, 2, 16), 1.0, 0).all()
+
+
+# --- measuring ---
+
+
+@pytest.mark.stress
+def test_peak_memory_sees_what_was_held():
+    # in a process of its own: in this one other tests have held more before
+    code = (
+        "import torch; from prunevit.benchmarks.machine import peak_memory\n"
+        "cpu = torch.device('cpu'); before = peak_memory(cpu); held = torch.ones(64 * 2**20)\n"
+        "del held; print(peak_memory(cpu) - before)"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert int(printed) > 200 * 2**20
+
+
+# --- records ---
+
+
+def tiny_config(**changes):
+    settings = {
+        "model": "vit_tiny_patch16_224",
+        "model_kwargs": TINY,
+        "schedule": "every-block",
+        "batch_sizes": (1, 2),
+        "images": 3,
+        "rounds": 2,
+        "warmup": 0,
+        "memory": False,
+    }
+    return ThroughputConfig(**settings | changes)
+
+
+def test_records_have_all_keys():
+    measured = list(measure(tiny_config()))
+    assert [(group[0]["batch_size"], len(group)) for group in measured] == [(1, 7), (2, 7)]
+    for record in (row for group in measured for row in group):
+        assert record.keys() >= KEYS
+        assert (record["image_size"], record["device"]) == (64, "cpu")
+        assert record["threads"] == torch.get_num_threads()
+        assert ("p50" in record) == ("p95" in record) == (record["batch_size"] == 1)
+        dense = measured[0][0]
+        promised = dense["gmacs"] / record["gmacs"]
+        assert record["efficiency"] * promised == pytest.approx(record["speedup"])
+    assert (dense["variant"], dense["speedup"], dense["efficiency"]) == ("dense", 1, 1)
+
+
+def test_chosen_variants_and_image_sizes():
+    config = tiny_config(variants=("packed",), batch_sizes=(2,), image_sizes=(32, 48))
+    measured = list(measure(config))
+    assert [[row["variant"] for row in group] for group in measured] == [["dense", "packed"]] * 2
+    assert [group[0]["image_size"] for group in measured] == [32, 48]
+    assert measured[0][0]["gmacs"] < measured[1][0]["gmacs"]
+
+
+def test_images_are_a_multiple_of_every_batch_size():
+    assert specs(tiny_config(batch_sizes=(4, 6), images=13))[0].images == 24
+    assert specs(tiny_config(keep=0.8))[0].schedule == Schedule(None, 0.8)
+
+
+def test_the_released_schedule():
+    (spec,) = specs(ThroughputConfig())
+    assert spec.schedule == Schedule((3, 6, 9), 0.7)
+    assert ThroughputConfig().variants == (
+        "dense", "packed", "masked", "padded", "tome", "uniform", "unpruned"
+    )  # fmt: skip
+
+
+def test_the_policy_has_the_size_that_training_has():
+    workload = load(specs(tiny_config())[0])
+    assert workload.decider.actor.net[1].out_features == 32
+    assert workload.decider.fields == ("token", "cls", "stage", "cls_attention")
+
+
+def row(variant, speedup):
+    return dict.fromkeys(KEYS, 1) | {
+        "variant": variant, "speedup": speedup, "spread": 0.1, "dtype": "float32", "load": 0.5
+    }  # fmt: skip
+
+
+def test_the_table_says_by_how_much_ours_leads():
+    rows = [row("dense", 1.0), row("packed", 1.5), row("tome", 1.2), row("masked", 0.75)]
+    leads = ["packed is 1.25x as fast as tome", "packed is 2.00x as fast as masked"]
+    assert table(rows).splitlines()[-2:] == leads
+    assert "as fast as" not in table([row("dense", 1.0), row("tome", 1.2)])
+
+
+def test_the_figure_has_a_bar_for_each_record():
+    rows = [
+        row(variant, speedup) | {"batch_size": batch_size, "efficiency": 0.8}
+        for batch_size in (1, 32)
+        for variant, speedup in (("dense", 1.0), ("packed", 1.6), ("tome", 1.2))
+    ]
+    panels = draw(rows).axes
+    assert [axes.get_title() for axes in panels] == ["1, batch 1", "1, batch 32"]
+    for axes in panels:
+        assert [bar.get_height() for bar in axes.patches] == [1.6, 1.2]
+        # the lines stand at what the GMACs promise
+        promised = [segment[0][1] for c in axes.collections[1::2] for segment in c.get_segments()]
+        assert promised == pytest.approx([2.0, 1.5])
+
+
+def test_the_command_writes_records_and_figure(tmp_path, monkeypatch, capsys):
+    out, figure = tmp_path / "deep" / "records.json", tmp_path / "figure.png"
+    arguments = [
+        "--model", "vit_tiny_patch16_224", "--model-kwargs", json.dumps(TINY), "--no-memory",
+        "--schedule", "every-block", "--batch-sizes", "1", "2", "--images", "2", "--rounds", "1",
+        "--warmup", "0", "--out", str(out), "--figure", str(figure),
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["throughput", *arguments])
+    throughput.main()
+    records = json.loads(out.read_text())
+    assert len(records) == 14
+    assert all(record.keys() >= KEYS for record in records)
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "load 0" in shown or "load " in shown
+    assert "packed is" in shown
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_sizes": ()}, "batch_sizes is empty"),
+        ({"batch_sizes": (1, 0)}, "batch_sizes=(1, 0): each must be at least 1"),
+        ({"image_sizes": (-224,)}, "image_sizes=(-224,)"),
+        ({"rounds": 0}, "rounds=0: at least 1"),
+        ({"threads": 0}, "threads=0: at least 1"),
+        ({"run": Path("runs/x"), "model_kwargs": {}, "image_sizes": (32,)}, "a run brings its own"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check(tiny_config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no_such_vit"], "unknown backbone 'no_such_vit'"),
+        (["--model", "resnet18"], "ResNet can't be run on a part of its tokens"),
+        (["--keep", "1.5"], "keep=1.5: the mean share"),
+        (["--model-kwargs", '{"depth": 3}'], "prune_before=(3, 6, 9) is out of range"),
+        (["--run", "/no/such/run"], "/no/such/run"),
+    ],
+)
+def test_bad_input_is_one_line(monkeypatch, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["throughput", "--no-memory", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        throughput.main()
+    line = str(stopped.value.code)
+    assert line.startswith("error: ")
+    assert message in line
+    assert "\n" not in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_a_device_is_refused():
+    with pytest.raises(ValueError, match="no CUDA device"):
+        check(tiny_config(device="cuda"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_cuda():
+    config = tiny_config(device="cuda", dtype="bfloat16", memory=True, batch_sizes=(2,))
+    (records,) = measure(config)
+    assert all(record["peak_memory"] > 0 for record in records)
+
+
+# --- fresh processes ---
+
+
+@pytest.mark.stress
+def test_peak_memory_of_a_fresh_process():
+    config = tiny_config(memory=True, batch_sizes=(2,), variants=("packed",))
+    (records,) = measure(config)
+    for record in records:
+        assert 50 * 2**20 < record["peak_memory"] < 8 * 2**30
+
+
+@pytest.mark.stress
+def test_the_command_runs():
+    arguments = ["--model-kwargs", json.dumps(TINY), "--schedule", "every-block"]
+    ended = subprocess.run(
+        [
+            sys.executable, "-m", "prunevit.benchmarks.speed.throughput", *arguments,
+            "--threads", "1",
+            "--variants", "packed", "--images", "2", "--batch-sizes", "1", "--rounds", "1",
+        ],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "1 threads, load" in ended.stdout
+    assert "load at the end" in ended.stdout
