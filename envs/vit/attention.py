@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,6 +16,8 @@ from prunevit.envs.vit.layout import Layout
 MANY_IMAGES = 8
 SHORT_ROWS = 32
 HALF_PRECISION = (torch.float16, torch.bfloat16)
+AMPERE = (8, 0)  # compute capability
+HAS_VARLEN = find_spec("torch.nn.attention.varlen") is not None
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
@@ -28,7 +32,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     Returns:
         [S, heads * head_dim].
     """
-    if q.device.type == "cuda" and q.dtype in HALF_PRECISION:
+    if _has_varlen_kernel(q):
         from torch.nn.attention.varlen import varlen_attn
 
         cu_seqlens, max_seqlen = layout.cu_seqlens, layout.max_seqlen
@@ -42,6 +46,18 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         return attend(q, k, v, layout.buckets, None)
     q, k, v = (rows.index_select(0, padding.row) for rows in (q, k, v))
     return attend(q, k, v, layout.buckets, padding.bias).index_select(0, padding.cell)
+
+
+def _has_varlen_kernel(q: Tensor) -> bool:
+    """Whether attention over rows of different length has a kernel for ``q``: in half precision, on
+    an NVIDIA GPU from Ampere on, from torch 2.10 on.
+    """
+    return (
+        HAS_VARLEN
+        and q.device.type == "cuda"
+        and q.dtype in HALF_PRECISION
+        and torch.cuda.get_device_capability(q.device) >= AMPERE
+    )
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -11,11 +11,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    flop_registry,
+    register_flop_formula,
+    sdpa_flop_count,
+)
 
 from prunevit.envs.vit.layout import Layout
 from prunevit.envs.vit.timm_models.heads import classify_pooled, classify_prefix, pools_tokens
 from prunevit.envs.vit.timm_models.supported import attention_width, model_ops
+
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+if _CPU_ATTENTION not in flop_registry:  # before torch 2.15 fused attention on a CPU counts as 0
+
+    @register_flop_formula(_CPU_ATTENTION)
+    def _attention_flops(q: Any, k: Any, v: Any, *arguments: Any, **options: Any) -> int:
+        return sdpa_flop_count(q, k, v)
 
 
 @dataclass(frozen=True)
