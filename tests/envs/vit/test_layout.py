@@ -2,6 +2,8 @@
 that a model without one keeps; a batch may have no image.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -252,3 +254,24 @@ def test_everything_is_made_on_the_device_of_the_rows(lengths):
         attention_received(q, k, layout),
     ):
         assert made.device == meta
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "expected"),
+    [
+        ("cuda", torch.bfloat16, (8, 0), True),
+        ("cuda", torch.float16, (9, 0), True),
+        ("cuda", torch.float16, (7, 5), False),
+        ("cuda", torch.float32, (9, 0), False),
+        ("cpu", torch.bfloat16, (9, 0), False),
+    ],
+)
+def test_the_varlen_kernel_is_for_half_precision_from_ampere_on(
+    monkeypatch, device, dtype, capability, expected
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    q = SimpleNamespace(device=torch.device(device), dtype=dtype)
+    monkeypatch.setattr(ragged, "HAS_VARLEN", True)
+    assert ragged._has_varlen_kernel(q) is expected
+    monkeypatch.setattr(ragged, "HAS_VARLEN", False)  # torch before 2.10
+    assert not ragged._has_varlen_kernel(q)

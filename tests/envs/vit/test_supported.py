@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+from packaging.version import Version
 from timm.layers import AttentionRope
 from timm.models import model_entrypoint
 from timm.models.eva import EvaAttention
@@ -59,6 +60,12 @@ ROTARY = {
     "oblong-mixed": ("vit_small_patch16_rope_mixed_224", {"img_size": (48, 16)}),
     "post-norm": ("vit_base_patch16_rpn_224", {}),
 }
+# what older versions of timm don't have
+SINCE = {
+    "1.0.28": ("gated",),
+    "1.0.30": ("grouped-queries", "qk-norm", "scale"),
+    "1.0.31": ("mrope",),
+}
 each_model = pytest.mark.parametrize("family", ROTARY)
 each_execution = pytest.mark.parametrize("execution", EXECUTIONS)
 
@@ -69,6 +76,9 @@ def build(make_vit):
     made = {}
 
     def by_name(family):
+        for since, families in SINCE.items():
+            if family in families and Version(timm.__version__) < Version(since):
+                pytest.skip(f"needs timm {since}")
         if family not in made:
             name, kwargs = ROTARY[family]
             made[family] = make_vit(name, **kwargs)
