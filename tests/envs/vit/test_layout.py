@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from prunevit.envs.vit import attention
 from prunevit.envs.vit import layout as layout_module
 from prunevit.envs.vit.attention import attention_received, varlen_attention
 from prunevit.envs.vit.layout import BUCKET_WIDTHS, Layout
@@ -271,7 +272,7 @@ def test_the_varlen_kernel_is_for_half_precision_from_ampere_on(
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     q = SimpleNamespace(device=torch.device(device), dtype=dtype)
-    monkeypatch.setattr(ragged, "HAS_VARLEN", True)
-    assert ragged._has_varlen_kernel(q) is expected
-    monkeypatch.setattr(ragged, "HAS_VARLEN", False)  # torch before 2.10
-    assert not ragged._has_varlen_kernel(q)
+    monkeypatch.setattr(attention, "HAS_VARLEN", True)
+    assert attention._has_varlen_kernel(q) is expected
+    monkeypatch.setattr(attention, "HAS_VARLEN", False)  # torch before 2.10
+    assert not attention._has_varlen_kernel(q)
