@@ -1,0 +1,86 @@
+"""The command ``prunevit``: each subcommand runs a module as ``python -m`` does."""
+
+from __future__ import annotations
+
+import difflib
+import runpy
+import sys
+from typing import NamedTuple, NoReturn
+
+from prunevit import __version__
+
+
+class Command(NamedTuple):
+    """What a subcommand runs.
+
+    Attributes:
+        module: the module, which takes the rest of the arguments.
+        summary: what it does, in one line.
+    """
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "train": Command("prunevit.trainers.mappo", "train a pruning policy with MAPPO"),
+    "sb3": Command("prunevit.trainers.sb3", "train a policy with Stable-Baselines3"),
+    "rllib": Command("prunevit.trainers.rllib", "train a policy with RLlib"),
+    "benchmarl": Command("prunevit.trainers.benchmarl", "train a policy with BenchMARL"),
+    "backbone": Command("prunevit.trainers.backbone", "train a ViT to classify images"),
+    "finetune": Command("prunevit.trainers.finetune", "fine-tune a ViT under a learned policy"),
+    "dynamic-vit": Command("prunevit.trainers.dynamic_vit", "train DynamicViT's predictors"),
+    "compare": Command("prunevit.benchmarks.compare", "compare ways to choose tokens"),
+    "summary": Command("prunevit.benchmarks.summary", "tabulate finished runs"),
+    "throughput": Command("prunevit.benchmarks.speed.throughput", "time pruned models"),
+    "env-speed": Command("prunevit.benchmarks.speed.env_speed", "time the environment"),
+    "train-speed": Command("prunevit.benchmarks.speed.train_speed", "time the trainer"),
+    "marl": Command("prunevit.benchmarks.marl.compare", "compare MARL trainers"),
+}
+
+
+def usage() -> str:
+    """The help text."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: prunevit [--help] [--version] COMMAND [ARGUMENTS]",
+            "",
+            "Token pruning in Vision Transformers, learned by multi-agent reinforcement learning.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "'prunevit COMMAND --help' lists a command's options.",
+        ]
+    )
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"prunevit: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a subcommand with the rest of the arguments.
+
+    PyTorch is imported by the subcommand alone, so ``--help`` and ``--version`` are fast.
+
+    Raises:
+        SystemExit: with the subcommand's exit code; 2 where no subcommand has that name.
+    """
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if name in ("-h", "--help"):
+        print(usage())
+    elif name == "--version":
+        print(f"prunevit {__version__}")
+    elif not name:
+        _fail("name a command, or see prunevit --help")
+    elif name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS)
+        advice = f"did you mean {' or '.join(near)}?" if near else "see prunevit --help"
+        _fail(f"unknown command {name!r}: {advice}")
+    else:
+        sys.argv[1:] = rest
+        runpy.run_module(COMMANDS[name].module, run_name="__main__", alter_sys=True)
