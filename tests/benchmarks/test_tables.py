@@ -1,0 +1,92 @@
+"""The tables of figures in README.md and docs are what the committed records say."""
+
+import pytest
+
+from prunevit.benchmarks import tables
+from prunevit.benchmarks.records import FILE, read
+from prunevit.benchmarks.tables import TABLES, comparison, main, method_rows, refresh, same
+
+UPPER_BOUNDS = {"oracle", "oracle-no-labels"}  # judged on few images
+PAGE = "Before.\n<!-- table: a -->\n{}<!-- end -->\nAfter.\n"
+
+
+@pytest.mark.skipif(not (tables.ROOT / "README.md").is_file(), reason="needs the checkout")
+def test_no_table_is_stale():
+    main(["--check"])
+
+
+@pytest.mark.skipif(not (tables.ROOT / "README.md").is_file(), reason="needs the checkout")
+def test_each_table_and_each_method_is_on_a_page():
+    text = "".join(page.read_text(encoding="utf-8") for page in tables.pages())
+    assert all(f"<!-- table: {name} -->" in text for name in TABLES)
+    for folder, titles in (
+        ("digits/compare", tables.DIGITS | tables.ABLATIONS | tables.BENCHMARL),
+        ("cifar10/compare", tables.CIFAR10 | tables.FINE_TUNING),
+    ):
+        methods = {row["method"] for row in read(tables.RESULTS / folder / FILE)}
+        assert methods - UPPER_BOUNDS == set(titles)
+
+
+def record(point, accuracy, speedup=None, method="m", seed=0):
+    return {
+        "method": method, "seed": seed, "point": point, "accuracy": accuracy, "speedup": speedup
+    }  # fmt: skip
+
+
+def test_one_seed_has_its_speed_in_the_same_cell():
+    rows = [record(0.3, 0.9, 2.0), record(0.5, 0.95, 1.5)]
+    assert method_rows("M", rows, [0.3, 0.5], True) == [["M", "90.00, 2.00x", "95.00, 1.50x"]]
+    assert method_rows("M", rows, [0.3, 0.5], False) == [["M", "90.00", "95.00"]]
+
+
+def test_seeds_have_means_and_their_speeds_a_row():
+    rows = [record(0.3, accuracy, accuracy, seed=i) for i, accuracy in enumerate((0.5, 0.9))]
+    rows.append(record(0.5, 0.9, 2.0))
+    accuracies, speeds = method_rows("M", rows, [0.3, 0.5, 0.7], True)
+    assert accuracies == ["M", "70.00 [50.00, 90.00]", "90.00, 1 seeds", "not reached"]
+    assert speeds == ["", "0.70x [0.50, 0.90]", "2.00x", ""]
+
+
+def test_a_comparison_reads_the_records_of_its_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(
+        tables,
+        "read",
+        lambda path: [record(0.3, 0.9, method=path.parent.name), record(0.3, 0.1, seed=1)],
+    )
+    assert comparison(("a", {"a": "A"}), ("b", {"b": "B"}), seed=0).splitlines() == [
+        "| method | at 30% of dense GMACs |", "|---|---|", "| A | 90.00 |", "| B | 90.00 |"
+    ]  # fmt: skip
+
+
+def test_a_stale_table_is_written_anew():
+    fresh = {"a": lambda: "| 2 |"}
+    assert refresh(PAGE.format("| 1 |\n"), fresh) == (PAGE.format("| 2 |\n"), ["a"])
+    assert refresh(PAGE.format("| 2 |\n"), fresh) == (PAGE.format("| 2 |\n"), [])
+
+
+def test_only_the_last_digits_of_intervals_may_differ():
+    assert same("1.00 [0.90, 1.10]", "1.00 [0.92, 1.09]")
+    assert not same("1.00 [0.90, 1.10]", "1.00 [0.93, 1.10]")
+    assert not same("1.00 [0.90, 1.10]", "1.01 [0.90, 1.10]")
+
+
+def test_wrong_marks_are_refused():
+    with pytest.raises(ValueError, match="unknown table 'a': there are b"):
+        refresh(PAGE.format(""), {"b": lambda: ""})
+    with pytest.raises(ValueError, match="has no <!-- end -->"):
+        refresh("<!-- table: a -->\n", {"a": lambda: ""})
+
+
+def test_the_check_names_what_is_stale_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "README.md"
+    page.write_text(PAGE.format("old\n").replace("table: a", "table: marl"))
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    before = page.read_text()
+    with pytest.raises(SystemExit, match=r"stale tables.*README.md: marl"):
+        main(["--check"])
+    assert page.read_text() == before
+    main([])
+    assert "**our MAPPO**" in page.read_text()
+    main(["--check"])
+    assert "all tables are as the records say" in capsys.readouterr().out
