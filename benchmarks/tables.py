@@ -32,7 +32,7 @@ TOLERANCE = 0.0201  # of an interval's ends, which depend on what a version of s
 
 # methods and their titles
 DIGITS = {
-    "mappo": "**ours, one policy for all budgets**",
+    "mappo": "**ours, one policy for every alpha**",
     "dynamic-vit": "DynamicViT, frozen backbone",
     "evit": "EViT, the rest fused",
     "tome": "ToMe",
@@ -44,17 +44,17 @@ DIGITS = {
 }
 ABLATIONS = {
     "mappo": "**ours** (`mappo`)",
-    "mappo-fine-tuned": "ours, the backbone fine-tuned under it",
+    "mappo-fine-tuned": "ours, the backbone fine-tuned under the policy",
     "dynamic-vit-fine-tuned": "DynamicViT as published, fine-tuned",
     "mappo-each-price": "ours, trained for each operating point (`mappo-each-price`)",
-    "no-attention-prior": "no attention prior",
+    "no-attention-prior": "without the attention prior",
     "no-stage": "doesn't observe the stage",
-    "one-stage": "prunes at the first stage alone",
+    "one-stage": "prunes only at the first stage",
     "confidence": "paid for the true class's probability",
-    "agreement": "paid for agreement with dense, no labels",
+    "agreement": "paid for agreement with the dense model (`agreement`)",
     "ippo": "IPPO: a local critic as baseline (`ippo`)",
-    "no-image-baseline": "a central critic as baseline, no rollouts compared (`no-image-baseline`)",
-    "with-critic": "a central critic beside the comparison (`with-critic`)",
+    "no-image-baseline": "a central critic as the only baseline (`no-image-baseline`)",
+    "with-critic": "a central critic in addition (`with-critic`)",
     "no-team-reward": "survivors share a reward, one alpha (`no-team-reward`)",
     "paper": "the paper's way (`paper`)",
     "released": "RL4EViT's released code at its own rate (`released`)",
@@ -75,12 +75,12 @@ CIFAR10 = {
 }
 FINE_TUNING = {
     "mappo": "frozen backbone",
-    "mappo-fine-tuned": "fine-tuned under it, once, at 60%",
+    "mappo-fine-tuned": "fine-tuned under the policy, once, at 60%",
 }
 VARIANTS = {
     "dense": "dense: timm's own model",
     "packed": "**packed: ours**, policy included",
-    "masked": "masked, all tokens carried along",
+    "masked": "masked: all tokens are computed",
     "padded": "padded to the longest of the batch",
     "tome": "ToMe, merging",
     "uniform": "one length for all images (EViT's way)",
@@ -197,8 +197,7 @@ def default_run() -> str:
 def accuracy_rewards() -> str:
     """The learned policy of the default run, and of one that is paid for confidence."""
     titles = {
-        "default": "default: rollouts of one image compared, no critic, paid for staying near the "
-        "dense model's answer",
+        "default": "default: no critic, paid for staying near the dense model's answer",
         "confidence": "paid for the true class's probability instead (`--accuracy confidence`)",
     }
     rows = [run_row(title, reports(name), "learned")[:3] for name, title in titles.items()]
@@ -285,7 +284,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "digits-ablations": partial(comparison, ("digits/compare", ABLATIONS)),
     "digits-benchmarl": partial(
         comparison,
-        ("digits/compare", {"mappo": "**ours, MAPPO** (5 seeds)"}),
+        ("digits/compare", {"mappo": "**ours** (5 seeds)"}),
         ("digits/two-minutes", {"mappo": "ours, within two minutes (3 seeds)"}),
         ("digits/compare", BENCHMARL),
     ),
