@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from timm.data import resolve_model_data_config
 
 from prunevit.agents.pruned_vit import PrunedViT
+from prunevit.benchmarks.methods.registry import METHODS, rebuild
+from prunevit.benchmarks.protocol import Benchmark
 from prunevit.benchmarks.records import Records
 from prunevit.envs.data.datasets import ImageSet
 from prunevit.envs.rendering import denormalise
@@ -26,6 +28,7 @@ CURVES, PICTURES = "curves.jsonl", "pictures.npz"
 CURVE_POINTS = 100  # a curve is thinned to so many
 CURVE_METRICS = ("accuracy", "keep_ratio", "reward", "loss")
 IMAGES = 6
+PICTURED = ("mappo", "mappo-fine-tuned", "dynamic-vit", "attention")  # with seed 0
 ALIVE = "alive "  # before a method's name
 
 
@@ -119,3 +122,37 @@ def take_pictures(
         alive[name] = model.trace(on_device).alive.cpu().numpy()
     names = [images.class_names[int(label)] for label in labels]
     Pictures(colours, names, backbone.grid_size, alive).write(folder)
+
+
+def leave_curves(folder: Path, field: Sequence[tuple[str, int]], bench: Benchmark) -> None:
+    """Saves the training curves of ``field`` whose runs are there."""
+    curves = open_curves(folder)
+    for name, seed in field:
+        metrics = bench.runs / f"{name}-{seed}" / "metrics.jsonl"
+        # fine-tuning counts in epochs
+        if metrics.is_file() and not METHODS[name].fine_tunes:
+            curves.put({"method": name, "seed": seed, **thin_curve(metrics)})
+
+
+def leave_pictures(
+    folder: Path,
+    field: Sequence[tuple[str, int]],
+    records: Records,
+    bench: Benchmark,
+    test: ImageSet,
+) -> None:
+    """Saves what is left of a few images at the middle operating point."""
+    models = {}
+    for name, seed in field:
+        row = records.find(name, seed, bench.middle_point)
+        if seed or name not in PICTURED or row is None:
+            continue
+        try:
+            model = rebuild(row, bench)
+        except ValueError as error:
+            print(f"no pictures of {name}: {error}", flush=True)
+            continue
+        assert isinstance(model, PrunedViT)
+        models[name] = model
+    if models:
+        take_pictures(folder, models, test, bench.backbone)

@@ -25,12 +25,10 @@ import numpy as np
 import torch
 import tyro
 from timm.data import resolve_model_data_config
-from torch import Tensor, nn
 
-from prunevit.agents.pruned_vit import PrunedViT
-from prunevit.benchmarks.artifacts import open_curves, take_pictures, thin_curve
-from prunevit.benchmarks.machine import hardware
+from prunevit.benchmarks.artifacts import leave_curves, leave_pictures
 from prunevit.benchmarks.markdown import markdown_table, mean_and_interval
+from prunevit.benchmarks.method_speed import time_untimed, where
 from prunevit.benchmarks.methods.registry import METHODS
 from prunevit.benchmarks.protocol import (
     Benchmark,
@@ -51,13 +49,6 @@ from prunevit.trainers.common.checkpoint import CheckpointError
 from prunevit.trainers.common.classification import versions
 from prunevit.trainers.common.run_folder import TrainingError
 from prunevit.trainers.common.runs import RunError
-from prunevit.trainers.common.timing import TimingProcess, speedup
-
-MODULE = "benchmarks.compare"
-SPEED_BATCH = 64
-SPEED_IMAGES = 256
-SPEED_ROUNDS = 9
-PICTURED = ("mappo", "mappo-fine-tuned", "dynamic-vit", "attention")  # with seed 0
 
 
 @dataclass
@@ -124,11 +115,8 @@ def open_benchmark(config: CompareConfig) -> tuple[Benchmark, ImageSet]:
         ValueError: data or weights are not named, unknown or damaged.
     """
     task = TASKS[config.task]
-    task = replace(
-        task,
-        backbone=config.backbone or task.backbone,
-        points=tuple(config.points or task.points),
-    )
+    points = tuple(config.points or task.points)
+    task = replace(task, backbone=config.backbone or task.backbone, points=points)
     base = task.config(config.data, config.checkpoint, config.pretrained)
     base = replace(base, device=config.device, threads=config.threads)
     if config.iterations is not None:
@@ -191,8 +179,8 @@ def compare(config: CompareConfig) -> list[Record]:
     dense_of = cache(lambda size: judge_dense(bench, test, size))
     for name, seed in field:
         measure(name, seed, settings, records, bench, test, dense_of)
-    leave_curves(field, config.out, bench)
-    leave_pictures(field, config.out, records, bench, test)
+    leave_curves(config.out, field, bench)
+    leave_pictures(config.out, field, records, bench, test)
     if config.speed:
         time_untimed(field, records, bench, test)
     return records.rows
@@ -251,7 +239,7 @@ def measure(
             **where(bench),
             "versions": versions(),
             "settings": settings,
-            "command": command(MODULE),
+            "command": command("benchmarks.compare"),
         }
         records.put(row)
         print(
@@ -259,96 +247,6 @@ def measure(
             f"{100 * row['dense_accuracy']:.2f} at {row['gmacs'] / row['dense_gmacs']:.1%}",
             flush=True,
         )
-
-
-def where(bench: Benchmark) -> dict[str, Any]:
-    """What a record says about the machine."""
-    device = bench.backbone.device
-    threads = torch.get_num_threads()
-    return {"threads": threads, "device": str(device), "hardware": hardware(device)}
-
-
-def leave_curves(field: Sequence[tuple[str, int]], out: Path, bench: Benchmark) -> None:
-    """Saves the training curves of ``field`` whose runs are there."""
-    curves = open_curves(out)
-    for name, seed in field:
-        metrics = bench.runs / f"{name}-{seed}" / "metrics.jsonl"
-        # fine-tuning counts in epochs
-        if metrics.is_file() and not METHODS[name].fine_tunes:
-            curves.put({"method": name, "seed": seed, **thin_curve(metrics)})
-
-
-def leave_pictures(
-    field: Sequence[tuple[str, int]], out: Path, records: Records, bench: Benchmark, test: ImageSet
-) -> None:
-    """Saves what is left of a few images at the middle operating point."""
-    models = {}
-    for name, seed in field:
-        row = records.find(name, seed, bench.middle_point)
-        if seed or name not in PICTURED or row is None:
-            continue
-        try:
-            model = rebuild(row, bench)
-        except ValueError as error:
-            print(f"no pictures of {name}: {error}", flush=True)
-            continue
-        assert isinstance(model, PrunedViT)
-        models[name] = model
-    if models:
-        take_pictures(out, models, test, bench.backbone)
-
-
-def rebuild(row: Record, bench: Benchmark) -> nn.Module | None:
-    """The model of a record, from its knobs and, for a learned method, its run; None for an upper
-    bound, which has no model.
-
-    Raises:
-        ValueError: the run is gone or damaged.
-    """
-    method = METHODS[row["method"]].open(bench, row["seed"])
-    if isinstance(method, UpperBound):
-        return None
-    model = method.make(row)
-    assert isinstance(model, nn.Module)
-    return model
-
-
-def time_untimed(
-    field: Sequence[tuple[str, int]], records: Records, bench: Benchmark, images: ImageSet
-) -> None:
-    """Writes into the records without a speed how many times faster than timm's dense model they
-    are, at batches of ``SPEED_BATCH``. Trains and judges nothing.
-    """
-    pixels = speed_images(images).to(bench.backbone.device)
-    with TimingProcess() as process:
-        for name, seed in field:
-            rows = {
-                str(point): row
-                for point in bench.task.points
-                if (row := records.find(name, seed, point)) and row["speedup"] is None
-            }
-            try:
-                models = {key: rebuild(row, bench) for key, row in rows.items()}
-            except ValueError as error:
-                print(f"{name}, seed {seed} can't be timed: {error}", flush=True)
-                continue
-            timed = {key: model for key, model in models.items() if model is not None}
-            if not timed:
-                continue
-            turns = {"dense": bench.model} | timed
-            timings = process.time_models(turns, pixels, SPEED_BATCH, SPEED_ROUNDS)
-            for key in timed:
-                rows[key]["speedup"] = speedup(timings["dense"], timings[key])
-                rows[key].update(where(bench), speed_command=command(MODULE))
-            records.save()
-            said = ", ".join(f"{row['speedup']:.2f}x" for row in rows.values())
-            print(f"{name}, seed {seed}: {said}", flush=True)
-
-
-def speed_images(images: ImageSet) -> Tensor:
-    """``SPEED_IMAGES`` images, evenly spread; some of them twice where there are fewer."""
-    chosen = [i * len(images) // SPEED_IMAGES for i in range(SPEED_IMAGES)]
-    return images.load(chosen)[0]
 
 
 def table(rows: Sequence[Record]) -> str:
@@ -390,7 +288,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         arguments = rename_flags(sys.argv[1:] if arguments is None else arguments, COMPARE_FLAGS)
         config = tyro.cli(
-            CompareConfig, description=__doc__, args=arguments, prog=f"python -m {MODULE}"
+            CompareConfig, description=__doc__, args=arguments, prog="python -m benchmarks.compare"
         )
         check(config)
         if config.threads is not None:

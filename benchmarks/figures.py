@@ -105,7 +105,8 @@ def draw_line(
 
 
 def style_of(name: str, place: int) -> Style:
-    """A colour and a marker for each method; ours stands out.
+    """A colour and a marker for each method; ours stands out, fine-tuned ones are
+    dashed.
 
     Args:
         name: of the method.
@@ -116,21 +117,14 @@ def style_of(name: str, place: int) -> Style:
         "label": name,
         "marker": MARKERS[place % len(MARKERS)],
         "markersize": 4,
+        "linestyle": "--" if name.endswith(FINE_TUNED) else "-",
         "color": "black" if is_ours else COLORS[(place - 1) % len(COLORS)],
         "linewidth": 2.2 if is_ours else 1.2,
         "zorder": 3 if is_ours else 2,
     }
 
 
-def paired_style(name: str, place: int) -> Style:
-    """A colour for each method with and without fine-tuning; dashed without."""
-    base = name.removesuffix(FINE_TUNED)
-    color = "black" if base == OURS else f"C{sum(map(ord, base)) % 10}"
-    linestyle = "--" if base == name else "-"
-    return style_of(name, place) | {"marker": "o", "color": color, "linestyle": linestyle}
-
-
-def draw_tradeoff(rows: Sequence[Record], style: Callable[[str, int], Style] = style_of) -> Figure:
+def draw_tradeoff(rows: Sequence[Record]) -> Figure:
     """Accuracy against compute and, where that was timed, against measured speed."""
     panels: list[tuple[str, Callable[[Record], float | None]]] = [
         ("GMACs, % of dense", cost_percent),
@@ -143,7 +137,7 @@ def draw_tradeoff(rows: Sequence[Record], style: Callable[[str, int], Style] = s
     dense = 100 * rows[0]["dense_accuracy"]
     for axes, (title, x) in zip(columns, panels, strict=True):
         for i, (name, points) in enumerate(grouped(rows).items()):
-            draw_line(axes, points, x, lambda row: 100 * row["accuracy"], **style(name, i))
+            draw_line(axes, points, x, lambda row: 100 * row["accuracy"], **style_of(name, i))
         axes.axhline(dense, color="grey", linestyle=":", label="dense")
         axes.set_ylim(bottom=max(axes.get_ylim()[0], dense - MOST_LOSS))
         axes.set_xlabel(title)
@@ -273,7 +267,7 @@ def draw(folder: Path) -> dict[str, Figure]:
         "ablations.png": (draw_tradeoff, of(ABLATIONS | {OURS}) if methods & ABLATIONS else []),
         "libraries.png": (draw_tradeoff, of(libraries | {OURS}) if libraries else []),
         "fine_tuning.png": (
-            lambda shown: draw_tradeoff(shown, paired_style),
+            draw_tradeoff,
             of(tuned | {name.removesuffix(FINE_TUNED) for name in tuned}),
         ),
         "knob.png": (draw_knob, of({OURS})),

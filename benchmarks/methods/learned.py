@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -33,13 +32,11 @@ from prunevit.trainers.finetune import FinetuneConfig
 
 ODDS = (1e-4, 1e4)  # of keep, between which a threshold is searched
 ALPHAS_BEYOND = 8.0  # alphas are searched up to this factor beyond the trained range
-BENCHMARL_MINUTES = 2.0
-BENCHMARL = ("mappo", "ippo", "qmix", "vdn", "iql", "masac", "isac")
 # settings that change a policy by no more than rounding
-RUNS_OWN = (
+RUNS_OWN = {
     "threads", "device", "run", "run_name", "resume", "workers", "cache_gb", "profile",
     "accumulate",
-)  # fmt: skip
+}  # fmt: skip
 
 
 # --- runs ---
@@ -52,7 +49,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         return
     found = rename_settings(json.loads(written.read_text(encoding="utf-8")))
     wanted = json.loads(json.dumps(settings))
-    names = (found.keys() | wanted.keys()) - set(RUNS_OWN)
+    names = (found.keys() | wanted.keys()) - RUNS_OWN
 
     def values(settings: Mapping[str, Any]) -> dict[str, Any]:
         # settings that a run doesn't have are newer than it, and were off then
@@ -275,34 +272,3 @@ def dynamic_vit(name: str, fine_tune: bool, bench: Benchmark, seed: int) -> Meth
         return {"keep": 1 / bisect(cost, 1.0, patches, gmacs, at_least=True)}
 
     return Method(tune, make)
-
-
-def benchmarl(name: str, algorithm: str, bench: Benchmark, seed: int) -> Method:
-    """An algorithm of BenchMARL, trained for ``BENCHMARL_MINUTES``; the knob is the threshold on
-    how much better keep is rated than prune.
-    """
-    folder = bench.runs / f"{name}-{seed}"
-
-    def train() -> None:
-        # an extra, needed only by this method
-        from prunevit.trainers.benchmarl import BenchmarlConfig
-        from prunevit.trainers.benchmarl import train as train_benchmarl
-
-        if bench.base.pretrained:
-            raise ValueError(f"{name} can't take downloaded weights: give --checkpoint FILE")
-        config = BenchmarlConfig(
-            algorithm=cast("Any", algorithm),
-            minutes=BENCHMARL_MINUTES,
-            seed=seed,
-            run_name=str(folder.absolute()),
-            **shared_settings(bench),
-        )
-        if bench.iterations is not None:
-            config = replace(config, iterations=bench.iterations)
-        check_settings(folder, config.described())
-        if not (folder / RUN_WEIGHTS).is_file():
-            # a killed run can't be resumed: BenchMARL writes its checkpoint at the end
-            shutil.rmtree(folder, ignore_errors=True)
-            train_benchmarl(config)
-
-    return tuned_after_training(bench, train, lambda: PrunedViT.from_run(folder))

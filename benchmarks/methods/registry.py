@@ -6,9 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from prunevit.benchmarks.methods import learned, untrained
+from torch import nn
+
+from prunevit.benchmarks.methods import benchmarl, learned, untrained
 from prunevit.benchmarks.methods.recipes import OURS, RECIPES
 from prunevit.benchmarks.protocol import Benchmark, Method, UpperBound
+from prunevit.benchmarks.records import Record
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,10 @@ METHODS: Mapping[str, MethodSpec] = {
     },
     **{
         f"benchmarl-{algorithm}": MethodSpec(
-            f"BenchMARL's {algorithm.upper()}, {learned.BENCHMARL_MINUTES:g} minutes",
-            partial(learned.benchmarl, f"benchmarl-{algorithm}", algorithm),
+            f"BenchMARL's {algorithm.upper()}, {benchmarl.MINUTES:g} minutes",
+            partial(benchmarl.benchmarl, f"benchmarl-{algorithm}", algorithm),
         )
-        for algorithm in learned.BENCHMARL
+        for algorithm in benchmarl.ALGORITHMS
     },
     "mappo-each-price": MethodSpec(
         "ours, a training for each operating point", partial(learned.one_alpha_each, OURS)
@@ -81,3 +84,18 @@ METHODS: Mapping[str, MethodSpec] = {
         fine_tunes=True,
     ),
 }
+
+
+def rebuild(row: Record, bench: Benchmark) -> nn.Module | None:
+    """The model of a record, from its knobs and, for a learned method, its run; None for an upper
+    bound, which has no model.
+
+    Raises:
+        ValueError: the run is gone or damaged.
+    """
+    method = METHODS[row["method"]].open(bench, row["seed"])
+    if isinstance(method, UpperBound):
+        return None
+    model = method.make(row)
+    assert isinstance(model, nn.Module)
+    return model

@@ -36,9 +36,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import tyro
-from matplotlib.figure import Figure
 
-from prunevit.benchmarks.figures import save_figure
 from prunevit.benchmarks.machine import MIB
 from prunevit.benchmarks.markdown import markdown_table
 from prunevit.benchmarks.speed.variants import (
@@ -109,8 +107,6 @@ class ThroughputConfig:
     """Of weights, images and patterns."""
     out: Path | None = None
     """Also write the records to this JSON file."""
-    figure: Path | None = None
-    """Also draw the speed-ups to this PNG file."""
 
 
 def check(config: ThroughputConfig) -> None:
@@ -271,45 +267,14 @@ def table(records: Sequence[Record]) -> str:
     return "\n".join([title, "", markdown_table(header, rows), "", *leads])
 
 
-def draw(records: Sequence[Record]) -> Figure:
-    """Speed-ups over dense as bars, grouped by image size, with a panel for each batch size. The
-    line over a bar is what the GMACs promise.
-    """
-    batch_sizes = list(dict.fromkeys(row["batch_size"] for row in records))
-    sizes = list(dict.fromkeys(row["image_size"] for row in records))
-    variants = [v for v in dict.fromkeys(row["variant"] for row in records) if v != "dense"]
-    width = 0.8 / max(len(variants), 1)
-    figure = Figure(figsize=(2 + 3.5 * len(batch_sizes), 3.5), layout="constrained")
-    panels = figure.subplots(1, len(batch_sizes), squeeze=False, sharey=True).flat
-    for axes, batch_size in zip(panels, batch_sizes, strict=True):
-        shown = [row for row in records if row["batch_size"] == batch_size]
-        for i, variant in enumerate(variants):
-            rows = [row for row in shown if row["variant"] == variant]
-            left = [sizes.index(row["image_size"]) - 0.4 + i * width for row in rows]
-            heights = [row["speedup"] for row in rows]
-            errors = [row["speedup"] * row["spread"] / 2 for row in rows]
-            axes.bar(left, heights, width, yerr=errors, align="edge", label=variant)
-            promised = [row["speedup"] / row["efficiency"] for row in rows]
-            axes.hlines(promised, left, [x + width for x in left], colors="black", linewidth=1)
-        axes.axhline(1, color="gray", linewidth=0.8)
-        axes.set_xticks(range(len(sizes)), [f"{size} px" for size in sizes])
-        axes.set_title(f"{records[0]['model']}, batch {batch_size}", fontsize=10)
-    figure.axes[0].set_ylabel("speed-up over dense")
-    handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside right upper", fontsize=8)
-    return figure
-
-
 def report(config: ThroughputConfig) -> None:
-    """Measures, prints each table when it is there, and keeps the files up to date with it."""
+    """Measures, prints each table when it is there, and keeps the file up to date with it."""
     records: list[Record] = []
     for measured in measure(config):
         print(table(measured), end="\n\n", flush=True)
         records += measured
         if config.out is not None:
             write_json(config.out, records)
-        if config.figure is not None and len(chosen(config)) > 1:
-            save_figure(draw(records), config.figure)
     print(f"load at the end: {' '.join(f'{load:.2f}' for load in os.getloadavg())}")
 
 

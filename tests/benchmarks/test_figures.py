@@ -15,7 +15,6 @@ from prunevit.benchmarks.figures import (
     draw_tradeoff,
     grouped,
     main,
-    paired_style,
 )
 from prunevit.benchmarks.records import FIELDS, Records
 
@@ -108,12 +107,12 @@ def lines_of(figure):
     return {line.get_label(): line for line in figure.axes[0].lines}
 
 
-def test_fine_tuned_and_not_share_a_colour():
-    rows = more("dynamic-vit", "dynamic-vit-fine-tuned")
-    lines = lines_of(draw_tradeoff(rows, paired_style))
-    before, after = lines["dynamic-vit"], lines["dynamic-vit-fine-tuned"]
-    assert before.get_color() == after.get_color()
-    assert (before.get_linestyle(), after.get_linestyle()) == ("--", "-")
+def test_fine_tuned_methods_are_dashed_and_ours_is_black():
+    lines = lines_of(draw_tradeoff([*ROWS, *more("mappo-fine-tuned")]))
+    styles = {name: (line.get_linestyle(), line.get_color()) for name, line in lines.items()}
+    assert styles["mappo"] == ("-", "black")
+    assert styles["mappo-fine-tuned"][0] == "--"
+    assert len({color for _, color in styles.values()}) == 4
 
 
 def test_methods_judged_on_fewer_images_are_left_out(tmp_path):

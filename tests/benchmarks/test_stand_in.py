@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
 
 from prunevit.agents import PrunedViT
-from prunevit.benchmarks import compare, figures
+from prunevit.benchmarks import compare, figures, method_speed
 from prunevit.benchmarks.speed import throughput
 from prunevit.benchmarks.tasks import TASKS
 from prunevit.envs.data.datasets import open_images
@@ -140,8 +140,8 @@ def test_the_run_is_timed(folder):
 def test_the_comparison_runs(folder, images, weights, monkeypatch):
     """Training, fine-tuning, evaluation, timing and figures, as the README has them."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(compare, "SPEED_IMAGES", compare.SPEED_BATCH)
-    monkeypatch.setattr(compare, "SPEED_ROUNDS", 1)
+    monkeypatch.setattr(method_speed, "SPEED_IMAGES", method_speed.SPEED_BATCH)
+    monkeypatch.setattr(method_speed, "SPEED_ROUNDS", 1)
     short = replace(TASKS["imagenet"], fine_tuning={"epochs": 1, "epoch_size": 256})
     monkeypatch.setitem(TASKS, "imagenet", short)
     call = (

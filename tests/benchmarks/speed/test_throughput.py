@@ -19,7 +19,6 @@ from prunevit.benchmarks.speed import throughput
 from prunevit.benchmarks.speed.throughput import (
     ThroughputConfig,
     check,
-    draw,
     measure,
     specs,
     table,
@@ -364,34 +363,18 @@ def test_the_table_says_by_how_much_ours_leads():
     assert "as fast as" not in table([row("dense", 1.0), row("tome", 1.2)])
 
 
-def test_the_figure_has_a_bar_for_each_record():
-    rows = [
-        row(variant, speedup) | {"batch_size": batch_size, "efficiency": 0.8}
-        for batch_size in (1, 32)
-        for variant, speedup in (("dense", 1.0), ("packed", 1.6), ("tome", 1.2))
-    ]
-    panels = draw(rows).axes
-    assert [axes.get_title() for axes in panels] == ["1, batch 1", "1, batch 32"]
-    for axes in panels:
-        assert [bar.get_height() for bar in axes.patches] == [1.6, 1.2]
-        # the lines stand at what the GMACs promise
-        promised = [segment[0][1] for c in axes.collections[1::2] for segment in c.get_segments()]
-        assert promised == pytest.approx([2.0, 1.5])
-
-
-def test_the_command_writes_records_and_figure(tmp_path, monkeypatch, capsys):
-    out, figure = tmp_path / "deep" / "records.json", tmp_path / "figure.png"
+def test_the_command_writes_records(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "deep" / "records.json"
     arguments = [
         "--model", "vit_tiny_patch16_224", "--model-kwargs", json.dumps(TINY), "--no-memory",
         "--schedule", "every-block", "--batch-sizes", "1", "2", "--images", "2", "--rounds", "1",
-        "--warmup", "0", "--out", str(out), "--figure", str(figure),
+        "--warmup", "0", "--out", str(out),
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["throughput", *arguments])
     throughput.main()
     records = json.loads(out.read_text())
     assert len(records) == 14
     assert all(record.keys() >= KEYS for record in records)
-    assert figure.read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
     assert "load 0" in shown or "load " in shown
     assert "packed is" in shown

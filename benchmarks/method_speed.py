@@ -1,0 +1,65 @@
+"""The speed of compared methods over timm's dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunevit.benchmarks.machine import hardware
+from prunevit.benchmarks.methods.registry import rebuild
+from prunevit.benchmarks.protocol import Benchmark
+from prunevit.benchmarks.records import Records, command
+from prunevit.envs.data.datasets import ImageSet
+from prunevit.trainers.common.timing import TimingProcess, speedup
+
+SPEED_BATCH = 64
+SPEED_IMAGES = 256
+SPEED_ROUNDS = 9
+
+
+def time_untimed(
+    field: Sequence[tuple[str, int]], records: Records, bench: Benchmark, images: ImageSet
+) -> None:
+    """Writes into the records without a speed how many times faster than timm's dense model they
+    are, at batches of ``SPEED_BATCH``. Trains and judges nothing.
+    """
+    pixels = speed_images(images).to(bench.backbone.device)
+    with TimingProcess() as process:
+        for name, seed in field:
+            rows = {
+                str(point): row
+                for point in bench.task.points
+                if (row := records.find(name, seed, point)) and row["speedup"] is None
+            }
+            try:
+                models = {key: rebuild(row, bench) for key, row in rows.items()}
+            except ValueError as error:
+                print(f"{name}, seed {seed} can't be timed: {error}", flush=True)
+                continue
+            timed = {key: model for key, model in models.items() if model is not None}
+            if not timed:
+                continue
+            turns = {"dense": bench.model} | timed
+            timings = process.time_models(turns, pixels, SPEED_BATCH, SPEED_ROUNDS)
+            for key in timed:
+                rows[key]["speedup"] = speedup(timings["dense"], timings[key])
+                rows[key].update(where(bench), speed_command=command("benchmarks.compare"))
+            records.save()
+            said = ", ".join(f"{row['speedup']:.2f}x" for row in rows.values())
+            print(f"{name}, seed {seed}: {said}", flush=True)
+
+
+def speed_images(images: ImageSet) -> Tensor:
+    """``SPEED_IMAGES`` images, evenly spread; some of them twice where there are fewer."""
+    chosen = [i * len(images) // SPEED_IMAGES for i in range(SPEED_IMAGES)]
+    return images.load(chosen)[0]
+
+
+def where(bench: Benchmark) -> dict[str, Any]:
+    """What a record says about the machine."""
+    device = bench.backbone.device
+    threads = torch.get_num_threads()
+    return {"threads": threads, "device": str(device), "hardware": hardware(device)}
