@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from prunevit.envs.old_names import rename_parameters, rename_settings
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.weights import BackboneError, read_description
+from prunevit.versions import version_of
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -64,7 +64,7 @@ def write(
         "backbone": describe_backbone(backbone, model_kwargs),
         "prune_before": list(backbone.prune_before),
         "policy": describe_policy(policy),
-        "versions": {name: version(name) for name in ("prunevit", "timm", "torch")},
+        "versions": {name: version_of(name) for name in ("prunevit", "timm", "torch")},
     }
     # safetensors refuses tensors that share memory, and those that are not contiguous
     copies = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in weights.items()}
@@ -230,7 +230,7 @@ def rebuild(config: Mapping[str, Any]) -> tuple[StagedViT, Policy, dict[str, Any
     except BackboneError as error:
         made_by = config.get("versions", {}).get("timm")
         raise SavedModelError(
-            f"{error} (the model was written with timm {made_by}, here is {version('timm')})"
+            f"{error} (the model was written with timm {made_by}, here is {version_of('timm')})"
         ) from error
     except (KeyError, TypeError) as error:
         raise SavedModelError(f"the model's configuration is damaged: {error!r}") from error

@@ -8,13 +8,17 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
 
+import prunevit
 from prunevit.trainers.common.config import MappoConfig
+from prunevit.versions import version_of
 
 ROOT = Path(__file__).parents[1]
+BEFORE = ROOT / "tests" / "fixtures" / "before-0.2"
 PACKAGES = ("envs", "agents", "trainers", "benchmarks")
 IN_CHECKOUT = pytest.mark.skipif(not (ROOT / "setup.cfg").is_file(), reason="needs the checkout")
 
@@ -34,6 +38,54 @@ def check(ended):
 
 
 # --- names ---
+
+
+def test_importing_the_package_imports_no_torch(tmp_path):
+    code = (
+        "import sys, prunevit\n"
+        "assert not {'torch', 'timm', 'numpy'} & set(sys.modules)\n"
+        "assert {'prune', 'PrunedViT', 'TokenPruneEnv', '__version__'} <= set(dir(prunevit))\n"
+        "from prunevit import PrunedViT, TokenPruneEnv, prune\n"
+        "from prunevit.agents import pruned_vit\n"
+        "from prunevit.envs.token_prune import TokenPruneEnv as same\n"
+        "assert (PrunedViT, prune) == (pruned_vit.PrunedViT, pruned_vit.prune)\n"
+        "assert TokenPruneEnv is same\n"
+        "try:\n    prunevit.nothing\n"
+        "except AttributeError as error:\n    print(error)\n"
+    )
+    expected = "module 'prunevit' has no attribute 'nothing'\n"
+    assert check(python("-c", code, cwd=ROOT)) == expected
+
+
+@IN_CHECKOUT
+def test_the_version_is_written_in_one_place():
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    assert config["metadata"]["version"] == "attr: prunevit.__version__"
+    assert version_of("prunevit") == prunevit.__version__
+
+
+def test_the_foreign_tokenprune_does_not_clash(tmp_path):
+    """The distribution tokenprune on PyPI is another project."""
+    package = tmp_path / "tokenprune"
+    package.mkdir()
+    (package / "__init__.py").write_text("mine = 'foreign'\n__version__ = '9.0'\n")
+    metadata = tmp_path / "tokenprune-9.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: tokenprune\nVersion: 9.0\n")
+    code = (
+        f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n"
+        "import tokenprune, prunevit\n"
+        "from importlib.metadata import version\n"
+        "from prunevit import PrunedViT, TokenPruneEnv\n"
+        "from prunevit.versions import version_of\n"
+        "assert version('tokenprune') == '9.0'\n"
+        "assert version_of('prunevit') == prunevit.__version__\n"
+        f"model = PrunedViT.from_pretrained({str(BEFORE / 'topk')!r})\n"
+        "print(tokenprune.mine, TokenPruneEnv.__module__, PrunedViT.__module__)\n"
+    )
+    expected = "foreign prunevit.envs.token_prune prunevit.agents.pruned_vit\n"
+    assert check(python("-c", code, cwd=ROOT)) == expected
 
 
 def test_both_names_in_the_checkout_are_the_same_classes():
@@ -95,7 +147,7 @@ def test_code_imports_by_the_installed_names_and_one_way_only():
             assert top not in PACKAGES, f"{file} imports {module}"
             if top == "prunevit":
                 imported = rest.partition(".")[0]
-                if imported == "extras":  # imports nothing itself
+                if imported in ("extras", "versions"):  # these import nothing of the folders
                     continue
                 # benchmarks -> trainers -> agents -> envs
                 assert PACKAGES.index(imported) <= PACKAGES.index(package), f"{file}: {module}"

@@ -18,7 +18,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from prunevit.benchmarks.markdown import markdown_table, mean_and_interval
 from prunevit.benchmarks.marl.protocol import TASKS, Curve, Learn, Settings, env_maker
 from prunevit.benchmarks.records import FILE, Record, Records, command
 from prunevit.envs.old_names import COMPARE_FLAGS, rename_flags
+from prunevit.versions import version_of
 
 MODULE = "benchmarks.marl.compare"
 FIGURE = "curves.png"
@@ -134,7 +134,7 @@ def train(
         "cpu_seconds": curve.cpu_seconds,
         "threads": torch.get_num_threads(),
         "settings": settings_of(config, settings),
-        "versions": {package: version(package) for package in packages},
+        "versions": {package: version_of(package) for package in packages},
         "command": command(MODULE),
     }
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from itertools import islice
 from typing import Any, Literal, Protocol, get_args
 
@@ -27,6 +26,7 @@ from prunevit.trainers.common.checkpoint import CheckpointError
 from prunevit.trainers.common.distributed import ALONE, Ranks
 from prunevit.trainers.common.run_folder import TrainingError
 from prunevit.trainers.common.signals import finishing_first
+from prunevit.versions import version_of
 
 EVALUATION_BATCH = 250
 MAX_GRAD_NORM = 1.0
@@ -86,7 +86,7 @@ def unfit(recipe: Recipe) -> dict[str, bool]:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that decide what a training gives."""
-    packages = {package: version(package) for package in PACKAGES}
+    packages = {package: version_of(package) for package in PACKAGES}
     return {"python": platform.python_version()} | packages
 
 
