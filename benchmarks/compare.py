@@ -47,8 +47,7 @@ from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.weights import sha256
 from prunevit.trainers.common.checkpoint import CheckpointError
 from prunevit.trainers.common.classification import versions
-from prunevit.trainers.common.run_folder import TrainingError
-from prunevit.trainers.common.runs import RunError
+from prunevit.trainers.common.run import TrainingError
 
 
 @dataclass
@@ -162,7 +161,7 @@ def compare(config: CompareConfig) -> list[Record]:
         ValueError: settings that don't go together, an unknown or damaged data set or backbone, a
             folder of another task or of other settings.
         CheckpointError: a run in the folder is damaged.
-        RunError, TrainingError: a training can't begin, or diverged.
+        TrainingError: a training can't begin, or diverged.
         OSError: the disk is full or not writable.
     """
     records = Records(config.out / FILE)
@@ -294,7 +293,7 @@ def main(arguments: list[str] | None = None) -> None:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         rows = compare(config)
-    except (ValueError, CheckpointError, RunError, TrainingError, OSError) as error:
+    except (ValueError, CheckpointError, TrainingError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     print(table(rows))
 

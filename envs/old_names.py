@@ -16,6 +16,8 @@ RECORDS = {"game": "task", "policy": "method"}
 COMPARE_FLAGS = {
     "--game": "--task", "--games": "--tasks", "--policies": "--methods", "--entrants": "--methods",
 }  # fmt: skip
+# flags of the trainers
+TRAINER_FLAGS = {"--budget": "--alpha"}
 # last part of a parameter's name
 PARAMETERS = {"budget_weight": "alpha_weight"}
 # metadata of safetensors files: keys, and values of "format"
@@ -60,6 +62,20 @@ def rename_flags(arguments: Sequence[str], flags: Mapping[str, str]) -> list[str
             print(f"warning: {flag} is called {flags[flag]} now", file=sys.stderr)
             flag = flags[flag]
         renamed.append(flag + equals + value)
+    return renamed
+
+
+def rename_observation(arguments: Sequence[str]) -> list[str]:
+    """A command line with old names behind ``--observation`` replaced; warns like
+    ``rename_flags``.
+    """
+    renamed, flag = [], ""
+    for argument in arguments:
+        flag = argument if argument.startswith("--") else flag
+        new = SETTINGS.get(argument, argument) if flag == "--observation" else argument
+        if new != argument:
+            print(f"warning: the observation {argument} is called {new} now", file=sys.stderr)
+        renamed.append(new)
     return renamed
 
 

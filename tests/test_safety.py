@@ -11,8 +11,14 @@ import torch
 
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.weights import BackboneError
-from prunevit.trainers.common import runs
-from prunevit.trainers.common.checkpoint import CheckpointError, load_checkpoint, load_newest
+from prunevit.trainers import mappo
+from prunevit.trainers.common.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    load_newest,
+    write_json,
+)
+from prunevit.trainers.common.config import parse
 
 CHECKOUT = Path(__file__).parents[1]
 FOLDERS = ("envs", "agents", "trainers", "benchmarks", "examples")
@@ -127,10 +133,10 @@ def test_a_run_with_a_pickle_in_it_is_refused_and_not_run(attack, name, tmp_path
     write, proof = attack
     monkeypatch.chdir(tmp_path)
     folder = Path("runs/r")
-    config = runs.parse(["--device", "cpu", "--num-envs", "8", "--eval-size", "8"])
-    runs.write_json(folder / "config.json", config.to_json())
+    config = parse(["--device", "cpu", "--num-envs", "8", "--eval-size", "8"])
+    write_json(folder / "config.json", config.to_json())
     write(folder / name)
     with pytest.raises(SystemExit) as ended:
-        runs.main(["--resume", str(folder)])
+        mappo.main(["--resume", str(folder)])
     assert str(ended.value.code).startswith(f"error: {folder / name} is damaged")
     assert not proof.exists()

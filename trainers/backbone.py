@@ -7,45 +7,154 @@ A run writes ``backbone.safetensors`` and ``backbone.json`` in the form of the f
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-import tyro
 from timm.data import Mixup, resolve_model_data_config
 from timm.layers import PatchDropout
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prunevit.envs.data.datasets import DatasetError, ImageSet, open_images, read_class_names
+from prunevit.envs.data.datasets import ImageSet, open_images, read_class_names
 from prunevit.envs.token_prune import pick_device
 from prunevit.envs.vit.create import create_backbone
-from prunevit.envs.vit.weights import BackboneError, read_description, sha256
-from prunevit.trainers.backbone_run import BackboneConfig, write_backbone
-from prunevit.trainers.common.checkpoint import CheckpointError, write_json
+from prunevit.envs.vit.weights import read_description, sha256, write_weights
+from prunevit.trainers.common.checkpoint import write_atomically, write_json
 from prunevit.trainers.common.classification import (
     Learner,
-    Place,
+    Precision,
+    RecipeSeed,
     TrainingImages,
     accuracy,
-    train_epoch,
+    check_recipe,
     versions,
 )
-from prunevit.trainers.common.distributed import ALONE, Ranks, RanksError, join_ranks
-from prunevit.trainers.common.run_folder import (
+from prunevit.trainers.common.distributed import ALONE, Ranks, join_ranks
+from prunevit.trainers.common.epochs import train_epochs
+from prunevit.trainers.common.run import (
+    COMMAND_ERRORS,
+    RUNS,
     Record,
     RunFolder,
+    RunSettings,
     TrainingError,
-    describe,
     device_of,
     open_run,
 )
-from prunevit.trainers.common.signals import ends_in_one_line, says_how_to_go_on
+from prunevit.trainers.common.settings import (
+    Count,
+    Decay,
+    JsonObject,
+    Positive,
+    Share,
+    Weight,
+    Workers,
+    parse_arguments,
+)
+from prunevit.trainers.common.signals import ends_in_one_line
 
+OWN_OPTIONS = ("pretrained", "checkpoint", "num_classes", "untrained")  # not for model_kwargs
 PATCH_DROPOUTS = 4  # that take turns, from none to the most
+
+
+@dataclass
+class BackboneConfig(RunSettings):
+    """How a backbone is trained."""
+
+    LATER: ClassVar[Mapping[str, object]] = {
+        "augmentation": {},
+        "checkpoint": None,
+        "model_kwargs": {},
+        "pretrained": False,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "patch_dropout": 0.0,
+        "accumulate": 1,
+        "precision": "float32",
+        "workers": None,
+        "optimizer": "adamw",
+    }
+
+    backbone: str = "digits_vit"
+    """digits_vit, or any timm model name."""
+    model_kwargs: JsonObject = field(default_factory=dict)
+    """Arguments of the model, as {"img_size": 32, "patch_size": 4, "depth": 6, "embed_dim": 128,
+    "num_heads": 4}; "embed_layer": "conv_stem" or "deep_conv_stem" puts convolutions before the
+    blocks."""
+    pretrained: bool = False
+    """Begin with the weights that timm downloads."""
+    checkpoint: Path | None = None
+    """Begin with the weights in this file."""
+    dataset: str = "digits"
+    """digits; folder:PATH with PATH/train/CLASS/*.jpg and PATH/test like it; or a name that
+    timm.data.create_dataset takes, as torch/cifar10:FOLDER or hfds/OWNER/NAME."""
+    augmentation: JsonObject = field(default_factory=dict)
+    """For photographs, arguments of timm.data.create_transform, as {"scale": [0.5, 1],
+    "color_jitter": 0.2, "auto_augment": "rand-m9-mstd0.5"}; the digits have their own."""
+    mixup: Weight = 0.0
+    """Alpha of mixup; 0 turns it off."""
+    cutmix: Weight = 0.0
+    """Alpha of CutMix; 0 turns it off. With mixup as well, each batch gets one of them."""
+    patch_dropout: Decay = 0.75
+    """Share of the patches that is left out of a step, at most: every fourth step sees all of them,
+    the others leave out a third, two thirds and all of this share. A ViT trained so stands pruning;
+    0 turns it off."""
+    epochs: Count = 10
+    """Passes over epoch_size images."""
+    epoch_size: Count = 30_000
+    """Images an epoch: as many digits are drawn anew; of photographs a new random part is taken,
+    or all of them where they are fewer."""
+    batch_size: Count = 128
+    """Images a step, of all ranks together."""
+    accumulate: Count = 1
+    """Parts of a rank's batch whose gradients are added up before the step, for less memory."""
+    precision: Precision = "float32"
+    """bfloat16 has the model compute in it (autocast); its weights, the loss and the optimizer stay
+    in float32."""
+    workers: Workers | None = None
+    """Processes a rank that read and vary photographs ahead; 0 reads them when they are needed, in
+    threads. If not given, 0 on a CPU, and beside a GPU as many as a rank has cores, up to 8."""
+    optimizer: str = "adamw"
+    """One of timm.optim.list_optimizers(). nmuon learns photographs in far fewer steps."""
+    lr: Positive = 2e-3
+    """Peak learning rate; linear warm-up, then a cosine to zero."""
+    warmup: Share = 0.05
+    """Share of all steps that warms up."""
+    weight_decay: Weight = 0.05
+    """The optimizer's, on weights only."""
+    label_smoothing: Decay = 0.05
+    """Share of the target that is spread over all classes."""
+    ema_decay: Decay = 0.999
+    """Decay a step of the averaged weights, which are the ones evaluated and saved."""
+    seed: RecipeSeed = 0
+    """Seeds the weights, the order and the drawn images."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    run_name: str = "backbone"
+    """The run is written to runs/RUN_NAME."""
+    resume: Path | None = None
+    """A run folder to go on with, in its own configuration; no other option goes with it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_recipe(self)
+        if not self.run_name:
+            raise ValueError("run_name is empty")
+        if self.model_kwargs.keys() & {"name", *OWN_OPTIONS}:
+            raise ValueError(
+                f"model_kwargs={self.model_kwargs} can't set {', '.join(OWN_OPTIONS)} or name: "
+                "they have options of their own, or follow from the dataset"
+            )
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f"mixup and cutmix need an even batch_size, got {self.batch_size}")
+
+    @property
+    def folder(self) -> Path:
+        return RUNS / self.run_name
 
 
 def patch_dropout(config: BackboneConfig, step: int) -> float:
@@ -108,24 +217,38 @@ def make_mixup(config: BackboneConfig, num_classes: int) -> Mixup | None:
     )
 
 
+def write_backbone(
+    folder: Path, weights: Mapping[str, Tensor], config: BackboneConfig, num_classes: int
+) -> Path:
+    """Writes the weights of a run in the form that is shipped; returns the file."""
+    path = folder / "backbone.safetensors"
+    write = partial(
+        write_weights,
+        weights=weights,
+        name=config.backbone,
+        num_classes=num_classes,
+        model_kwargs=config.model_kwargs,
+    )
+    write_atomically(path, write)
+    return path
+
+
 def finish(
     run: RunFolder,
     config: BackboneConfig,
     model: nn.Module,
     test: ImageSet,
-    records: Sequence[Record],
     device: torch.device,
     workers: int,
-    start_time: float,
 ) -> dict[str, Any]:
     """Measures ``model`` on the test split and writes its weights and what they are; returns the
     report.
     """
     facts = {
         "test_accuracy": accuracy(model, test, device, workers=workers),
-        "validation_accuracy": records[-1]["validation_accuracy"],
+        "validation_accuracy": run.records[-1]["validation_accuracy"],
         "seed": config.seed,
-        "config": describe(config),
+        "config": config.to_json(),
         "versions": versions(),
     }
     weights = write_backbone(run.path, model.state_dict(), config, test.num_classes)
@@ -138,7 +261,7 @@ def finish(
     }
     write_json(run.path / "backbone.json", shipped | facts)
     report = facts | {
-        "seconds": time.monotonic() - start_time,
+        "seconds": run.seconds,
         "device": str(device),
         "threads": torch.get_num_threads(),
     }
@@ -158,7 +281,6 @@ def train(config: BackboneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
         OSError: the disk is full or not writable; the last epoch's files are left as they were.
         RanksError: another rank has ended.
     """
-    start_time = time.monotonic()
     run, config = open_run(config, ranks)
     try:
         device = pick_device(config.device)
@@ -182,50 +304,24 @@ def train(config: BackboneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
     steps = config.epochs * images.steps_an_epoch
     learner = Learner(model.train(), loss, config, steps, ranks)
     averaged = learner.ema.module
-    records: list[Record] = []
-    place: Place | None = None
-    if goes_on:
-        state, records = run.read_epochs()
-        learner.load_state_dict(state)
-        place = state.get("place")
-        start_time -= state["seconds"] if place else records[-1]["seconds"]
-        ranks.wait()  # all have read what there was
-    else:
-        run.create(config)
+
+    def evaluate() -> Record:
+        result = accuracy(averaged, validation, device, ranks, workers)
+        return {"validation_accuracy": result}
+
+    def write_weights_so_far() -> None:
+        if ranks.is_first:
+            write_backbone(run.path, averaged.state_dict(), config, num_classes)
+
     mixup = make_mixup(config, num_classes)
-
-    def save(place: Place) -> None:
-        seconds = time.monotonic() - start_time
-        run.save_epoch(learner.state_dict() | {"place": place, "seconds": seconds}, records)
-
-    # within an epoch each rank's generators stand elsewhere, and rank zero knows its own alone
-    saver = save if ranks.count == 1 else None
-    with says_how_to_go_on(run.path), ranks.stop_together():
-        for epoch in range(len(records), config.epochs):
-            loss_of_epoch = train_epoch(learner, images, epoch, device, mixup, place, saver)
-            place = None
-            record = {
-                "epoch": epoch,
-                "loss": loss_of_epoch,
-                "validation_accuracy": accuracy(averaged, validation, device, ranks, workers),
-                "seconds": time.monotonic() - start_time,
-            }
-            records.append(record)
-            run.save_epoch(learner.state_dict(), records)
-            if ranks.is_first:
-                write_backbone(run.path, averaged.state_dict(), config, num_classes)
-                print(json.dumps(record), flush=True)
-    if not ranks.is_first:
-        return {}
-    return finish(run, config, averaged, test, records, device, workers, start_time)
+    train_epochs(run, config, learner, images, evaluate, mixup, after_epoch=write_weights_so_far)
+    return finish(run, config, averaged, test, device, workers) if ranks.is_first else {}
 
 
-def main() -> None:
-    """The command line."""
-    config = tyro.cli(BackboneConfig, description=__doc__)
-    with ends_in_one_line(
-        BackboneError, DatasetError, CheckpointError, TrainingError, OSError, RanksError
-    ):
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m trainers.backbone``."""
+    with ends_in_one_line(*COMMAND_ERRORS):
+        config = parse_arguments(BackboneConfig, arguments, "backbone", __doc__)
         report = train(config, join_ranks(device_of(config)))
         if report:
             print(f"test accuracy {report['test_accuracy']:.4f} after {report['seconds']:.0f} s")

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
 from torch import nn
 
 from prunevit.envs.adapters.benchmarl import TokenPruneTask
@@ -22,6 +22,8 @@ from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.extras import needs
 from prunevit.trainers.common.evaluation import Evaluation
 from prunevit.trainers.common.integrations import GAMMA, LibraryConfig, LibraryRun, table
+from prunevit.trainers.common.run import COMMAND_ERRORS
+from prunevit.trainers.common.settings import Positive, parse_arguments
 from prunevit.trainers.common.signals import ends_in_one_line
 
 with needs("benchmarl"):
@@ -63,7 +65,7 @@ class BenchmarlConfig(LibraryConfig):
 
     algorithm: Literal["mappo", "ippo", "qmix", "vdn", "iql", "masac", "isac"] = "mappo"
     """Who learns."""
-    minutes: float | None = None
+    minutes: Positive | None = None
     """Ends the training after so many minutes, even if iterations are left."""
 
     @property
@@ -195,8 +197,6 @@ def train(config: BenchmarlConfig) -> dict[str, Evaluation]:
         ValueError: an unknown name or a wrong value; the message says which would be right.
         OSError: the run's folder can't be written.
     """
-    if config.minutes is not None and config.minutes <= 0:
-        raise ValueError(f"minutes={config.minutes} must be positive")
     begun = LibraryRun(config)
     begun.create()
     game = {name: value for name, value in begun.game.items() if name != "device"}
@@ -205,10 +205,10 @@ def train(config: BenchmarlConfig) -> dict[str, Evaluation]:
     return begun.conclude(actor_of(experiment), iterations=experiment.n_iters_performed)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m trainers.benchmarl``."""
-    with ends_in_one_line(ValueError, OSError, ImportError):
-        config = tyro.cli(BenchmarlConfig, args=arguments, prog="python -m trainers.benchmarl")
+    with ends_in_one_line(*COMMAND_ERRORS, ImportError):
+        config = parse_arguments(BenchmarlConfig, arguments, "benchmarl")
         results = train(config)
         print(table(results))
 

@@ -1,7 +1,7 @@
 """DynamicViT's training (arXiv 2106.02034): ``python -m trainers.dynamic_vit``.
 
-From top to bottom: settings, decide, mask, run, loss, step. Files are written by
-``dynamic_vit_run``.
+It trains predictors of which patches to keep through Gumbel-softmax masks. The run is evaluated on
+the validation split; it never reads the test split.
 """
 
 from __future__ import annotations
@@ -9,37 +9,61 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from timm.data import resolve_model_data_config
 from torch import Tensor
 from torch.nn import functional as F
 
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
-from prunevit.envs.data.datasets import ImageSet, Reseedable
+from prunevit.agents.policies.heuristics import KeepAll
+from prunevit.agents.pruned_vit import PrunedViT
+from prunevit.agents.saving import dynamic_vit_policy
+from prunevit.envs.data.datasets import ImageSet, Reseedable, open_images
 from prunevit.envs.vit.staged_vit import StagedViT
-from prunevit.envs.vit.tokens import Tokens
-from prunevit.trainers.common.run_folder import RUNS, JsonObject, TrainingError
+from prunevit.envs.vit.weights import read_description, write_weights
+from prunevit.trainers.common import loop
+from prunevit.trainers.common.checkpoint import write_atomically, write_json
+from prunevit.trainers.common.classification import versions
+from prunevit.trainers.common.evaluation import evaluate
+from prunevit.trainers.common.experiments import load_backbone
+from prunevit.trainers.common.loop import Monitor, NotFiniteError
+from prunevit.trainers.common.masked_vit import Outputs, run_dense, run_masked
+from prunevit.trainers.common.run import (
+    COMMAND_ERRORS,
+    RUNS,
+    RunFolder,
+    RunSettings,
+    TrainingError,
+    iteration_seed,
+    open_run,
+)
+from prunevit.trainers.common.settings import (
+    Count,
+    JsonObject,
+    Positive,
+    Range,
+    Seed,
+    Threads,
+    Weight,
+    parse_arguments,
+)
+from prunevit.trainers.common.signals import ends_in_one_line, says_how_to_go_on
 
 # the paper's: of the answers' distance to the dense model's, and of the tokens'
 KL_WEIGHT, TOKEN_WEIGHT = 0.5, 0.5
 # the paper's: the backbone learns so much slower than the predictors, and after so much of the run
 BACKBONE_LR, BACKBONE_START = 0.01, 5 / 30
-# what a pruned token's key counts for, instead of nothing: its logarithm must be finite
-FLOOR = 1e-12
-# Most that a patch can be worth of its image's loss. Not in the paper: the gradient to a pruned key
-# is linear in exp(score), while its effect saturates. Where attention is sharp that gradient
-# reached 1e7 here, and no predictor learned from it.
-MOST_WORTH = 1.0
 WEIGHT_DECAY = 0.05  # AdamW's, as in DeiT
 
 
 @dataclass
-class DynamicViTConfig:
+class DynamicViTConfig(RunSettings):
     """DynamicViT: predictors of who is kept, trained through Gumbel-softmax masks."""
 
     policy: Annotated[Literal["dynamic-vit"], tyro.conf.Suppress] = "dynamic-vit"
@@ -58,32 +82,32 @@ class DynamicViTConfig:
     """Vary training images each time they are seen (photographs: timm's training transform)."""
     prune_before: tuple[int, ...] | None = (1, 3)
     """Blocks, 0-based, before which tokens are pruned; None: all but the first."""
-    keep: float = 0.5
+    keep: Annotated[float, Range(0, 1, open_low=True)] = 0.5
     """Share of the patches that is kept from stage to stage."""
-    hidden: int = 32
+    hidden: Count = 32
     """Width of the predictors, a multiple of 4; in the paper the backbone's own."""
-    ratio_weight: float = 2.0
+    ratio_weight: Weight = 2.0
     """Weight of the kept shares' distance from what is asked for; 2 in the paper."""
     fine_tune: bool = False
     """Train the backbone too, as in the paper; otherwise it is frozen."""
-    iterations: int = 480
+    iterations: Count = 480
     """Steps of the optimizer."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Images a step."""
-    lr: float = 3e-3
+    lr: Positive = 3e-3
     """Peak learning rate of the predictors; a cosine to zero. A backbone that is trained gets a
     hundredth of it."""
-    eval_every: int = 120
+    eval_every: Count = 120
     """Iterations between two evaluations on validation."""
-    eval_size: int = 1_000
+    eval_size: Count = 1_000
     """Validation images of each such evaluation."""
-    checkpoint_every: int = 50
+    checkpoint_every: Count = 50
     """Iterations between two checkpoints."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds weights, images and the Gumbel noise."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    threads: int | None = None
+    threads: Threads | None = None
     """CPU threads; torch's own choice if not given."""
     run_name: str = "dynamic-vit"
     """The run is written to runs/RUN_NAME."""
@@ -91,22 +115,11 @@ class DynamicViTConfig:
     """A run folder to go on with, in its own configuration; no other option goes with it."""
 
     def __post_init__(self) -> None:
-        allowed = {
-            "keep": 0 < self.keep <= 1,
-            "hidden": self.hidden >= 4 and not self.hidden % 4,
-            "iterations": self.iterations >= 1,
-            "ratio_weight": 0 <= self.ratio_weight < math.inf,
-            "batch_size": self.batch_size >= 1,
-            "lr": 0 < self.lr < math.inf,
-            "eval_every": self.eval_every >= 1,
-            "eval_size": self.eval_size >= 1,
-            "checkpoint_every": self.checkpoint_every >= 1,
-            "threads": self.threads is None or self.threads >= 1,
-            "run_name": bool(self.run_name),
-        }
-        for name, is_allowed in allowed.items():
-            if not is_allowed:
-                raise ValueError(f"{name} can't be {getattr(self, name)!r}")
+        super().__post_init__()
+        if self.hidden % 4:
+            raise ValueError(f"hidden={self.hidden} must be a multiple of 4")
+        if not self.run_name:
+            raise ValueError("run_name is empty")
 
     @property
     def folder(self) -> Path:
@@ -114,110 +127,8 @@ class DynamicViTConfig:
         return RUNS / self.run_name
 
 
-def gumbel_keep(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws who is kept, 1 or 0, with the gradient of the Gumbel-softmax behind it (eq. 8).
-
-    Args:
-        logits: of prune and keep, [..., 2].
-        generator: of the noise, on the logits' device.
-
-    Returns:
-        [...].
-    """
-    uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
-    noise = -(-uniform.clamp(min=1e-10).log()).log()
-    soft = (logits + noise).softmax(-1)[..., 1]
-    return (soft > 0.5).to(soft.dtype) + (soft - soft.detach())
-
-
-def attention_bias(kept: Tensor, num_prefix: int) -> Tensor:
-    """What is added to the scores so that nobody attends to pruned tokens but they to themselves
-    (eqs. 10-12), with the gradient to those masks.
-
-    The paper multiplies exp(score) by G, which is D of the key and 1 on the diagonal; that is
-    adding log G.
-
-    Args:
-        kept: D of the patches, 1 or 0, [B, N].
-        num_prefix: tokens before them that are always kept.
-
-    Returns:
-        [B, 1, L, L].
-    """
-    seen = F.pad(kept, (num_prefix, 0), value=1.0)[:, None, None, :]
-    own = torch.eye(seen.shape[-1], dtype=seen.dtype, device=seen.device)
-    return (seen * (1 - own) + own + FLOOR).log()
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a model made of a batch.
-
-    Attributes:
-        logits: [B, classes].
-        patches: embeddings behind the last norm, [B, N, D].
-        kept: D of each stage, 1 or 0, [T, B, N].
-    """
-
-    logits: Tensor
-    patches: Tensor
-    kept: Tensor
-
-
-def run_dense(backbone: StagedViT, begun: Tokens) -> Run:
-    """The unpruned model, from where ``begun`` stands before the first stage."""
-    x = begun.x.unflatten(0, begun.alive.shape)
-    x = _blocks(backbone, x, backbone.prune_before[0], backbone.depth, None, begun)
-    everyone = x.new_ones(backbone.num_stages, len(x), backbone.num_patches)
-    return _finished(backbone, begun, x, everyone)
-
-
-def run_masked(
-    backbone: StagedViT, policy: DynamicViTPolicy, begun: Tokens, generator: torch.Generator
-) -> Run:
-    """The model with masks that the predictors draw, from where ``begun`` stands."""
-    x = begun.x.unflatten(0, begun.alive.shape)
-    batch, prefix = len(x), backbone.num_prefix
-    image = torch.arange(batch, device=x.device).repeat_interleave(backbone.num_patches)
-    kept = x.new_ones(batch, backbone.num_patches)
-    history = []
-    edges = (*backbone.prune_before, backbone.depth)
-    for stage, predictor in enumerate(policy.predictors):
-        patches = x[:, prefix:].flatten(0, 1)
-        logits = predictor(patches, image, batch, kept.flatten())
-        kept = kept * gumbel_keep(logits, generator).view_as(kept)
-        if kept.requires_grad:
-            kept.register_hook(
-                partial(torch.clamp, min=-MOST_WORTH / batch, max=MOST_WORTH / batch)
-            )
-        history.append(kept)
-        bias = attention_bias(kept, prefix)
-        x = _blocks(backbone, x, edges[stage], edges[stage + 1], bias, begun)
-    return _finished(backbone, begun, x, torch.stack(history))
-
-
-def _blocks(
-    backbone: StagedViT, x: Tensor, start: int, stop: int, bias: Tensor | None, begun: Tokens
-) -> Tensor:
-    """timm's own blocks on all tokens, [B, L, D]."""
-    for i in range(start, stop):
-        turn = begun.rotary.patches(i, len(x)) if begun.rotary else None
-        x = backbone.ops.dense_block(backbone.model.blocks[i], x, bias, turn)
-    return x
-
-
-def _finished(backbone: StagedViT, begun: Tokens, x: Tensor, kept: Tensor) -> Run:
-    """Norm and head; where the head pools over patches, over those that are kept."""
-    ended = backbone.prune(replace(begun, x=x.flatten(0, 1)), kept[-1] > 0)
-    return Run(
-        logits=backbone.finish(ended),
-        patches=backbone.model.norm(x)[:, backbone.num_prefix :],
-        kept=kept,
-    )
-
-
 def losses(
-    student: Run, teacher: Run, labels: Tensor, shares: Sequence[float], ratio_weight: float
+    student: Outputs, teacher: Outputs, labels: Tensor, shares: Sequence[float], ratio_weight: float
 ) -> dict[str, Tensor]:
     """The paper's four losses and their weighted sum, "loss" (section 3.3).
 
@@ -249,11 +160,6 @@ def losses(
         + ratio_weight * terms["ratio"]
     )
     return {"loss": loss, **terms}
-
-
-def iteration_seed(config: DynamicViTConfig, iteration: int) -> int:
-    """A seed of its own for every iteration, so that a resumed run needs no generator's state."""
-    return config.seed * 1_000_003 + iteration
 
 
 class Trainer:
@@ -304,7 +210,7 @@ class Trainer:
 
     def iterate(self) -> dict[str, float]:
         """Takes a step; returns what there is to log."""
-        seed = iteration_seed(self.config, self.iteration)
+        seed = iteration_seed(self.config.seed, self.iteration)
         device = self.backbone.device
         pixels, labels = (part.to(device) for part in self._draw(seed))
         with torch.no_grad():
@@ -320,6 +226,9 @@ class Trainer:
         terms["loss"].backward()
         self._set_rates()
         self.optimizer.step()
+        loss = float(terms["loss"].detach())
+        if not math.isfinite(loss):
+            raise NotFiniteError("loss")
         self.iteration += 1
         correct = (student.logits.argmax(1) == labels).float().mean()
         return {
@@ -342,6 +251,10 @@ class Trainer:
             waits = group["scale"] < 1 and done < BACKBONE_START
             group["lr"] = 0.0 if waits else rate * group["scale"]
 
+    @property
+    def is_resumable(self) -> bool:
+        return True
+
     def state_dict(self) -> dict[str, Any]:
         """All that the next iteration depends on."""
         trained = {"backbone": self.backbone.model.state_dict()} if self.config.fine_tune else {}
@@ -361,8 +274,106 @@ class Trainer:
         self.iteration = state["iteration"]
 
 
-if __name__ == "__main__":
-    # the installed module, so that its classes are the ones that everybody else imports
-    from prunevit.trainers.dynamic_vit_run import main
+def train(config: DynamicViTConfig) -> dict[str, Any]:
+    """Trains in the run's folder, and returns the report that was written there.
 
+    Raises:
+        CheckpointError: the run to be resumed is missing or damaged.
+        TrainingError: the run can't begin, or diverged.
+        ValueError: a backbone, a dataset or stages that are unknown or don't go together.
+        OSError: the disk is full or not writable; the last checkpoint is left as it was.
+    """
+    run, config = open_run(config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    model = load_backbone(config)
+    data_config = resolve_model_data_config(model)
+    backbone = StagedViT(model, config.prune_before)
+    policy = dynamic_vit_policy(backbone, config.keep, config.hidden, config.seed)
+    images = open_images(config.dataset, "train", data_config, augment=config.augment)
+    validation = open_images(config.dataset, "validation", data_config)
+    dense = evaluate(PrunedViT(backbone, KeepAll()), validation)
+    trainer = Trainer(backbone, policy, images, config)
+    run.restore(trainer)
+    run.create(config)
+    with says_how_to_go_on(run.path):
+        loop.train(run, trainer, make_monitor(trainer, validation), config)
+    write_networks(run, trainer)
+
+    result = evaluate(PrunedViT(backbone, policy), validation)
+    decisions = backbone.num_patches * (1 + sum(result.kept[:-1]))
+    report = {
+        "split": "validation",
+        "policies": {
+            "dense": {"accuracy": dense.accuracy, "gmacs": dense.gmacs},
+            "dynamic-vit": {
+                "accuracy": result.accuracy,
+                "gmacs": result.gmacs,
+                "kept": list(result.kept),
+                "policy_gmacs": decisions * policy.macs_per_decision / 1e9,
+            },
+        },
+        "versions": versions(),
+        "seconds": run.seconds,
+        "seed": config.seed,
+    }
+    write_json(run.path / "report.json", report)
+    return report
+
+
+def make_monitor(trainer: Trainer, validation: ImageSet) -> Monitor:
+    """Evaluates the pruned model as it is at that moment."""
+
+    def evaluate_now() -> dict[str, float]:
+        pruned = PrunedViT(trainer.backbone, trainer.policy)
+        result = evaluate(pruned, validation, trainer.config.eval_size)
+        return {"validation_accuracy": result.accuracy, "validation_gmacs": result.gmacs}
+
+    return Monitor(
+        evaluate_now,
+        progress=lambda record: f"loss {record['loss']:.3f} kept {record['keep_ratio']:.3f}",
+        activity=lambda: f"training on {trainer.config.batch_size} images",
+    )
+
+
+def write_networks(run: RunFolder, trainer: Trainer) -> None:
+    """Writes the predictors, and the backbone where it was trained."""
+    policy, config, model = trainer.policy, trainer.config, trainer.backbone.model
+    run.write_networks(policy=policy)
+    if config.fine_tune:
+        described: dict[str, Any] = {}
+        if config.checkpoint is not None:
+            described = read_description(config.checkpoint, config.backbone)
+        write = partial(
+            write_weights,
+            weights=model.state_dict(),
+            name=config.backbone,
+            num_classes=model.num_classes,
+            model_kwargs=described.get("model_kwargs", {}) | config.model_kwargs,
+        )
+        write_atomically(run.path / "backbone.safetensors", write)
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """What the end of a run prints."""
+    dense, pruned = report["policies"]["dense"], report["policies"]["dynamic-vit"]
+    kept = " ".join(f"{100 * share:.0f}" for share in pruned["kept"])
+    return (
+        f"validation: dense {100 * dense['accuracy']:.2f}% at {dense['gmacs']:.4f} GMACs, "
+        f"pruned {100 * pruned['accuracy']:.2f}% at {pruned['gmacs']:.4f}\n"
+        f"of dense: {pruned['gmacs'] / dense['gmacs']:.1%} of the GMACs, "
+        f"{pruned['policy_gmacs'] / dense['gmacs']:.1%} of them the policy's own; "
+        f"patches kept, % after each stage: {kept}\n"
+        f"{report['seconds']:.0f} s, seed {report['seed']}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m trainers.dynamic_vit``."""
+    with ends_in_one_line(*COMMAND_ERRORS):
+        config = parse_arguments(DynamicViTConfig, arguments, "dynamic_vit")
+        print(format_report(train(config)))
+
+
+if __name__ == "__main__":
     main()

@@ -12,16 +12,14 @@ which ``PrunedViT.from_pretrained`` takes.
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import tempfile
-import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
-import tyro
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,30 +30,41 @@ from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.envs.data.datasets import ImageSet, open_images
 from prunevit.envs.token_prune import pick_device
 from prunevit.envs.vit.staged_vit import Execution
-from prunevit.trainers.common.checkpoint import CheckpointError, write_json
+from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.classification import (
     Learner,
-    Place,
     Precision,
+    RecipeSeed,
     TrainingImages,
     accuracy,
-    train_epoch,
-    unfit,
+    check_recipe,
     versions,
 )
-from prunevit.trainers.common.distributed import ALONE, Ranks, RanksError, join_ranks
+from prunevit.trainers.common.distributed import ALONE, Ranks, join_ranks
+from prunevit.trainers.common.epochs import train_epochs
 from prunevit.trainers.common.evaluation import evaluate
-from prunevit.trainers.common.run_folder import (
+from prunevit.trainers.common.run import (
+    COMMAND_ERRORS,
     RUNS,
-    JsonObject,
     Record,
     RunFolder,
+    RunSettings,
     TrainingError,
-    describe,
     device_of,
     open_run,
 )
-from prunevit.trainers.common.signals import ends_in_one_line, says_how_to_go_on
+from prunevit.trainers.common.settings import (
+    Count,
+    Decay,
+    JsonObject,
+    Positive,
+    Share,
+    Threads,
+    Weight,
+    Workers,
+    parse_arguments,
+)
+from prunevit.trainers.common.signals import ends_in_one_line
 
 Frozen = Literal["nothing", "before-first-stage", "before-last-stage"]
 
@@ -63,8 +72,17 @@ AFTER_BLOCKS = ("norm", "fc_norm", "attn_pool", "head", "head_dist")  # of timm'
 
 
 @dataclass
-class FinetuneConfig:
+class FinetuneConfig(RunSettings):
     """How the ViT of a finished run is fine-tuned under its policy."""
+
+    LATER: ClassVar[Mapping[str, object]] = {
+        "dither": False,
+        "alpha": None,
+        "accumulate": 1,
+        "precision": "float32",
+        "workers": None,
+        "optimizer": "adamw",
+    }
 
     run: Path | None = None
     """The run of trainers.mappo, as runs/NAME: its policy, backbone and dataset."""
@@ -80,45 +98,45 @@ class FinetuneConfig:
     execution: Execution = "packed"
     """How gradients are made: packed runs the surviving tokens alone; masked runs all of them, for
     the same gradients at more than the cost of the unpruned model."""
-    distillation: float = 1.0
+    distillation: Weight = 1.0
     """Weight of the divergence from the answers of the unpruned model with its original weights."""
-    labels: float = 0.5
+    labels: Weight = 0.5
     """Weight of the cross entropy with the labels; 0 learns without any."""
     augmentation: JsonObject = field(default_factory=dict)
     """For photographs, arguments of timm.data.create_transform, as {"scale": [0.5, 1],
     "color_jitter": 0.2, "auto_augment": "rand-m9-mstd0.5"}; the digits have their own."""
-    epochs: int = 2
+    epochs: Count = 2
     """Passes over epoch_size images."""
-    epoch_size: int = 10_000
+    epoch_size: Count = 10_000
     """Images an epoch: as many digits are drawn anew; of photographs a new random part is taken,
     or all of them where they are fewer."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Images a step, of all ranks together."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Parts of a rank's batch whose gradients are added up before the step, for less memory."""
     precision: Precision = "float32"
     """bfloat16 has the ViT compute in it (autocast); its weights, the policy, the losses and the
     optimizer stay in float32."""
-    workers: int | None = None
+    workers: Workers | None = None
     """Processes a rank that read and vary photographs ahead; 0 reads them when they are needed, in
     threads. If not given, 0 on a CPU, and beside a GPU as many as a rank has cores, up to 8."""
     optimizer: str = "adamw"
     """One of timm.optim.list_optimizers(). nmuon learns photographs in far fewer steps."""
-    lr: float = 3e-4
+    lr: Positive = 3e-4
     """Peak learning rate; linear warm-up, then a cosine to zero."""
-    warmup: float = 0.05
+    warmup: Share = 0.05
     """Share of all steps that warms up."""
-    weight_decay: float = 0.05
+    weight_decay: Weight = 0.05
     """The optimizer's, on weights only."""
-    ema_decay: float = 0.98
+    ema_decay: Decay = 0.98
     """Decay a step of the averaged weights, which are the ones evaluated and saving."""
-    validation_size: int = 4_000
+    validation_size: Count = 4_000
     """Validation images of an evaluation; all where there are fewer."""
-    seed: int = 0
+    seed: RecipeSeed = 0
     """Seeds the order and the drawn images."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    threads: int | None = None
+    threads: Threads | None = None
     """CPU threads; torch's own choice if not given."""
     run_name: str | None = None
     """The run is written to runs/RUN_NAME; the name of the run to be fine-tuned with -finetuned
@@ -127,20 +145,12 @@ class FinetuneConfig:
     """A run folder to go on with, in its own configuration; no other option goes with it."""
 
     def __post_init__(self) -> None:
-        refused = unfit(self) | {
-            "frozen": self.frozen not in get_args(Frozen),
-            "execution": self.execution not in get_args(Execution),
-            "distillation": not 0 <= self.distillation < float("inf"),
-            "labels": not 0 <= self.labels < float("inf"),
-            "validation_size": self.validation_size < 1,
-            "threads": self.threads is not None and self.threads < 1,
-            "run_name": self.run_name == "",
-        }
-        for name, is_refused in refused.items():
-            if is_refused:
-                raise ValueError(f"{name} can't be {getattr(self, name)!r}")
+        super().__post_init__()
+        check_recipe(self)
+        if self.run_name == "":
+            raise ValueError("run_name is empty")
         if not self.distillation and not self.labels:
-            raise ValueError("of distillation and labels, one must have a weight to learn from")
+            raise ValueError("give --distillation or --labels a weight: one is needed to learn")
 
     @property
     def folder(self) -> Path:
@@ -223,7 +233,9 @@ def load_run(config: FinetuneConfig, device: torch.device) -> tuple[PrunedViT, s
     return model, saving.read_json(config.run / saving.CONFIG)["dataset"]
 
 
-def judge(model: PrunedViT, validation: ImageSet, ranks: Ranks = ALONE, workers: int = 0) -> Record:
+def evaluate_model(
+    model: PrunedViT, validation: ImageSet, ranks: Ranks = ALONE, workers: int = 0
+) -> Record:
     """How ``model`` does on validation, by the names of records; ``ranks`` share the work, and
     ``workers`` of each read the images.
     """
@@ -250,9 +262,7 @@ def finish(
     config: FinetuneConfig,
     model: PrunedViT,
     validation: ImageSet,
-    records: list[Record],
     workers: int,
-    start_time: float,
 ) -> dict[str, Any]:
     """Writes the model and what it is worth; returns the report."""
     backbone = model.backbone
@@ -263,15 +273,15 @@ def finish(
     report = {
         "validation_images": len(validation),
         "models": {
-            "dense": {"accuracy": records[0]["dense_accuracy"], "gmacs": dense_gmacs},
-            "pruned": {name: records[0][f"validation_{name}"] for name in names},
-            "fine-tuned": {name: records[-1][f"validation_{name}"] for name in names},
+            "dense": {"accuracy": run.records[0]["dense_accuracy"], "gmacs": dense_gmacs},
+            "pruned": {name: run.records[0][f"validation_{name}"] for name in names},
+            "fine-tuned": {name: run.records[-1][f"validation_{name}"] for name in names},
             # what pruning it costs, and whether it became another model meanwhile
             "fine-tuned, unpruned": {"accuracy": unpruned, "gmacs": dense_gmacs},
         },
-        "config": describe(config),
+        "config": config.to_json(),
         "versions": versions(),
-        "seconds": time.monotonic() - start_time,
+        "seconds": run.seconds,
         "device": str(backbone.device),
         "threads": torch.get_num_threads(),
     }
@@ -291,7 +301,6 @@ def train(config: FinetuneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
         OSError: the disk is full or not writable; the last epoch's files are left as they were.
         RanksError: another rank has ended.
     """
-    start_time = time.monotonic()
     run, config = open_run(config, ranks)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -305,44 +314,16 @@ def train(config: FinetuneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
     steps = config.epochs * images.steps_an_epoch
     learner = Learner(model, Distillation(teacher, config), config, steps, ranks)
     averaged = learner.ema.module
-    place: Place | None = None
-    if run.is_begun:
-        state, records = run.read_epochs()
-        learner.load_state_dict(state)
-        place = state.get("place")
-        start_time -= state["seconds"] if place else records[-1]["seconds"]
-        ranks.wait()  # all have read what there was
-    else:
-        run.create(config)
-        dense = {"dense_accuracy": accuracy(teacher, validation, device, ranks, workers)}
-        seconds = {"seconds": time.monotonic() - start_time}
-        records = [{"epoch": 0} | judge(averaged, validation, ranks, workers) | dense | seconds]
-        run.save_epoch(learner.state_dict(), records)
-        if ranks.is_first:
-            print(json.dumps(records[0]), flush=True)
 
-    def save(place: Place) -> None:
-        seconds = time.monotonic() - start_time
-        run.save_epoch(learner.state_dict() | {"place": place, "seconds": seconds}, records)
+    def evaluate_averaged() -> Record:
+        return evaluate_model(averaged, validation, ranks, workers)
 
-    # within an epoch each rank's generators stand elsewhere, and rank zero knows its own alone
-    saver = save if ranks.count == 1 else None
-    with says_how_to_go_on(run.path), ranks.stop_together():
-        for epoch in range(len(records) - 1, config.epochs):
-            loss = train_epoch(learner, images, epoch, device, None, place, saver)
-            place = None
-            record = (
-                {"epoch": epoch + 1, "loss": loss}
-                | judge(averaged, validation, ranks, workers)
-                | {"seconds": time.monotonic() - start_time}
-            )
-            records.append(record)
-            run.save_epoch(learner.state_dict(), records)
-            if ranks.is_first:
-                print(json.dumps(record), flush=True)
-    if not ranks.is_first:
-        return {}
-    return finish(run, config, averaged, validation, records, workers, start_time)
+    def evaluate_first() -> Record:
+        dense = accuracy(teacher, validation, device, ranks, workers)
+        return evaluate_averaged() | {"dense_accuracy": dense}
+
+    train_epochs(run, config, learner, images, evaluate_averaged, evaluate_first=evaluate_first)
+    return finish(run, config, averaged, validation, workers) if ranks.is_first else {}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -358,10 +339,10 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """The command line."""
-    config = tyro.cli(FinetuneConfig, description=__doc__)
-    with ends_in_one_line(ValueError, CheckpointError, TrainingError, OSError, RanksError):
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m trainers.finetune``."""
+    with ends_in_one_line(*COMMAND_ERRORS):
+        config = parse_arguments(FinetuneConfig, arguments, "finetune", __doc__)
         report = train(config, join_ranks(device_of(config)))
         if report:
             size = report["validation_images"]

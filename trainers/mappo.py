@@ -1,16 +1,17 @@
-"""Multi-Agent PPO (Yu et al. 2022, arXiv 2103.01955) on any ``BatchedEnv``: ``python -m
-trainers.mappo``.
+"""Multi-Agent PPO (Yu et al. 2022, arXiv 2103.01955): ``python -m trainers.mappo``.
 
-From top to bottom: play, advantages, loss, step, train. What is played, comes from ``tasks``; files
-are written by ``runs``.
+From top to bottom: the learner, rollouts, advantages, losses, updates, the training. It learns any
+``BatchedEnv``; ``experiments`` has those that the command can train on.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,31 +20,40 @@ from torch.profiler import record_function
 
 from prunevit.agents.policies.actor_critic import Critic
 from prunevit.envs.batched.protocol import BatchedEnv, Observations
-from prunevit.trainers.common.config import MappoConfig
-from prunevit.trainers.common.distributed import ALONE, Ranks
+from prunevit.trainers.common import loop
+from prunevit.trainers.common.checkpoint import write_json
+from prunevit.trainers.common.config import MappoConfig, parse
+from prunevit.trainers.common.distributed import ALONE, Ranks, join_ranks
+from prunevit.trainers.common.experiments import Experiment, make_experiment
 from prunevit.trainers.common.gae import gae, leave_one_out
+from prunevit.trainers.common.loop import Monitor, NotFiniteError
+from prunevit.trainers.common.report import format_report
+from prunevit.trainers.common.rollout import Batch, Rollout, masked_log_probs, sample
+from prunevit.trainers.common.run import (
+    COMMAND_ERRORS,
+    RunFolder,
+    device_of,
+    iteration_seed,
+    open_run,
+)
+from prunevit.trainers.common.signals import ends_in_one_line, says_how_to_go_on
 from prunevit.trainers.common.value_norm import ValueNorm
 
 ADAM_EPS = 1e-5
-MASKED_LOGIT = -1e9
-# What an actor makes of so many bytes of observations a thread stays in a CPU's caches. Measured
-# with the default actor: an update of 112,000 decisions takes 0.6 times as long in such parts with
-# one thread, 0.8 with two; of 30,000, which two threads take as one part, more would gain nothing.
-PART_BYTES = 1 << 23
-
-
-class NotFiniteError(ArithmeticError):
-    """A reward, a loss or a gradient that is not finite; the message is its name."""
+# With so many bytes of observations a thread, the actor's activations stay in a CPU's caches.
+# Measured with the default actor: an update on 112,000 decisions takes 0.6 times as long in such
+# micro-batches with one thread, 0.8 with two; on 30,000, which two threads take as one, no less.
+CACHED_BYTES = 1 << 23
 
 
 class Learner(nn.Module):
-    """All that learns, and how: actor, critic, value normalisation, optimizer.
+    """Actor, critic, value normalisation and optimizer.
 
     Args:
         actor: observations [R, D_obs] -> logits [R, A].
         env: the game, for its sizes.
         config: the settings.
-        ranks: who learns together.
+        ranks: the processes that learn together.
     """
 
     def __init__(
@@ -62,7 +72,7 @@ class Learner(nn.Module):
         self.value_norm = ValueNorm().to(env.device)
         learned = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(learned, lr=config.lr, eps=ADAM_EPS)
-        # what is called to learn; around the module and not in it
+        # called in place of this module to learn; not registered as a part of it
         object.__setattr__(self, "wrapped", ranks.wrap(self))
 
     wrapped: nn.Module
@@ -70,26 +80,27 @@ class Learner(nn.Module):
     def forward(
         self, observation: Tensor, seen: Tensor, mask: Tensor, critic_input: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """All that has gradients: ``log_probs``, and the critic's normalised values [R], if any."""
+        """``log_probs``, and the critic's normalised values [R] if there is one: all that has
+        gradients.
+        """
         values = None if self.critic is None else self.critic(critic_input)
         return self.log_probs(observation, seen, mask), values
 
     def log_probs(self, observation: Tensor, seen: Tensor, mask: Tensor) -> Tensor:
-        """Log-probabilities of the actions, those not allowed at nearly -inf.
+        """Log-probabilities of the actions.
 
         Args:
-            observation: what there is to see, each thing once, [U, D_obs].
-            seen: which of it each agent sees, int64 [R].
+            observation: the distinct observations, [U, D_obs].
+            seen: which of them each agent sees, int64 [R].
             mask: actions allowed, bool [R, A].
 
         Returns:
             [R, A].
         """
-        logits = self.actor(observation).index_select(0, seen)
-        return logits.masked_fill(~mask, MASKED_LOGIT).log_softmax(-1)
+        return masked_log_probs(self.actor(observation).index_select(0, seen), mask)
 
     def critic_inputs(self, observed: Observations) -> Tensor:
-        """What the critic sees of each living agent, [R, D]."""
+        """The critic's input for each living agent, [R, D]."""
         living = observed.living()
         if self.config.critic == "local":
             return living
@@ -97,9 +108,7 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def values(self, observed: Observations) -> Tensor:
-        """V of every agent [B, N], zero for those that are not alive and where there is no
-        critic.
-        """
+        """V of every agent [B, N]; zero for pruned agents, and for all without a critic."""
         dense = torch.zeros(observed.alive.shape, device=observed.alive.device)
         if self.critic is not None:
             normed = self.critic(self.critic_inputs(observed))
@@ -107,30 +116,15 @@ class Learner(nn.Module):
         return dense
 
 
-@dataclass
-class Rollout:
-    """T steps of B environments; lists hold one entry a step, rows are living agents."""
-
-    observations: list[Observations] = field(default_factory=list)
-    action: list[Tensor] = field(default_factory=list)  # int64 [R]
-    log_prob: list[Tensor] = field(default_factory=list)  # of the action taken, [R]
-    value: list[Tensor] = field(default_factory=list)  # [B, N]
-    next_value: list[Tensor] = field(default_factory=list)  # [B, N]
-    next_alive: list[Tensor] = field(default_factory=list)  # bool [B, N]
-    reward: list[Tensor] = field(default_factory=list)  # [B, N]
-    ended: list[Tensor] = field(default_factory=list)  # bool [B]
-    metrics: dict[str, list[Tensor]] = field(default_factory=dict)  # of ended episodes
-
-
 @torch.no_grad()
-def play(
+def collect_rollout(
     env: BatchedEnv,
     learner: Learner,
     observed: Observations,
     steps: int,
     generator: torch.Generator,
 ) -> tuple[Rollout, Observations]:
-    """Plays ``steps`` steps with sampled actions; returns them and what is seen next."""
+    """Takes ``steps`` steps with sampled actions; returns them and the observation after them."""
     rollout = Rollout()
     value = learner.values(observed)
     for _ in range(steps):
@@ -146,8 +140,8 @@ def play(
             following = learner.values(transition.observations)
         next_value, next_alive = following, transition.observations.alive
         if transition.final is not None:
-            # a truncated episode would have gone on from its own last observation, not from the
-            # next one's first
+            # bootstrap from the truncated episode's own last observation, not from the first one
+            # of the next episode
             cut = transition.truncated[:, None]
             next_value = torch.where(cut, learner.values(transition.final), next_value)
             next_alive = torch.where(cut, transition.final.alive, next_alive)
@@ -165,71 +159,9 @@ def play(
     return rollout, observed
 
 
-def sample(log_probs: Tensor, generator: torch.Generator) -> Tensor:
-    """One action a row, drawn from its distribution (Gumbel-max): [R, A] -> int64 [R]."""
-    uniform = torch.rand(log_probs.shape, generator=generator, device=log_probs.device)
-    return (log_probs - (-uniform.clamp(min=1e-10).log()).log()).argmax(-1)
-
-
-@dataclass(frozen=True)
-class Decisions:
-    """All decisions of an iteration, one row for each time a living agent was asked.
-
-    Attributes:
-        observation: what there was to see, each thing once, [U, D_obs].
-        seen: which of it was seen, int64 [R].
-        critic_input: [R, D]; empty without a critic.
-        mask: bool [R, A].
-        action: int64 [R].
-        log_prob: of the action when it was taken, [R].
-        value: what the critic said when it was taken, normalised as it was then, [R].
-        returns: targets of the critic, [R].
-        advantage: normalised, [R].
-        count: what sums over the rows are divided by to be means: R, or on many ranks the mean of
-            theirs.
-    """
-
-    observation: Tensor
-    seen: Tensor
-    critic_input: Tensor
-    mask: Tensor
-    action: Tensor
-    log_prob: Tensor
-    value: Tensor
-    returns: Tensor
-    advantage: Tensor
-    count: float
-
-    def rows(self, index: Tensor, ranks: Ranks) -> Decisions:
-        """A selection of the decisions."""
-        apart = ("observation", "seen", "count")
-        chosen = {name: part[index] for name, part in vars(self).items() if name not in apart}
-        observation = self.observation[self.seen[index]]
-        seen = torch.arange(len(observation), device=observation.device)
-        count = ranks.mean_count(len(index))
-        return Decisions(observation=observation, seen=seen, count=count, **chosen)
-
-    def parts(self, count: int) -> list[Decisions]:
-        """``count`` pieces, or fewer where the rows are; what is a mean over all rows is the sum
-        over the pieces.
-        """
-        count = min(count, len(self.seen))
-        if count < 2:
-            return [self]
-        names = [name for name in vars(self) if name not in ("observation", "count")]
-        parts = []
-        for piece in zip(*(getattr(self, name).tensor_split(count) for name in names), strict=True):
-            rows = dict(zip(names, piece, strict=True))
-            # neighbours see the same, or what lies side by side
-            first, last = (int(edge) for edge in rows["seen"].aminmax())
-            rows["seen"] = rows["seen"] - first
-            parts.append(replace(self, observation=self.observation[first : last + 1], **rows))
-        return parts
-
-
-def judge(rollout: Rollout, learner: Learner, env: BatchedEnv) -> Decisions:
-    """Advantages: GAE, compared among rollouts of one start, normalised over the decisions of
-    living agents.
+def compute_advantages(rollout: Rollout, learner: Learner, env: BatchedEnv) -> Batch:
+    """GAE over the living agents' decisions, compared among rollouts of the same start (leave one
+    out) where there are several, then normalised.
     """
     config = learner.config
     alive = torch.stack([observed.alive for observed in rollout.observations])
@@ -248,9 +180,9 @@ def judge(rollout: Rollout, learner: Learner, env: BatchedEnv) -> Decisions:
     if env.rollouts_per_start > 1:
         advantage = leave_one_out(advantage, env.rollouts_per_start)
     distinct = [observed.distinct() for observed in rollout.observations]
-    before = itertools.accumulate((len(rows) for rows, _ in distinct), initial=0)
-    seen = torch.cat([seen + start for (_, seen), start in zip(distinct, before, strict=False)])
-    return Decisions(
+    offsets = itertools.accumulate((len(rows) for rows, _ in distinct), initial=0)
+    seen = torch.cat([seen + first for (_, seen), first in zip(distinct, offsets, strict=False)])
+    return Batch(
         observation=torch.cat([rows for rows, _ in distinct]),
         seen=seen,
         critic_input=advantage.new_empty(len(seen), 0)
@@ -261,29 +193,27 @@ def judge(rollout: Rollout, learner: Learner, env: BatchedEnv) -> Decisions:
         log_prob=torch.cat(rollout.log_prob),
         value=learner.value_norm.normalise(value[alive]),
         returns=returns,
-        advantage=normalised(advantage[alive], learner.ranks),
+        advantage=normalise(advantage[alive], learner.ranks),
         count=learner.ranks.mean_count(len(seen)),
     )
 
 
-def normalised(advantage: Tensor, ranks: Ranks = ALONE) -> Tensor:
-    """Zero mean and unit spread over all ranks; fewer than two are left alone."""
+def normalise(advantage: Tensor, ranks: Ranks = ALONE) -> Tensor:
+    """Zero mean and unit standard deviation over all ranks; fewer than two stay as they are."""
     if ranks.total(advantage.numel()) < 2:
         return advantage
     mean, spread = ranks.mean_and_spread(advantage)
     return (advantage - mean) / (spread + 1e-5)
 
 
-def policy_loss(log_prob: Tensor, batch: Decisions, clip: float) -> Tensor:
+def policy_loss(log_prob: Tensor, batch: Batch, clip: float) -> Tensor:
     """PPO's clipped surrogate (arXiv 1707.06347, eq. 7), negated."""
     ratio = (log_prob - batch.log_prob).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     return -mean(torch.minimum(ratio * batch.advantage, clipped * batch.advantage), batch)
 
 
-def value_loss(
-    value: Tensor, batch: Decisions, norm: ValueNorm, clip: float, delta: float
-) -> Tensor:
+def value_loss(value: Tensor, batch: Batch, norm: ValueNorm, clip: float, delta: float) -> Tensor:
     """Huber loss on normalised returns, the larger of the clipped and the plain one (MAPPO, eq.
     8).
     """
@@ -295,27 +225,27 @@ def value_loss(
     return mean(torch.maximum(plain, cautious), batch)
 
 
-def mean(rows: Tensor, batch: Decisions) -> Tensor:
-    """Mean over a batch's rows; zero where nobody lived to decide."""
+def mean(rows: Tensor, batch: Batch) -> Tensor:
+    """Mean over a batch's rows; zero for an empty batch."""
     return rows.sum() / batch.count
 
 
 def minibatches(
-    decisions: Decisions, parts: int, generator: torch.Generator, ranks: Ranks = ALONE
-) -> Iterator[Decisions]:
-    """A random partition of the decisions; a single part needs no order."""
-    if parts == 1:
-        yield decisions
+    batch: Batch, count: int, generator: torch.Generator, ranks: Ranks = ALONE
+) -> Iterator[Batch]:
+    """A random partition of the batch into ``count`` parts."""
+    if count == 1:
+        yield batch
         return
-    order = torch.randperm(len(decisions.action), generator=generator, device=generator.device)
-    chunks = order.chunk(parts)
-    for part in range(ranks.most(len(chunks))):
-        # who has fewer decisions than others, takes its last steps with none
-        yield decisions.rows(chunks[part] if part < len(chunks) else order[:0], ranks)
+    order = torch.randperm(len(batch.action), generator=generator, device=generator.device)
+    chunks = order.chunk(count)
+    for i in range(ranks.most(len(chunks))):
+        # ranks with fewer decisions than others take their last steps on empty minibatches
+        yield batch.rows(chunks[i] if i < len(chunks) else order[:0], ranks)
 
 
-def loss_terms(learner: Learner, batch: Decisions) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss to be minimised, and what there is to know of it by name."""
+def loss_terms(learner: Learner, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss to be minimised, and its terms by name for the log."""
     config = learner.config
     log_probs, value = learner.wrapped(
         batch.observation, batch.seen, batch.mask, batch.critic_input
@@ -333,37 +263,38 @@ def loss_terms(learner: Learner, batch: Decisions) -> tuple[Tensor, dict[str, Te
     return loss, {name: term.detach() for name, term in terms.items()}
 
 
-def backward(learner: Learner, batch: Decisions) -> dict[str, Tensor]:
-    """Makes the gradients of a batch, a part after the other; the terms of its loss."""
+def backward(learner: Learner, batch: Batch) -> dict[str, Tensor]:
+    """Accumulates the gradients of a batch, one micro-batch at a time; returns its loss terms."""
     terms: dict[str, Tensor] = {}
     count = learner.config.accumulate
     if count is None:
         on_host = batch.action.device.type == "cpu"
         size = len(batch.action) * batch.observation[:1].nbytes
-        count = max(1, size // (PART_BYTES * torch.get_num_threads())) if on_host else 1
-    parts = batch.parts(count)
-    for part in parts:
-        with learner.ranks.averages_gradients(learner.wrapped, when=part is parts[-1]):
-            loss, of_part = loss_terms(learner, part)
+        count = max(1, size // (CACHED_BYTES * torch.get_num_threads())) if on_host else 1
+    micro_batches = batch.micro_batches(count)
+    for micro_batch in micro_batches:
+        is_last = micro_batch is micro_batches[-1]
+        with learner.ranks.averages_gradients(learner.wrapped, when=is_last):
+            loss, own_terms = loss_terms(learner, micro_batch)
             loss.backward()
-        terms = {name: term + terms.get(name, 0) for name, term in of_part.items()}
+        terms = {name: term + terms.get(name, 0) for name, term in own_terms.items()}
     return terms
 
 
-def learn(learner: Learner, decisions: Decisions, generator: torch.Generator) -> dict[str, float]:
-    """One iteration's optimizer steps; the losses' means.
+def update(learner: Learner, batch: Batch, generator: torch.Generator) -> dict[str, float]:
+    """Takes one iteration's optimizer steps; returns the means of the loss terms.
 
     Raises:
-        NotFiniteError: a loss or a gradient is not; the learner is of no use any more.
+        NotFiniteError: a loss or a gradient is not finite, and the weights may not be either.
     """
     config, optimizer, ranks = learner.config, learner.optimizer, learner.ranks
     if learner.critic is not None:
-        learner.value_norm.update(decisions.returns, ranks)
+        learner.value_norm.update(batch.returns, ranks)
     history: dict[str, list[Tensor]] = {}  # one entry a step
     for _ in range(config.epochs):
-        for batch in minibatches(decisions, config.minibatches, generator, ranks):
+        for minibatch in minibatches(batch, config.minibatches, generator, ranks):
             optimizer.zero_grad(set_to_none=True)
-            terms = backward(learner, batch)
+            terms = backward(learner, minibatch)
             terms["grad_norm"] = nn.utils.clip_grad_norm_(
                 (p for group in optimizer.param_groups for p in group["params"]),
                 config.max_grad_norm,
@@ -374,7 +305,7 @@ def learn(learner: Learner, decisions: Decisions, generator: torch.Generator) ->
     history = {name: list(ranks.average(torch.stack(each))) for name, each in history.items()}
     sums = {name: float(sum(each, torch.zeros_like(each[0]))) for name, each in history.items()}
     if not all(map(math.isfinite, sums.values())):
-        # the first step tells the cause: in the next one everything else is infected
+        # name the first term of the first step: from there it spreads to all others
         steps = zip(*history.values(), strict=True)
         first = next(step for step in steps if not torch.stack(step).isfinite().all())
         finite = torch.stack(first).isfinite().tolist()
@@ -383,7 +314,7 @@ def learn(learner: Learner, decisions: Decisions, generator: torch.Generator) ->
 
 
 def learning_rate(config: MappoConfig, iteration: int) -> float:
-    """The schedule: from ``config.lr`` to zero after the last iteration."""
+    """The learning rate of an iteration by ``config.lr_schedule``."""
     done = iteration / config.iterations
     if config.lr_schedule == "linear":
         return config.lr * (1 - done)
@@ -392,19 +323,14 @@ def learning_rate(config: MappoConfig, iteration: int) -> float:
     return config.lr
 
 
-def iteration_seed(config: MappoConfig, iteration: int) -> int:
-    """A seed of its own for every iteration, so that a resumed run needs no generator's state."""
-    return config.seed * 1_000_003 + iteration
-
-
 class Trainer:
-    """Iterations of play and learning; what a resumed run must know stands in ``state_dict``.
+    """Trains an actor, one iteration at a time.
 
     Args:
         env: the game.
-        actor: its logits [R, D_obs] -> [R, A].
+        actor: observations [R, D_obs] -> logits [R, A].
         config: the settings.
-        ranks: who plays and learns together, each in an ``env`` of its own.
+        ranks: the processes that learn together, each with an ``env`` of its own.
     """
 
     def __init__(
@@ -418,22 +344,22 @@ class Trainer:
         self._observed: Observations | None = None
 
     def iterate(self) -> dict[str, float]:
-        """Plays and learns once; returns what there is to log.
+        """Collects a rollout and learns from it; returns what to log.
 
         Raises:
-            NotFiniteError: a reward, a loss or a gradient is not.
+            NotFiniteError: a reward, a loss or a gradient is not finite.
         """
         config, env, learner, ranks = self.config, self.env, self.learner, self.ranks
-        seed = iteration_seed(config, self.iteration)
+        seed = iteration_seed(config.seed, self.iteration)
         generator = torch.Generator(env.device).manual_seed(ranks.own_seed(seed))
         for group in learner.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.iteration)
         fixed = env.episode_length
-        # Where episodes run on over iterations, they are begun anew after each checkpoint, killed
-        # or not: a run that was resumed there can't tell an environment where it stood.
-        if fixed is not None or self._observed is None or self._begins_anew():
+        # A resumed run can't put an environment back into the middle of an episode. So episodes
+        # that outlast an iteration restart after each checkpoint, whether the run stops or not.
+        if fixed is not None or self._observed is None or self._restarts_episodes():
             self._observed = env.reset(seed)
-        rollout, following = play(
+        rollout, following = collect_rollout(
             env, learner, self._observed, fixed or config.rollout_steps, generator
         )
         self._observed = following
@@ -441,9 +367,9 @@ class Trainer:
         if not math.isfinite(reward):
             raise NotFiniteError("reward")
         with record_function("advantages"):
-            decisions = judge(rollout, learner, env)
+            batch = compute_advantages(rollout, learner, env)
         with record_function("update"):
-            losses = learn(learner, decisions, generator)
+            losses = update(learner, batch, generator)
         self.iteration += 1
         return losses | {
             "reward": reward,
@@ -455,22 +381,21 @@ class Trainer:
         }
 
     def seeds_to_come(self) -> Iterator[int]:
-        """What the environment will be reset with, where each iteration does so."""
-        config = self.config
+        """The seeds of the resets to come, if every iteration resets the environment."""
         if self.env.episode_length is not None:
-            for iteration in range(self.iteration, config.iterations):
-                yield iteration_seed(config, iteration)
+            for iteration in range(self.iteration, self.config.iterations):
+                yield iteration_seed(self.config.seed, iteration)
 
-    def _begins_anew(self) -> bool:
+    def _restarts_episodes(self) -> bool:
         return self.iteration % self.config.checkpoint_every == 0
 
     @property
     def is_resumable(self) -> bool:
         """Whether a run that goes on from here ends as if it had never stopped."""
         is_last = self.iteration == self.config.iterations
-        return self.env.episode_length is not None or self._begins_anew() or is_last
+        return self.env.episode_length is not None or self._restarts_episodes() or is_last
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """All that the next iteration depends on."""
         return {
             "iteration": self.iteration,
@@ -478,7 +403,7 @@ class Trainer:
             "optimizer": self.learner.optimizer.state_dict(),
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where ``state`` was taken."""
         self.learner.load_state_dict(state["learner"])
         self.learner.optimizer.load_state_dict(state["optimizer"])
@@ -486,8 +411,68 @@ class Trainer:
         self._observed = None
 
 
-if __name__ == "__main__":
-    # the installed module, so that its classes are the ones that everybody else imports
-    from prunevit.trainers.common.runs import main
+def learn(run: RunFolder, config: MappoConfig) -> tuple[Experiment, Trainer]:
+    """Trains to the end, from where the run's checkpoint stands, and writes the networks; raises
+    what ``train`` raises.
 
+    Returns:
+        the experiment, whose ``env`` is to be closed, and the trainer.
+    """
+    ranks = run.ranks
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    experiment = make_experiment(config, ranks)
+    trainer = Trainer(experiment.env, experiment.make_actor(), config, ranks)
+    run.restore(trainer)
+    ranks.wait()  # until all have read the checkpoint
+    run.create(config)
+    experiment.announce(trainer.seeds_to_come())
+    evaluate = partial(experiment.evaluate, trainer.learner.actor)
+    monitor = Monitor(evaluate, experiment.progress, experiment.activity)
+    try:
+        with ranks.stop_together():
+            loop.train(run, trainer, monitor, config, config.profile)
+    except BaseException:
+        experiment.env.close()
+        raise
+    run.write_networks(policy=trainer.learner.actor, critic=trainer.learner.critic)
+    return experiment, trainer
+
+
+def train(config: MappoConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """Trains and reports, in the run's folder.
+
+    Returns:
+        the report; an empty one on ranks other than the first, which writes it alone.
+
+    Raises:
+        TrainingError: the run can't begin, or diverged.
+        CheckpointError: the run to be resumed is missing or damaged.
+        ValueError: settings that don't go together, an unknown name, a damaged image.
+        OSError: the disk is full or not writable; the last checkpoint is left as it was.
+        RanksError: another rank has ended.
+    """
+    run, config = open_run(config, ranks)
+    with says_how_to_go_on(run.path):
+        experiment, trainer = learn(run, config)
+        report: dict[str, Any] = {}
+        if ranks.is_first:
+            report = experiment.report(trainer.learner.actor, run.path)
+            report |= {"seconds": run.seconds, "seed": config.seed}
+            write_json(run.path / "report.json", report)
+    experiment.env.close()
+    return report
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m trainers.mappo``."""
+    with ends_in_one_line(*COMMAND_ERRORS):
+        config = parse(sys.argv[1:] if arguments is None else arguments)
+        report = train(config, join_ranks(device_of(config)))
+        if report:
+            print(format_report(report))
+
+
+if __name__ == "__main__":
     main()

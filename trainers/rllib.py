@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import tyro
 from torch import Tensor
 
 from prunevit.agents.policies.actor_critic import Actor, Critic
@@ -19,6 +19,8 @@ from prunevit.envs.adapters.rllib import TokenEnvRunner, TokenPruneMulti
 from prunevit.extras import needs
 from prunevit.trainers.common.evaluation import Evaluation
 from prunevit.trainers.common.integrations import GAMMA, LibraryConfig, LibraryRun, table
+from prunevit.trainers.common.run import COMMAND_ERRORS
+from prunevit.trainers.common.settings import Workers, parse_arguments
 from prunevit.trainers.common.signals import ends_in_one_line
 
 with needs("rllib"):
@@ -39,7 +41,7 @@ class RllibConfig(LibraryConfig):
 
     library = "rllib"
 
-    num_env_runners: int = 0
+    num_env_runners: Workers = 0
     """Processes that play, on CPUs; 0 plays in the learner's own."""
     images: int = 64
     """Images that are played in an iteration, shared out among the processes."""
@@ -128,8 +130,6 @@ def train(config: RllibConfig) -> dict[str, Evaluation]:
         ValueError: an unknown name or a wrong value; the message says which would be right.
         OSError: the run's folder can't be written.
     """
-    if config.num_env_runners < 0:
-        raise ValueError(f"num_env_runners={config.num_env_runners} must not be negative")
     run = LibraryRun(config)
     game = run.game
     if config.num_env_runners:
@@ -162,10 +162,10 @@ def train(config: RllibConfig) -> dict[str, Evaluation]:
     return run.conclude(actor)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m trainers.rllib``."""
-    with ends_in_one_line(ValueError, OSError, ImportError):
-        config = tyro.cli(RllibConfig, args=arguments, prog="python -m trainers.rllib")
+    with ends_in_one_line(*COMMAND_ERRORS, ImportError):
+        config = parse_arguments(RllibConfig, arguments, "rllib")
         results = train(config)
         print(table(results))
 

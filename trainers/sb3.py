@@ -6,12 +6,12 @@ and judged at the end by what it does when it prunes for good.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 from stable_baselines3 import A2C, DQN, PPO
@@ -24,6 +24,8 @@ from prunevit.envs.adapters.sb3 import TokenReplayBuffer, TokenRolloutBuffer, To
 from prunevit.extras import needs
 from prunevit.trainers.common.evaluation import Evaluation
 from prunevit.trainers.common.integrations import GAMMA, LibraryConfig, LibraryRun, table
+from prunevit.trainers.common.run import COMMAND_ERRORS
+from prunevit.trainers.common.settings import parse_arguments
 from prunevit.trainers.common.signals import ends_in_one_line
 
 
@@ -152,10 +154,10 @@ def train(config: Sb3Config) -> dict[str, Evaluation]:
     return run.conclude(actor_of(model))
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m trainers.sb3``."""
-    with ends_in_one_line(ValueError, OSError, ImportError):
-        config = tyro.cli(Sb3Config, args=arguments, prog="python -m trainers.sb3")
+    with ends_in_one_line(*COMMAND_ERRORS, ImportError):
+        config = parse_arguments(Sb3Config, arguments, "sb3")
         results = train(config)
         print(table(results))
 

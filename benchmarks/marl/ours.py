@@ -7,7 +7,7 @@ from torch import Tensor
 
 from prunevit.benchmarks.marl.protocol import TASKS, Curve, Settings
 from prunevit.trainers.common.config import PETTINGZOO_PREFIX, MappoConfig, defaults_for
-from prunevit.trainers.common.experiments import PettingZooTask
+from prunevit.trainers.common.experiments import PettingZooExperiment
 from prunevit.trainers.mappo import Trainer
 
 CRITICS = {"mappo": "central", "ippo": "local"}
@@ -42,9 +42,9 @@ def learn(task: str, algorithm: str, seed: int, settings: Settings, curve: Curve
     """Trains to the end, passing each iteration's policy to ``curve``."""
     config = configuration(task, algorithm, seed, settings)
     torch.manual_seed(seed)
-    game = PettingZooTask(config)
-    trainer = Trainer(game.env, game.make_actor(), config)
-    ids = torch.eye(game.env.num_agents)
+    experiment = PettingZooExperiment(config)
+    trainer = Trainer(experiment.env, experiment.make_actor(), config)
+    ids = torch.eye(experiment.env.num_agents)
 
     def act(observation: Tensor) -> Tensor:
         return trainer.learner.actor(torch.cat([observation, ids], 1))
@@ -53,4 +53,4 @@ def learn(task: str, algorithm: str, seed: int, settings: Settings, curve: Curve
     for iteration in range(1, settings.iterations + 1):
         trainer.iterate()
         curve.after(iteration, act)
-    game.env.close()
+    experiment.env.close()

@@ -23,19 +23,19 @@ from prunevit.benchmarks.protocol import Benchmark, Knobs, Method, UnreachableEr
 from prunevit.benchmarks.records import differences
 from prunevit.envs.old_names import rename_settings
 from prunevit.trainers import finetune
-from prunevit.trainers.common.config import LATER_SETTINGS
-from prunevit.trainers.common.run_folder import RunFolder, describe
-from prunevit.trainers.common.runs import Run, learn
+from prunevit.trainers.common.config import MappoConfig
+from prunevit.trainers.common.run import RunFolder
 from prunevit.trainers.dynamic_vit import DynamicViTConfig
-from prunevit.trainers.dynamic_vit_run import execute as train_dynamic_vit
+from prunevit.trainers.dynamic_vit import train as train_dynamic_vit
 from prunevit.trainers.finetune import FinetuneConfig
+from prunevit.trainers.mappo import learn
 
 ODDS = (1e-4, 1e4)  # of keep, between which a threshold is searched
 ALPHAS_BEYOND = 8.0  # alphas are searched up to this factor beyond the trained range
 # settings that change a policy by no more than rounding
 RUNS_OWN = {
     "threads", "device", "run", "run_name", "resume", "workers", "cache_gb", "profile",
-    "accumulate",
+    "accumulate", "version",
 }  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
     def values(settings: Mapping[str, Any]) -> dict[str, Any]:
         # settings that a run doesn't have are newer than it, and were off then
-        return {name: settings.get(name, LATER_SETTINGS.get(name, False)) for name in names}
+        return {name: settings.get(name, MappoConfig.LATER.get(name, False)) for name in names}
 
     if differ := differences(values(found), values(wanted)):
         raise ValueError(
@@ -72,8 +72,8 @@ def trained_run(bench: Benchmark, name: str, seed: int, changes: Mapping[str, An
     folder = bench.runs / f"{name}-{seed}"
     check_settings(folder, config.to_json())
     if not (folder / RUN_WEIGHTS).is_file():
-        task, _, _ = learn(Run(folder, config))
-        task.env.close()
+        experiment, _ = learn(RunFolder(folder), config)
+        experiment.env.close()
     return folder
 
 
@@ -225,7 +225,7 @@ def fine_tuned(name: str, ours: Recipe, bench: Benchmark, seed: int) -> Method:
             run_name=str(folder.absolute()),
             **bench.task.fine_tuning,
         )
-        check_settings(folder, describe(config))
+        check_settings(folder, config.to_json())
         if not (folder / "model").is_dir():
             finetune.train(FinetuneConfig(resume=folder) if begun.is_begun else config)
 
@@ -247,7 +247,7 @@ def dynamic_vit(name: str, fine_tune: bool, bench: Benchmark, seed: int) -> Meth
         config = replace(config, iterations=bench.iterations)
 
     def train() -> None:
-        check_settings(folder, describe(config))
+        check_settings(folder, config.to_json())
         if not (folder / RUN_WEIGHTS).is_file():
             was_begun = RunFolder(folder).is_begun
             train_dynamic_vit(DynamicViTConfig(resume=folder) if was_begun else config)

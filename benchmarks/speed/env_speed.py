@@ -33,7 +33,7 @@ from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.common.timing import interleaved
-from prunevit.trainers.mappo import Learner, play
+from prunevit.trainers.mappo import Learner, collect_rollout
 
 
 @dataclass
@@ -126,7 +126,8 @@ def measure(config: EnvSpeedConfig) -> dict[str, Any]:
     @torch.no_grad()
     def rollout() -> Any:
         generator = torch.Generator(device).manual_seed(0)
-        return play(env, learner, env.reset(indices=indices), game.num_stages, generator)[0]
+        observations = env.reset(indices=indices)
+        return collect_rollout(env, learner, observations, game.num_stages, generator)[0]
 
     played = rollout()
     # the policy's own actions, so that the bare passes run the same tokens

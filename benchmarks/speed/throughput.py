@@ -57,7 +57,7 @@ from prunevit.benchmarks.speed.workload import (
     load,
 )
 from prunevit.trainers.common.checkpoint import CheckpointError, write_json
-from prunevit.trainers.common.run_folder import JsonObject
+from prunevit.trainers.common.settings import JsonObject
 from prunevit.trainers.common.timing import Timing, interleaved, speedup
 
 Record = dict[str, Any]

@@ -23,7 +23,8 @@ import torch
 import tyro
 from safetensors.torch import load_file
 
-from prunevit.trainers.common import runs
+from prunevit.trainers import mappo
+from prunevit.trainers.common.checkpoint import load_newest
 from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.common.signals import ends_in_one_line
 
@@ -47,8 +48,8 @@ class KillStormConfig:
 def train(config: MappoConfig) -> None:
     """Trains to the end of learning, without the report."""
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        task, _, _ = runs.learn(runs.open_run(config))
-    task.env.close()
+        experiment, _ = mappo.learn(*mappo.open_run(config))
+    experiment.env.close()
 
 
 def train_in_a_process(config: MappoConfig, kill_after: float | None = None) -> tuple[bool, float]:
@@ -101,7 +102,7 @@ def storm(config: KillStormConfig, folder: Path) -> str:
         was_killed, _ = train_in_a_process(replace(base, run_name=str(run)), moment)
         if was_killed:
             checkpoint = run / "checkpoint.safetensors"
-            done = runs.load_newest(checkpoint)["iteration"] if checkpoint.is_file() else 0
+            done = load_newest(checkpoint)["iteration"] if checkpoint.is_file() else 0
             resumed_from.append(done)
             if (run / "config.json").is_file():
                 train_in_a_process(MappoConfig(resume=run))

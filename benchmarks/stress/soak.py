@@ -32,7 +32,7 @@ from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.digits_vit import DIGITS_VIT
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.weights import write_weights
-from prunevit.trainers.common import runs
+from prunevit.trainers import mappo
 from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.common.signals import ends_in_one_line
@@ -179,15 +179,15 @@ def train(iterations: int, sample: Callable[[], None]) -> None:
             num_envs=2 * EPISODES, eval_every=10, eval_size=16, hidden=(8,), device="cpu",
             threads=1, run_name=str(Path(folder) / "run"),
         )  # fmt: skip
-        run = runs.open_run(config)
+        run, config = mappo.open_run(config)
         run.records = SampledRecords(sample)
         with (
             Path(os.devnull).open("w") as nowhere,
             redirect_stdout(nowhere),
             redirect_stderr(nowhere),
         ):
-            task, _, _ = runs.learn(run)
-        task.env.close()
+            experiment, _ = mappo.learn(run, config)
+        experiment.env.close()
 
 
 def soak(config: SoakConfig) -> dict[str, Growth]:

@@ -24,7 +24,7 @@ from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
 from prunevit.envs.vit.weights import write_weights
-from prunevit.trainers.common.runs import main as mappo
+from prunevit.trainers.mappo import main as mappo
 
 BATCH, PATCHES, STAGES = 5, 16, (1, 3)
 SHAPE = {"depth": 4, "embed_dim": 32, "num_heads": 2, "patch_size": 8}  # not to be seen on a model

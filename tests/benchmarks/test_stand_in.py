@@ -22,8 +22,8 @@ from prunevit.benchmarks.tasks import TASKS
 from prunevit.envs.data.datasets import open_images
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.weights import write_weights
-from prunevit.trainers import finetune
-from prunevit.trainers.common import report, runs
+from prunevit.trainers import finetune, mappo
+from prunevit.trainers.common import report
 from prunevit.trainers.common.evaluation import evaluate
 
 CLASSES = 1_000
@@ -76,7 +76,7 @@ def folder(tmp_path_factory, images, weights):
         patch.chdir(folder)
         patch.setattr(report, "SPEED_IMAGES", report.SPEED_BATCH)
         run(
-            runs.main,
+            mappo.main,
             f"mappo --backbone {DEIT} --checkpoint {weights} --dataset {images} "
             "--prune-before 3 6 9 --alpha 0.5 --iterations 2 --num-envs 32 --rollouts-per-image 4 "
             "--eval-size 64 --device cpu --threads 1 --run-name deit",

@@ -22,13 +22,12 @@ from prunevit.envs.data.datasets import DatasetError, open_images
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.weights import BackboneError, sha256
 from prunevit.trainers import backbone
-from prunevit.trainers.backbone import main, train
-from prunevit.trainers.backbone_run import BackboneConfig
-from prunevit.trainers.common import classification
+from prunevit.trainers.backbone import BackboneConfig, main, train
+from prunevit.trainers.common import classification, epochs
 from prunevit.trainers.common.checkpoint import CheckpointError
 from prunevit.trainers.common.classification import accuracy, batches, learning_rate
 from prunevit.trainers.common.distributed import Ranks
-from prunevit.trainers.common.run_folder import RunFolder, TrainingError, describe
+from prunevit.trainers.common.run import RunFolder, TrainingError
 
 VIT = "vit_tiny_patch16_224"
 # dropout, stochastic depth and mixup draw from generators that a resumed run has to find again
@@ -234,7 +233,7 @@ def test_the_arguments_of_a_checkpoints_model_need_not_be_given_again(config, mo
     start = Path("runs/r/backbone.safetensors")
     tuned = replace(config, checkpoint=start, model_kwargs={}, epochs=2, run_name="tuned")
     with monkeypatch.context() as context:
-        context.setattr(RunFolder, "save_epoch", stop_after_an_epoch(RunFolder.save_epoch))
+        context.setattr(RunFolder, "save", stop_after_an_epoch(RunFolder.save))
         with pytest.raises(KeyboardInterrupt):
             train(tuned)
     train(BackboneConfig(resume=Path("runs/tuned")))
@@ -271,7 +270,7 @@ def kill_at_step(config, step, tmp_path):
         "backbone.Learner.learn = learn_or_die\n"
         "backbone.main()\n"
     )
-    values = describe(config)
+    values = config.to_json()
     arguments = [
         part
         for name, value in values.items()
@@ -316,7 +315,7 @@ def test_an_epoch_that_was_cut_off_is_not_lost(config, monkeypatch, ending):
         return learn(self, inputs, targets, step)
 
     monkeypatch.setattr(classification.Learner, "learn", learn_to_the_end)
-    monkeypatch.setattr(classification, "SECONDS_AT_STAKE", 0.0 if ending == "killed" else 1e9)
+    monkeypatch.setattr(epochs, "SAVE_SECONDS", 0.0 if ending == "killed" else 1e9)
     # a shell has what it starts in the background ignore Ctrl-C
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -337,10 +336,10 @@ def test_many_ranks_can_not_go_on_from_within_an_epoch_of_one(tmp_path):
     class Two(Ranks):
         count = 2
 
-    RunFolder(tmp_path).save_epoch({"place": {"losses": torch.ones(3)}}, [])
-    assert RunFolder(tmp_path).read_epochs()[1] == []
+    RunFolder(tmp_path).save({"epoch": 0, "place": {"losses": torch.ones(3)}})
+    assert RunFolder(tmp_path).load()["epoch"] == 0
     with pytest.raises(CheckpointError, match="only a single one can go on"):
-        RunFolder(tmp_path, Two()).read_epochs()
+        RunFolder(tmp_path, Two()).load()
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "checkpoint.safetensors", "backbone.json"])
@@ -366,7 +365,7 @@ def test_a_run_whose_disk_is_full_can_be_resumed(config, monkeypatch, file):
 def test_a_run_that_never_ended_an_epoch_begins_anew(config, monkeypatch):
     train(replace(config, run_name="whole"))
     with monkeypatch.context() as context:
-        context.setattr(backbone, "train_epoch", lambda *_: 1 / 0)
+        context.setattr(epochs, "train_epoch", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config)
     train(BackboneConfig(resume=Path("runs/r")))
@@ -404,14 +403,17 @@ def test_what_can_not_be_resumed_is_named(config):
     folder = Path("runs/r")
     contents = {file.name: file.read_bytes() for file in folder.iterdir()}
     described = json.loads(contents["config.json"])
-    other = json.dumps(described | {"model_kwargs": MODEL | {"depth": 1}}).encode()
+
+    def edited(**changes):
+        return json.dumps(described | changes).encode()
+
     for file in Path("runs/r").glob("checkpoint-*"):
         file.unlink()
     for name, content, message in (
-        ("config.json", b'{"epochs": ', "damaged or of another version"),
-        ("config.json", b'{"epoques": 3}', "epoques"),
-        ("config.json", b'{"epochs": -3}', "epochs can't be -3"),
-        ("config.json", other, r"another backbone.*blocks\.1"),
+        ("config.json", b'{"epochs": ', "config.json is damaged"),
+        ("config.json", edited(epoques=3), "unknown settings: epoques"),
+        ("config.json", edited(epochs=-3), "epochs=-3 must be at least 1"),
+        ("config.json", edited(model_kwargs=MODEL | {"depth": 1}), r"another backbone.*blocks\.1"),
         ("checkpoint.safetensors", contents["checkpoint.safetensors"][:-9], "damaged"),
         ("metrics.jsonl", b"", "lacks records"),
         ("metrics.jsonl", b"{", "can't be resumed"),
@@ -439,7 +441,7 @@ def test_what_can_not_be_resumed_is_named(config):
         ({"epoch_size": 9}, TrainingError, "9 training images.*16"),
         ({"device": "abacus"}, TrainingError, "abacus"),
         ({"backbone": "resnet18", "model_kwargs": {}}, TrainingError, "resnet18 has no patch drop"),
-        ({"lr": 1e30, "epochs": 1}, TrainingError, "not finite"),
+        ({"lr": 1e12, "epochs": 1}, TrainingError, "not finite"),
     ],
 )
 def test_bad_input_is_named_at_once(config, change, error, message):
@@ -517,7 +519,7 @@ def test_the_command_line_says_what_is_wrong_in_a_line(config, monkeypatch, argu
     [
         (["--model-kwargs", "{"], "--model-kwargs"),
         (["--augmentation", "3"], "expected a JSON object"),
-        (["--epochs", "0"], "epochs can't be 0"),
+        (["--epochs", "0"], "epochs=0 must be at least 1"),
         (["--colour", "red"], "--colour"),
     ],
 )

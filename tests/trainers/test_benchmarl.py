@@ -132,8 +132,20 @@ def test_mappo_learns_to_prune_the_digits(benchmarl, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--images", "0"], "images=0 must be positive"),
-        (["--minutes", "-1"], "minutes=-1.0 must be positive"),
+        (["--images", "0"], "images=0 must be at least 1"),
+        (["--minutes", "-1"], "minutes=-1.0 must be greater than 0"),
+    ],
+)
+def test_values_out_of_range_are_refused(benchmarl, capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        benchmarl.main(arguments)
+    assert ended.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["--reward", "fame"], "fame"),
         (["--prune-before", "99"], "99"),
     ],

@@ -17,7 +17,8 @@ from PIL import Image
 
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.weights import write_weights
-from prunevit.trainers.common import report, runs
+from prunevit.trainers import mappo
+from prunevit.trainers.common import report
 
 SPREAD = "pettingzoo:mpe2.simple_spread_v3"
 TINY = {"patch_size": 16, "embed_dim": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0}
@@ -154,7 +155,7 @@ def complaint_of(line):
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runs.main(line)
+            mappo.main(line)
     except SystemExit as ended:
         code = ended.code
         if isinstance(code, str):

@@ -22,7 +22,7 @@ from prunevit.trainers.common import classification
 from prunevit.trainers.common.checkpoint import CheckpointError, load_checkpoint, write_json
 from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.common.evaluation import evaluate
-from prunevit.trainers.common.run_folder import TrainingError
+from prunevit.trainers.common.run import TrainingError
 from prunevit.trainers.finetune import Distillation, FinetuneConfig, freeze, main, train
 
 # with BatchNorm in its stem; dropout and stochastic depth would draw if they were on
@@ -328,7 +328,7 @@ def test_a_policy_acts_under_the_price_and_with_the_dither_given(trained, config
 
 
 @pytest.mark.parametrize("change", [{"dither": True}, {"alpha": 0.1}])
-def test_other_policies_have_no_budget_and_can_not_dither(config, run, monkeypatch, change):
+def test_other_policies_have_no_alpha_and_can_not_dither(config, run, monkeypatch, change):
     backbone = PrunedViT.from_run(run).backbone
     other = PrunedViT(backbone, KeepAll())
     monkeypatch.setattr(PrunedViT, "from_run", lambda folder: other)
@@ -417,8 +417,8 @@ def test_what_can_not_be_resumed_is_named(config):
     folder = Path("runs/r")
     described = json.loads((folder / "config.json").read_text())
     for content, error, message in (
-        ('{"epochs": ', CheckpointError, "damaged or of another version"),
-        (json.dumps({"backbone": "digits_vit"}), CheckpointError, "of another version"),
+        ('{"epochs": ', CheckpointError, "config.json is damaged"),
+        (json.dumps({"backbone": "digits_vit"}), CheckpointError, "unknown settings: backbone"),
         (json.dumps(described | {"run": "runs/gone"}), SavedModelError, "runs/gone holds no"),
     ):
         (folder / "config.json").write_text(content)
@@ -470,7 +470,7 @@ def test_runs_that_can_not_be_tuned_are_named_at_once(config, run, tmp_path, set
             "'cuda' can't be used here",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here"),
         ),
-        ({"lr": 1e30, "epochs": 1}, TrainingError, "not finite.*try a smaller lr"),
+        ({"lr": 1e12, "epochs": 1}, TrainingError, "not finite.*try a smaller lr"),
     ],
 )
 def test_bad_input_is_named_at_once(config, change, error, message):

@@ -13,16 +13,16 @@ from prunevit.trainers import mappo
 from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.common.value_norm import ValueNorm
 from prunevit.trainers.mappo import (
-    Decisions,
+    Batch,
     Learner,
     Trainer,
-    judge,
-    learn,
+    collect_rollout,
+    compute_advantages,
     learning_rate,
-    normalised,
-    play,
+    normalise,
     policy_loss,
     sample,
+    update,
     value_loss,
 )
 
@@ -104,13 +104,13 @@ def judged(env, **changes):
     learner = make_learner(env, **changes)
     learner.critic = ValueIsSeen()
     generator = torch.Generator().manual_seed(0)
-    rollout, _ = play(env, learner, env.reset(0), len(env.transitions), generator)
-    return judge(rollout, learner, env)
+    rollout, _ = collect_rollout(env, learner, env.reset(0), len(env.transitions), generator)
+    return compute_advantages(rollout, learner, env)
 
 
 @pytest.fixture
 def raw_advantages(monkeypatch):
-    monkeypatch.setattr(mappo, "normalised", lambda advantage, ranks: advantage)
+    monkeypatch.setattr(mappo, "normalise", lambda advantage, ranks: advantage)
 
 
 # --- ends of episodes, by hand ---
@@ -164,8 +164,8 @@ def test_an_agent_that_dies_is_judged_by_what_it_is_still_paid(raw_advantages):
 def test_without_a_critic_the_return_itself_is_compared(raw_advantages):
     env = Scripted(see(2), then(see(4), 1), then(see(6), 3, ended="terminated"))
     learner = make_learner(env, "none", **HALVES)
-    rollout, _ = play(env, learner, env.reset(0), 2, torch.Generator().manual_seed(0))
-    assert judge(rollout, learner, env).advantage.tolist() == [1 + 3 / 2, 3]
+    rollout, _ = collect_rollout(env, learner, env.reset(0), 2, torch.Generator().manual_seed(0))
+    assert compute_advantages(rollout, learner, env).advantage.tolist() == [1 + 3 / 2, 3]
 
 
 # --- the dead ---
@@ -194,9 +194,9 @@ def test_what_the_dead_see_changes_nothing(critic):
         env = with_dead(garbage, action=int(garbage > 0))
         learner = make_learner(env, critic)
         generator = torch.Generator().manual_seed(1)
-        rollout, _ = play(env, learner, env.reset(0), 3, generator)
-        decisions = judge(rollout, learner, env)
-        losses = learn(learner, decisions, generator)
+        rollout, _ = collect_rollout(env, learner, env.reset(0), 3, generator)
+        decisions = compute_advantages(rollout, learner, env)
+        losses = update(learner, decisions, generator)
         outcomes.append((decisions, losses, learner.state_dict(), env.played))
     (before, losses, weights, played), (after, *others) = outcomes
     for name, part in vars(before).items():
@@ -225,8 +225,8 @@ def test_where_nobody_lives_losses_are_zero_and_nothing_is_learned(critic):
     learner = make_learner(env, critic)
     before = {key: value.clone() for key, value in learner.state_dict().items()}
     generator = torch.Generator().manual_seed(0)
-    rollout, _ = play(env, learner, env.reset(0), 2, generator)
-    losses = learn(learner, judge(rollout, learner, env), generator)
+    rollout, _ = collect_rollout(env, learner, env.reset(0), 2, generator)
+    losses = update(learner, compute_advantages(rollout, learner, env), generator)
     assert losses["policy_loss"] == losses["entropy"] == losses["grad_norm"] == 0
     assert all(map(math.isfinite, losses.values()))
     assert all(torch.equal(before[key], value) for key, value in learner.state_dict().items())
@@ -236,8 +236,13 @@ def test_a_single_decision_is_learned_from():
     env = Scripted(see(3), then(see(4), 1, ended="terminated"))
     generator = torch.Generator().manual_seed(0)
     learner = make_learner(env)
-    rollout, _ = play(env, learner, env.reset(0), 1, generator)
-    assert all(map(math.isfinite, learn(learner, judge(rollout, learner, env), generator).values()))
+    rollout, _ = collect_rollout(env, learner, env.reset(0), 1, generator)
+    assert all(
+        map(
+            math.isfinite,
+            update(learner, compute_advantages(rollout, learner, env), generator).values(),
+        )
+    )
 
 
 # --- action masks ---
@@ -268,9 +273,9 @@ def test_play_and_learning_see_the_same_masks():
     mask = torch.tensor([[[True, False], [False, True], [True, True]]])
     env = Scripted(see(1, 2, 3, mask=mask), then(see(4, 5, 6, mask=mask.flip(1)), 1, 2, 3))
     learner = make_learner(env)
-    rollout, _ = play(env, learner, env.reset(0), 1, torch.Generator().manual_seed(0))
+    rollout, _ = collect_rollout(env, learner, env.reset(0), 1, torch.Generator().manual_seed(0))
     assert env.played[0][0, :2].tolist() == [0, 1]
-    decisions = judge(rollout, learner, env)
+    decisions = compute_advantages(rollout, learner, env)
     assert torch.equal(decisions.mask, mask[0])
     again = learner.log_probs(decisions.observation, decisions.seen, decisions.mask)
     assert torch.equal(again.gather(1, decisions.action[:, None])[:, 0], decisions.log_prob)
@@ -337,7 +342,7 @@ def test_parts_are_of_a_caches_size_by_default(monkeypatch):
     make_trainer(4).iterate()
     (whole,) = set(parts)
     # three numbers are observed
-    monkeypatch.setattr(mappo, "PART_BYTES", whole * 3 * 4 // 2 // torch.get_num_threads())
+    monkeypatch.setattr(mappo, "CACHED_BYTES", whole * 3 * 4 // 2 // torch.get_num_threads())
     parts.clear()
     make_trainer(4).iterate()
     assert max(parts) == -(-whole // 2)
@@ -363,8 +368,8 @@ def test_minibatches_cover_every_decision_once():
 def decisions_of(**parts):
     zero = torch.zeros(len(next(iter(reversed(parts.values())))))
     given = {name: torch.tensor(part) for name, part in parts.items()}
-    fields = {field.name: zero for field in dataclasses.fields(Decisions)}
-    return Decisions(**fields | given | {"count": len(zero)})  # type: ignore[arg-type]
+    fields = {field.name: zero for field in dataclasses.fields(Batch)}
+    return Batch(**fields | given | {"count": len(zero)})  # type: ignore[arg-type]
 
 
 RATIOS = torch.tensor([1.5, 1.5, 0.5, 0.5])
@@ -411,10 +416,10 @@ def test_the_critic_learns_returns_in_normalised_units():
 
 
 def test_normalised_advantages():
-    assert normalised(torch.tensor([1.0, 2.0, 3.0])).tolist() == pytest.approx([-1, 0, 1], abs=1e-4)
-    assert normalised(torch.full((4,), 7.0)).tolist() == [0] * 4
-    assert normalised(torch.tensor([7.0])).tolist() == [7]
-    assert normalised(torch.empty(0)).tolist() == []
+    assert normalise(torch.tensor([1.0, 2.0, 3.0])).tolist() == pytest.approx([-1, 0, 1], abs=1e-4)
+    assert normalise(torch.full((4,), 7.0)).tolist() == [0] * 4
+    assert normalise(torch.tensor([7.0])).tolist() == [7]
+    assert normalise(torch.empty(0)).tolist() == []
 
 
 def test_values_are_in_units_of_returns_and_zero_for_the_dead():
@@ -546,8 +551,8 @@ def test_rollouts_of_one_start_cancel_what_it_is_worth(raw_advantages):
         trainer = make_trainer(rollouts, luck=10.0, critic="none")
         env, learner = trainer.env, trainer.learner
         generator = torch.Generator().manual_seed(0)
-        rollout, _ = play(env, learner, env.reset(0), env.steps, generator)
-        spreads[rollouts] = float(judge(rollout, learner, env).advantage.var())
+        rollout, _ = collect_rollout(env, learner, env.reset(0), env.steps, generator)
+        spreads[rollouts] = float(compute_advantages(rollout, learner, env).advantage.var())
     assert spreads[1] > 20
     assert spreads[4] < 2
 

@@ -64,7 +64,7 @@ def test_episodes_count_to_their_end_or_to_the_longest(length, longest, expected
     monkeypatch.setattr(experiments, "make_pettingzoo", lambda name, **kwargs: lambda: Paid(length))
     monkeypatch.setattr(experiments, "LONGEST_EPISODE", longest)
     config = replace(defaults_for("pettingzoo:paid"), num_envs=3, eval_size=6)
-    task = experiments.PettingZooTask(config)
+    task = experiments.PettingZooExperiment(config)
     found = task.evaluate(task.make_actor())
     assert found == {
         "validation_episode_return": expected,

@@ -9,7 +9,7 @@ import torch
 
 from prunevit.agents.policies.actor_critic import Actor
 from prunevit.trainers.common.config import defaults_for
-from prunevit.trainers.common.experiments import PettingZooTask
+from prunevit.trainers.common.experiments import PettingZooExperiment
 from prunevit.trainers.mappo import Trainer
 
 # the least that training must bring, and what it takes: returns of random play are measured here
@@ -45,7 +45,7 @@ def test_learns_beyond_random(game):
     config = replace(
         defaults_for(f"pettingzoo:{game}"), env_kwargs=env_kwargs, eval_size=24, **settings
     )
-    task = PettingZooTask(config)
+    task = PettingZooExperiment(config)
     untrained = Actor(task.env.observation_space.shape[0], int(task.env.action_space.n), (64, 64))
     for parameter in untrained.parameters():
         torch.nn.init.zeros_(parameter)  # uniform: every action is as likely

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunevit.envs.old_names import rename_metadata, rename_parameters
 
@@ -85,6 +85,15 @@ def read_records(path: Path, count: int) -> list[dict[str, Any]]:
     if len(records) < count:
         raise CheckpointError(f"{path} lacks records: it has {len(records)} of {count}")
     return records
+
+
+def write_network(path: Path, network: nn.Module) -> None:
+    """Writes a network's weights as safetensors, atomically; raises what ``write_atomically``
+    raises.
+    """
+    weights = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
+    # save_file has an error of its own for a full disk
+    write_atomically(path, lambda temporary: temporary.write_bytes(save(weights)))
 
 
 def _split(tree: Any, tensors: dict[str, Tensor]) -> Any:

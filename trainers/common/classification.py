@@ -1,39 +1,30 @@
-"""What all trainings on labelled images share: epochs of images, and a learner that takes steps."""
+"""Trainings on labelled images: the images of an epoch, and a learner that takes steps."""
 
 from __future__ import annotations
 
 import math
 import platform
-import random
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
-from typing import Any, Literal, Protocol, get_args
+from typing import Annotated, Any, Literal, Protocol
 
-import numpy as np
 import torch
-from timm.data import Mixup
 from timm.optim import create_optimizer_v2, list_optimizers, muon
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from prunevit.envs.data.datasets import ImageSet, Reseedable, open_images
 from prunevit.envs.data.prefetch import prefetch
 from prunevit.trainers.common.checkpoint import CheckpointError
 from prunevit.trainers.common.distributed import ALONE, Ranks
-from prunevit.trainers.common.run_folder import TrainingError
-from prunevit.trainers.common.signals import finishing_first
+from prunevit.trainers.common.run import TrainingError
+from prunevit.trainers.common.settings import Range
 from prunevit.versions import version_of
 
 EVALUATION_BATCH = 250
 MAX_GRAD_NORM = 1.0
-MAX_SEED = 4_000_000  # the seeds of its epochs stay below 2**32, which NumPy asks for
-MOST_WORKERS = 256
-SEEDS_A_RUN = 1_000  # for its epochs: another run seed doesn't see the draws of this one
-SECONDS_AT_STAKE = 300.0  # of an epoch, that a kill may cost
+SEEDS_PER_RUN = 1_000  # a seed for each epoch, so that runs with other seeds draw other images
 PACKAGES = ("prunevit", "torch", "timm", "numpy")
 
 # the model to call; inputs float32 [B, C, H, W]; targets int64 [B], or float32 [B, classes] where
@@ -41,11 +32,8 @@ PACKAGES = ("prunevit", "torch", "timm", "numpy")
 Loss = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
 
 Precision = Literal["float32", "bfloat16"]
-
-
-# how far an epoch is: the losses until then, and the states of the global generators; as a tree
-# that save_checkpoint takes
-Place = dict[str, Any]
+# so that the seeds of its epochs stay below 2**32, as NumPy requires
+RecipeSeed = Annotated[int, Range(0, 4_000_000)]
 
 
 class Recipe(Protocol):
@@ -66,33 +54,27 @@ class Recipe(Protocol):
     seed: int
 
 
-def unfit(recipe: Recipe) -> dict[str, bool]:
-    """Which of the shared settings have values that make no sense."""
-    return {
-        "epochs": recipe.epochs < 1,
-        "epoch_size": recipe.epoch_size < 1,
-        "batch_size": recipe.batch_size < 1,
-        "accumulate": not 1 <= recipe.accumulate <= recipe.batch_size,
-        "precision": recipe.precision not in get_args(Precision),
-        "workers": recipe.workers is not None and not 0 <= recipe.workers <= MOST_WORKERS,
-        "optimizer": recipe.optimizer not in list_optimizers(),
-        "lr": not 0 < recipe.lr < math.inf,
-        "warmup": not 0 <= recipe.warmup <= 1,
-        "weight_decay": not 0 <= recipe.weight_decay < math.inf,
-        "ema_decay": not 0 <= recipe.ema_decay < 1,
-        "seed": not 0 <= recipe.seed <= MAX_SEED,
-    }
+def check_recipe(recipe: Recipe) -> None:
+    """Raises ValueError for settings that don't go together."""
+    if recipe.accumulate > recipe.batch_size:
+        raise ValueError(
+            f"accumulate={recipe.accumulate} must be at most batch_size={recipe.batch_size}"
+        )
+    if recipe.optimizer not in list_optimizers():
+        raise ValueError(
+            f"optimizer={recipe.optimizer!r} is unknown: choose from timm.optim.list_optimizers()"
+        )
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide what a training gives."""
+    """Versions of Python and of the packages that a training's result depends on."""
     packages = {package: version_of(package) for package in PACKAGES}
     return {"python": platform.python_version()} | packages
 
 
 def batches(size: int, batch_size: int, seed: int, ranks: Ranks = ALONE) -> Iterator[Tensor]:
-    """This rank's part, int64, of all whole batches of ``size`` images in an order drawn from
-    ``seed``.
+    """This rank's share of each batch, as image indices int64 [batch_size / ranks]. ``seed`` draws
+    the order; an incomplete last batch is left out.
     """
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
     mine = batch_size // ranks.count
@@ -108,8 +90,8 @@ def accuracy(
     ranks: Ranks = ALONE,
     workers: int = 0,
 ) -> float:
-    """Share of ``images`` that ``model``, in evaluation mode, classifies correctly; ``ranks`` share
-    them, and ``workers`` of each read them.
+    """Share of ``images`` that ``model``, in evaluation mode, classifies correctly. ``ranks`` share
+    the images, and ``workers`` processes of each rank read them.
     """
     correct = 0
     starts = range(0, len(images), EVALUATION_BATCH)[ranks.rank :: ranks.count]
@@ -127,33 +109,6 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def seed_global_generators(seed: int) -> None:
-    """Seeds what models (dropout, stochastic depth) and timm's mixup draw from."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def global_generators() -> dict[str, Any]:
-    """The states of what ``seed_global_generators`` seeds; CUDA's apart, where no run repeats bit
-    for bit anyway.
-    """
-    kind, key, *rest = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": [kind, np.asarray(key).tolist(), *rest],
-        "torch": torch.get_rng_state(),
-    }
-
-
-def restore_global_generators(states: Mapping[str, Any]) -> None:
-    """Goes back to what ``global_generators`` gave."""
-    edition, key, gauss = states["python"]
-    random.setstate((edition, tuple(key), gauss))
-    np.random.set_state(tuple(states["numpy"]))
-    torch.set_rng_state(states["torch"])
-
-
 class TrainingImages:
     """The training split of a dataset, an epoch at a time.
 
@@ -161,8 +116,8 @@ class TrainingImages:
         dataset: as ``open_images`` takes it.
         recipe: how many images an epoch and a batch have, and how they are augmented.
         data_config: timm's, of the backbone.
-        device: where it is.
-        ranks: who share each batch.
+        device: where the backbone is.
+        ranks: the processes that share each batch.
 
     Raises:
         DatasetError: the split can't be opened.
@@ -178,7 +133,7 @@ class TrainingImages:
         ranks: Ranks = ALONE,
     ) -> None:
         self._dataset = dataset
-        self._device = device
+        self.device = device
         self._recipe = recipe
         self._data_config = data_config
         self._ranks = ranks
@@ -204,21 +159,21 @@ class TrainingImages:
         )
 
     def epoch(self, seed: int) -> Generator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch; ``seed`` draws the images, their order and the augmentation.
-        Where it is left before its end, it is to be closed.
+        """The batches of an epoch: images [B, C, H, W] and labels int64 [B]. ``seed`` draws the
+        images, their order and the augmentation. Close it if you leave it before its end.
         """
         images = self._open(seed)
         if isinstance(images, Reseedable):
             images.reseed(self._ranks.own_seed(seed))
         order = batches(len(images), self._recipe.batch_size, seed, self._ranks)
-        workers = self._ranks.workers(self._recipe.workers, self._device)
-        return prefetch(images, order, workers, self._device)
+        workers = self._ranks.workers(self._recipe.workers, self.device)
+        return prefetch(images, order, workers, self.device)
 
 
 @contextmanager
 def orthogonalise_in(dtype: torch.dtype) -> Iterator[None]:
-    """Has timm's Muon compute in ``dtype``. It has no option for that, and CPUs emulate the
-    bfloat16 that it uses: the optimizer then takes longer than the model.
+    """Makes timm's Muon compute in ``dtype``, for which it has no option. On many CPUs its bfloat16
+    is so slow that the optimizer takes longer than the model.
     """
     original = muon.zeropower_via_newtonschulz
     muon.zeropower_via_newtonschulz = partial(original, dtype=dtype)
@@ -229,15 +184,15 @@ def orthogonalise_in(dtype: torch.dtype) -> Iterator[None]:
 
 
 class Learner:
-    """A model that learns: its weights, their average, and the optimizer.
+    """A model with its optimizer and its averaged weights.
 
     Args:
-        model: what to train, on its device and in the mode in which it learns; parameters that need
-            no gradient stay as they are.
-        loss: of a batch; it runs ``model``, or what has to be called in its place.
-        recipe: how.
-        steps: of the whole training, all epochs together.
-        ranks: who learns together.
+        model: what to train, on its device and in the mode it learns in; parameters with
+            ``requires_grad=False`` stay as they are.
+        loss: the loss of a batch.
+        recipe: the settings.
+        steps: number of steps of the whole training.
+        ranks: the processes that learn together.
     """
 
     def __init__(
@@ -260,10 +215,10 @@ class Learner:
         self._wrapped = ranks.wrap(model)
 
     def learn(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
-        """Takes step number ``step``; arguments as of ``Loss``, this rank's part of a batch.
+        """Takes step number ``step`` on this rank's share of a batch; arguments as of ``Loss``.
 
         Returns:
-            the loss of all ranks, a scalar that carries no gradient.
+            the mean loss of all ranks, a scalar without gradient.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, step, self.steps)
@@ -277,21 +232,19 @@ class Learner:
         return self.ranks.average(loss)
 
     def _accumulate(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
-        """Gradients of the batch, a part after the other; returns the loss."""
+        """Accumulates the gradients of the batch, one micro-batch at a time; returns the loss."""
         recipe, total = self.recipe, torch.zeros((), device=inputs.device)
-        parts = list(
+        micro_batches = list(
             zip(inputs.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True)
         )
-        for i, (some, theirs) in enumerate(parts):
-            is_last = i + 1 == len(parts)
-            with (
-                self.ranks.averages_gradients(self._wrapped, when=is_last),
-                torch.autocast(
-                    inputs.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"
-                ),
-            ):
-                loss = self._loss(self._wrapped, some, theirs, step) * (len(some) / len(inputs))
+        autocast = torch.autocast(
+            inputs.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"
+        )
+        for i, (some, theirs) in enumerate(micro_batches):
+            is_last = i + 1 == len(micro_batches)
             with self.ranks.averages_gradients(self._wrapped, when=is_last):
+                with autocast:
+                    loss = self._loss(self._wrapped, some, theirs, step) * (len(some) / len(inputs))
                 loss.backward()
             total += loss.detach()
         return total
@@ -317,78 +270,3 @@ class Learner:
         except (KeyError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"the checkpoint is of another backbone: {reason}") from error
-
-
-def train_epoch(
-    learner: Learner,
-    images: TrainingImages,
-    epoch: int,
-    device: torch.device,
-    mixup: Mixup | None = None,
-    place: Place | None = None,
-    save: Callable[[Place], object] | None = None,
-) -> float:
-    """Takes a step a batch of epoch number ``epoch``, counted from 0; returns the mean loss.
-
-    Args:
-        learner: who learns.
-        images: from what.
-        epoch: which one.
-        device: where the model lies.
-        mixup: mixes the images of a batch, if any.
-        place: where to go on in the epoch, as ``save`` was given it; the images of the steps before
-            are read once more, for what their augmentation draws.
-        save: called from time to time, and where the training is stopped, with the place that the
-            learner has come to; None where nobody can go on from there.
-
-    Raises:
-        TrainingError: the loss is not finite.
-    """
-    recipe, ranks = learner.recipe, learner.ranks
-    # images of an epoch are a draw of their own: seed 0 is what the game trains on
-    seed = recipe.seed * SEEDS_A_RUN + epoch + 1
-    seed_global_generators(ranks.own_seed(seed))
-    losses: list[Tensor] = []
-    if place is not None:
-        losses = list(place["losses"].to(device))
-        restore_global_generators(place["generators"])
-    done = len(losses)
-    title = f"epoch {epoch + 1}/{recipe.epochs}"
-    silent = None if ranks.is_first else True
-    all_batches = images.epoch(seed)
-    batches_left = islice(all_batches, done, None)
-    progress = tqdm(batches_left, title, images.steps_an_epoch, initial=done, disable=silent)
-    saved_at = time.monotonic()
-    try:
-        for step, (inputs, labels) in enumerate(progress, epoch * images.steps_an_epoch + done):
-            ranks.stop_if_asked()
-            with finishing_first():
-                inputs, labels = (
-                    part.to(device, non_blocking=part.is_pinned()) for part in (inputs, labels)
-                )
-                if mixup is not None:
-                    inputs, labels = mixup(inputs, labels)
-                losses.append(learner.learn(inputs, labels, step))
-            if save is not None and time.monotonic() - saved_at >= SECONDS_AT_STAKE:
-                save(_place(losses))
-                saved_at = time.monotonic()
-    except KeyboardInterrupt as stopped:
-        if save is not None and losses:
-            save(_place(losses))
-            stopped.add_note(f"{len(losses)} steps of epoch {epoch + 1} are saved")
-        raise
-    finally:
-        all_batches.close()
-    return _mean(losses)
-
-
-def _place(losses: list[Tensor]) -> Place:
-    _mean(losses)  # what has diverged is not worth going on from
-    return {"losses": torch.stack(losses), "generators": global_generators()}
-
-
-def _mean(losses: list[Tensor]) -> float:
-    loss = float(torch.stack(losses).mean())
-    if not math.isfinite(loss):
-        raise TrainingError("the loss is not finite: try a smaller lr")
-    return loss

@@ -1,4 +1,4 @@
-"""What can be trained on: a game, the actor that fits it, and how to tell whether it learned."""
+"""What ``trainers.mappo`` can train on: a game, the actor that fits it, and its evaluation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from prunevit.envs.vit.torch_compile import check_compiler
 from prunevit.trainers.common.config import PETTINGZOO_PREFIX, MappoConfig
 from prunevit.trainers.common.distributed import ALONE, Ranks
 from prunevit.trainers.common.evaluation import evaluate
-from prunevit.trainers.mappo import MASKED_LOGIT, sample
+from prunevit.trainers.common.report import draw_curve, report_pruning
+from prunevit.trainers.common.rollout import masked_log_probs, sample
 
 LONGEST_EPISODE = 2_000  # in an evaluation: some games have no end
 EVALUATION_SEED = 987_654_321
@@ -35,11 +36,11 @@ EVALUATION_SEED = 987_654_321
 OTHER_SETTINGS = {"name", "pretrained", "checkpoint", "num_classes", "untrained"}
 
 
-class Task(Protocol):
+class Experiment(Protocol):
     """A game to train on.
 
     Attributes:
-        env: what the trainer plays.
+        env: what the trainer steps.
     """
 
     @property
@@ -50,27 +51,23 @@ class Task(Protocol):
         ...
 
     def announce(self, seeds: Iterable[int]) -> None:
-        """Says with which seeds the game is going to be reset, for what can be done before."""
+        """Tells the game the seeds of its next resets, so that it can read images ahead."""
         ...
 
     def evaluate(self, actor: nn.Module) -> dict[str, float]:
-        """How the greedy policy does on validation, by name; every name begins with
-        ``validation_``. All ranks call it, and get the same.
-        """
+        """Results of the greedy policy on validation, as ``Monitor.evaluate``."""
         ...
 
     def progress(self, record: dict[str, float]) -> str:
-        """What of an iteration's record a progress bar shows."""
+        """What the progress bar shows of an iteration's record."""
         ...
 
-    def played(self) -> str:
-        """What the last iteration was played on, for a message about what went wrong in it."""
+    def activity(self) -> str:
+        """What the last iteration did, for a message about what went wrong in it."""
         ...
 
     def report(self, actor: nn.Module, folder: Path) -> dict[str, Any]:
-        """Judges the trained actor once and for all, draws the pictures, and returns what to write
-        down.
-        """
+        """Evaluates the trained actor for the report, and draws the pictures."""
         ...
 
 
@@ -120,7 +117,7 @@ def list_bad_images(dataset: str) -> Collection[str]:
     return bad.keys()
 
 
-class TokenPruneTask:
+class TokenPruneExperiment:
     """Token pruning on a backbone and a dataset."""
 
     def __init__(self, config: MappoConfig, ranks: Ranks = ALONE) -> None:
@@ -172,14 +169,14 @@ class TokenPruneTask:
                 )
             attention = self.env.field_slices["cls_attention"].start
         size = self.env.observation_space.shape[0]
-        price = self.env.field_slices.get("alpha")
+        alpha = self.env.field_slices.get("alpha")
         return TokenActor(
             size,
             self.config.hidden,
             attention,
             prior_weight=self.config.attention_prior,
             keep_bias=self.config.keep_bias,
-            alpha=None if price is None else price.start,
+            alpha=None if alpha is None else alpha.start,
         )
 
     def pruned(self, actor: nn.Module) -> PrunedViT:
@@ -207,18 +204,16 @@ class TokenPruneTask:
             f"reward {record['reward']:.3f}"
         )
 
-    def played(self) -> str:
+    def activity(self) -> str:
         images = self.env.indices[:: self.env.rollouts_per_start].tolist()
-        return f"training images {' '.join(map(str, images))}"
+        return f"playing training images {' '.join(map(str, images))}"
 
     def report(self, actor: nn.Module, folder: Path) -> dict[str, Any]:
-        from prunevit.trainers.common.report import report_pruning
-
         return report_pruning(self, actor, folder)
 
 
-class PettingZooTask:
-    """Any PettingZoo ``ParallelEnv`` with like agents and discrete actions."""
+class PettingZooExperiment:
+    """Any PettingZoo ``ParallelEnv`` with homogeneous agents and discrete actions."""
 
     def __init__(self, config: MappoConfig, ranks: Ranks = ALONE) -> None:
         self.config = config
@@ -260,8 +255,8 @@ class PettingZooTask:
             env.close()
 
     def _mean_return(self, env: BatchedEnv, actor: nn.Module, greedy: bool) -> float:
-        """Mean over as many episodes of every copy: otherwise short ones would count more. One
-        that is longer than ``LONGEST_EPISODE`` steps is counted in stretches of so many.
+        """Mean over the same number of episodes of every copy: otherwise short ones would count
+        more. An episode is cut after ``LONGEST_EPISODE`` steps, and what follows counts as another.
         """
         observed = env.reset(EVALUATION_SEED)
         generator = torch.Generator(env.device).manual_seed(EVALUATION_SEED)
@@ -270,9 +265,8 @@ class PettingZooTask:
         paid = torch.zeros(env.num_envs, device=env.device)
         steps = torch.zeros(env.num_envs, dtype=torch.int64, device=env.device)
         while any(len(mine) < wanted for mine in returns):
-            logits = actor(observed.living())
-            allowed = observed.action_mask[observed.alive]
-            log_probs = logits.masked_fill(~allowed, MASKED_LOGIT).log_softmax(-1)
+            mask = observed.action_mask[observed.alive]
+            log_probs = masked_log_probs(actor(observed.living()), mask)
             actions = torch.zeros(observed.alive.shape, dtype=torch.int64, device=env.device)
             chosen = log_probs.argmax(-1) if greedy else sample(log_probs, generator)
             actions[observed.alive] = chosen
@@ -290,16 +284,18 @@ class PettingZooTask:
     def progress(self, record: dict[str, float]) -> str:
         return f"return {record.get('episode_return', float('nan')):.2f}"
 
-    def played(self) -> str:
-        return f"{self.env.num_envs} episodes of {self.config.env}"
+    def activity(self) -> str:
+        return f"playing {self.env.num_envs} episodes of {self.config.env}"
 
     def report(self, actor: nn.Module, folder: Path) -> dict[str, Any]:
-        from prunevit.trainers.common.report import draw_curve
-
         draw_curve(folder)
         return {"policies": {"learned": self.evaluate(actor)}}
 
 
-def make_task(config: MappoConfig, ranks: Ranks = ALONE) -> Task:
-    """The game that ``config`` names, of which ``ranks`` play a part each."""
-    return TokenPruneTask(config, ranks) if config.is_token_prune else PettingZooTask(config, ranks)
+def make_experiment(config: MappoConfig, ranks: Ranks = ALONE) -> Experiment:
+    """The experiment that ``config`` names, of which each of ``ranks`` has a share."""
+    return (
+        TokenPruneExperiment(config, ranks)
+        if config.is_token_prune
+        else PettingZooExperiment(config, ranks)
+    )

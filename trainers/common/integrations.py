@@ -5,39 +5,35 @@ The actor that comes of it is written as this project's own: ``PrunedViT.from_ru
 
 from __future__ import annotations
 
-import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save
 from timm.data import resolve_model_data_config
 from torch import nn
 
 from prunevit.agents.policies.actor_critic import LearnedPolicy, TokenActor
 from prunevit.agents.policies.heuristics import KeepAll
 from prunevit.agents.pruned_vit import PrunedViT
-from prunevit.agents.saving import RUN_WEIGHTS
 from prunevit.envs.data.datasets import open_images
 from prunevit.envs.rewards import make_reward
 from prunevit.envs.token_prune import pick_device
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
-from prunevit.trainers.common.checkpoint import write_atomically, write_json
+from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.evaluation import Evaluation, evaluate
-from prunevit.trainers.common.run_folder import RUNS, JsonObject
+from prunevit.trainers.common.run import RUNS, RunSettings, open_run
+from prunevit.trainers.common.settings import Count, JsonObject, Positive, Seed, Threads, Widths
 
 GAMMA = 1.0  # an episode has as many steps as there are stages: nothing is far away
 
 
 @dataclass
-class LibraryConfig(ABC):
+class LibraryConfig(RunSettings):
     """Another library on the token-pruning game."""
 
     library: ClassVar[str]
@@ -58,19 +54,19 @@ class LibraryConfig(ABC):
     """team, markov-game (the paper's) or released-code (what its code computes)."""
     alpha: float | None = None
     """Price of the dense model's whole compute; the reward's own default if not given."""
-    images: int = 128
+    images: Count = 128
     """Images that are played at once."""
-    iterations: int = 300
+    iterations: Count = 300
     """Rounds in which all images are played to the end."""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Adam's learning rate."""
-    hidden: tuple[int, ...] = (64,)
+    hidden: Widths = (64,)
     """Widths of the hidden layers."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds weights, images and actions."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    threads: int | None = None
+    threads: Threads | None = None
     """CPU threads; torch's own choice if not given."""
     run_name: str | None = None
     """The run is written to runs/RUN_NAME; a name made of library, algorithm, seed and time if not
@@ -78,9 +74,9 @@ class LibraryConfig(ABC):
     """
 
     @property
-    @abstractmethod
     def learner(self) -> str:
         """The algorithm's name."""
+        raise NotImplementedError
 
     @property
     def folder(self) -> Path:
@@ -89,13 +85,10 @@ class LibraryConfig(ABC):
         own = f"{self.library}-{self.learner}-seed{self.seed}-{stamp}"
         return RUNS / (self.run_name or own)
 
-    def described(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The settings as JSON values, and what else ``PrunedViT.from_run`` asks for."""
-        settings = {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in asdict(self).items()
-        }
-        return settings | {"env": "token-prune", "pretrained": False, "attention_prior": 0.0}
+        own = {"env": "token-prune", "pretrained": False, "attention_prior": 0.0}
+        return super().to_json() | own
 
 
 class LibraryRun:
@@ -112,21 +105,16 @@ class LibraryRun:
 
     Raises:
         ValueError: an unknown name or a wrong value; the message says which would be right.
+        TrainingError: the folder exists.
     """
 
     def __init__(self, config: LibraryConfig) -> None:
-        for setting in ("images", "iterations", "lr"):
-            if getattr(config, setting) <= 0:
-                raise ValueError(f"{setting}={getattr(config, setting)} must be positive")
         if "alpha" in config.observation:
-            raise ValueError("observation=alpha: here the price of compute is the same for all")
-        self.config = config
-        self.folder = config.folder
-        if self.folder.exists():
-            raise ValueError(f"{self.folder} exists: give another --run-name")
+            raise ValueError("observation=alpha: here alpha is the same for all images")
+        self._run, self.config = open_run(config)
+        self.folder = self._run.path
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self._start = time.monotonic()
         backbone = create_backbone(
             config.backbone, checkpoint=config.checkpoint, **config.model_kwargs
         ).requires_grad_(False)
@@ -148,7 +136,7 @@ class LibraryRun:
         Raises:
             OSError: the folder can't be written.
         """
-        write_json(self.folder / "config.json", self.config.described())
+        self._run.create(self.config)
 
     @contextmanager
     def keeping(self, save: Callable[[Path], object], name: str) -> Iterator[None]:
@@ -175,8 +163,7 @@ class LibraryRun:
             OSError: the folder can't be written.
         """
         own = token_actor(actor)
-        weights = {key: value.cpu().contiguous() for key, value in own.state_dict().items()}
-        write_atomically(self.folder / RUN_WEIGHTS, partial(Path.write_bytes, data=save(weights)))
+        self._run.write_networks(policy=own)
         staged = StagedViT(self.staged.model, self.config.prune_before)
         policy = LearnedPolicy(own.to(staged.device), self.config.observation, staged.num_prefix)
         test = open_images(self.config.dataset, "test", self._data_config)
@@ -188,7 +175,7 @@ class LibraryRun:
             self.folder / "report.json",
             {
                 "policies": {name: asdict(result) for name, result in results.items()},
-                "seconds": time.monotonic() - self._start,
+                "seconds": self._run.seconds,
                 "seed": self.config.seed,
                 **facts,
             },

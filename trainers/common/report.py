@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -14,53 +14,63 @@ from torch import nn
 
 from prunevit.agents.policies.heuristics import KeepAll, TopK
 from prunevit.agents.pruned_vit import PrunedViT
-from prunevit.envs.data.datasets import open_images
+from prunevit.envs.data.datasets import ImageSet, open_images
 from prunevit.envs.rendering import denormalise, stage_strip
+from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common.checkpoint import write_atomically
+from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.common.evaluation import best_topk, evaluate
 from prunevit.trainers.common.timing import images_per_second
-
-if TYPE_CHECKING:
-    from prunevit.trainers.common.experiments import TokenPruneTask
 
 SPEED_BATCH = 64
 SPEED_IMAGES = 512
 PICTURES = 6
 
-matplotlib.use("Agg", force=False)
+
+class PruningExperiment(Protocol):
+    """What is reported on; ``TokenPruneExperiment`` says what each is."""
+
+    config: MappoConfig
+    model: nn.Module
+    backbone: StagedViT
+    data_config: dict[str, Any]
+    validation: ImageSet
+    skipped: Collection[str]
+
+    def pruned(self, actor: nn.Module) -> PrunedViT: ...
 
 
-def report_pruning(task: TokenPruneTask, actor: nn.Module, folder: Path) -> dict[str, Any]:
+def report_pruning(experiment: PruningExperiment, actor: nn.Module, folder: Path) -> dict[str, Any]:
     """Compares the learned policy with dense, random and attention top-k on the test images.
 
     The top-k policies spend at least the learned policy's GMACs, with whichever way to spread
     tokens over the stages is best on validation.
     """
-    learned = task.pruned(actor)
-    size = task.config.eval_size
-    target = evaluate(learned, task.validation, size)
-    models = {"dense": PrunedViT(task.backbone, KeepAll()), "learned": learned}
+    backbone, validation = experiment.backbone, experiment.validation
+    learned, config = experiment.pruned(actor), experiment.config
+    target = evaluate(learned, validation, config.eval_size)
+    models = {"dense": PrunedViT(backbone, KeepAll()), "learned": learned}
     for name in ("random", "attention"):
-        tokens = best_topk(task.backbone, task.validation, target.gmacs, target.kept, name, size)
-        models[name] = PrunedViT(task.backbone, TopK(tokens, name, task.config.seed))
-    test = open_images(task.config.dataset, "test", task.data_config, skip=task.skipped)
+        tokens = best_topk(backbone, validation, target.gmacs, target.kept, name, config.eval_size)
+        models[name] = PrunedViT(backbone, TopK(tokens, name, config.seed))
+    test = open_images(config.dataset, "test", experiment.data_config, skip=experiment.skipped)
     results = {name: evaluate(model, test) for name, model in models.items()}
 
     count = max(min(SPEED_IMAGES, len(test)) // SPEED_BATCH, 1) * SPEED_BATCH
     pixels, _ = test.load([i % len(test) for i in range(count)])
     # dense is timm's own model, not ours with nothing pruned
-    timed = models | {"dense": task.model}
+    timed = models | {"dense": experiment.model}
     speeds = images_per_second(
-        timed, pixels.to(task.backbone.device, task.backbone.dtype), SPEED_BATCH
+        timed, pixels.to(experiment.backbone.device, experiment.backbone.dtype), SPEED_BATCH
     )
 
-    draw_pruned(task, learned, test, folder / "pruned.png")
+    draw_pruned(experiment, learned, test, folder / "pruned.png")
     draw_curve(folder)
     return {
         "policies": {
             name: {
                 "accuracy": result.accuracy,
-                "gmacs": task.backbone.dense_macs / 1e9 if name == "dense" else result.gmacs,
+                "gmacs": experiment.backbone.dense_macs / 1e9 if name == "dense" else result.gmacs,
                 "kept": list(result.kept),
                 "images_per_second": speeds[name],
             }
@@ -86,25 +96,39 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def format_report(report: dict[str, Any]) -> str:
+    """What the end of a run of ``trainers.mappo`` prints."""
+    if "dense" in report["policies"]:
+        text = table(report)
+    else:
+        text = "\n".join(
+            f"{name}: " + " ".join(f"{k} {v:.3f}" for k, v in row.items())
+            for name, row in report["policies"].items()
+        )
+    return f"{text}\n{report['seconds']:.0f} s, seed {report['seed']}"
+
+
 @torch.inference_mode()
-def draw_pruned(task: TokenPruneTask, model: PrunedViT, images: Any, path: Path) -> None:
+def draw_pruned(experiment: PruningExperiment, model: PrunedViT, images: Any, path: Path) -> None:
     """A few images stage by stage, pruned patches whited out, with label, answer and what it
     cost.
     """
     indices = np.linspace(0, len(images) - 1, PICTURES).astype(int).tolist()
     pixels, labels = images.load(indices)
-    trace = model.trace(pixels.to(task.backbone.device, task.backbone.dtype))
+    trace = model.trace(pixels.to(experiment.backbone.device, experiment.backbone.dtype))
     everyone = torch.ones_like(trace.alive[:, :1])
     alive = torch.cat([everyone, trace.alive], dim=1).cpu()
-    shown = denormalise(pixels, tuple(task.data_config["mean"]), tuple(task.data_config["std"]))
+    shown = denormalise(
+        pixels, tuple(experiment.data_config["mean"]), tuple(experiment.data_config["std"])
+    )
     names = images.class_names
     figure = Figure(figsize=(2 * alive.shape[1], 2.2 * PICTURES), layout="constrained")
     for i, axes in enumerate(figure.subplots(PICTURES, 1, squeeze=False).flat):
-        axes.imshow(stage_strip(shown[i], alive[i], task.backbone.grid_size))
+        axes.imshow(stage_strip(shown[i], alive[i], experiment.backbone.grid_size))
         axes.set_axis_off()
         answer = int(trace.logits[i].argmax())
         answer_name = names[answer] if answer < len(names) else answer
-        cost = float(trace.macs[i]) / task.backbone.dense_macs
+        cost = float(trace.macs[i]) / experiment.backbone.dense_macs
         kept = " ".join(str(int(n)) for n in alive[i].sum(1))
         axes.set_title(
             f"{names[int(labels[i])]}, answered {answer_name}: {cost:.0%} of the compute, "

@@ -22,13 +22,11 @@ from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.weights import write_weights
 from prunevit.trainers import mappo
-from prunevit.trainers.backbone import CrossEntropy
-from prunevit.trainers.backbone_run import BackboneConfig
-from prunevit.trainers.common import runs
+from prunevit.trainers.backbone import BackboneConfig, CrossEntropy
 from prunevit.trainers.common.classification import Learner, accuracy
 from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.common.distributed import ALONE, RanksError, join_ranks
-from prunevit.trainers.common.experiments import TokenPruneTask
+from prunevit.trainers.common.experiments import TokenPruneExperiment
 from prunevit.trainers.common.signals import Stopped
 from prunevit.trainers.finetune import Distillation, FinetuneConfig, freeze
 
@@ -171,8 +169,8 @@ def learned(ranks, alive, **changes):
         Actor(3, 2, (8,)), Sizes(), dataclasses.replace(config, **changes), ranks
     )
     generator = torch.Generator().manual_seed(ranks.rank)
-    decisions = mappo.judge(played(ranks, alive), learner, Sizes())
-    return mappo.learn(learner, decisions, generator), learner.state_dict()
+    batch = mappo.compute_advantages(played(ranks, alive), learner, Sizes())
+    return mappo.update(learner, batch, generator), learner.state_dict()
 
 
 def check_decisions(ranks):
@@ -211,7 +209,7 @@ def check_game(ranks):
     for together in (ranks, ALONE):
         torch.manual_seed(0)
         mappo.sample = act_alike()
-        task = TokenPruneTask(config, together)
+        task = TokenPruneExperiment(config, together)
         trainer = mappo.Trainer(task.env, task.make_actor(), config, together)
         records = [trainer.iterate() for _ in range(2)]
         judged = task.evaluate(trainer.learner.actor)
@@ -276,8 +274,8 @@ class Numbered:
 
 def check_stopping(ranks):
     """A signal to one stops both; what is resumed then ends as if it had not been stopped."""
-    whole = runs.open_run(game_config(run_name="whole", profile=True), ranks)
-    runs.learn(whole)
+    whole = mappo.open_run(game_config(run_name="whole", profile=True), ranks)
+    mappo.learn(*whole)
     played_before = mappo.play
 
     def play_and_stop(env, learner, *rest):
@@ -285,17 +283,17 @@ def check_stopping(ranks):
             os.kill(os.getpid(), signal.SIGTERM)
         return played_before(env, learner, *rest)
 
-    trained = runs.open_run(game_config(run_name="stopped"), ranks)
+    trained = mappo.open_run(game_config(run_name="stopped"), ranks)
     mappo.play = play_and_stop
     with pytest.raises(Stopped) as stopped:
-        runs.learn(trained)
+        mappo.learn(*trained)
     mappo.play = played_before
     assert stopped.value.exit_code == 128 + signal.SIGTERM
     assert stopped.value.is_told == (ranks.rank == 0)
     assert "iteration 3 is saved" in stopped.value.__notes__
     ranks.wait()
-    resumed = runs.open_run(MappoConfig(resume=Path("runs/stopped")), ranks)
-    runs.learn(resumed)
+    resumed = mappo.open_run(MappoConfig(resume=Path("runs/stopped")), ranks)
+    mappo.learn(*resumed)
     ranks.wait()
     policies = [Path(f"runs/{name}/policy.safetensors") for name in ("whole", "stopped")]
     assert policies[0].read_bytes() == policies[1].read_bytes()

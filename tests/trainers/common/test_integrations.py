@@ -11,6 +11,7 @@ from prunevit.agents.policies.actor_critic import Actor
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.trainers.common import integrations
 from prunevit.trainers.common.integrations import LibraryConfig, LibraryRun, token_actor
+from prunevit.trainers.common.run import TrainingError
 
 
 @dataclass
@@ -79,13 +80,14 @@ def test_a_run_becomes_a_pruned_vit(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"images": 0}, "images=0 must be positive"),
-        ({"lr": -1.0}, "lr=-1.0 must be positive"),
+        ({"images": 0}, "images=0 must be at least 1"),
+        ({"lr": -1.0}, "lr=-1.0 must be greater than 0"),
         ({"observation": ("token", "alpha")}, "observation=alpha"),
         ({"run_name": "."}, "give another --run-name"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message, tmp_path, monkeypatch):
     monkeypatch.setattr(integrations, "RUNS", tmp_path)
-    with pytest.raises(ValueError, match=message):
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises((ValueError, TrainingError), match=message):
         LibraryRun(Config(**settings))

@@ -14,7 +14,7 @@ from prunevit.envs.vit.weights import write_weights
 from prunevit.trainers.common import evaluation, report
 from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.common.evaluation import evaluate
-from prunevit.trainers.common.experiments import TokenPruneTask
+from prunevit.trainers.common.experiments import TokenPruneExperiment
 from prunevit.trainers.common.report import draw_curve, draw_pruned, report_pruning, table
 
 TINY = {"patch_size": 16, "embed_dim": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0}
@@ -43,7 +43,7 @@ def task(tmp_path_factory):
             eval_size=15,
             device="cpu",
         )
-        return TokenPruneTask(config)
+        return TokenPruneExperiment(config)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from prunevit import __version__
 from prunevit.agents.policies.actor_critic import Critic, TokenActor
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.vit.blocks import packed_block
@@ -21,9 +22,9 @@ from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.torch_compile import compile_block
 from prunevit.envs.vit.weights import write_weights
 from prunevit.trainers import mappo
-from prunevit.trainers.common import runs
 from prunevit.trainers.common.checkpoint import load_checkpoint
-from prunevit.trainers.common.config import MappoConfig, defaults_for
+from prunevit.trainers.common.config import MappoConfig, defaults_for, parse
+from prunevit.trainers.common.run import RunFolder
 
 SPREAD = "pettingzoo:mpe2.simple_spread_v3"
 MPE2 = pytest.mark.integration("mpe2")
@@ -98,13 +99,13 @@ def walks(walk):
 
 
 def run(arguments):
-    return runs.execute(runs.parse(arguments))
+    return mappo.train(parse(arguments))
 
 
 def error_of(arguments):
     """What a command that can't be carried out says, in one line, with exit code 1."""
     with pytest.raises(SystemExit) as ended:
-        runs.main(list(map(str, arguments)))
+        mappo.main(list(map(str, arguments)))
     message = ended.value.code
     assert isinstance(message, str)
     assert message.startswith("error: ")
@@ -178,7 +179,7 @@ def whole_walk(tmp_path_factory, walks):
 KILLER = """
 import importlib, json, os, sys
 import torch
-from prunevit.trainers.common import runs
+from prunevit.trainers import mappo
 
 codes = []
 for owner, name, count, numbers, arguments in json.loads(sys.argv[1]):
@@ -195,7 +196,7 @@ for owner, name, count, numbers, arguments in json.loads(sys.argv[1]):
                 os.kill(os.getpid(), number)
         return function(*args, **kwargs)
     setattr(owner, name, call_or_die)
-    runs.main(arguments)
+    mappo.main(arguments)
     os._exit(0)
 print(codes)
 """
@@ -253,7 +254,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(name, stopped, whole, whole
     assert len(metrics(folder) if has_checkpoint else []) == records
     assert not (folder / "report.json").exists()
     kind = ["--env", walk] if name.startswith("walk") else []
-    runs.main([*kind, "--resume", str(folder)])
+    mappo.main([*kind, "--resume", str(folder)])
     check_same(folder, whole_walk if kind else whole)
     assert not list(folder.glob(".*"))
 
@@ -268,7 +269,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(name, stopped, whole, whol
     ) in said
     assert iteration_of(folder) == len(metrics(folder)) == iteration
     kind = ["--env", walk] if name.startswith("walk") else []
-    runs.main([*kind, "--resume", str(folder)])
+    mappo.main([*kind, "--resume", str(folder)])
     check_same(folder, whole_walk if kind else whole)
 
 
@@ -367,8 +368,9 @@ def test_tensorboard_sees_the_same(whole):
 
 
 def test_the_configuration_is_written(whole, tokens):
-    written = json.loads((whole / "config.json").read_text())
-    assert MappoConfig.from_json(written) == runs.parse(tokens("whole"))
+    written = RunFolder(whole)
+    assert json.loads(written.config.read_text())["version"] == __version__
+    assert written.read_settings(MappoConfig) == parse(tokens("whole"))
 
 
 def test_the_policy_can_be_loaded(whole):
@@ -378,8 +380,8 @@ def test_the_policy_can_be_loaded(whole):
 
 def test_a_run_without_a_name_is_named_after_its_game_and_seed(monkeypatch):
     config = dataclasses.replace(defaults_for(SPREAD), seed=8)
-    assert runs.open_run(config).folder.match("runs/mpe2.simple_spread_v3-seed8-*")
-    assert runs.open_run(MappoConfig()).folder.match("runs/token-prune-seed0-*")
+    assert mappo.open_run(config)[0].path.match("runs/mpe2.simple_spread_v3-seed8-*")
+    assert mappo.open_run(MappoConfig())[0].path.match("runs/token-prune-seed0-*")
 
 
 @pytest.mark.parametrize(("critic", "inputs"), [("central", 35 + 35), ("local", 35)])
@@ -441,12 +443,12 @@ def edited(**changes):
     ("name", "damage", "message"),
     [
         ("config.json", None, "is no run: it has no config.json"),
-        ("config.json", lambda content: content[:-9], "damaged or of another version"),
-        ("config.json", lambda content: b"[1, 2]", "damaged or of another version"),
-        ("config.json", edited(epoques=3), "settings epoques belong to another version"),
-        ("config.json", edited(epochs=...), "settings epochs belong to another version"),
-        ("config.json", edited(epochs="many"), "damaged or of another version"),
-        ("config.json", edited(epochs=-3), "epochs=-3 must be positive"),
+        ("config.json", lambda content: content[:-9], "config.json is damaged"),
+        ("config.json", lambda content: b"[1, 2]", "config.json is damaged"),
+        ("config.json", edited(epoques=3), "unknown settings: epoques"),
+        ("config.json", edited(epochs=...), "missing settings: epochs"),
+        ("config.json", edited(epochs="many"), "epochs='many' must be of type int"),
+        ("config.json", edited(epochs=-3), "epochs=-3 must be at least 1"),
         ("config.json", edited(hidden=[9]), "checkpoint.safetensors doesn't fit the run"),
         ("config.json", edited(observation=["token", "cls_attention"]), "doesn't fit the run"),
         ("config.json", edited(critic="local"), "doesn't fit the run"),
@@ -615,13 +617,14 @@ def test_a_disk_that_is_full_for_tensorboard_is_one_line_too(tokens, whole, monk
 # Fills the disk that it runs on, beginning when the second iteration is saved.
 FILLER = """
 import json, sys
-from prunevit.trainers.common import runs
+from prunevit.trainers import mappo
+from prunevit.trainers.common import run
 
-save = runs.save_checkpoint
+save = run.save_checkpoint
 
 def save_and_fill(path, tree):
     save(path, tree)
-    runs.save_checkpoint = save
+    run.save_checkpoint = save
     with open("filler", "wb", buffering=0) as file:
         try:
             while True:
@@ -629,8 +632,8 @@ def save_and_fill(path, tree):
         except OSError:
             pass
 
-runs.save_checkpoint = save_and_fill
-runs.main(json.loads(sys.argv[1]))
+run.save_checkpoint = save_and_fill
+mappo.main(json.loads(sys.argv[1]))
 """
 # what is mounted in a name space is gone with it: the run is carried out of there
 ON_A_SMALL_DISK = """

@@ -1,0 +1,186 @@
+"""Trainings in epochs of labelled images: the loop over epochs and steps, and saving."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Mapping
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from torch import Tensor
+from tqdm import tqdm
+
+from prunevit.trainers.common.classification import SEEDS_PER_RUN, Learner, TrainingImages
+from prunevit.trainers.common.run import Record, RunFolder, TrainingError
+from prunevit.trainers.common.settings import Settings
+from prunevit.trainers.common.signals import finishing_first, says_how_to_go_on
+
+SAVE_SECONDS = 300.0  # between two saves within an epoch: what a kill may cost
+
+# how far an epoch is: its losses, and the states of the global generators; as a tree that
+# save_checkpoint takes
+Place = dict[str, Any]
+
+
+def train_epochs(
+    run: RunFolder,
+    settings: Settings,
+    learner: Learner,
+    images: TrainingImages,
+    evaluate: Callable[[], Record],
+    mixup: Mixup | None = None,
+    evaluate_first: Callable[[], Record] | None = None,
+    after_epoch: Callable[[], object] = lambda: None,
+) -> None:
+    """Trains to the last epoch, from where the run's checkpoint stands.
+
+    Args:
+        run: the folder, which gets the settings, and a record and a checkpoint for each epoch.
+        settings: what to write there.
+        learner: what learns.
+        images: what it learns from.
+        evaluate: gives the results for an epoch's record.
+        mixup: mixes the images of a batch, if given.
+        evaluate_first: gives the results for a record before the first epoch, if given.
+        after_epoch: called after each epoch, when its checkpoint is written.
+
+    Raises:
+        CheckpointError: the run's checkpoint is damaged, or of another model.
+        TrainingError: the loss is not finite.
+    """
+    ranks = run.ranks
+    place: Place | None = None
+
+    def record(results: Record) -> None:
+        run.records.append({"epoch": len(run.records), **results, "seconds": run.seconds})
+        run.save(learner.state_dict() | {"epoch": len(run.records)})
+        after_epoch()
+        if ranks.is_first:
+            print(json.dumps(run.records[-1]), flush=True)
+
+    def save(place: Place) -> None:
+        run.save(learner.state_dict() | {"epoch": len(run.records), "place": place})
+
+    if run.is_begun:
+        state = run.load()
+        learner.load_state_dict(state)
+        place = state.get("place")
+        ranks.wait()  # until all have read the checkpoint
+    else:
+        run.create(settings)
+        if evaluate_first is not None:
+            record(evaluate_first())
+    # within an epoch the ranks' generators differ, and only those of the first could be saved
+    saver = save if ranks.count == 1 else None
+    done = len(run.records) - (evaluate_first is not None)
+    with says_how_to_go_on(run.path), ranks.stop_together():
+        for epoch in range(done, learner.recipe.epochs):
+            loss = train_epoch(learner, images, epoch, mixup, place, saver)
+            place = None
+            record({"loss": loss} | evaluate())
+
+
+def train_epoch(
+    learner: Learner,
+    images: TrainingImages,
+    epoch: int,
+    mixup: Mixup | None = None,
+    place: Place | None = None,
+    save: Callable[[Place], object] | None = None,
+) -> float:
+    """Takes one step for each batch of an epoch; returns the mean loss.
+
+    Args:
+        learner: what learns.
+        images: what it learns from.
+        epoch: number of the epoch, from 0.
+        mixup: mixes the images of a batch, if given.
+        place: where to go on within the epoch, as ``save`` got it. The images of the steps before
+            are read again, so that the augmentation draws the same numbers.
+        save: called from time to time, and when the training is stopped, with the place that has
+            been reached; None where a run can't go on within an epoch.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    recipe, ranks, device = learner.recipe, learner.ranks, images.device
+    # never 0: that is the draw of images that the policies are trained on
+    seed = recipe.seed * SEEDS_PER_RUN + epoch + 1
+    seed_global_generators(ranks.own_seed(seed))
+    losses: list[Tensor] = []
+    if place is not None:
+        losses = list(place["losses"].to(device))
+        restore_global_generators(place["generators"])
+    done = len(losses)
+    title = f"epoch {epoch + 1}/{recipe.epochs}"
+    silent = None if ranks.is_first else True
+    all_batches = images.epoch(seed)
+    batches_left = islice(all_batches, done, None)
+    progress = tqdm(batches_left, title, images.steps_an_epoch, initial=done, disable=silent)
+    saved_at = time.monotonic()
+    try:
+        for step, (inputs, labels) in enumerate(progress, epoch * images.steps_an_epoch + done):
+            ranks.stop_if_asked()
+            with finishing_first():
+                inputs, labels = (
+                    part.to(device, non_blocking=part.is_pinned()) for part in (inputs, labels)
+                )
+                if mixup is not None:
+                    inputs, labels = mixup(inputs, labels)
+                losses.append(learner.learn(inputs, labels, step))
+            if save is not None and time.monotonic() - saved_at >= SAVE_SECONDS:
+                save(_place(losses))
+                saved_at = time.monotonic()
+    except KeyboardInterrupt as stopped:
+        if save is not None and losses:
+            save(_place(losses))
+            stopped.add_note(f"{len(losses)} steps of epoch {epoch + 1} are saved")
+        raise
+    finally:
+        all_batches.close()
+    return _mean(losses)
+
+
+def _place(losses: list[Tensor]) -> Place:
+    _mean(losses)  # what has diverged is not worth going on from
+    return {"losses": torch.stack(losses), "generators": global_generators()}
+
+
+def _mean(losses: list[Tensor]) -> float:
+    loss = float(torch.stack(losses).mean())
+    if not math.isfinite(loss):
+        raise TrainingError("the loss is not finite: try a smaller lr")
+    return loss
+
+
+def seed_global_generators(seed: int) -> None:
+    """Seeds what models (dropout, stochastic depth) and timm's mixup draw from."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def global_generators() -> dict[str, Any]:
+    """The states of what ``seed_global_generators`` seeds, except on CUDA, where runs don't repeat
+    bit for bit anyway.
+    """
+    kind, key, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, np.asarray(key).tolist(), *rest],
+        "torch": torch.get_rng_state(),
+    }
+
+
+def restore_global_generators(states: Mapping[str, Any]) -> None:
+    """Goes back to what ``global_generators`` gave."""
+    edition, key, gauss = states["python"]
+    random.setstate((edition, tuple(key), gauss))
+    np.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(states["torch"])

@@ -1,0 +1,157 @@
+"""The loop of trainers that learn in iterations: logging, evaluation, checkpoints, and what happens
+when a run is stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch.profiler import record_function
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from prunevit.trainers.common.distributed import RanksError
+from prunevit.trainers.common.profiling import profiled
+from prunevit.trainers.common.run import Record, RunFolder, TrainingError
+
+
+class NotFiniteError(ArithmeticError):
+    """A reward, a loss or a gradient that is not finite; the message is its name."""
+
+
+class Trainer(Protocol):
+    """What learns in iterations.
+
+    Attributes:
+        iteration: how many are done.
+    """
+
+    iteration: int
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether a run that goes on from here ends as if it had never stopped."""
+        ...
+
+    def iterate(self) -> dict[str, float]:
+        """Learns once; returns what to log. Raises NotFiniteError if it diverged."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next iteration depends on, ``iteration`` included."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where ``state`` was taken."""
+        ...
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """What the loop asks about a training.
+
+    Attributes:
+        evaluate: gives results on the validation split by name; every name begins with
+            ``validation_``. All ranks call it, and get the same.
+        progress: what the progress bar shows of an iteration's record.
+        activity: what the last iteration did, for a message about what went wrong in it.
+    """
+
+    evaluate: Callable[[], dict[str, float]]
+    progress: Callable[[dict[str, float]], str]
+    activity: Callable[[], str]
+
+
+class LoopSettings(Protocol):
+    """Settings of the loop; ``MappoConfig`` says what each means."""
+
+    iterations: int
+    eval_every: int
+    checkpoint_every: int
+
+
+def train(
+    run: RunFolder,
+    trainer: Trainer,
+    monitor: Monitor,
+    settings: LoopSettings,
+    profile: bool = False,
+) -> None:
+    """Iterates to the end. If the run is stopped or fails, it saves the last whole iteration.
+
+    Args:
+        run: the folder.
+        trainer: what learns.
+        monitor: evaluates it.
+        settings: how long and how often.
+        profile: trace two iterations.
+
+    Raises:
+        TrainingError: a reward, a loss or a gradient is not finite.
+    """
+    ranks = run.ranks
+    board = None
+    if ranks.is_first:
+        board = SummaryWriter(str(run.path), purge_step=trainer.iteration + 1)
+    bar = tqdm(
+        total=settings.iterations,
+        initial=trainer.iteration,
+        disable=None if ranks.is_first else True,
+        desc=run.path.name,
+    )
+    tracing: AbstractContextManager[Callable[[], object]] = nullcontext(lambda: None)
+    if profile and ranks.is_first:
+        tracing = profiled(run.path)
+    # an iteration that is stopped half-way leaves changes that must not be saved
+    whole = copy.deepcopy(trainer.state_dict())
+    try:
+        with board or nullcontext(), bar, tracing as after_iteration:
+            while trainer.iteration < settings.iterations:
+                ranks.stop_if_asked()
+                record = _iterate(trainer, monitor, bar)
+                iteration = trainer.iteration
+                is_last = iteration == settings.iterations
+                if iteration % settings.eval_every == 0 or is_last:
+                    record |= _evaluate(monitor, bar, iteration, ranks.is_first)
+                if board is not None:
+                    for name, value in record.items():
+                        board.add_scalar(name, value, iteration)
+                run.records.append(record | {"iteration": iteration, "seconds": run.seconds})
+                after_iteration()
+                if trainer.is_resumable:
+                    whole = copy.deepcopy(trainer.state_dict())
+                if iteration % settings.checkpoint_every == 0 or is_last:
+                    run.save(whole)
+    except (KeyboardInterrupt, TrainingError, RanksError) as ended:
+        run.save(whole)
+        ended.add_note(f"iteration {whole['iteration']} is saved")
+        raise
+
+
+def _iterate(trainer: Trainer, monitor: Monitor, bar: tqdm) -> Record:
+    try:
+        with record_function("iteration"):
+            record = trainer.iterate()
+    except NotFiniteError as error:
+        raise TrainingError(
+            f"the {error} of iteration {trainer.iteration + 1} is not finite, "
+            f"{monitor.activity()}: try a smaller --lr, or look at them"
+        ) from error
+    # a mean over the episodes that ended is NaN where none did
+    record = {name: value for name, value in record.items() if not math.isnan(value)}
+    bar.update()
+    bar.set_postfix_str(monitor.progress(record))
+    return record
+
+
+def _evaluate(monitor: Monitor, bar: tqdm, iteration: int, is_first: bool) -> dict[str, float]:
+    results = monitor.evaluate()
+    text = " ".join(f"{k.removeprefix('validation_')} {v:.4f}" for k, v in results.items())
+    if is_first:
+        bar.write(f"iteration {iteration}: validation {text}")
+    return results

@@ -1,0 +1,246 @@
+"""A run: the folder with its settings, metrics and checkpoints, and how it is begun or resumed."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from torch import nn
+
+from prunevit import __version__
+from prunevit.envs.old_names import rename_settings
+from prunevit.trainers.common.checkpoint import (
+    CheckpointError,
+    existing,
+    load_newest,
+    read_records,
+    save_checkpoint,
+    write_json,
+    write_network,
+    write_records,
+)
+from prunevit.trainers.common.distributed import ALONE, Ranks, RanksError
+from prunevit.trainers.common.settings import Settings
+
+RUNS = Path("runs")
+COUNTERS = ("iteration", "epoch")  # either says in a checkpoint how many records belong to it
+
+Record = dict[str, Any]
+
+
+class TrainingError(RuntimeError):
+    """A training that can't begin or can't go on; the message says why."""
+
+
+# what a command ends with in one line
+COMMAND_ERRORS = (ValueError, OSError, CheckpointError, TrainingError, RanksError)
+
+
+class RunSettings(Settings):
+    """Settings of a training that has a run folder.
+
+    Attributes:
+        device: where it trains, as ``pick_device`` takes it.
+        resume: the folder of a run to resume; None begins a new one.
+    """
+
+    device: str
+    resume: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where a new run is written."""
+        raise NotImplementedError
+
+
+S = TypeVar("S", bound=RunSettings)
+
+
+class Stateful(Protocol):
+    """What goes on where its ``state_dict`` was taken."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> object: ...
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        path: the folder; ``create`` makes it.
+        ranks: who trains; all of them read the folder, only the first writes there.
+
+    Attributes:
+        records: a line of ``metrics.jsonl`` each.
+    """
+
+    def __init__(self, path: Path, ranks: Ranks = ALONE) -> None:
+        self.path = path
+        self.ranks = ranks
+        self.checkpoint = path / "checkpoint.safetensors"
+        self.config = path / "config.json"
+        self.metrics = path / "metrics.jsonl"
+        self.records: list[Record] = []
+        self._start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken, the time before it was resumed included."""
+        return time.monotonic() - self._start
+
+    def create(self, settings: Settings) -> None:
+        """Writes the settings, unless the run has some already."""
+        if self.ranks.is_first and not self.config.exists():
+            write_json(self.config, {"version": __version__} | settings.to_json())
+
+    def read_settings(self, kind: type[S]) -> S:
+        """What ``create`` wrote.
+
+        Raises:
+            CheckpointError: there is no such file, it is damaged, or a version wrote it that has
+                other settings than this one.
+        """
+        if not self.config.is_file():
+            raise CheckpointError(f"{self.path} is no run: it has no config.json")
+        try:
+            values = json.loads(self.config.read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise ValueError("it holds no JSON object")
+        except ValueError as error:
+            raise CheckpointError(f"{self.config} is damaged: {error}") from error
+        values = rename_settings(values)
+        version = values.pop("version", None)
+        writer = "tokenprune, before 0.2" if version is None else f"prunevit {version}"
+        if version is not None and _version(version) > _version(__version__):
+            raise CheckpointError(
+                f"{self.config} was written by {writer}, here is prunevit {__version__}: "
+                "resume the run with the version that began it"
+            )
+        try:
+            return kind.from_json(values)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.config} can't be read by prunevit {__version__}, it was written by "
+                f"{writer}: {error}"
+            ) from error
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return bool(existing(self.checkpoint))
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Writes metrics and a checkpoint. If the process is killed in between, the records beyond
+        the checkpoint are dropped when the run is resumed.
+
+        Args:
+            state: all that the run goes on from; its ``iteration`` or ``epoch`` is the number of
+                records that belong to it.
+        """
+        if self.ranks.is_first:
+            write_records(self.metrics, self.records[: _count(state)])
+            save_checkpoint(self.checkpoint, {"seconds": self.seconds, **state})
+
+    def load(self) -> dict[str, Any]:
+        """The state of the newest checkpoint; sets ``records`` and ``seconds`` to what they were.
+
+        Raises:
+            CheckpointError: the files are damaged, don't belong together, or were written by a
+                single process within an epoch, and here are many.
+        """
+        state = load_newest(self.checkpoint)
+        if state.get("place") and self.ranks.count > 1:
+            raise CheckpointError(
+                f"{self.path} was stopped in the course of an epoch of a single process: "
+                "only a single one can go on from there"
+            )
+        try:
+            count = _count(state)
+            self.records = read_records(self.metrics, count)
+            # checkpoints after whole epochs did not hold it before 0.2
+            last: float = self.records[-1]["seconds"] if self.records else 0.0
+            self._start -= float(state.get("seconds", last) or 0.0)
+        except (KeyError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{self.path} can't be resumed: {error}") from error
+        return state
+
+    def restore(self, trainer: Stateful) -> None:
+        """Puts ``trainer`` where the checkpoint stands, if there is one.
+
+        Raises:
+            CheckpointError: as of ``load``; or the checkpoint is of another model.
+        """
+        if not self.is_begun:
+            return
+        state = self.load()
+        try:
+            trainer.load_state_dict(state)
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{self.checkpoint} doesn't fit the run in {self.config}: {reason}"
+            ) from error
+
+    def write_networks(self, **networks: nn.Module | None) -> None:
+        """Writes each network to NAME.safetensors, those that are not None."""
+        for name, network in networks.items():
+            if network is not None and self.ranks.is_first:
+                write_network(self.path / f"{name}.safetensors", network)
+
+
+def _count(state: Mapping[str, Any]) -> int:
+    """Raises KeyError where ``state`` has no counter."""
+    name = next((name for name in COUNTERS if name in state), COUNTERS[0])
+    return int(state[name])
+
+
+def _version(text: object) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", str(text))))
+
+
+def device_of(settings: RunSettings) -> str:
+    """Where the run trains that ``settings`` begin or resume. If it can't be resumed, ``open_run``
+    says why.
+    """
+    if settings.resume is not None:
+        with suppress(CheckpointError):
+            return RunFolder(settings.resume).read_settings(type(settings)).device
+    return settings.device
+
+
+def open_run(settings: S, ranks: Ranks = ALONE) -> tuple[RunFolder, S]:
+    """The folder of a run, new or to be resumed, and the settings that hold there.
+
+    Raises:
+        TrainingError: the folder exists and is not to be resumed, or options go with ``resume``.
+        CheckpointError: there is nothing to resume, or its settings can't be read.
+    """
+    if settings.resume is None:
+        folder = Path(ranks.agreed(str(settings.folder)))
+        if ranks.is_first and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            can_resume = "resume" in settings.__dataclass_fields__
+            resume = f"resume it with --resume {folder}, or " if can_resume else ""
+            raise TrainingError(f"{folder} exists: {resume}give another --run-name")
+        return RunFolder(folder, ranks), settings
+    run = RunFolder(settings.resume, ranks)
+    given, default = settings.to_json(), settings.defaults()
+    changed = [name for name in given if given[name] != default[name]]
+    if changed:
+        # to repeat the run's own settings is no change
+        with suppress(CheckpointError):
+            saved = run.read_settings(type(settings)).to_json()
+            changed = [name for name in changed if given[name] != saved[name]]
+    if changed:
+        raise TrainingError(
+            f"--resume goes on with the run's own settings: leave out {', '.join(changed)}"
+        )
+    return run, run.read_settings(type(settings))
+
+
+def iteration_seed(seed: int, iteration: int) -> int:
+    """A seed of its own for every iteration, so that a resumed run needs no generator's state."""
+    return seed * 1_000_003 + iteration
