@@ -8,17 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("mpe2")
-pytest.importorskip("benchmarl")
-pytest.importorskip("supersuit")
-
-from mpe2 import simple_spread_v3
-
-from prunevit.benchmarks.marl import benchmarl, compare, ours, protocol, sb3
+from prunevit.benchmarks.marl import compare, ours, protocol
 from prunevit.benchmarks.marl.compare import METHODS, MarlCompareConfig, draw, main, table
 from prunevit.benchmarks.marl.protocol import EVALUATION_SEED, TASKS, Curve, Settings, mean_return
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.integration("marl-peers"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),
+]
 TINY = Settings(frames=32, num_envs=2, rollout_steps=8, hidden=(8, 4), epochs=1, minibatches=2)
 AGENTS, SEEN, ACTIONS = 3, 18, 5  # of simple_spread
 
@@ -41,6 +38,8 @@ def leftwards(observation):
 
 
 def test_greedy_returns_are_those_of_the_raw_game():
+    from mpe2 import simple_spread_v3
+
     env = simple_spread_v3.parallel_env()
     returns = []
     for episode in range(2):
@@ -117,6 +116,8 @@ def test_everybody_learns_is_seen_after_each_iteration_and_repeats(name):
 
 
 def test_settings_reach_everybody():
+    from prunevit.benchmarks.marl import benchmarl
+
     settings = Settings(
         frames=64, num_envs=4, rollout_steps=8, hidden=(7,), epochs=3, minibatches=2, lr=1e-3,
         gamma=0.9, max_grad_norm=2.0,
@@ -137,6 +138,8 @@ def test_settings_reach_everybody():
 
 
 def test_sb3s_copies_play_episodes_of_their_own_and_hear_of_their_end():
+    from prunevit.benchmarks.marl import sb3
+
     first, again, other = (sb3.make_envs("simple_spread", 2, seed) for seed in (0, 0, 1))
     seen = first.reset()
     assert seen.shape == (2 * AGENTS, SEEN)
@@ -151,6 +154,8 @@ def test_sb3s_copies_play_episodes_of_their_own_and_hear_of_their_end():
 
 
 def test_benchmarls_copies_play_episodes_of_their_own():
+    from prunevit.benchmarks.marl import benchmarl
+
     make, again = (
         benchmarl.GameTask("simple_spread").get_env_fun(2, False, 0, "cpu") for _ in range(2)
     )
