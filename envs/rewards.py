@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -59,6 +59,9 @@ class Reward(Protocol):
     Attributes:
         alpha: price of the dense model's compute, unless an episode has its own.
         needs_dense: whether ``terminal`` reads the dense model's logits, which cost a forward pass.
+        pays_pruned: whether an agent is paid after the decision that pruned it. Such a reward needs
+            agents that stay to the end: one that left would never receive what its decision cost
+            or earned.
     """
 
     @property
@@ -66,6 +69,9 @@ class Reward(Protocol):
 
     @property
     def needs_dense(self) -> bool: ...
+
+    @property
+    def pays_pruned(self) -> bool: ...
 
     def stage(self, facts: StageFacts) -> Tensor:
         """Paid at once for a decision, float32 [B, N]."""
@@ -120,6 +126,7 @@ class TeamReward:
     alpha: float = 0.08
     beta: float = 1.0
     accuracy: Accuracy = "kl"
+    pays_pruned: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check(self.accuracy, alpha=self.alpha, beta=self.beta)
@@ -149,6 +156,7 @@ class MarkovGameReward:
     alpha: float = 1.0
     beta: float = 1.0
     accuracy: Accuracy = "correct"
+    pays_pruned: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check(self.accuracy, alpha=self.alpha, beta=self.beta)
@@ -186,6 +194,7 @@ class ReleasedCodeReward:
             raise ValueError(f"keep={self.keep} must be a ratio in (0, 1]")
 
     needs_dense = False
+    pays_pruned: ClassVar[bool] = True
 
     def stage(self, facts: StageFacts) -> Tensor:
         excess = facts.kept.float().mean(1, keepdim=True) - self.keep ** (facts.stage + 1)

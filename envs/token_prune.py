@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import warnings
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Discrete
+from gymnasium import logger
+from gymnasium.spaces import Space
+from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from pettingzoo import ParallelEnv
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from prunevit.envs.batched.protocol import Observations
-from prunevit.envs.batched.token_prune import KEEP, PRUNE, BatchedTokenPrune
+from prunevit.envs.batched.token_prune import (
+    KEEP,
+    PRUNE,
+    BatchedTokenPrune,
+    image_indices,
+    to_actions,
+)
 from prunevit.envs.data.datasets import DIGITS, ImageSet, open_images
 from prunevit.envs.data.digits import Split
-from prunevit.envs.game import GameError, TokenGame
+from prunevit.envs.game import GameError, Outcome, TokenGame
 from prunevit.envs.observations import DEFAULT_FIELDS
-from prunevit.envs.rendering import denormalise, stage_strip
+from prunevit.envs.rendering import denormalise, strip_of_episode
 from prunevit.envs.rewards import Reward, make_reward
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.digits_vit import DIGITS_VIT
@@ -50,6 +58,23 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     return chosen
 
 
+def _as_played(model: nn.Module, device: torch.device) -> nn.Module:
+    """``model`` itself where it is in evaluation mode on ``device``, else a copy that is: training
+    and a device are its owner's choice.
+    """
+    there = torch.empty(0, device=device).device  # "cuda" is "cuda:0", or another current one
+    tensors = (*model.parameters(), *model.buffers())
+    elsewhere = any(tensor.device != there for tensor in tensors)
+    if elsewhere or any(module.training for module in model.modules()):
+        return copy.deepcopy(model).to(device).eval()
+    return model
+
+
+def _settles_at_once(reward: Reward) -> bool:
+    # who wrote a reward without saying it was not thinking of agents that leave
+    return not getattr(reward, "pays_pruned", True)
+
+
 class TokenPruneEnv(ParallelEnv):
     """Each patch token of an image an agent that keeps (1) or prunes (0) itself before each stage's
     block.
@@ -58,7 +83,8 @@ class TokenPruneEnv(ParallelEnv):
     package brings.
 
     Args:
-        backbone: a name for ``models.create_backbone``, or a timm VisionTransformer.
+        backbone: a name for ``models.create_backbone``, or a timm VisionTransformer. It is not
+            changed: one in training mode or on another device is copied.
         dataset: a name for ``datasets.open_images``, or an ``ImageSet``.
         split: which part of a named dataset.
         prune_before: 0-based blocks before which stages stand; before every block but the first
@@ -67,22 +93,25 @@ class TokenPruneEnv(ParallelEnv):
         observation: fields that an agent sees, of ``observations.FIELDS``.
         num_envs: None plays one image an episode, with numpy values. A number plays so many images
             at once: every value is a tensor with that leading dimension on the game's device, a
-            view of the game's own.
-        pruned_agents: "leave": a pruned agent terminates with that step's reward and is gone.
-            "stay": it remains, observes zeros, may only prune, is still paid, and all agents
-            terminate together. With ``num_envs`` always "stay".
+            view of the game's own, and so are the spaces.
+        pruned_agents: "stay": a pruned agent remains, observes zeros, may only prune, is still
+            paid, and all agents terminate together. "leave": it terminates with that step's reward
+            and is gone. That is only right for a reward that owes it nothing more
+            (``Reward.pays_pruned`` is False, as of "markov-game"); others are refused. With
+            ``num_envs`` agents stay.
         device: "auto" takes CUDA, MPS or the CPU, whichever is there first.
         execution: "packed" removes tokens, "masked" is the slow reference.
         render_mode: "rgb_array" or "human".
 
     Infos hold the same keys from ``reset`` on: ``index`` and ``label`` of the image,
-    ``action_mask`` int8 [2], and what is zero until the end: ``logits`` [classes], ``correct``,
-    ``gmacs`` (policy not included), and ``unpaid`` [N]: what the reward owes agents that had left
-    before it fell due.
+    ``action_mask`` int8 [2], and how the last episode that ended came out: ``logits`` [classes],
+    ``correct`` and ``gmacs`` (policy not included). Those three are zero until an episode has
+    ended, and after a reset with a seed. They outlast a reset without one because libraries that
+    reset by themselves (SuperSuit) lay its infos over the last step's.
 
     Raises:
-        ValueError: an argument of an unknown name or a wrong value; the message says which would be
-            right.
+        ValueError: an argument of an unknown name or a wrong value, or a reward that agents who
+            leave would not receive; the message says which would be right.
         UnsupportedBackboneError: the backbone can't be staged.
         DatasetError: the dataset is unknown or damaged.
     """
@@ -103,41 +132,59 @@ class TokenPruneEnv(ParallelEnv):
         reward: str | Reward = "team",
         observation: Sequence[str] = DEFAULT_FIELDS,
         num_envs: int | None = None,
-        pruned_agents: PrunedAgents = "leave",
+        pruned_agents: PrunedAgents = "stay",
         device: str | torch.device = "auto",
         execution: Execution = "packed",
         render_mode: str | None = None,
     ) -> None:
         if pruned_agents not in get_args(PrunedAgents):
             raise ValueError(f"pruned_agents={pruned_agents!r}: choose from leave, stay")
+        paid = make_reward(reward) if isinstance(reward, str) else reward
+        if pruned_agents == "leave" and not _settles_at_once(paid):
+            raise ValueError(
+                f"pruned_agents='leave' with {type(paid).__name__}, which pays agents after they "
+                "were pruned: whoever left would not receive it, and pruning everything at once "
+                "would pay best. Take pruned_agents='stay', or a reward whose pays_pruned is "
+                "False, as 'markov-game'"
+            )
+        if pruned_agents == "leave" and num_envs is not None:
+            raise ValueError(
+                f"pruned_agents='leave' with num_envs={num_envs}: the images of a batch lose "
+                "different agents, so all stay: take pruned_agents='stay'"
+            )
         if render_mode is not None and render_mode not in RENDER_MODES:
             raise ValueError(f"render_mode={render_mode!r}: choose from {', '.join(RENDER_MODES)}")
-        model = create_backbone(backbone) if isinstance(backbone, str) else backbone
+        played_on = pick_device(device)
+        if isinstance(backbone, str):
+            model = create_backbone(backbone).to(played_on).eval()
+        else:
+            model = _as_played(backbone, played_on)
         config = resolve_model_data_config(model)
         images = open_images(dataset, split, config) if isinstance(dataset, str) else dataset
-        staged = StagedViT(model.to(pick_device(device)).eval(), prune_before, execution)
-        game = TokenGame(staged, make_reward(reward) if isinstance(reward, str) else reward)
+        game = TokenGame(StagedViT(model, prune_before, execution), paid)
         episodes = 1 if num_envs is None else num_envs
         self.batched = BatchedTokenPrune(game, images, episodes, observation)
         self.num_envs = num_envs
-        self.pruned_agents = "stay" if num_envs is not None else pruned_agents
+        self.pruned_agents = pruned_agents
         self.render_mode = render_mode
         self.possible_agents = [f"token_{i}" for i in range(game.num_agents)]
         self.agents: list[str] = []
-        self.state_space = self.batched.state_space
+        self.state_space = self._spaced(self.batched.state_space)
         self._place = {agent: i for i, agent in enumerate(self.possible_agents)}
-        self._action_spaces: dict[str, Discrete] = {
-            agent: Discrete(2) for agent in self.possible_agents
+        self._observation_space = self._spaced(self.batched.observation_space)
+        self._action_spaces = {
+            agent: self._spaced(copy.deepcopy(self.batched.action_space))
+            for agent in self.possible_agents
         }
         self._normalisation = (tuple(config["mean"]), tuple(config["std"]))
         self._observed: Observations | None = None
         self._history: list[Tensor] = []
-        self._unpaid = torch.zeros(0)
+        self._outcome: Outcome | None = None
 
-    def observation_space(self, agent: str) -> Box:
-        return self.batched.observation_space
+    def observation_space(self, agent: str) -> Space[Any]:
+        return self._observation_space
 
-    def action_space(self, agent: str) -> Discrete:
+    def action_space(self, agent: str) -> Space[Any]:
         return self._action_spaces[agent]
 
     def reset(
@@ -149,19 +196,13 @@ class TokenPruneEnv(ParallelEnv):
             ValueError: a wrong number of indices, or one that the dataset doesn't have; a seed that
                 is no whole number from 0 on; options that are no mapping.
         """
-        if options is not None and not isinstance(options, Mapping):
-            raise ValueError(f"options must be a mapping, as {{'indices': [0]}}: got {options!r}")
-        unknown = set(options or {}) - {"indices"}
-        if unknown:
-            # PettingZoo's own test passes options that mean nothing, so this can't be an error
-            warnings.warn(
-                f"reset ignores the options {sorted(unknown)}: there is only 'indices'",
-                stacklevel=2,
-            )
-        self._observed = self.batched.reset(seed, indices=(options or {}).get("indices"))
+        self._observed = self.batched.reset(seed, indices=image_indices(options))
         self.agents = list(self.possible_agents)
         self._history = [self._observed.alive]
-        self._unpaid = torch.zeros_like(self._observed.alive, dtype=torch.float32)
+        if seed is not None:
+            self._outcome = None  # a seed gives the same values whatever came before
+        if self.render_mode == "human":
+            self.render()
         return self._by_agent(self._observed.observation, self.agents), self._infos(self.agents)
 
     def step(
@@ -169,18 +210,23 @@ class TokenPruneEnv(ParallelEnv):
     ) -> tuple[
         dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any], dict[str, dict[str, Any]]
     ]:
-        """Takes one action for each of ``self.agents``: 0 prunes, 1 keeps.
+        """Takes one action for each of ``self.agents``: 0 prunes, 1 keeps. What libraries say for
+        agents that are gone is ignored.
 
         Returns:
-            Observations, rewards, terminations, truncations and infos of the agents that took part.
+            Observations, rewards, terminations, truncations and infos of the agents that took part;
+            five empty dictionaries after the episode's end.
 
         Raises:
-            GameError: before ``reset``, or after the episode's end.
-            ValueError: agents unknown, missing or gone, or an action that is not 0 or 1; whatever
-                was wrong, the episode goes on from where it stood.
+            GameError: before ``reset``.
+            ValueError: agents unknown or missing, or an action that is not 0 or 1; whatever was
+                wrong, the episode goes on from where it stood.
         """
+        if self._observed is None:
+            raise GameError("no episode to step in: call reset first")
+        self._check_agents(actions)
         if not self.agents:
-            raise GameError("no episode to step in: call reset first (also after an episode's end)")
+            return {}, {}, {}, {}, {}
         acting, gone = self.agents, ~self._history[-1]
         transition = self.batched.step(self._joint_action(actions))
         self._observed = transition.observations
@@ -191,16 +237,18 @@ class TokenPruneEnv(ParallelEnv):
         leaving = self.pruned_agents == "leave"
         survivors = self._history[-1]
         if leaving:
-            self._unpaid = self._unpaid + reward * gone
+            self._check_settled(reward * gone)
         if leaving and not over and not survivors.any():
             # nobody is left to act, but the image is still on its way to a prediction
             over = True
-            self._unpaid = self._unpaid + self._play_out()
+            self._play_out()
         ended = torch.full_like(survivors, over) | (~survivors if leaving else False)
         observations = self._by_agent(self._observed.observation, acting)
         rewards = self._by_agent(reward, acting)
         terminations = self._by_agent(ended, acting)
         truncations = self._by_agent(torch.zeros_like(ended), acting)
+        if over:
+            self._outcome = self.batched.outcome
         infos = self._infos(acting)
         if over:
             self.agents = []
@@ -222,17 +270,24 @@ class TokenPruneEnv(ParallelEnv):
         """The image before the first and after each stage so far, pruned patches whited out.
 
         Returns:
-            uint8 [H, W, 3], images of a batch below each other; None in mode "human", which shows
-            it in a window.
+            uint8 [H, W, 3], all pictures of an episode of one size, images of a batch below each
+            other; None in mode "human", which shows it in a window, and without a mode.
         """
         if self.render_mode is None:
-            raise ValueError("give render_mode='rgb_array' or 'human' when the environment is made")
+            logger.warn(
+                "nothing is rendered: give render_mode='rgb_array' or 'human' when the environment "
+                "is made"
+            )
+            return None
         if not self._history:
             raise GameError("nothing to render before reset")
         pixels = denormalise(self.batched.pixels.float().cpu(), *self._normalisation)
         alive = torch.stack(self._history, dim=1).cpu()  # [B, stages so far + 1, N]
-        grid = self.batched.game.backbone.grid_size
-        strips = [stage_strip(p, a, grid) for p, a in zip(pixels, alive, strict=True)]
+        game = self.batched.game
+        strips = [
+            strip_of_episode(image, tuple(rows), game.backbone.grid_size, game.num_stages + 1)
+            for image, rows in zip(pixels, alive, strict=True)
+        ]
         picture = np.concatenate(strips)
         if self.render_mode == "rgb_array":
             return picture
@@ -252,22 +307,24 @@ class TokenPruneEnv(ParallelEnv):
 
             plt.close("token_prune")
 
-    def _joint_action(self, actions: Mapping[str, Any]) -> Tensor:
+    def _check_agents(self, actions: Mapping[str, Any]) -> None:
         if not isinstance(actions, Mapping):
             raise ValueError(f"actions must be a mapping from agents to actions: got {actions!r}")
         missing = [agent for agent in self.agents if agent not in actions]
         surplus = [agent for agent in actions if agent not in self._place]
-        gone = set(actions) - set(self.agents) - set(surplus)
-        if missing or surplus or gone:
+        if missing or surplus:
             raise ValueError(
-                f"actions must be for exactly the {len(self.agents)} agents that live: "
-                f"missing {_some(missing)}, unknown {_some(surplus)}, gone {_some(sorted(gone))}"
+                f"actions must be for each of the {len(self.agents)} agents that live: "
+                f"missing {_some(missing)}, unknown {_some(surplus)}"
             )
+
+    def _joint_action(self, actions: Mapping[str, Any]) -> Tensor:
         device = self.batched.device
         shape = () if self.num_envs is None else (self.num_envs,)
         joint = torch.zeros(self.batched.num_envs, self.batched.num_agents, dtype=torch.int64)
         if self.num_envs is None:
-            for agent, action in actions.items():
+            for agent in self.agents:
+                action = actions[agent]
                 # an array of one number, as policies return, is a number too
                 number = np.asarray(action)
                 if number.size != 1 or number.item() not in (PRUNE, KEEP):
@@ -277,19 +334,17 @@ class TokenPruneEnv(ParallelEnv):
         columns = []
         for agent in self.agents:
             try:
-                column = torch.as_tensor(actions[agent], device=device)
-            except (TypeError, ValueError, RuntimeError) as error:
+                column = to_actions(actions[agent], device)
+            except ValueError as error:
                 raise ValueError(
-                    f"action of {agent} must be integers {list(shape)}: "
-                    f"got {actions[agent]!r} ({error})"
+                    f"action of {agent} must be integers {list(shape)}: {error}"
                 ) from error
-            if column.shape != shape or column.is_floating_point() or column.is_complex():
+            if column.shape != shape:
                 raise ValueError(
-                    f"action of {agent} must be integers {list(shape)}: "
-                    f"got {column.dtype} {list(column.shape)}"
+                    f"action of {agent} must be integers {list(shape)}: got {list(column.shape)}"
                 )
             columns.append(column)
-        joint = torch.stack(columns, dim=1).long()
+        joint = torch.stack(columns, dim=1)
         if ((joint != PRUNE) & (joint != KEEP)).any():
             raise ValueError("actions must be 0 (prune) or 1 (keep)")
         return joint
@@ -298,17 +353,27 @@ class TokenPruneEnv(ParallelEnv):
         last = self.batched.survivors if over else observed.alive
         self._history.append(last)
 
-    def _play_out(self) -> Tensor:
-        """Runs the rest of an episode whose agents have all left; what it pays them, [1, N]."""
+    def _check_settled(self, paid: Tensor) -> None:
+        """What agents that had left are paid must be nothing."""
+        if paid.any():
+            raise GameError(
+                f"{type(self.batched.game.reward).__name__} says pays_pruned=False, but pays "
+                "agents that have left: take pruned_agents='stay'"
+            )
+
+    def _play_out(self) -> None:
+        """Runs the rest of an episode whose agents have all left."""
         nobody = torch.zeros(1, self.batched.num_agents, dtype=torch.int64)
-        paid = torch.zeros_like(self._unpaid)
         over = False
         while not over:
             transition = self.batched.step(nobody)
             self._observed = transition.observations
-            paid = paid + transition.reward
+            self._check_settled(transition.reward)
             over = bool(transition.terminated[0])
-        return paid
+
+    def _spaced(self, space: Space[Any]) -> Space[Any]:
+        """A space of one image's values as that of what is returned."""
+        return space if self.num_envs is None else batch_space(space, self.num_envs)
 
     def _by_agent(self, values: Tensor, agents: Sequence[str]) -> dict[str, Any]:
         """Columns of [B, N, ...] by agent: tensor views, or numpy values of the one image."""
@@ -323,7 +388,7 @@ class TokenPruneEnv(ParallelEnv):
         return {agent: array[self._place[agent]] for agent in agents}
 
     def _infos(self, agents: Sequence[str]) -> dict[str, dict[str, Any]]:
-        batched, outcome = self.batched, self.batched.outcome
+        batched, outcome = self.batched, self._outcome
         assert self._observed is not None
         classes = batched.game.backbone.num_classes
         if self.num_envs is not None:
@@ -335,7 +400,6 @@ class TokenPruneEnv(ParallelEnv):
                 else torch.zeros(1, device=batched.device).expand(self.num_envs, classes),
                 "correct": outcome.correct if outcome else torch.zeros_like(batched.labels).bool(),
                 "gmacs": outcome.gmacs if outcome else torch.zeros_like(batched.labels).float(),
-                "unpaid": self._unpaid,
             }
             masks = self._observed.action_mask.to(torch.int8)
             return {
@@ -350,7 +414,6 @@ class TokenPruneEnv(ParallelEnv):
             else np.zeros(classes, np.float32),
             "correct": bool(outcome.correct[0]) if outcome else False,
             "gmacs": float(outcome.gmacs[0]) if outcome else 0.0,
-            "unpaid": self._unpaid[0].cpu().numpy(),
         }
         all_masks = self._observed.action_mask[0].to(torch.int8).cpu().numpy()
         return {agent: {**single, "action_mask": all_masks[self._place[agent]]} for agent in agents}

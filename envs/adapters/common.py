@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
@@ -64,30 +64,6 @@ class GameHandle:
         if self._env is not None:
             self._env.close()
             self._env = None
-
-
-def image_indices(options: Mapping[str, Any] | None) -> Any:
-    """``options["indices"]``, or None where images are to be drawn.
-
-    Raises:
-        ValueError: there are other options.
-    """
-    unknown = set(options or {}) - {"indices"}
-    if unknown:
-        raise ValueError(f"unknown options {sorted(unknown)} of reset: there is only 'indices'")
-    return (options or {}).get("indices")
-
-
-def joint_action(actions: ArrayLike | Tensor, device: torch.device) -> Tensor:
-    """Whole numbers or flags of any kind as the int64 that the game takes.
-
-    Raises:
-        ValueError: they are no whole numbers.
-    """
-    joint = torch.as_tensor(actions, device=device)
-    if joint.is_floating_point() or joint.is_complex():
-        raise ValueError(f"actions must be 0 (prune) or 1 (keep): got {joint.dtype}")
-    return joint.to(torch.int64)
 
 
 def to_numpy(values: Tensor) -> NDArray[Any]:

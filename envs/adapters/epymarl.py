@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from prunevit.envs.adapters.common import (
     GameArguments,
     GameHandle,
-    image_indices,
-    joint_action,
     to_numpy,
 )
 from prunevit.envs.batched.protocol import Observations
+from prunevit.envs.batched.token_prune import image_indices, to_actions
 
 
 class TokenPruneAgents(gymnasium.Env[tuple[NDArray[np.float32], ...], Sequence[int]]):
@@ -63,7 +62,7 @@ class TokenPruneAgents(gymnasium.Env[tuple[NDArray[np.float32], ...], Sequence[i
         self, actions: Sequence[int]
     ) -> tuple[tuple[NDArray[np.float32], ...], tuple[float, ...], bool, bool, dict[str, Any]]:
         env = self._held.env
-        transition = env.step(joint_action(np.asarray(actions), env.device)[None])
+        transition = env.step(to_actions(np.asarray(actions), env.device)[None])
         outcome = env.outcome
         infos = (
             {"correct": float(outcome.correct), "gmacs": float(outcome.gmacs)} if outcome else {}

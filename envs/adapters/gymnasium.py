@@ -22,12 +22,10 @@ from torch import Tensor
 from prunevit.envs.adapters.common import (
     GameArguments,
     GameHandle,
-    image_indices,
-    joint_action,
     to_numpy,
 )
 from prunevit.envs.batched.protocol import Observations
-from prunevit.envs.batched.token_prune import BatchedTokenPrune
+from prunevit.envs.batched.token_prune import BatchedTokenPrune, image_indices, to_actions
 from prunevit.envs.rendering import denormalise, strip_of_episode
 
 SAMPLED = 2  # what MultiBinary.sample takes in a mask for a place that is free
@@ -139,7 +137,7 @@ class TokenPruneGym(gymnasium.Env[Any, NDArray[np.int8]]):
         self, action: ArrayLike
     ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         env = self._held.env
-        transition = env.step(joint_action(action, env.device)[None])
+        transition = env.step(to_actions(action, env.device)[None])
         self._pictures.go_on(env)
         return (
             to_numpy(transition.observations.observation[0]),
@@ -209,7 +207,7 @@ class TokenPruneVector(VectorEnv[Any, Any, Any]):
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         env = self._held.env
-        transition = env.step(joint_action(actions, env.device))
+        transition = env.step(to_actions(actions, env.device))
         self._pictures.go_on(env)
         observed = transition.observations
         infos = self._infos(observed, transition.reward)

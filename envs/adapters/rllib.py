@@ -24,8 +24,9 @@ import torch
 from gymnasium.spaces import Dict as DictSpace
 from numpy.typing import NDArray
 
-from prunevit.envs.adapters.common import GameHandle, image_indices, joint_action, to_numpy
+from prunevit.envs.adapters.common import GameHandle, to_numpy
 from prunevit.envs.batched.protocol import Observations
+from prunevit.envs.batched.token_prune import image_indices, to_actions
 from prunevit.extras import needs
 
 with needs("rllib"):
@@ -73,7 +74,7 @@ class _Images:
         for image, chosen in enumerate(actions):
             places = [self._place[agent] for agent in chosen]
             if places:
-                joint[image, places] = joint_action(np.asarray(list(chosen.values())), joint.device)
+                joint[image, places] = to_actions(np.asarray(list(chosen.values())), joint.device)
         acted = self._alive
         transition = env.step(joint.to(env.device))
         over = bool(transition.terminated[0])

@@ -24,11 +24,10 @@ from torch import Tensor
 from prunevit.envs.adapters.common import (
     GameArguments,
     GameHandle,
-    image_indices,
-    joint_action,
     to_numpy,
 )
 from prunevit.envs.batched.protocol import Observations
+from prunevit.envs.batched.token_prune import image_indices, to_actions
 
 
 class TokenVecEnv(VecEnv):
@@ -70,7 +69,7 @@ class TokenVecEnv(VecEnv):
 
     def step_async(self, actions: NDArray[Any]) -> None:
         device = self._held.env.device
-        self._actions = joint_action(actions, device).view(self.num_images, self.num_tokens)
+        self._actions = to_actions(actions, device).view(self.num_images, self.num_tokens)
 
     def step_wait(
         self,

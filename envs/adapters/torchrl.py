@@ -13,9 +13,9 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from prunevit.envs.adapters.common import GameArguments, GameHandle, joint_action
+from prunevit.envs.adapters.common import GameArguments, GameHandle
 from prunevit.envs.batched.protocol import Observations
-from prunevit.envs.batched.token_prune import BatchedTokenPrune
+from prunevit.envs.batched.token_prune import BatchedTokenPrune, to_actions
 from prunevit.extras import needs
 
 with needs("torchrl"):
@@ -96,7 +96,7 @@ class TokenPruneTorchRL(EnvBase):
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         env = self._held.env
-        transition = env.step(joint_action(tensordict.get((GROUP, "action")), env.device))
+        transition = env.step(to_actions(tensordict.get((GROUP, "action")), env.device))
         shown = self._tensordict(transition.observations, transition.terminated[:, None])
         shown.set((GROUP, "reward"), transition.reward[..., None])
         return shown

@@ -5,12 +5,15 @@ trainers consume.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from operator import index
+from typing import Any
 
 import torch
 from gymnasium.spaces import Box, Discrete
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -69,6 +72,47 @@ class LazyObservations(Observations):
 def action_mask(alive: Tensor) -> Tensor:
     """Living agents may keep or prune, pruned ones only prune: bool [B, N] -> [B, N, 2]."""
     return torch.stack([torch.ones_like(alive), alive], dim=-1)
+
+
+def to_actions(values: ArrayLike | Tensor, device: torch.device) -> Tensor:
+    """Actions of any kind as the int64 that the game takes.
+
+    Raises:
+        ValueError: they are no numbers, or floating point other than exactly 0.0 and 1.0.
+    """
+    try:
+        actions = torch.as_tensor(values, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"actions must be 0 (prune) or 1 (keep): got {values!r} ({error})"
+        ) from error
+    # Stable-Baselines3 samples MultiBinary actions as floats
+    whole = not actions.is_floating_point() or bool(((actions == KEEP) | (actions == PRUNE)).all())
+    if actions.is_complex() or not whole:
+        raise ValueError(
+            f"actions must be 0 (prune) or 1 (keep): got {actions.dtype} {list(actions.shape)} "
+            "with other values"
+        )
+    return actions.to(torch.int64)
+
+
+def image_indices(options: Mapping[str, Any] | None) -> Any:
+    """``options["indices"]`` of a reset, or None where images are to be drawn.
+
+    Other options are named in a warning: PettingZoo's own test passes some that mean nothing, so
+    they can't be an error.
+
+    Raises:
+        ValueError: ``options`` is no mapping.
+    """
+    if options is None:
+        return None
+    if not isinstance(options, Mapping):
+        raise ValueError(f"options must be a mapping, as {{'indices': [0]}}: got {options!r}")
+    unknown = sorted(map(str, set(options) - {"indices"}))
+    if unknown:
+        warnings.warn(f"reset ignores the options {unknown}: there is only 'indices'", stacklevel=3)
+    return options.get("indices")
 
 
 def _checked_seed(seed: int) -> int:

@@ -5,19 +5,24 @@ import pytest
 from pettingzoo.test import api_test
 from pettingzoo.utils.conversions import aec_to_parallel, parallel_to_aec
 
+from prunevit.envs import token_prune_v0
 from prunevit.envs.token_prune import TokenPruneEnv
 
 PATCHES, STAGES = 16, (0, 1, 3)
 
 
-@pytest.fixture(params=["leave", "stay"])
-def make_env(vit, some_images, request):
-    def make():
-        return TokenPruneEnv(
-            vit, some_images, prune_before=STAGES, pruned_agents=request.param, device="cpu"
-        )
+MODES = [{"pruned_agents": "leave", "reward": "markov-game"}, {}]
 
-    return make
+
+@pytest.fixture(params=MODES, ids=["leave", "stay"])
+def game(vit, some_images, request):
+    arguments = {"backbone": vit, "dataset": some_images, "prune_before": STAGES, "device": "cpu"}
+    return arguments | request.param
+
+
+@pytest.fixture
+def make_env(game):
+    return lambda: TokenPruneEnv(**game)
 
 
 def play(env, decisions):
@@ -33,8 +38,20 @@ def play(env, decisions):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_pettingzoo_accepts_its_agents_in_turn(make_env):
-    api_test(parallel_to_aec(make_env()), num_cycles=40)
+@pytest.mark.parametrize("make", [token_prune_v0.env, token_prune_v0.raw_env])
+def test_pettingzoo_accepts_its_agents_in_turn(game, make):
+    api_test(make(**game), num_cycles=40)
+
+
+def test_the_module_is_pettingzoos(game):
+    """Three functions of the same arguments; `env` says what was called out of turn."""
+    env = token_prune_v0.env(**game)
+    with pytest.raises(AttributeError, match="before reset"):
+        env.agent_selection  # noqa: B018 - asking is what fails
+    assert token_prune_v0.parallel_env(**game).pruned_agents == game.get("pruned_agents", "stay")
+    assert str(env) == "token_prune_v0"
+    with pytest.raises(ValueError, match="num_envs is for parallel_env"):
+        token_prune_v0.raw_env(num_envs=2)
 
 
 @pytest.mark.parametrize("row", [1, 2, 3])

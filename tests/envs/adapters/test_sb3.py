@@ -239,7 +239,7 @@ def test_the_supersuit_route(game):
     """The plain way for any PettingZoo environment: agents that stay, and a render mode."""
     import supersuit
 
-    parallel = TokenPruneEnv(pruned_agents="stay", render_mode="rgb_array", **game)
+    parallel = TokenPruneEnv(render_mode="rgb_array", **game)
     single = supersuit.pettingzoo_env_to_vec_env_v1(parallel)
     env = supersuit.concat_vec_envs_v1(single, 1, num_cpus=0, base_class="stable_baselines3")
     # SuperSuit's environments can't be seeded, so neither can SB3's algorithms on them

@@ -97,7 +97,7 @@ def test_the_stock_wrapper_delivers_what_the_game_pays(game, vit, some_images, k
     from torchrl.envs import check_env_specs
     from torchrl.envs.libs.pettingzoo import PettingZooWrapper
 
-    env = PettingZooWrapper(TokenPruneEnv(pruned_agents="stay", **game), return_state=True)
+    env = PettingZooWrapper(TokenPruneEnv(**game), return_state=True)
     check_env_specs(env)
     bare = TokenGame(StagedViT(vit, STAGES))
     bare.reset(*some_images.load(INDICES[:1]))
