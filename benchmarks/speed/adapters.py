@@ -101,7 +101,7 @@ def torchrl_wrapper(keeps: Tensor, game: GameArguments) -> Play:
     with warnings.catch_warnings():
         # it names the only version of PettingZoo that it was tested with
         warnings.simplefilter("ignore", UserWarning)
-        env = PettingZooWrapper(TokenPruneEnv(pruned_agents="stay", **game))
+        env = PettingZooWrapper(TokenPruneEnv(**game))
     return _torchrl(env, keeps[:, 0])
 
 

@@ -12,6 +12,7 @@ from typing import Any, Unpack
 import gymnasium
 import numpy as np
 import torch
+from gymnasium import logger
 from gymnasium.spaces import Box, MultiBinary
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
@@ -25,7 +26,13 @@ from prunevit.envs.adapters.common import (
     to_numpy,
 )
 from prunevit.envs.batched.protocol import Observations
-from prunevit.envs.batched.token_prune import BatchedTokenPrune, image_indices, to_actions
+from prunevit.envs.batched.token_prune import (
+    BatchedTokenPrune,
+    action_mask,
+    image_indices,
+    to_actions,
+)
+from prunevit.envs.game import GameError
 from prunevit.envs.rendering import denormalise, strip_of_episode
 
 SAMPLED = 2  # what MultiBinary.sample takes in a mask for a place that is free
@@ -82,10 +89,15 @@ class Pictures:
         if self._history is not None:
             self._history.append(env.survivors)
 
-    def draw(self, env: BatchedTokenPrune) -> tuple[NDArray[np.uint8], ...]:
-        """uint8 [H, W, 3] for each image."""
+    def draw(self, env: BatchedTokenPrune) -> tuple[NDArray[np.uint8], ...] | None:
+        """uint8 [H, W, 3] for each image; None, and a warning, without a mode."""
+        if self._history is None:
+            logger.warn(
+                "nothing is rendered: give render_mode='rgb_array' when the environment is made"
+            )
+            return None
         if not self._history:
-            raise ValueError("give render_mode='rgb_array' when the environment is made, and reset")
+            raise GameError("nothing to render before reset")
         config = resolve_model_data_config(env.game.backbone.model)
         shown = denormalise(env.pixels.float().cpu(), tuple(config["mean"]), tuple(config["std"]))
         alive = torch.stack(self._history, dim=1).cpu()  # [B, stages so far + 1, N]
@@ -117,6 +129,7 @@ class TokenPruneGym(gymnasium.Env[Any, NDArray[np.int8]]):
         self.render_mode = render_mode
         self._pictures = Pictures(render_mode)
         self._held = GameHandle(1, game)
+        self._alive = torch.zeros(1, self._held.env.num_agents, dtype=torch.bool)
         self.observation_space = _all_tokens(self._held.env)
         self.action_space = MultiBinary(self._held.env.num_agents)
 
@@ -129,6 +142,7 @@ class TokenPruneGym(gymnasium.Env[Any, NDArray[np.int8]]):
         super().reset(seed=seed)
         env = self._held.env
         observed = env.reset(seed, indices=image_indices(options))
+        self._alive = observed.alive
         self._pictures.begin(observed)
         nothing = torch.zeros(observed.alive.shape, device=env.device)
         return to_numpy(observed.observation[0]), self._info(observed, nothing)
@@ -138,6 +152,7 @@ class TokenPruneGym(gymnasium.Env[Any, NDArray[np.int8]]):
     ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         env = self._held.env
         transition = env.step(to_actions(action, env.device)[None])
+        self._alive = transition.observations.alive
         self._pictures.go_on(env)
         return (
             to_numpy(transition.observations.observation[0]),
@@ -147,9 +162,16 @@ class TokenPruneGym(gymnasium.Env[Any, NDArray[np.int8]]):
             self._info(transition.observations, transition.reward),
         )
 
+    def action_masks(self) -> NDArray[np.bool_]:
+        """Which bits each token may choose, as sb3-contrib's ``MaskablePPO`` asks: bool [2 N], for
+        each token whether it may prune (always) and whether it may keep.
+        """
+        return to_numpy(action_mask(self._alive)[0].flatten())
+
     def render(self) -> Any:
-        """uint8 [H, W, 3]."""
-        return self._pictures.draw(self._held.env)[0]
+        """uint8 [H, W, 3], all pictures of an episode of one size; None without a mode."""
+        pictures = self._pictures.draw(self._held.env)
+        return None if pictures is None else pictures[0]
 
     def close(self) -> None:
         self._held.close()
@@ -162,14 +184,17 @@ class TokenPruneGym(gymnasium.Env[Any, NDArray[np.int8]]):
 
 
 class TokenPruneVector(VectorEnv[Any, Any, Any]):
-    """B images at once, all of whose episodes end together and begin anew in the same step.
+    """B images at once, all of whose episodes end together.
 
-    What ``TokenPruneGym`` returns, with a leading dimension B; at the end of the episodes the
-    observation is the next ones' first, and infos have ``final_obs`` and ``final_info``.
+    What ``TokenPruneGym`` returns, with a leading dimension B.
 
     Args:
         num_envs: B.
         tensors: return tensors on the game's device instead of arrays.
+        autoreset_mode: what follows the end, as Gymnasium defines it. SAME_STEP: the last step
+            returns the next episodes' first observations, and infos have ``final_obs`` and
+            ``final_info``. NEXT_STEP: the next step does, whatever its actions, and pays nothing.
+            DISABLED: ``reset`` is called, also with ``options["reset_mask"]``, which must name all.
         render_mode: None or "rgb_array".
         game: arguments of ``TokenPruneEnv``.
     """
@@ -184,8 +209,18 @@ class TokenPruneVector(VectorEnv[Any, Any, Any]):
         num_envs: int = 1,
         tensors: bool = False,
         render_mode: str | None = None,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
         **game: Unpack[GameArguments],
     ) -> None:
+        try:
+            self._autoreset = AutoresetMode(autoreset_mode)
+        except ValueError as error:
+            raise ValueError(
+                f"autoreset_mode={autoreset_mode!r}: choose from "
+                f"{', '.join(mode.value for mode in AutoresetMode)}"
+            ) from error
+        self.metadata = {**TokenPruneGym.metadata, "autoreset_mode": self._autoreset}
+        self._over = False
         self.num_envs = num_envs
         self.render_mode = render_mode
         self._pictures = Pictures(render_mode)
@@ -199,19 +234,35 @@ class TokenPruneVector(VectorEnv[Any, Any, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Begins episodes on images that ``seed`` draws, or on the B of ``options["indices"]``."""
+        """Begins episodes on images that ``seed`` draws, or on the B of ``options["indices"]``.
+
+        Raises:
+            ValueError: ``options["reset_mask"]`` leaves some out: all images begin together.
+        """
         super().reset(seed=seed)
+        if options is not None and "reset_mask" in options:
+            options = dict(options)
+            mask = np.asarray(options.pop("reset_mask"))
+            if mask.shape != (self.num_envs,) or not mask.all():
+                raise ValueError(
+                    f"reset_mask={mask!r}: all {self.num_envs} images begin and end together"
+                )
         observed = self._begin(seed, image_indices(options))
         nothing = torch.zeros(observed.alive.shape, device=observed.alive.device)
         return self._give(observed.observation), self._infos(observed, nothing)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         env = self._held.env
+        if self._over and self._autoreset is AutoresetMode.NEXT_STEP:
+            observations, infos = self.reset()
+            none = torch.zeros(self.num_envs, device=env.device)
+            return observations, *map(self._give, (none, none.bool(), none.bool())), infos
         transition = env.step(to_actions(actions, env.device))
         self._pictures.go_on(env)
         observed = transition.observations
         infos = self._infos(observed, transition.reward)
-        if env.outcome is not None:
+        self._over = env.outcome is not None
+        if self._over and self._autoreset is AutoresetMode.SAME_STEP:
             ended = {"final_obs": self._give(observed.observation), "final_info": infos}
             observed = self._begin(None, None)
             # the new episodes', but for what this step paid: who sums that up must miss nothing
@@ -225,7 +276,7 @@ class TokenPruneVector(VectorEnv[Any, Any, Any]):
         )
 
     def render(self) -> Any:
-        """A uint8 [H, W, 3] for each image."""
+        """A uint8 [H, W, 3] for each image; None without a mode."""
         return self._pictures.draw(self._held.env)
 
     def close_extras(self, **kwargs: Any) -> None:
@@ -235,6 +286,7 @@ class TokenPruneVector(VectorEnv[Any, Any, Any]):
 
     def _begin(self, seed: int | None, indices: Any) -> Observations:
         observed = self._held.env.reset(seed, indices=indices)
+        self._over = False
         self._pictures.begin(observed)
         return observed
 

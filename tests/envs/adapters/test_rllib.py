@@ -153,7 +153,7 @@ def test_rllib_accepts_it(one):
 
 
 def test_what_makes_no_sense_is_refused(one):
-    with pytest.raises(ValueError, match="there is only 'indices'"):
+    with pytest.warns(UserWarning, match="there is only 'indices'"):
         one.reset(options={"image": 3})
     one.reset(seed=0)
     with pytest.raises(ValueError, match=r"0 \(prune\) or 1 \(keep\)"):
