@@ -153,6 +153,30 @@ def test_code_imports_by_the_installed_names_and_one_way_only():
                 assert PACKAGES.index(imported) <= PACKAGES.index(package), f"{file}: {module}"
 
 
+# --- versions ---
+
+
+def requirements(extra):
+    """Of an extra, those of other extras that it names included; "" for the core's."""
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    if extra:
+        text = config["options.extras_require"][extra]
+    else:
+        text = config["options"]["install_requires"]
+    for line in filter(None, text.splitlines()):
+        ours = re.fullmatch(r"prunevit\[(.+)\]", line)
+        yield from requirements(ours[1]) if ours else [line]
+
+
+@IN_CHECKOUT
+def test_the_lowest_versions_are_the_floors():
+    lines = (ROOT / "tests" / "lowest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    floors = dict(line.split(">=") for line in [*requirements(""), *requirements("test")])
+    assert pinned == floors
+
+
 # --- commands ---
 
 
