@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch.profiler import record_function
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from prunevit.extras import needs
 from prunevit.trainers.common.distributed import RanksError
 from prunevit.trainers.common.profiling import profiled
 from prunevit.trainers.common.run import Record, RunFolder, TrainingError
+
+with needs("train"):
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class NotFiniteError(ArithmeticError):

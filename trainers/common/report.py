@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
 from prunevit.agents.policies.heuristics import KeepAll, TopK
@@ -17,10 +16,14 @@ from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.envs.data.datasets import ImageSet, open_images
 from prunevit.envs.rendering import denormalise, stage_strip
 from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.extras import needs
 from prunevit.trainers.common.checkpoint import write_atomically
 from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.common.evaluation import best_topk, evaluate
 from prunevit.trainers.common.timing import images_per_second
+
+with needs("train"):
+    from matplotlib.figure import Figure
 
 SPEED_BATCH = 64
 SPEED_IMAGES = 512

@@ -13,6 +13,8 @@ NEEDS = [
     ("prunevit.envs.adapters.torchrl", "torchrl", "torchrl"),
     ("prunevit.envs.adapters.benchmarl", "benchmarl", "benchmarl"),
     ("prunevit.trainers.benchmarl", "benchmarl", "benchmarl"),
+    ("prunevit.trainers.common.loop", "tensorboard", "train"),
+    ("prunevit.trainers.common.report", "matplotlib", "train"),
 ]
 
 
@@ -20,8 +22,8 @@ NEEDS = [
 def test_a_missing_library_is_named_with_its_extra(monkeypatch, module, library, extra):
     ours = {name for name, _, _ in NEEDS}
     for name in list(sys.modules):
-        # as if neither had been imported before
-        if name in ours or name.partition(".")[0] == library:
+        # as if none had been imported before
+        if name in ours or library in (name.partition(".")[0], name.rpartition(".")[2]):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, library, None)
     expected = rf"{library}\S* is missing.* extra '{extra}'.*pip install -e '\.\[{extra}\]'"
