@@ -127,7 +127,7 @@ def test_a_library_that_is_missing_is_named_and_left_out(monkeypatch, capsys):
 @pytest.mark.integration("benchmarl")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_benchmarl_takes_turns_on_the_same_game(vit, some_images):
-    settings = MappoConfig(**TINY | {"num_envs": 24, "rollouts_per_image": 8}, device="cpu")
+    settings = MappoConfig(**TINY | {"rollouts_per_image": 8}, device="cpu")
     ours = TimedTrainer(settings, vit, some_images)
     rounds = train_speed.play_rounds(TrainSpeedConfig(rounds=2), ours, vit, some_images)
     assert {name: len(figures) for name, figures in rounds.items()} == dict.fromkeys(
@@ -135,8 +135,8 @@ def test_benchmarl_takes_turns_on_the_same_game(vit, some_images):
     )
     for figures in rounds["benchmarl"]:
         assert figures["seconds"] > 0
-        assert figures["kept"] == pytest.approx(rounds["ours"][0]["kept"], abs=0.12)
-        assert figures["decisions"] == pytest.approx(24 * 16 * (1 + figures["kept"]))
+        assert figures["kept"] == pytest.approx(rounds["ours"][0]["kept"], abs=0.2)
+        assert figures["decisions"] == pytest.approx(8 * 16 * (1 + figures["kept"]))
 
 
 @pytest.mark.parametrize(
