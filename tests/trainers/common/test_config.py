@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from prunevit.trainers.common.config import MappoConfig, defaults_for, parse
+from prunevit.trainers.common.settings import parse_arguments
+from prunevit.trainers.finetune import FinetuneConfig
 
 SPREAD = "pettingzoo:mpe2.simple_spread_v3"
 
@@ -216,3 +218,12 @@ def test_the_command_line_says_what_is_wrong(arguments, message, capsys, monkeyp
         parse(arguments)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_names_of_before_are_taken_with_a_warning(capsys):
+    arguments = ["--alpha-range", "0.1", "0.5", "--observation", "token", "cls_attention", "budget"]
+    assert parse(arguments).observation == ("token", "cls_attention", "alpha")
+    assert capsys.readouterr().err == "warning: the observation budget is called alpha now\n"
+    flags = parse_arguments(FinetuneConfig, ["--budget", "0.3"], "finetune")
+    assert flags.alpha == 0.3
+    assert capsys.readouterr().err == "warning: --budget is called --alpha now\n"
