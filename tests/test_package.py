@@ -147,7 +147,7 @@ def test_code_imports_by_the_installed_names_and_one_way_only():
             assert top not in PACKAGES, f"{file} imports {module}"
             if top == "prunevit":
                 imported = rest.partition(".")[0]
-                if imported in ("extras", "versions"):  # these import nothing of the folders
+                if imported in ("", "extras", "versions"):  # which import none of the folders
                     continue
                 # benchmarks -> trainers -> agents -> envs
                 assert PACKAGES.index(imported) <= PACKAGES.index(package), f"{file}: {module}"
