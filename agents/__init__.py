@@ -1,8 +1,9 @@
-"""Who decides: policies, and the backbone pruned by one."""
+"""Policies that decide which tokens stay, and ``PrunedViT``, a backbone pruned by one."""
 
-from prunevit.agents.policies.actor_critic import LearnedPolicy, TokenActor
+from prunevit.agents.policies.actor_critic import TokenActor
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.agents.policies.heuristics import AdaptiveSampling, AttentionThreshold, KeepAll, TopK
+from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.policies.policy import Policy
 from prunevit.agents.pruned_vit import PrunedViT, prune
 

@@ -1,4 +1,4 @@
-"""A pruned ViT for one image as ONNX; how many tokens survive a stage stays open."""
+"""Exports a pruned ViT for one image to ONNX, with dynamic numbers of surviving tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from prunevit.agents.policies.actor_critic import LearnedPolicy
+from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.envs.observations import View
 from prunevit.envs.vit.blocks import masked_attention_received
@@ -21,21 +21,20 @@ OPSET = 18
 
 
 class ExportError(ValueError):
-    """A pruned ViT that has no ONNX form; the message says why."""
+    """The pruned ViT can't be exported; the message says why."""
 
 
 class OneImage(nn.Module):
-    """``PrunedViT`` on one image, in operations that an exporter can follow.
+    """A ``PrunedViT`` for one image, in operations that an exporter can follow.
 
-    A batch of one has one length, and so needs no layout: its rows go through timm's own blocks,
-    and what was pruned is gathered away.
+    A batch of one needs no layout: its surviving rows are gathered, and go through timm's blocks.
 
     Args:
         model: the pruned ViT.
 
     Raises:
-        ExportError: its policy is not a learned one, or its backbone rotates positions or pools
-            over all tokens.
+        ExportError: its policy is not a ``LearnedPolicy``, or its backbone has rotary positions or
+            pools over all tokens.
     """
 
     def __init__(self, model: PrunedViT) -> None:
@@ -53,7 +52,7 @@ class OneImage(nn.Module):
         self.policy: LearnedPolicy = model.policy
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits [1, classes] of an image [1, C, H, W]."""
+        """Classifies an image [1, C, H, W]; logits [1, classes]."""
         backbone, policy = self.backbone, self.policy
         x, rotary = backbone.ops.embed(backbone.model, image)
         if rotary is not None:
@@ -84,7 +83,7 @@ class OneImage(nn.Module):
         prefix = self.backbone.num_prefix
         alive = torch.cat([tokens.alive[:, :prefix], tokens.alive[:, prefix:] & keep], dim=1)
         slot = alive[0].nonzero().squeeze(1)
-        # rows stand in the order of their slots: a slot's row is the number of survivors before it
+        # rows are in the order of their slots, so a slot's row is the number of survivors before it
         row = alive[0].long().cumsum(0) - 1
         return replace(
             tokens,
@@ -96,7 +95,7 @@ class OneImage(nn.Module):
 
     def _run(self, tokens: Tokens, start: int, stop: int, with_attention: bool) -> Tokens:
         backbone, image, attention = self.backbone, tokens.x[None], None
-        torch._check(image.shape[1] > 0)  # the class token stays, which an exporter can't know
+        torch._check(image.shape[1] > 0)  # the class token always stays
         for i in range(start, stop):
             block = backbone.model.blocks[i]
             if with_attention and i == stop - 1:
@@ -104,18 +103,18 @@ class OneImage(nn.Module):
                 attention = masked_attention_received(
                     backbone.ops, block, image, whole, None, backbone.num_query_tokens
                 ).squeeze(0)
-            # without a mask: an exporter must not ask whether its length, which is open, is 1
+            # without a mask, whose dynamic length an exporter would compare with 1
             image = backbone.ops.dense_block(block, image, None, None)
         return replace(tokens, x=image.squeeze(0), attention=attention)
 
 
 def export_onnx(model: PrunedViT, file: Path | str) -> None:
-    """Writes ``model`` for images [1, C, H, W], input "image", output "logits".
+    """Exports ``model`` for images [1, C, H, W], with input "image" and output "logits".
 
     Needs ``pip install -e '.[onnx]'``.
 
     Raises:
-        ExportError: the model has no ONNX form.
+        ExportError: the model can't be exported.
     """
     one = OneImage(model).eval()
     device = model.backbone.device

@@ -1,4 +1,4 @@
-"""``prune`` and ``PrunedViT``: a backbone and a policy as one module, the thing people deploy."""
+"""``prune`` and ``PrunedViT``: a backbone and a policy as one module, to be deployed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
-from prunevit.agents import saving
-from prunevit.agents.policies.actor_critic import LearnedPolicy
+from prunevit.agents import run_reader, saving
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
+from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.policies.policy import Policy
 from prunevit.envs.observations import View
 from prunevit.envs.vit.staged_vit import StagedViT
@@ -27,8 +27,8 @@ class Trace:
 
     Attributes:
         logits: [B, classes].
-        alive: bool [B, T, N], who survived each stage.
-        macs: multiply-accumulates of each image, the policy's included, int64 [B].
+        alive: which patches survived each stage, bool [B, T, N].
+        macs: multiply-accumulates of each image, the policy included, int64 [B].
     """
 
     logits: Tensor
@@ -43,20 +43,20 @@ class PrunedViT(
     license="apache-2.0",
     tags=["vision-transformer", "token-pruning"],
 ):
-    """Classifies images with the tokens that its policy keeps, in the place of the timm model.
+    """A ViT that classifies images with the tokens that its policy keeps; it replaces timm's model.
 
-    A pass leaves nothing on the module. In training mode pruned tokens are masked, not removed, so
-    that timm's regularisers are those of the whole model. Gradients are the same either way, and
-    cheaper where tokens are removed: ``trainers.finetune`` stays in evaluation mode.
+    A forward pass stores nothing on the module. In training mode pruned tokens are masked instead
+    of removed, so that timm's regularisers act as on the dense model. Gradients are the same either
+    way, but cheaper if tokens are removed, so ``trainers.finetune`` uses evaluation mode.
 
     Args:
-        backbone: the staged ViT; used as it is. ``prune`` makes one of a copy.
-        policy: who stays.
-        model_kwargs: arguments beyond the name that ``create_backbone`` needs to build the backbone
-            anew from what ``save_pretrained`` writes.
+        backbone: the staged ViT, used as it is. ``prune`` makes a copy.
+        policy: decides which patches stay.
+        model_kwargs: arguments that ``create_backbone`` needs, besides the name, to rebuild the
+            backbone when ``from_pretrained`` reads the saved model.
 
     Raises:
-        ValueError: the policy is of another backbone.
+        ValueError: the policy was made for another backbone.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class PrunedViT(
         self.backbone = backbone
         self.policy = policy
         self.model_kwargs = dict(model_kwargs or {})
-        # a module begins in training mode, in which nothing is removed: go on in the backbone's
+        # modules are created in training mode, which removes nothing: adopt the backbone's mode
         self.train(backbone.model.training)
 
     @overload
@@ -83,31 +83,31 @@ class PrunedViT(
 
         Args:
             images: float [B, C, H, W].
-            return_keep: also tell who survived each stage.
+            return_keep: also return which patches survived each stage.
 
         Returns:
-            logits [B, classes]; with them, where asked for, bool [B, T, N].
+            logits [B, classes]; with ``return_keep`` also bool [B, T, N].
 
         Raises:
-            ValueError: images of another size or number of channels, or a policy whose answer is
-                not bool [B, N] or not a number.
+            ValueError: the images have another size or number of channels than the model, or the
+                policy's decisions are not bool [B, N] or its logits not finite.
         """
         tokens, alive = self._run(images)
         logits = self.backbone.finish(tokens)
         return (logits, alive) if return_keep else logits
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """timm's: tokens after the last norm, each in its slot, zeros where pruned: [B, L, D]."""
+        """As in timm: tokens after the last norm [B, L, D], with zeros for pruned ones."""
         return self.backbone.features(self._run(images)[0])
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """timm's, on what ``forward_features`` returned: logits [B, classes]."""
+        """As in timm: classifies what ``forward_features`` returned; logits [B, classes]."""
         return self.backbone.classify(features, pre_logits)
 
     def trace(self, images: Tensor) -> Trace:
-        """As ``forward``, with what was pruned and what it cost."""
+        """Classifies images, and reports which patches survived and what it cost."""
         tokens, alive = self._run(images)
-        # every patch is decided on at the first stage, later on those that survived the one before
+        # the first stage decides on every patch, a later one on the survivors of the stage before
         decisions = self.backbone.num_patches + alive[:, :-1].sum((1, 2))
         return Trace(
             logits=self.backbone.finish(tokens),
@@ -115,11 +115,11 @@ class PrunedViT(
             macs=self.backbone.total_macs(tokens) + decisions * self.policy.macs_per_decision,
         )
 
-    # torch.compile is left what the time goes to, the blocks: what is decided between them has
-    # other shapes and other ways each time
+    # torch.compile compiles only the blocks, which take most of the time: what happens between them
+    # has different shapes and branches each time
     @torch.compiler.disable(recursive=False)
     def _run(self, images: Tensor) -> tuple[Tokens, Tensor]:
-        """All blocks; the last tokens, and who survived each stage [B, T, N]."""
+        """Runs all blocks; returns the last tokens and the survivors of each stage [B, T, N]."""
         backbone, policy = self.backbone, self.policy
         execution = "masked" if self.training else backbone.execution
         tokens = backbone.begin(images, policy.needs_attention, execution)
@@ -136,7 +136,7 @@ class PrunedViT(
     def _decide(self, view: View) -> Tensor:
         device = view.alive.device.type
         if torch.is_autocast_enabled(device):
-            # for the blocks, not for the policy: rounding would move its decisions
+            # autocast is for the blocks: rounding would change the decisions of the policy
             with torch.autocast(device, enabled=False):
                 return self._decide(view)
         keep = self.policy(view)
@@ -147,7 +147,7 @@ class PrunedViT(
             )
         return keep
 
-    # what code written for timm models asks them
+    # attributes that code for timm models expects
 
     @property
     def num_classes(self) -> int:
@@ -159,14 +159,12 @@ class PrunedViT(
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        # timm leaves input_size as it was where a model is built for another
+        # timm does not update input_size if a model is built for another size
         return dict(self.backbone.model.pretrained_cfg) | {"input_size": self.backbone.image_shape}
 
     @property
     def default_cfg(self) -> dict[str, Any]:
         return self.pretrained_cfg
-
-    # files
 
     def _save_pretrained(self, save_directory: Path) -> None:
         saving.write(
@@ -177,11 +175,12 @@ class PrunedViT(
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, **hub_options: Any
     ) -> PrunedViT:
-        """Reads what ``save_pretrained`` wrote, in evaluation mode.
+        """Loads a model that ``save_pretrained`` wrote, in evaluation mode.
 
         Args:
             pretrained_model_name_or_path: a folder, or a name on the hub.
-            hub_options: of ``ModelHubMixin.from_pretrained``, as ``revision`` or ``token``.
+            hub_options: arguments of ``ModelHubMixin.from_pretrained``, such as ``revision`` or
+                ``token``.
 
         Raises:
             SavedModelError: files are missing, damaged or of another version, or the hub can't be
@@ -195,15 +194,16 @@ class PrunedViT(
 
     @classmethod
     def from_run(cls, folder: str | Path) -> PrunedViT:
-        """What a finished run of ``trainers.mappo`` or ``trainers.dynamic_vit`` learned, in
-        evaluation mode.
+        """Loads a finished run of ``trainers.mappo`` or ``trainers.dynamic_vit``.
+
+        The model is in evaluation mode.
 
         Raises:
-            SavedModelError: the folder holds no finished run of the token game, its files are
-                damaged, or its backbone's weights were random and are gone.
+            SavedModelError: the folder has no finished run of the token game, its files are
+                damaged, or the weights of its backbone were random and are lost.
             BackboneError: the backbone can't be built or loaded.
         """
-        backbone, policy, model_kwargs = saving.read_run(Path(folder))
+        backbone, policy, model_kwargs = run_reader.read_run(Path(folder))
         return cls(backbone, policy, model_kwargs).eval()
 
 
@@ -217,15 +217,15 @@ def prune(
 
     Args:
         vit: timm's model; it is copied, not changed.
-        policy: who stays; copied likewise.
-        prune_before: 0-based blocks before which tokens are dropped, ascending; before every block
-            but the first where None.
-        model_kwargs: what ``vit`` was built with beside its name, where that is not to be seen on
-            it (``depth``, ``embed_dim``, ...); only ``save_pretrained`` needs it.
+        policy: decides which patches stay; also copied.
+        prune_before: 0-based blocks before which tokens are dropped, ascending. None stands for
+            every block but the first.
+        model_kwargs: arguments that ``vit`` was built with and that can't be read off it, such as
+            ``depth`` or ``embed_dim``. Only ``save_pretrained`` needs them.
 
     Raises:
-        UnsupportedBackboneError: the model can't be run on a part of its tokens.
-        ValueError: stages out of range, or a policy of another backbone.
+        UnsupportedBackboneError: the model can't run on part of its tokens.
+        ValueError: stages are out of range, or the policy was made for another backbone.
     """
     backbone = StagedViT(copy.deepcopy(vit), prune_before)
     return PrunedViT(backbone, copy.deepcopy(policy), model_kwargs)

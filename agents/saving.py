@@ -1,10 +1,9 @@
-"""``PrunedViT`` on disk: its weights as safetensors, all else as JSON."""
+"""Saves a ``PrunedViT``: its weights as safetensors, everything else as JSON."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +13,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from prunevit.agents.policies.actor_critic import LearnedPolicy, TokenActor
-from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
-from prunevit.agents.policies.heuristics import AdaptiveSampling, AttentionThreshold, KeepAll, TopK
 from prunevit.agents.policies.policy import Policy
-from prunevit.envs.observations import field_slices
+from prunevit.agents.policies.serialization import SavedModelError, describe_policy, make_policy
 from prunevit.envs.old_names import rename_parameters, rename_settings
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
-from prunevit.envs.vit.weights import BackboneError, read_description
+from prunevit.envs.vit.weights import BackboneError
 from prunevit.versions import version_of
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-RUN_WEIGHTS = "policy.safetensors"
-RUN_BACKBONE = "backbone.safetensors"  # where the run trained its backbone too
-# of a backbone's arguments, those that the built model shows
+# arguments of a backbone that can be read off the built model
 SHOWN_KWARGS = ("num_classes", "in_chans", "global_pool")
-# policies without weights: their arguments are all there is to them, and attributes too
-PLAIN_POLICIES: dict[str, tuple[type, tuple[str, ...]]] = {
-    "keep-all": (KeepAll, ()),
-    "top-k": (TopK, ("tokens", "score", "seed")),
-    "threshold": (AttentionThreshold, ("thresholds",)),
-    "adaptive-sampling": (AdaptiveSampling, ("samples",)),
-}
-# of timm's data configuration, what images are prepared by
+# the part of timm's data configuration by which images are prepared
 DATA_KEYS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-
-
-class SavedModelError(ValueError):
-    """A model that can't be written, or files that hold none; the message says why."""
 
 
 def write(
@@ -56,8 +39,8 @@ def write(
     """Writes ``config.json`` and ``model.safetensors`` to ``folder``.
 
     Raises:
-        SavedModelError: the policy is of a kind that has no JSON form, or the backbone can't be
-            built anew from its name and ``model_kwargs``.
+        SavedModelError: policies of this class can't be saved, or the backbone can't be rebuilt
+            from its name and ``model_kwargs``.
     """
     config = {
         "format": FORMAT,
@@ -66,14 +49,18 @@ def write(
         "policy": describe_policy(policy),
         "versions": {name: version_of(name) for name in ("prunevit", "timm", "torch")},
     }
-    # safetensors refuses tensors that share memory, and those that are not contiguous
+    # safetensors refuses tensors that share memory or are not contiguous
     copies = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in weights.items()}
     save_file(copies, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def describe_backbone(backbone: StagedViT, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Name and arguments with which ``create_backbone`` builds the like of ``backbone``."""
+    """Finds the name and arguments with which ``create_backbone`` builds the same architecture.
+
+    Raises:
+        SavedModelError: they build another one.
+    """
     model = backbone.model
     pretrained_cfg: Mapping[str, Any] = model.pretrained_cfg
     name = pretrained_cfg["architecture"]
@@ -92,7 +79,7 @@ def describe_backbone(backbone: StagedViT, model_kwargs: Mapping[str, Any]) -> d
 
 
 def build(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
-    """The backbone with weights that are to be overwritten."""
+    """Builds a backbone whose weights will be overwritten, without touching random numbers."""
     arguments = dict(kwargs)
     if isinstance(arguments.get("img_size"), list):
         arguments["img_size"] = tuple(arguments["img_size"])
@@ -102,79 +89,12 @@ def build(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
         return create_backbone(name, untrained=True, **arguments)
 
 
-def describe_policy(policy: Policy) -> dict[str, Any]:
-    """``policy`` as JSON values; the weights of one that learned stand elsewhere."""
-    for kind, (plain, arguments) in PLAIN_POLICIES.items():
-        if type(policy) is plain:
-            return {"kind": kind} | {name: getattr(policy, name) for name in arguments}
-    if isinstance(policy, LearnedPolicy) and isinstance(policy.actor, TokenActor):
-        return {
-            "kind": "learned",
-            "observation": list(policy.fields),
-            "hidden": list(policy.actor.hidden),
-            "attention_prior": policy.actor.attention is not None,
-            "alpha": policy.alpha,
-            "threshold": policy.threshold,
-            "dither": policy.dither,
-        }
-    if isinstance(policy, DynamicViTPolicy):
-        return {"kind": "dynamic-vit", "keep": policy.keep, "hidden": policy.hidden}
-    raise SavedModelError(
-        f"a {type(policy).__name__} has no form on disk: LearnedPolicy, DynamicViTPolicy and "
-        f"{', '.join(plain.__name__ for plain, _ in PLAIN_POLICIES.values())} have"
-    )
-
-
-def make_policy(described: Mapping[str, Any], backbone: StagedViT) -> Policy:
-    """The policy of ``describe_policy``, its weights untrained."""
-    kind = described["kind"]
-    if kind in PLAIN_POLICIES:
-        plain, arguments = PLAIN_POLICIES[kind]
-        return plain(**{name: described[name] for name in arguments})
-    if kind == "dynamic-vit":
-        return dynamic_vit_policy(backbone, described["keep"], described["hidden"])
-    if kind != "learned":
-        raise SavedModelError(f"unknown kind of policy {kind!r}: of another version?")
-    policy = learned_policy(
-        backbone,
-        described["observation"],
-        described["hidden"],
-        described["attention_prior"],
-        described.get("alpha"),
-    )
-    policy.threshold = described.get("threshold", 0.5)
-    policy.dither = described.get("dither", False)
-    return policy
-
-
-def learned_policy(
-    backbone: StagedViT,
-    observation: Sequence[str],
-    hidden: Sequence[int],
-    with_prior: bool,
-    alpha: float | None = None,
-) -> LearnedPolicy:
-    """An untrained policy of that form for ``backbone``."""
-    slices = field_slices(backbone, observation)
-    size = max(part.stop for part in slices.values())
-    attention = slices["cls_attention"].start if with_prior else None
-    price = slices["alpha"].start if "alpha" in slices else None
-    with torch.random.fork_rng(devices=[]):
-        actor = TokenActor(size, hidden, attention, alpha=price)
-        return LearnedPolicy(actor, observation, backbone.num_prefix, alpha)
-
-
-def dynamic_vit_policy(
-    backbone: StagedViT, keep: float, hidden: int, seed: int = 0
-) -> DynamicViTPolicy:
-    """An untrained policy of that form for ``backbone``; ``seed`` draws its weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return DynamicViTPolicy(backbone.width, backbone.num_stages, keep, hidden)
-
-
 def locate(name: str, hub_options: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
-    """The configuration, and the file of weights, of a folder or of a name on the hub."""
+    """Finds the configuration and the weights file of a folder, or of a name on the hub.
+
+    Raises:
+        SavedModelError: files are missing or damaged, or the hub can't be reached.
+    """
     folder = Path(name)
     if folder.is_dir():
         config, weights = folder / CONFIG, folder / WEIGHTS
@@ -184,7 +104,7 @@ def locate(name: str, hub_options: Mapping[str, Any]) -> tuple[dict[str, Any], P
                 Path(hf_hub_download(repo_id=name, filename=file, **hub_options))
                 for file in (CONFIG, WEIGHTS)
             )
-        # the hub, the network below it and names that can't be on it fail in ways of their own
+        # the hub, the network and invalid names raise errors of many kinds
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise SavedModelError(
@@ -197,7 +117,7 @@ def locate(name: str, hub_options: Mapping[str, Any]) -> tuple[dict[str, Any], P
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; raises SavedModelError where ``file`` holds none."""
+    """Reads a JSON object; raises SavedModelError if ``file`` has none."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -208,8 +128,13 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def rebuild(config: Mapping[str, Any]) -> tuple[StagedViT, Policy, dict[str, Any]]:
-    """Backbone and policy of a configuration, their weights still to be loaded, and the backbone's
-    arguments.
+    """Builds the backbone and the policy of a configuration, without their weights.
+
+    Returns:
+        the backbone, the policy, and the arguments that the backbone was built with.
+
+    Raises:
+        SavedModelError: the configuration is damaged or of another version.
     """
     if config.get("format") != FORMAT:
         raise SavedModelError(
@@ -238,10 +163,10 @@ def rebuild(config: Mapping[str, Any]) -> tuple[StagedViT, Policy, dict[str, Any
 
 
 def load_weights(module: nn.Module, file: Path) -> None:
-    """Fills ``module`` from a safetensors file.
+    """Loads the weights of ``module`` from a safetensors file.
 
     Raises:
-        SavedModelError: the file is damaged, or holds the weights of another module.
+        SavedModelError: the file is damaged, or has the weights of another module.
     """
     try:
         weights = rename_parameters(load_file(file))
@@ -252,61 +177,3 @@ def load_weights(module: nn.Module, file: Path) -> None:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise SavedModelError(f"{file} doesn't fit its configuration: {reason}") from error
-
-
-def middle_alpha(config: Mapping[str, Any]) -> float | None:
-    """The price that a policy trained by ``config`` acts under unless it is told another: the
-    middle, on a scale of ratios, of those it was trained for. None where it observes none.
-    """
-    if "alpha" not in config["observation"]:
-        return None
-    low, high = config["alpha_range"]
-    return math.sqrt(low * high)
-
-
-def read_run(folder: Path) -> tuple[StagedViT, Policy, dict[str, Any]]:
-    """Backbone, trained policy and the backbone's arguments of a run of ``trainers.mappo`` or
-    ``trainers.dynamic_vit``.
-    """
-    for name in (CONFIG, RUN_WEIGHTS):
-        if not (folder / name).is_file():
-            raise SavedModelError(f"{folder} holds no finished run: {name} is missing")
-    config = read_json(folder / CONFIG)
-    try:
-        if config.get("policy") == "dynamic-vit":
-            backbone, kwargs = _run_backbone(folder, config, config["fine_tune"])
-            predictors = dynamic_vit_policy(backbone, config["keep"], config["hidden"])
-            load_weights(predictors, folder / RUN_WEIGHTS)
-            return backbone, predictors, kwargs
-        if config["env"] != "token-prune":
-            raise SavedModelError(f"{folder} is a run of {config['env']}, which prunes no ViT")
-        backbone, kwargs = _run_backbone(folder, config)
-        policy = learned_policy(
-            backbone,
-            config["observation"],
-            config["hidden"],
-            bool(config["attention_prior"]),
-            middle_alpha(config),
-        )
-    except (KeyError, TypeError) as error:
-        raise SavedModelError(f"{folder / CONFIG} is damaged: {error!r}") from error
-    load_weights(policy.actor, folder / RUN_WEIGHTS)
-    return backbone, policy, kwargs
-
-
-def _run_backbone(
-    folder: Path, config: Mapping[str, Any], was_trained: bool = False
-) -> tuple[StagedViT, dict[str, Any]]:
-    """The backbone of a run and its arguments; the run's own weights where it ``was_trained``."""
-    name, kwargs = config["backbone"], config["model_kwargs"]
-    pretrained, checkpoint = config["pretrained"], config["checkpoint"]
-    if was_trained:
-        pretrained, checkpoint = False, folder / RUN_BACKBONE
-    if not pretrained and checkpoint is None and config["dataset"] != "digits":
-        raise SavedModelError(
-            f"{folder}: the backbone {name} had random weights, which were not kept"
-        )
-    if checkpoint is not None:
-        kwargs = read_description(Path(checkpoint), name).get("model_kwargs", {}) | kwargs
-    model = create_backbone(name, pretrained=pretrained, checkpoint=checkpoint, **kwargs)
-    return StagedViT(model, config["prune_before"]), kwargs

@@ -19,7 +19,7 @@ from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.benchmarks.methods.registry import METHODS, rebuild
 from prunevit.benchmarks.protocol import Benchmark
 from prunevit.benchmarks.records import Records
-from prunevit.envs.data.datasets import ImageSet
+from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.rendering import denormalise
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common.checkpoint import write_atomically

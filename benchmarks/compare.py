@@ -39,9 +39,10 @@ from prunevit.benchmarks.protocol import (
 )
 from prunevit.benchmarks.records import FILE, Record, Records, command
 from prunevit.benchmarks.tasks import TASKS
-from prunevit.envs.data.datasets import ImageSet, open_images
+from prunevit.envs.data.datasets import open_images
+from prunevit.envs.data.image_set import ImageSet
+from prunevit.envs.devices import pick_device
 from prunevit.envs.old_names import COMPARE_FLAGS, rename_flags
-from prunevit.envs.token_prune import pick_device
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.weights import sha256

@@ -12,7 +12,7 @@ from prunevit.benchmarks.machine import hardware
 from prunevit.benchmarks.methods.registry import rebuild
 from prunevit.benchmarks.protocol import Benchmark
 from prunevit.benchmarks.records import Records, command
-from prunevit.envs.data.datasets import ImageSet
+from prunevit.envs.data.image_set import ImageSet
 from prunevit.trainers.common.timing import TimingProcess, speedup
 
 SPEED_BATCH = 64

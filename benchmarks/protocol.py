@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from prunevit.agents.pruned_vit import Trace
 from prunevit.benchmarks.tasks import Task
-from prunevit.envs.data.datasets import ImageSet
+from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.common.evaluation import Evaluation, Traced, evaluate, evaluate_traces

@@ -1,6 +1,6 @@
-"""The game: token pruning as a Markov game, for any RL code to drive."""
+"""The environment: token pruning in Vision Transformers as a Markov game."""
 
-from prunevit.envs import registration  # noqa: F401 - gymnasium.make knows the names from here on
+from prunevit.envs import registration  # noqa: F401 - registers the environments
 from prunevit.envs.batched.pettingzoo import BatchedPettingZoo
 from prunevit.envs.batched.protocol import BatchedEnv, Observations, Transition
 from prunevit.envs.batched.token_prune import BatchedTokenPrune

@@ -1,4 +1,4 @@
-"""``TokenGame``: token pruning as a Markov game of N agents on B images at once, on tensors."""
+"""``TokenGame``: token pruning as a Markov game of N agents, on tensors of B images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prunevit.envs.vit.tokens import Tokens
 
 
 class GameError(RuntimeError):
-    """A call out of turn: ``step`` before ``reset`` or after the end."""
+    """``step`` was called before ``reset`` or after the end of an episode."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Outcome:
 
     Attributes:
         logits: [B, classes].
-        correct: bool [B].
-        gmacs: 1e9 multiply-accumulates spent on each image, the observed attention included, the
-            policy's own cost not, float32 [B].
-        kept: survivors of each stage, int64 [B, T].
-        decisions: how often a living agent was asked, int64 [B].
+        correct: whether the prediction is the label, bool [B].
+        gmacs: 1e9 multiply-accumulates spent on each image, float32 [B]. The class attention is
+            included, the cost of the policy is not.
+        kept: number of survivors of each stage, int64 [B, T].
+        decisions: number of decisions that living agents made, int64 [B].
     """
 
     logits: Tensor
@@ -42,11 +42,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class InitialState:
-    """Images before the first stage.
+    """n images before the first stage.
 
     Attributes:
-        tokens: theirs.
-        dense_logits: what the unpruned model answers [n, classes]; None where no reward asks.
+        tokens: their tokens.
+        dense_logits: logits of the unpruned model [n, classes]; None if the reward needs none.
     """
 
     tokens: Tokens
@@ -55,14 +55,14 @@ class InitialState:
 
 @dataclass(frozen=True)
 class Stage:
-    """A point of the game, B episodes abreast.
+    """The state of B episodes at a stage.
 
     Attributes:
-        index: 0..T-1 where a decision is due; T at the end.
-        alive: bool [B, N].
-        reward: what the last decision brought, float32 [B, N]; zeros after ``reset``.
-        view: what the agents can see; None at the end.
-        outcome: how it ended; None before the end.
+        index: 0..T-1 if a decision is due, T at the end.
+        alive: which agents are alive, bool [B, N].
+        reward: reward of the last decision, float32 [B, N]; zeros after ``reset``.
+        view: what agents can observe; None at the end.
+        outcome: how the episodes ended; None before the end.
     """
 
     index: int
@@ -73,17 +73,20 @@ class Stage:
 
 
 class TokenGame:
-    """Each patch token an agent, each stage a joint decision who stays.
+    """A game in which each patch token is an agent that stays or is pruned at every stage.
 
-    All episodes of a batch have the same T stages and end together. Everything stays on the
-    backbone's device; the host waits for it once in ``reset`` (to refuse bad images) and once in
-    each ``step`` (the ragged layout's lengths).
+    All episodes of a batch have the same T stages and end together. All tensors stay on the
+    backbone's device. The host waits for it once in ``reset``, to check the images, and once in
+    each ``step``, for the number of surviving tokens.
 
     Args:
         backbone: the staged ViT; its weights are not changed.
-        reward: who is paid what; ``TeamReward()`` where None.
-        rollouts_per_image: so many episodes in a row play the same image. What runs before the
-            first stage, runs once.
+        reward: the reward; ``TeamReward()`` if None.
+        rollouts_per_image: number of consecutive episodes that play the same image. The blocks
+            before the first stage run once for all of them.
+
+    Raises:
+        ValueError: ``rollouts_per_image`` is below 1.
     """
 
     def __init__(
@@ -109,23 +112,25 @@ class TokenGame:
         """Begins episodes.
 
         Args:
-            images: floating point [n, C, H, W], normalised for the backbone; B = n *
-                rollouts_per_image.
+            images: floating point [n, C, H, W], normalised for the backbone, with
+                B = n * rollouts_per_image.
             labels: int64 [n].
-            alpha: the price of compute for each image, float [n]; the reward's own where None.
-                Agents that observe ``alpha`` see its logarithm.
+            alpha: weight of compute in the reward of each image, float [n]; the reward's own if
+                None. Agents that observe ``alpha`` see its logarithm.
 
         Raises:
-            ValueError: images of a wrong size, type or channels, or not finite; labels outside the
-                classes; prices of a wrong number, negative, or too large.
+            ValueError: images have the wrong size, type or channels or are not finite, labels are
+                out of range, or alphas are negative, too large or of the wrong number.
         """
         initial, labels = self.initial_state(images, labels)
         return self.reset_to(initial, labels, alpha)
 
     @torch.no_grad()
     def initial_state(self, images: Tensor, labels: Tensor) -> tuple[InitialState, Tensor]:
-        """Runs what comes before the first stage; ``labels`` come back on the backbone's device.
-        Arguments and errors as of ``reset``.
+        """Runs the blocks before the first stage; arguments and errors are those of ``reset``.
+
+        Returns:
+            the images before the first stage, and the labels on the backbone's device.
         """
         images, labels = self._checked(images, labels)
         with record_function("blocks before the first stage"):
@@ -134,8 +139,8 @@ class TokenGame:
         return InitialState(tokens, dense_logits), labels
 
     def reset_to(self, initial: InitialState, labels: Tensor, alpha: Tensor | None = None) -> Stage:
-        """``reset`` to what ``initial_state`` returned, now or earlier."""
-        prices = self._checked_prices(alpha, labels)
+        """Begins episodes on what ``initial_state`` returned, now or earlier."""
+        alphas = self._checked_alphas(alpha, labels)
         tokens, dense_logits = initial.tokens, initial.dense_logits
         times = self.rollouts_per_image
         unrepeated = tokens
@@ -145,24 +150,24 @@ class TokenGame:
             dense_logits = (
                 None if dense_logits is None else dense_logits.repeat_interleave(times, 0)
             )
-        alpha = prices.repeat_interleave(times)
+        alpha = alphas.repeat_interleave(times)
         batch = len(labels)
         self._episode = _Episode(0, tokens, labels, dense_logits, alpha, ())
         alive = torch.ones(batch, self.num_agents, dtype=torch.bool, device=labels.device)
-        start = View(self.backbone, unrepeated, 0, prices) if times > 1 else None
+        start = View(self.backbone, unrepeated, 0, alphas) if times > 1 else None
         view = View(self.backbone, tokens, 0, alpha, start)
         return Stage(0, alive, torch.zeros(alive.shape, device=labels.device), view)
 
     @torch.no_grad()
     def step(self, keep: Tensor) -> Stage:
-        """Prunes whoever is not kept and plays on to the next stage, or to the end.
+        """Prunes the agents that are not kept and runs on to the next stage, or to the end.
 
         Args:
-            keep: bool [B, N], True to stay; ignored for those that are gone.
+            keep: which agents stay, bool [B, N]; ignored for agents that are gone.
 
         Raises:
             GameError: there is no episode, or it is over.
-            ValueError: ``keep`` has another shape or type.
+            ValueError: ``keep`` has the wrong shape or type.
         """
         episode = self._episode
         if episode is None:
@@ -202,14 +207,16 @@ class TokenGame:
             correct=logits.argmax(1) == episode.labels,
             gmacs=backbone.total_macs(tokens).float() / 1e9,
             kept=survivors,
-            # all are asked at the first stage, then whoever survived the one before
+            # at the first stage all agents decide, then those that survived the stage before
             decisions=self.num_agents + survivors[:, :-1].sum(1),
         )
         return Stage(stage + 1, alive, reward, None, outcome)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenGame:
-        """A game that goes on alone from where this one stands, on the same backbone: its weights
-        never change, and a library that copies environments would hold them many times.
+        """Copies the game and its episode, but not the backbone.
+
+        The backbone's weights never change, and libraries that copy environments would hold them
+        many times.
         """
         memo[id(self.backbone)] = self.backbone
         twin = copy.copy(self)
@@ -218,13 +225,11 @@ class TokenGame:
         return twin
 
     def abandon(self) -> None:
-        """Forgets the episode under way and frees its tensors."""
+        """Ends the current episode without a result and frees its tensors."""
         self._episode = None
 
     def dense_logits(self, tokens: Tokens) -> Tensor:
-        """What the unpruned model answers, from where ``tokens`` stand before the first stage: [B,
-        classes].
-        """
+        """Logits of the unpruned model [B, classes], from ``tokens`` before the first stage."""
         keep_all = torch.ones(
             len(tokens.alive), self.num_agents, dtype=torch.bool, device=tokens.alive.device
         )
@@ -255,11 +260,11 @@ class TokenGame:
                 f"{self.backbone.num_classes} classes 0..{self.backbone.num_classes - 1}"
             )
         device = self.backbone.device
-        pinned = images.is_pinned()  # and then nobody need wait for the copy
+        pinned = images.is_pinned()  # a copy from pinned memory need not be waited for
         images = images.to(device, non_blocking=pinned).to(self.backbone.dtype)
         return images, labels.to(device, non_blocking=pinned)
 
-    def _checked_prices(self, alpha: Tensor | None, labels: Tensor) -> Tensor:
+    def _checked_alphas(self, alpha: Tensor | None, labels: Tensor) -> Tensor:
         if alpha is None:
             return torch.full(labels.shape, self.reward.alpha, device=labels.device)
         if alpha.shape != labels.shape:
@@ -267,9 +272,7 @@ class TokenGame:
                 f"alpha of shape {tuple(alpha.shape)}, one for each of {len(labels)} images"
             )
         if not ((alpha >= 0) & (alpha <= LARGEST_NUMBER)).all():
-            raise ValueError(
-                f"alpha={alpha.tolist()}: prices are numbers from 0 to {LARGEST_NUMBER:g}"
-            )
+            raise ValueError(f"alpha={alpha.tolist()} must be numbers from 0 to {LARGEST_NUMBER:g}")
         return alpha.to(labels.device, torch.float32)
 
 

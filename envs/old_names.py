@@ -1,5 +1,6 @@
-"""Names that versions before 0.2 wrote into files, when the project was called tokenprune, and what
-they are called now. Whatever reads a file of before asks here, and nowhere else.
+"""Maps names in files of versions before 0.2 to today's names. Nothing else knows old names.
+
+The project was called tokenprune then.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def rename_observation(arguments: Sequence[str]) -> list[str]:
 
 
 def rename_parameters(weights: Mapping[Any, Any]) -> dict[Any, Any]:
-    """A state dict under today's names, and those within it."""
+    """Renames the parameters of a state dict, nested ones included."""
     renamed = {}
     for name, weight in weights.items():
         if isinstance(name, str):
@@ -91,7 +92,7 @@ def rename_parameters(weights: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def rename_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """A safetensors file's metadata under today's names."""
+    """Renames the metadata of a safetensors file."""
     renamed = {METADATA.get(key, key): text for key, text in metadata.items()}
     if "format" in renamed:
         renamed["format"] = METADATA.get(renamed["format"], renamed["format"])

@@ -1,4 +1,4 @@
-"""Names the games for ``gymnasium.make``; imported for that by ``prunevit.envs``."""
+"""Registers the environments for ``gymnasium.make``; ``prunevit.envs`` imports it."""
 
 from gymnasium.envs.registration import register
 
@@ -12,6 +12,6 @@ register(
 register(
     id="prunevit/TokenPruneAgents-v0",
     entry_point=f"{_ADAPTERS}.epymarl:TokenPruneAgents",
-    # Gymnasium's checker knows one reward a step, this game has one an agent
+    # Gymnasium's checker expects one reward a step, this environment returns one for each agent
     disable_env_checker=True,
 )

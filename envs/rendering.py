@@ -1,4 +1,4 @@
-"""Pictures of a game: an image once a stage, pruned patches whited out."""
+"""Pictures of an episode: the image at every stage, with pruned patches faded to white."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 GAP = 2  # white pixels between pictures
-FADE = 0.85  # how far a pruned patch is turned towards white
+FADE = 0.85  # share of white in a pruned patch
 
 
 def stage_strip(pixels: Tensor, alive: Tensor, grid: tuple[int, int]) -> NDArray[np.uint8]:
-    """One image side by side, once for each row of ``alive``.
+    """Draws an image K times side by side, with the pruned patches of each stage faded.
 
     Args:
-        pixels: values 0..1, [C, H, W], C 1 or 3.
-        alive: bool [K, N], patches in row-major order.
+        pixels: values 0..1, [C, H, W] with 1 or 3 channels.
+        alive: which patches are alive in each picture, bool [K, N].
         grid: rows and columns of patches.
 
     Returns:
@@ -40,13 +40,13 @@ def stage_strip(pixels: Tensor, alive: Tensor, grid: tuple[int, int]) -> NDArray
 def strip_of_episode(
     pixels: Tensor, alive: Sequence[Tensor], grid: tuple[int, int], pictures: int
 ) -> NDArray[np.uint8]:
-    """``stage_strip`` of an episode under way, as wide from its start as at its end: white follows.
+    """Draws an unfinished episode with ``stage_strip``, padded with white to its final width.
 
     Args:
-        pixels: values 0..1, [C, H, W], C 1 or 3.
+        pixels: values 0..1, [C, H, W] with 1 or 3 channels.
         alive: bool [N] for each picture so far.
         grid: rows and columns of patches.
-        pictures: of the whole episode.
+        pictures: number of pictures of a whole episode.
 
     Returns:
         uint8 [H, pictures * W + (pictures - 1) * GAP, 3].
@@ -59,7 +59,7 @@ def strip_of_episode(
 
 
 def denormalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Undoes a dataset's normalisation: [..., C, H, W] -> values 0..1."""
+    """Reverts the normalisation of pixels [..., C, H, W] to values 0..1."""
     shape = (-1, 1, 1)
     shifted = pixels * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
     return shifted.clamp(0, 1)

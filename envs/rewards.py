@@ -1,4 +1,4 @@
-"""What agents are paid. Each formula stands in its class's docstring."""
+"""The rewards of the token game. The docstring of each class has its formula."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Accuracy = Literal["correct", "confidence", "agreement", "kl"]
-# of prices and worths: what is made of them stays finite in float32, its square too
+# of alpha, beta and pot: rewards and their squares stay finite in float32
 LARGEST_NUMBER = 1e12
 
 
@@ -20,12 +20,12 @@ class StageFacts:
 
     Attributes:
         stage: 0-based.
-        alive: bool [B, N], before the decision.
-        kept: bool [B, N], the survivors.
-        cost: what the blocks up to the next stage cost, as a share of the dense model's compute,
+        alive: agents alive before the decision, bool [B, N].
+        kept: agents alive after it, bool [B, N].
+        cost: compute of the blocks up to the next stage, as a share of the dense model's,
             float32 [B].
-        token_cost: one token's part of it, float32 [B].
-        alpha: the episode's price of compute, float32 [B].
+        token_cost: ``cost`` divided by the number of tokens, float32 [B].
+        alpha: weight of compute in each episode, float32 [B].
     """
 
     stage: int
@@ -41,9 +41,9 @@ class EndFacts:
     """How an episode ended.
 
     Attributes:
-        kept: bool [T, B, N], the survivors of every stage.
-        logits: [B, classes].
-        dense_logits: the unpruned model's, where ``Reward.needs_dense``.
+        kept: agents alive after each stage, bool [T, B, N].
+        logits: logits of the pruned model [B, classes].
+        dense_logits: logits of the unpruned model, if ``Reward.needs_dense``, else None.
         labels: int64 [B].
     """
 
@@ -54,14 +54,15 @@ class EndFacts:
 
 
 class Reward(Protocol):
-    """How a game pays its agents.
+    """A reward for the agents of the token game.
 
     Attributes:
-        alpha: price of the dense model's compute, unless an episode has its own.
-        needs_dense: whether ``terminal`` reads the dense model's logits, which cost a forward pass.
-        pays_pruned: whether an agent is paid after the decision that pruned it. Such a reward needs
-            agents that stay to the end: one that left would never receive what its decision cost
-            or earned.
+        alpha: weight of compute, unless an episode has its own.
+        needs_dense: whether ``terminal`` reads the logits of the unpruned model, which cost a
+            forward pass.
+        pays_pruned: whether agents get rewards after the decision that pruned them. Such a reward
+            needs agents that stay until the end, since one that left would never receive what its
+            decision cost or earned.
     """
 
     @property
@@ -74,20 +75,20 @@ class Reward(Protocol):
     def pays_pruned(self) -> bool: ...
 
     def stage(self, facts: StageFacts) -> Tensor:
-        """Paid at once for a decision, float32 [B, N]."""
+        """The reward given right after a decision, float32 [B, N]."""
         ...
 
     def terminal(self, facts: EndFacts) -> Tensor:
-        """Paid at the end, on top of the last stage's, float32 [B, N]."""
+        """The reward at the end of the episode, added to the last stage's, float32 [B, N]."""
         ...
 
 
 def accuracy_of(kind: Accuracy, facts: EndFacts) -> Tensor:
-    """How right the pruned model is, float32 [B].
+    """Measures how accurate the pruned model is, float32 [B].
 
-    - correct: 1 where the prediction is the label, else 0.
-    - confidence: probability given to the label.
-    - agreement: 1 where the prediction is the dense model's, else 0.
+    - correct: 1 if the prediction is the label, else 0.
+    - confidence: probability of the label.
+    - agreement: 1 if the prediction is that of the unpruned model, else 0.
     - kl: -KL(dense || pruned), at most 0.
     """
     if kind == "correct":
@@ -114,13 +115,15 @@ def _check(accuracy: str, **numbers: float) -> None:
 
 @dataclass(frozen=True)
 class TeamReward:
-    """One scalar for all agents, living or pruned: beta * accuracy - alpha * share of the dense
-    compute.
+    """The same reward for all agents, alive or pruned: beta * accuracy - alpha * compute.
 
-    The compute is paid stage by stage as it is spent, the accuracy at the end. What runs before the
-    first stage is nobody's choice and costs nothing. To stay near the dense model's answer (kl)
-    asks for no label, and held-out images lost less by it than by confidence in the true class, of
-    which a model is too sure on images that it was trained on.
+    Compute is a share of the dense model's, and is subtracted stage by stage as it is spent.
+    Accuracy is added at the end. The blocks before the first stage are free, since no agent decides
+    on them.
+
+    The default accuracy, kl, keeps the pruned model close to the dense one and needs no labels. On
+    held-out images it lost less accuracy than confidence in the label, which is too high on images
+    that the model was trained on.
     """
 
     alpha: float = 0.08
@@ -145,12 +148,11 @@ class TeamReward:
 
 @dataclass(frozen=True)
 class MarkovGameReward:
-    """The idea of RL4EViT (arXiv 2503.23459): survivors compete for a pot that a right answer
-    fills.
+    """Survivors share a reward for a correct prediction: the idea of RL4EViT (arXiv 2503.23459).
 
-    A kept token pays alpha * its share of the dense compute for the blocks up to the next stage; at
-    the end the n survivors of an image get beta * accuracy / n each. The paper's own equations were
-    not at hand: this is its idea as far as its text and its released code show it.
+    A kept token loses alpha * its share of the dense compute for the blocks up to the next stage.
+    At the end, the n survivors of an image get beta * accuracy / n each. The equations of the paper
+    were not available: this is our reading of its text and its released code.
     """
 
     alpha: float = 1.0
@@ -176,12 +178,12 @@ class MarkovGameReward:
 
 @dataclass(frozen=True)
 class ReleasedCodeReward:
-    """What the released RL4EViT code computes.
+    """The reward that the released code of RL4EViT computes.
 
-    At stage j, with d = (survivors / N) - keep**(j + 1): -exp(d) to each kept token where d > 0,
-    else -exp(-d) to each
-    token pruned there. For every stage j that a token survived, it also gets pot / n_j where the
-    final answer is right (n_j survivors): known at the end only, so paid there.
+    At stage j, let d = (survivors / N) - keep**(j + 1). If d > 0, each kept token gets -exp(d).
+    Otherwise each token pruned at this stage gets -exp(-d). If the prediction is correct, a token
+    also gets pot / n_j for every stage j that it survived, with n_j survivors. That is known, and
+    given, at the end.
     """
 
     pot: float = 24.0
@@ -214,7 +216,7 @@ REWARDS: dict[str, type] = {
 
 
 def make_reward(name: str, **options: Any) -> Reward:
-    """A reward by name; ``options`` that the reward doesn't have are refused.
+    """Makes a reward by name, with ``options`` as its arguments.
 
     Raises:
         ValueError: the name or an option is unknown.

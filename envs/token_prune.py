@@ -16,18 +16,15 @@ from pettingzoo import ParallelEnv
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from prunevit.envs.batched.inputs import KEEP, PRUNE, image_indices, to_actions
 from prunevit.envs.batched.protocol import Observations
-from prunevit.envs.batched.token_prune import (
-    KEEP,
-    PRUNE,
-    BatchedTokenPrune,
-    image_indices,
-    to_actions,
-)
-from prunevit.envs.data.datasets import DIGITS, ImageSet, open_images
+from prunevit.envs.batched.token_prune import BatchedTokenPrune
+from prunevit.envs.data.datasets import DIGITS, open_images
 from prunevit.envs.data.digits import Split
+from prunevit.envs.data.image_set import ImageSet
+from prunevit.envs.devices import pick_device
+from prunevit.envs.fields import DEFAULT_FIELDS
 from prunevit.envs.game import GameError, Outcome, TokenGame
-from prunevit.envs.observations import DEFAULT_FIELDS
 from prunevit.envs.rendering import denormalise, strip_of_episode
 from prunevit.envs.rewards import Reward, make_reward
 from prunevit.envs.vit.create import create_backbone
@@ -36,26 +33,6 @@ from prunevit.envs.vit.staged_vit import Execution, StagedViT
 
 PrunedAgents = Literal["leave", "stay"]
 RENDER_MODES = ("rgb_array", "human")
-
-
-def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """The device named; for "auto" CUDA, else MPS, else the CPU.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.zeros(1, device=chosen).cpu()  # "meta" can be made, but holds nothing
-    except (RuntimeError, AssertionError, ImportError) as error:
-        # what follows is for those who develop PyTorch, and thousands of characters long
-        reason = str(error).splitlines()[0].partition(". ")[0]
-        raise ValueError(f"device {str(device)!r} can't be used here: {reason}") from error
-    return chosen
 
 
 def _as_played(model: nn.Module, device: torch.device) -> nn.Module:

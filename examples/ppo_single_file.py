@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical
 
 from prunevit.agents import PrunedViT
-from prunevit.agents.policies.actor_critic import LearnedPolicy
+from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.envs import BatchedTokenPrune, TokenPruneEnv
 from prunevit.trainers.common.evaluation import evaluate
 

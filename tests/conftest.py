@@ -12,7 +12,7 @@ from hypothesis import settings
 from PIL import Image
 from timm.layers import Attention
 
-from prunevit.envs.data import datasets
+from prunevit.envs.data import cluttered_digits
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common import report
 from prunevit.trainers.common.timing import time_models
@@ -199,7 +199,7 @@ def few_digits():
     """So many are drawn where nobody says how many: the first of the usual 27,000."""
     with pytest.MonkeyPatch.context() as patch:
         for split, size in {"train": 1_000, "validation": 300, "test": 500}.items():
-            patch.setitem(datasets.DEFAULT_SIZES, split, size)
+            patch.setitem(cluttered_digits.DEFAULT_SIZES, split, size)
         yield
 
 

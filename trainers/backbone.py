@@ -19,8 +19,9 @@ from timm.layers import PatchDropout
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prunevit.envs.data.datasets import ImageSet, open_images, read_class_names
-from prunevit.envs.token_prune import pick_device
+from prunevit.envs.data.datasets import open_images, read_class_names
+from prunevit.envs.data.image_set import ImageSet
+from prunevit.envs.devices import pick_device
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.weights import read_description, sha256, write_weights
 from prunevit.trainers.common.checkpoint import write_atomically, write_json

@@ -17,7 +17,7 @@ from typing import Literal
 from torch import nn
 
 from prunevit.envs.adapters.benchmarl import TokenPruneTask
-from prunevit.envs.token_prune import pick_device
+from prunevit.envs.devices import pick_device
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.extras import needs
 from prunevit.trainers.common.evaluation import Evaluation

@@ -22,9 +22,10 @@ from torch.nn import functional as F
 
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.agents.policies.heuristics import KeepAll
+from prunevit.agents.policies.serialization import dynamic_vit_policy
 from prunevit.agents.pruned_vit import PrunedViT
-from prunevit.agents.saving import dynamic_vit_policy
-from prunevit.envs.data.datasets import ImageSet, Reseedable, open_images
+from prunevit.envs.data.datasets import open_images
+from prunevit.envs.data.image_set import ImageSet, Reseedable
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.weights import read_description, write_weights
 from prunevit.trainers.common import loop

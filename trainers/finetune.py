@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunevit.agents import saving
-from prunevit.agents.policies.actor_critic import LearnedPolicy
+from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.pruned_vit import PrunedViT
-from prunevit.envs.data.datasets import ImageSet, open_images
-from prunevit.envs.token_prune import pick_device
+from prunevit.envs.data.datasets import open_images
+from prunevit.envs.data.image_set import ImageSet
+from prunevit.envs.devices import pick_device
 from prunevit.envs.vit.staged_vit import Execution
 from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.classification import (

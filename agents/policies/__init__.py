@@ -1,1 +1,1 @@
-"""Who decides which tokens stay."""
+"""Policies: heuristics, learned ones, DynamicViT's and an oracle."""

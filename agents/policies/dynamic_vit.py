@@ -1,5 +1,4 @@
-"""DynamicViT's policy (arXiv 2106.02034): a predictor before each stage tells how likely a patch is
-kept, and the likeliest ones are.
+"""DynamicViT's policy (arXiv 2106.02034): a predictor at each stage scores the patches to keep.
 
 ``trainers.dynamic_vit`` trains it.
 """
@@ -18,14 +17,14 @@ from prunevit.envs.vit.staged_vit import StagedViT
 
 
 class KeepPredictor(nn.Module):
-    """Embeddings of an image's patches -> how likely each is kept (the paper's eqs. 1-5).
+    """Predicts for each patch whether to keep it (equations 1 to 5 of the paper).
 
-    Half of what is read off a patch is its own, the other half is averaged over the image. The
-    paper's predictor is as wide as the backbone (``hidden`` = D).
+    Half of a patch's features are its own, the other half are averaged over the image. The paper's
+    predictor is as wide as the backbone (``hidden`` = D).
 
     Args:
-        width: D, of the backbone.
-        hidden: numbers read off a patch, a multiple of 4.
+        width: D, the width of the backbone.
+        hidden: number of features, a multiple of 4.
     """
 
     def __init__(self, width: int, hidden: int) -> None:
@@ -40,13 +39,13 @@ class KeepPredictor(nn.Module):
         )
 
     def forward(self, tokens: Tensor, image: Tensor, images: int, alive: Tensor) -> Tensor:
-        """Logits of prune and keep, [R, 2].
+        """Computes logits of prune and keep, [R, 2].
 
         Args:
-            tokens: embeddings [R, D].
-            image: which image each is of, int64 [R].
-            images: how many there are, B.
-            alive: 1 where a patch counts for its image's average, 0 where it is pruned, [R].
+            tokens: embeddings of patches [R, D].
+            image: index of the image of each patch, int64 [R].
+            images: number of images, B.
+            alive: weight of each patch in the average of its image [R]: 1, or 0 if it is pruned.
         """
         local, shared = self.read(tokens).chunk(2, dim=1)
         count = alive.new_zeros(images).index_add(0, image, alive)
@@ -57,18 +56,17 @@ class KeepPredictor(nn.Module):
 
 
 class DynamicViTPolicy(nn.Module):
-    """Keeps the patches of each image that the stage's predictor finds likeliest to be kept; of N
-    patches keep^(t+1) N at stage t, as many of every image.
+    """Keeps the patches with the highest predicted scores, keep^(t+1) * N of each image at stage t.
 
     Args:
-        width: D, of the backbone.
+        width: D, the width of the backbone.
         num_stages: T.
-        keep: the share of the patches that is kept from stage to stage; what it was trained with or
-            another: ``policy.keep = 0.5`` makes a trained one cheaper.
-        hidden: of the predictors.
+        keep: share of the patches that is kept from stage to stage. It can be changed after the
+            training: ``policy.keep = 0.5`` makes the model cheaper.
+        hidden: width of the predictors.
 
     Raises:
-        ValueError: ``keep`` or ``hidden`` is not allowed.
+        ValueError: ``keep`` is not in (0, 1], or ``hidden`` is not a multiple of 4.
     """
 
     needs_attention = False
@@ -98,11 +96,11 @@ class DynamicViTPolicy(nn.Module):
         self._keep = float(share)
 
     def shares(self) -> list[float]:
-        """Of the image's patches, kept at each stage."""
+        """The share of an image's patches that is kept at each stage."""
         return [self.keep ** (stage + 1) for stage in range(len(self.predictors))]
 
     def check_fits(self, backbone: StagedViT) -> None:
-        """Raises ValueError where ``backbone`` has another width or other stages."""
+        """Raises ValueError if ``backbone`` has another width or number of stages."""
         own = self.width, len(self.predictors)
         other = backbone.width, backbone.num_stages
         if own != other:
@@ -112,14 +110,14 @@ class DynamicViTPolicy(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicViTPolicy:
-        """Moves with the backbone, but stays in float32: rounding moves its decisions."""
+        """Follows moves to another device but not dtype: rounding would change decisions."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     def forward(self, view: View) -> Tensor:
         predictor = self.predictors[view.stage]
         everyone = torch.ones_like(view.token[:, 0])
         logits = predictor(view.token, view.image, len(view.alive), everyone)
-        # a sum is finite only where all its terms are, and asks the device but once
+        # a sum is finite only if all its terms are, and a GPU is waited for only once
         if not math.isfinite(logits.sum()):
             raise ValueError("the policy's logits are not finite: check its weights and the images")
         count = int(self.shares()[view.stage] * view.backbone.num_patches)

@@ -29,10 +29,13 @@ class TopK:
 
     Args:
         tokens: k for each stage.
-        score: "attention": class-token attention in the block before, the criterion of EViT (arXiv
-            2202.07800). "norm": length of the embedding. "brightness": mean pixel, a criterion for
-            bright things on dark ground, as digits are. "random": no criterion.
-        seed: of the random scores.
+        score: "attention": attention received from the class token in the block before, as in EViT
+            (arXiv 2202.07800). "norm": norm of the embedding. "brightness": mean pixel value, for
+            bright objects on dark ground such as digits. "random": random scores.
+        seed: seed of the random scores.
+
+    Raises:
+        ValueError: a negative number of tokens, or an unknown score.
     """
 
     macs_per_decision = 0
@@ -47,7 +50,7 @@ class TopK:
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def __call__(self, view: View) -> Tensor:
-        return keep_highest(view, self._scores(view), of_stage("tokens", self.tokens, view))
+        return keep_highest(view, self._scores(view), at_stage("tokens", self.tokens, view))
 
     def _scores(self, view: View) -> Tensor:
         if self.score == "attention":
@@ -63,14 +66,13 @@ class TopK:
 
 
 class AttentionThreshold:
-    """Keeps every patch that the class token paid attention enough in the block before: as many of
-    an image as there are.
+    """Keeps every patch that received enough attention from the class token in the block before.
 
-    The simplest rule with which images differ in length; before the first block, where nothing is
-    paid yet, all patches count as paid an even share.
+    It is the simplest rule that keeps different numbers of patches of different images. Before the
+    first block, all patches count as having received an even share.
 
     Args:
-        thresholds: the least attention for each stage; 1 is an even share among all patches of the
+        thresholds: lowest attention for each stage; 1 is an even share among all patches of the
             image.
     """
 
@@ -81,25 +83,25 @@ class AttentionThreshold:
         self.thresholds = _checked("thresholds", thresholds)
 
     def __call__(self, view: View) -> Tensor:
-        least = of_stage("thresholds", self.thresholds, view)
+        least = at_stage("thresholds", self.thresholds, view)
         return view.scatter(view.cls_attention >= least)
 
 
 class AdaptiveSampling:
-    """Adaptive Token Sampling, "ATS" (arXiv 2111.15667, section 3): patches are sampled by inverse
-    transform, so that few are kept where few hold all of the attention.
+    """Adaptive Token Sampling, "ATS" (arXiv 2111.15667, section 3).
 
-    Significances are normalised to a distribution over the living patches, and its cumulative sum
-    is read at the K fixed quantiles 1/2K, 3/2K, ..., (2K-1)/2K. A patch that several quantiles fall
-    on is kept once.
+    Patches are sampled by inverse transform, so that few are kept if few have all the attention.
+    The significance scores of the living patches are normalised to a distribution, whose cumulative
+    sum is read at the K fixed quantiles 1/2K, 3/2K, ..., (2K-1)/2K. A patch that contains several
+    quantiles is kept once.
 
-    What differs from the paper: there a patch's significance is its class attention times the
-    length of its value vector; values don't leave the block here, and attention stands alone. There
-    patches go between a block's attention and its MLP; here behind both, which leaves what survives
-    as it is, and costs a little more.
+    There are two differences from the paper. Its significance score is the class attention times
+    the norm of the value vector; here values don't leave the block, so it is the attention alone.
+    The paper removes patches between the attention and the MLP of a block, here they are removed
+    after both, which costs a little more and leaves the survivors unchanged.
 
     Args:
-        samples: K for each stage, at most so many patches are kept.
+        samples: K for each stage, an upper bound of the number of patches kept.
     """
 
     needs_attention = True
@@ -109,19 +111,26 @@ class AdaptiveSampling:
         self.samples = _checked("samples", samples)
 
     def __call__(self, view: View) -> Tensor:
-        count = of_stage("samples", self.samples, view)
+        count = at_stage("samples", self.samples, view)
         reached = view.scatter(view.cls_attention).cumsum(1)
         quantiles = (torch.arange(count, device=reached.device) + 0.5) / max(count, 1)
-        # the first patch with which the sum reaches the quantile: never one that adds nothing
+        # the first patch at which the sum reaches the quantile: never one without attention
         patch = torch.searchsorted(reached, reached[:, -1:] * quantiles)
-        # behind the last one where attention is not a number
+        # NaN attention would select an index after the last patch
         patch = patch.clamp(max=view.backbone.num_patches - 1)
         return torch.zeros_like(view.alive).scatter_(1, patch, True) & view.alive
 
 
 def keep_highest(view: View, scores: Tensor, count: int) -> Tensor:
-    """The ``count`` living patches of each image with the highest scores [R], or all where fewer
-    live: bool [B, N].
+    """Selects the ``count`` living patches of each image with the highest scores.
+
+    Args:
+        view: the patches.
+        scores: score of each living patch [R].
+        count: number of patches to select; all if fewer are alive.
+
+    Returns:
+        bool [B, N].
     """
     dense = torch.full(view.alive.shape, -torch.inf, device=view.alive.device)
     dense[view.alive] = scores
@@ -129,8 +138,8 @@ def keep_highest(view: View, scores: Tensor, count: int) -> Tensor:
     return torch.zeros_like(view.alive).scatter_(1, chosen, True) & view.alive
 
 
-def of_stage(name: str, numbers: Sequence[Number], view: View) -> Number:
-    """What is set for the view's stage; raises ValueError where not every stage has a number."""
+def at_stage(name: str, numbers: Sequence[Number], view: View) -> Number:
+    """The number for the view's stage; raises ValueError if there is not one for each stage."""
     stages = view.backbone.num_stages
     if len(numbers) != stages:
         raise ValueError(f"{name} for {len(numbers)} stages, the backbone has {stages}")

@@ -1,7 +1,7 @@
-"""How good pruning could be: patches go by what trying out to remove them does to the answer.
+"""An oracle that tries out which patches can go: an estimate of how good pruning could be.
 
-No policy, for it runs the model many times on the image that it prunes: an upper bound, not a
-strict one, to see how much is left to be learned.
+It is no policy, since it runs the model many times on the image that it prunes. It shows how much
+is left to learn, but is no strict upper bound.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from prunevit.envs.observations import View
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.tokens import Tokens
 
-PASSES_AT_ONCE = 512
+BATCH_SIZE = 512  # images in a forward pass
 
 
 class FixedKeep:
-    """A policy for one batch of images whose survivors are known.
+    """A policy for one batch of images, with given survivors.
 
     Args:
-        keep: bool [B, T, N].
+        keep: which patches survive each stage, bool [B, T, N].
     """
 
     needs_attention = False
@@ -38,22 +38,24 @@ class FixedKeep:
 
 
 class Oracle:
-    """Greedy backward elimination: at each stage, rounds in which every living patch is left out in
-    turn and those go whose absence does the least harm, until as many are left as wanted.
+    """Greedy backward elimination of patches.
 
-    Harm is what it costs of the true class's probability where labels are given: then an answer can
-    become right that was wrong, and accuracy exceed the dense model's. Where they are not, it is
-    the divergence from the dense model's answer, KL(dense, pruned). While a stage's patches are
-    chosen, later stages prune nothing.
+    A stage takes several rounds. Each leaves out every living patch in turn, and then removes the
+    patches whose absence does the least harm, until the wanted number is left. Later stages prune
+    nothing meanwhile.
+
+    With labels, harm is the loss of log-probability of the true class. Predictions can then change
+    from wrong to right, and accuracy can exceed that of the dense model. Without labels, it is
+    KL(dense || pruned).
 
     Args:
         backbone: the staged ViT, in packed execution.
-        tokens: patches of every image to keep at each stage.
-        share: of the living patches that go in a round, one at least. Less is greedier, better and
-            slower: 0 removes one patch a round.
+        tokens: number of patches of every image to keep at each stage.
+        share: share of the living patches removed in a round, at least one patch. A smaller share
+            is better and slower; 0 removes one patch a round.
 
     Raises:
-        ValueError: not a number of tokens for each stage, or a share outside of 0..1.
+        ValueError: ``tokens`` has not one number for each stage, or ``share`` is not in [0, 1).
     """
 
     def __init__(self, backbone: StagedViT, tokens: Sequence[int], share: float = 1 / 3) -> None:
@@ -69,19 +71,19 @@ class Oracle:
         self.share = share
 
     def trace(self, images: Tensor, labels: Tensor | None = None) -> Trace:
-        """The images pruned so; what the search costs is not counted."""
+        """Classifies the pruned images; the cost of the search is not counted."""
         keep = self.keep(images, labels)
         return PrunedViT(self.backbone, FixedKeep(keep)).trace(images)
 
     @torch.no_grad()
     def keep(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Who survives each stage, bool [B, T, N].
+        """Searches the patches that survive each stage, bool [B, T, N].
 
         Args:
             images: float [B, C, H, W].
             labels: the true classes, int64 [B].
         """
-        at_once = max(1, PASSES_AT_ONCE // self.backbone.num_patches)
+        at_once = max(1, BATCH_SIZE // self.backbone.num_patches)
         parts = images.split(at_once)
         known = [None] * len(parts) if labels is None else labels.split(at_once)
         return torch.cat([self._keep(*part) for part in zip(parts, known, strict=True)])
@@ -93,10 +95,10 @@ class Oracle:
         dense = self._answers(tokens, alive, 0)
         history = []
         for stage, wanted in enumerate(self.tokens):
-            left = int(alive[0].sum())  # every image has as many
+            left = int(alive[0].sum())  # the same for every image
             while left > wanted:
                 going = min(left - wanted, max(1, math.floor(self.share * left)))
-                # patches that live, of each image [B, left]
+                # living patches of each image [B, left]
                 patch = alive.nonzero()[:, 1].view(len(images), left)
                 without = alive.repeat_interleave(left, 0).scatter(1, patch.view(-1, 1), False)
                 answers = self._answers(tokens.repeat(left), without, stage)
@@ -110,14 +112,14 @@ class Oracle:
         return torch.stack(history, dim=1)
 
     def _answers(self, tokens: Tokens, keep: Tensor, stage: int) -> Tensor:
-        """Log-probabilities where ``keep`` survive the stage and nobody is pruned after it."""
+        """Log-probabilities if ``keep`` survives the stage and later stages prune nothing."""
         for later in range(stage, self.backbone.num_stages):
             tokens = self.backbone.advance(tokens, keep, later, with_attention=False)
         return self.backbone.finish(tokens).log_softmax(-1)
 
 
 def _harm(answers: Tensor, dense: Tensor, labels: Tensor | None) -> Tensor:
-    """What each of an image's answers [B, n, classes] has lost, [B, n]."""
+    """The harm of each of an image's n log-probabilities [B, n, classes], as [B, n]."""
     if labels is not None:
         return -answers.gather(2, labels.view(-1, 1, 1).expand(-1, answers.shape[1], 1)).squeeze(2)
     told = dense[:, None]

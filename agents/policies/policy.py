@@ -1,4 +1,4 @@
-"""What decides: the ``Policy`` protocol."""
+"""The ``Policy`` protocol."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from prunevit.envs.observations import View
 
 @runtime_checkable
 class Policy(Protocol):
-    """Decides at every stage which living patches stay.
+    """Decides at every stage which patches stay.
 
     Attributes:
-        needs_attention: whether it reads ``cls_attention``, which costs a little to observe.
-        macs_per_decision: multiply-accumulates that one decision on one living patch costs.
+        needs_attention: whether it reads ``cls_attention``, which costs a little compute.
+        macs_per_decision: multiply-accumulates of one decision on one living patch.
     """
 
     needs_attention: bool
     macs_per_decision: int
 
     def __call__(self, view: View) -> Tensor:
-        """Keep, bool [B, N]; of no meaning for patches that are gone."""
+        """Returns which patches stay, bool [B, N]; ignored for patches that are gone."""
         ...

@@ -12,7 +12,7 @@ import torch
 from pettingzoo import ParallelEnv
 from torch import Tensor
 
-from prunevit.envs.batched.pettingzoo import make_pettingzoo
+from prunevit.envs.batched.make_pettingzoo import make_pettingzoo
 
 EVALUATION_SEED = 987_654_321  # of the first episode; each next episode adds one
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from prunevit.agents.pruned_vit import PrunedViT
-from prunevit.agents.saving import RUN_WEIGHTS
+from prunevit.agents.run_reader import RUN_WEIGHTS
 from prunevit.benchmarks.methods.learned import (
     check_settings,
     shared_settings,

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from prunevit.agents.policies.actor_critic import LearnedPolicy
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
+from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.pruned_vit import PrunedViT
-from prunevit.agents.saving import RUN_WEIGHTS
+from prunevit.agents.run_reader import RUN_WEIGHTS
 from prunevit.benchmarks.methods.recipes import Recipe
 from prunevit.benchmarks.protocol import Benchmark, Knobs, Method, UnreachableError, bisect
 from prunevit.benchmarks.records import differences

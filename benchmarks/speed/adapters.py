@@ -15,7 +15,7 @@ from prunevit.envs.adapters.common import GameArguments
 from prunevit.envs.adapters.epymarl import TokenPruneAgents
 from prunevit.envs.adapters.gymnasium import TokenPruneVector
 from prunevit.envs.adapters.sb3 import TokenVecEnv
-from prunevit.envs.data.datasets import ImageSet
+from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.game import TokenGame
 from prunevit.envs.token_prune import TokenPruneEnv
 from prunevit.envs.vit.staged_vit import StagedViT

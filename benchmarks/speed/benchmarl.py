@@ -13,7 +13,7 @@ from torch import nn
 from prunevit.benchmarks.speed.timed_trainer import Figures
 from prunevit.envs.adapters.benchmarl import TokenPruneTask
 from prunevit.envs.adapters.torchrl import GROUP
-from prunevit.envs.data.datasets import ImageSet
+from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.rewards import make_reward
 from prunevit.extras import needs
 from prunevit.trainers.benchmarl import BenchmarlConfig, make_experiment

@@ -25,9 +25,11 @@ from prunevit.benchmarks.speed.adapters import BARE, adapters, decisions_of
 from prunevit.benchmarks.speed.timed_trainer import bare_forward
 from prunevit.envs.batched.protocol import Observations
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
-from prunevit.envs.data.datasets import ImageSet, open_images
+from prunevit.envs.data.datasets import open_images
+from prunevit.envs.data.image_set import ImageSet
+from prunevit.envs.devices import pick_device
 from prunevit.envs.game import TokenGame
-from prunevit.envs.token_prune import TokenPruneEnv, pick_device
+from prunevit.envs.token_prune import TokenPruneEnv
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common.checkpoint import write_json

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prunevit.agents.policies.actor_critic import TokenActor
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
-from prunevit.envs.data.datasets import ImageSet
+from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.game import Stage, TokenGame
 from prunevit.envs.rewards import make_reward
 from prunevit.envs.vit.staged_vit import StagedViT

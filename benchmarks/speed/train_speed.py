@@ -38,7 +38,8 @@ from prunevit.benchmarks.machine import MIB, peak_memory
 from prunevit.benchmarks.markdown import markdown_table
 from prunevit.benchmarks.noise_images import NoiseImages
 from prunevit.benchmarks.speed.timed_trainer import Figures, TimedTrainer
-from prunevit.envs.data.datasets import ImageSet, open_images
+from prunevit.envs.data.datasets import open_images
+from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.digits_vit import DIGITS_VIT
 from prunevit.trainers.common.checkpoint import write_json

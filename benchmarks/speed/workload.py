@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from timm.data import resolve_model_data_config
 from torch import Tensor
 
-from prunevit.agents.policies.actor_critic import LearnedPolicy, TokenActor
+from prunevit.agents.policies.actor_critic import TokenActor
+from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.policies.policy import Policy
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.envs.data.datasets import open_images
-from prunevit.envs.observations import DEFAULT_FIELDS, View, field_slices
+from prunevit.envs.fields import DEFAULT_FIELDS, field_slices
+from prunevit.envs.observations import View
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common.config import MappoConfig

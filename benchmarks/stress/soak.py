@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from prunevit.benchmarks.machine import MIB
 from prunevit.benchmarks.noise_images import NoiseImages
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
-from prunevit.envs.data.datasets import ClutteredDigits
+from prunevit.envs.data.cluttered_digits import ClutteredDigits
 from prunevit.envs.data.digits import IMAGE_SIZE
 from prunevit.envs.game import TokenGame
 from prunevit.envs.token_prune import TokenPruneEnv

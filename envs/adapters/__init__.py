@@ -1,0 +1,1 @@
+"""The game for other RL libraries, one module for each."""

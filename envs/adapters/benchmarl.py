@@ -1,7 +1,7 @@
-"""BenchMARL: the game as a task for its experiments, on the native TorchRL environment.
+"""BenchMARL: the game as a task, on the native TorchRL environment.
 
-BenchMARL passes action masks to policies only where a task declares them; this one does, so that a
-pruned token can only go on pruning, which no gradient of a policy comes from.
+The task declares action masks, so BenchMARL passes them to policies: a pruned token can only prune,
+and contributes no gradient to a policy.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ with needs("benchmarl"):
     from torchrl.envs import EnvBase, Transform
 
 
-class Normalised(Transform):
-    """Observations and states to mean 0 and variance 1 over their features: the embeddings of a
-    ViT are far from unit size. Zeros stay zeros.
+class LayerNormObservations(Transform):
+    """Normalises observations and states to mean 0 and variance 1 over their features.
+
+    The embeddings of a ViT are far from unit scale. Zeros stay zeros.
     """
 
     def __init__(self) -> None:
@@ -39,11 +40,11 @@ class Normalised(Transform):
 
 
 class TokenPruneTask(TaskClass):
-    """Pruning tokens, for ``benchmarl.experiment.Experiment``.
+    """Token pruning as a task for ``benchmarl.experiment.Experiment``.
 
     Args:
-        name: as BenchMARL's logs call it.
-        config: arguments of ``TokenPruneEnv`` but for its device, which is the experiment's.
+        name: name of the task in BenchMARL's logs.
+        config: arguments of ``TokenPruneEnv``, except for the device, which is the experiment's.
     """
 
     def __init__(self, name: str = "token_prune", config: dict[str, Any] | None = None) -> None:
@@ -55,7 +56,7 @@ class TokenPruneTask(TaskClass):
 
     @staticmethod
     def log_info(batch: TensorDictBase) -> dict[str, float]:
-        """Accuracy and cost of the episodes that ended, policy not included."""
+        """Accuracy, and GMACs without the policy, of the episodes that ended."""
         ended = batch.get(("next", "done"))
         facts = batch.get(("next", "info"))
         return {
@@ -104,11 +105,11 @@ class TokenPruneTask(TaskClass):
         return env.full_action_spec_unbatched
 
     def get_env_transforms(self, env: EnvBase) -> list[Transform]:
-        return [Normalised()]
+        return [LayerNormObservations()]
 
 
 def _only(spec: Composite, key: str | tuple[str, str]) -> Composite:
-    """``spec`` with one of its leaves."""
+    """``spec`` reduced to one of its leaves."""
     kept = spec.clone()
     names = {key} if isinstance(key, str) else {key[0]}
     for name in set(kept.keys()) - names:

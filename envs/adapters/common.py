@@ -1,4 +1,4 @@
-"""What all adapters do: open the game, hand its tensors out, and let go of it."""
+"""What adapters share: they open a game, pass its tensors on, and close it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
-from prunevit.envs.data.datasets import ImageSet
 from prunevit.envs.data.digits import Split
+from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.game import GameError
 from prunevit.envs.rewards import Reward
 from prunevit.envs.token_prune import TokenPruneEnv
@@ -19,7 +19,7 @@ from prunevit.envs.vit.staged_vit import Execution
 
 
 class GameArguments(TypedDict, total=False):
-    """Which game is played: arguments of ``TokenPruneEnv``, with its defaults."""
+    """Arguments of ``TokenPruneEnv``, with its defaults, that adapters take too."""
 
     backbone: str | nn.Module
     dataset: str | ImageSet
@@ -32,11 +32,14 @@ class GameArguments(TypedDict, total=False):
 
 
 class GameHandle:
-    """The game behind an adapter, until the adapter is closed: then nothing holds the backbone.
+    """Holds the game of an adapter until the adapter is closed, so that its memory is freed then.
 
     Args:
-        num_envs: images at once.
+        num_envs: number of images played at once.
         arguments: ``GameArguments``.
+
+    Raises:
+        TypeError: an argument is unknown.
     """
 
     def __init__(self, num_envs: int, arguments: Mapping[str, Any]) -> None:
@@ -53,20 +56,20 @@ class GameHandle:
         """The game.
 
         Raises:
-            GameError: it was closed.
+            GameError: the adapter was closed.
         """
         if self._env is None:
             raise GameError("the environment is closed")
         return self._env
 
     def close(self) -> None:
-        """Lets go of the backbone and of all tensors; once is enough."""
+        """Frees the backbone and all tensors. A second call does nothing."""
         if self._env is not None:
             self._env.close()
             self._env = None
 
 
 def to_numpy(values: Tensor) -> NDArray[Any]:
-    """An array that can be written on; on the CPU it shares the tensor's memory."""
-    # the zeros after an episode's end are one number in memory
+    """Converts to a writable array, which on the CPU shares the tensor's memory."""
+    # the zeros after the end of an episode share one number in memory
     return values.cpu().contiguous().numpy()

@@ -1,4 +1,4 @@
-"""EPyMARL: the game in the form that its ``gymma`` environment takes.
+"""EPyMARL: the game as an environment for its ``gymma`` wrapper.
 
 ``--env-config=gymma with env_args.key="prunevit.envs:prunevit/TokenPruneAgents-v0"``. EPyMARL's
 own PettingZoo wrapper replaces the rewards of an episode's last step by zeros; this one does not.
@@ -19,16 +19,15 @@ from prunevit.envs.adapters.common import (
     GameHandle,
     to_numpy,
 )
+from prunevit.envs.batched.inputs import image_indices, to_actions
 from prunevit.envs.batched.protocol import Observations
-from prunevit.envs.batched.token_prune import image_indices, to_actions
 
 
 class TokenPruneAgents(gymnasium.Env[tuple[NDArray[np.float32], ...], Sequence[int]]):
-    """One image an episode; N agents that all stay to its end: observations, actions and rewards
-    are tuples of N.
+    """One image an episode, with tuples of N observations, actions and rewards.
 
-    A pruned token observes zeros and goes on being paid; EPyMARL passes no masks, so whatever it
-    does is ignored. Infos are numbers, of the kind that EPyMARL averages over episodes.
+    All agents stay until the end. A pruned token observes zeros, its actions are ignored, and it
+    still gets rewards. Infos are numbers, which EPyMARL averages over episodes.
 
     Args:
         game: arguments of ``TokenPruneEnv``.
@@ -50,14 +49,12 @@ class TokenPruneAgents(gymnasium.Env[tuple[NDArray[np.float32], ...], Sequence[i
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[tuple[NDArray[np.float32], ...], dict[str, Any]]:
-        """Begins an episode on an image that ``seed`` draws, or on ``options["indices"]``, which
-        is one.
-        """
+        """Begins an episode on an image drawn with ``seed``, or on ``options["indices"]`` [1]."""
         super().reset(seed=seed)
         observed = self._held.env.reset(seed, indices=image_indices(options))
         return _each(observed), {}
 
-    # gymma takes a reward for each agent
+    # gymma expects a reward for each agent
     def step(  # type: ignore[override]
         self, actions: Sequence[int]
     ) -> tuple[tuple[NDArray[np.float32], ...], tuple[float, ...], bool, bool, dict[str, Any]]:

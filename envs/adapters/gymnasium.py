@@ -25,13 +25,10 @@ from prunevit.envs.adapters.common import (
     GameHandle,
     to_numpy,
 )
+from prunevit.envs.batched.inputs import image_indices, to_actions
+from prunevit.envs.batched.lazy_observations import action_mask
 from prunevit.envs.batched.protocol import Observations
-from prunevit.envs.batched.token_prune import (
-    BatchedTokenPrune,
-    action_mask,
-    image_indices,
-    to_actions,
-)
+from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.game import GameError
 from prunevit.envs.rendering import denormalise, strip_of_episode
 

@@ -1,8 +1,8 @@
-"""RLlib, current API stack: every token is an agent of a policy that all share.
+"""RLlib, current API stack: every token is an agent, and all agents share a policy.
 
-A pruned token is not asked again: it gets no more observations, but RLlib's episodes add to its
-last action whatever it is still paid until the episode's end. So what the learner receives of a
-token is its decisions while it lived and all that the game paid it; nothing needs a mask.
+A pruned token gets no more observations and is not asked again. RLlib adds the rewards that it
+still gets to its last action. So the learner receives a token's decisions while it was alive and
+all of its rewards, and no mask is needed.
 
 ``TokenPruneMulti`` is the plain ``MultiAgentEnv``, one image at a time. ``TokenEnvRunner`` plays
 all images of an RLlib runner at once on the tensor game::
@@ -25,8 +25,8 @@ from gymnasium.spaces import Dict as DictSpace
 from numpy.typing import NDArray
 
 from prunevit.envs.adapters.common import GameHandle, to_numpy
+from prunevit.envs.batched.inputs import image_indices, to_actions
 from prunevit.envs.batched.protocol import Observations
-from prunevit.envs.batched.token_prune import image_indices, to_actions
 from prunevit.extras import needs
 
 with needs("rllib"):
@@ -46,9 +46,9 @@ ALL, COMMON = "__all__", "__common__"
 
 
 class _Images:
-    """B images whose values are handed out as RLlib's dictionaries, one an image.
+    """B images with their values in RLlib's dictionaries, one for each image.
 
-    Of tokens that are pruned there is the reward alone.
+    Pruned tokens have a reward only.
     """
 
     def __init__(self, num_envs: int, arguments: Mapping[str, Any]) -> None:
@@ -81,7 +81,7 @@ class _Images:
         self._alive = to_numpy(transition.observations.alive)
         rewards = [dict(zip(self.agents, row, strict=True)) for row in transition.reward.tolist()]
         return (
-            # an episode's last observation is never learned from, but RLlib wants there to be one
+            # RLlib wants a last observation of an episode, although nothing learns from it
             self._seen(transition.observations, acted if over else self._alive),
             rewards,
             [{ALL: over} for _ in rewards],
@@ -97,7 +97,7 @@ class _Images:
         ]
 
     def _facts(self) -> list[PerAgent]:
-        """Infos, under RLlib's name for what concerns all: ``correct`` and ``gmacs`` at the end."""
+        """Infos ``correct`` and ``gmacs`` at the end, under RLlib's key for all agents."""
         outcome = self.held.env.outcome
         if outcome is None:
             return [{} for _ in self._alive]
@@ -108,12 +108,12 @@ class _Images:
 
 
 class TokenPruneMulti(MultiAgentEnv):
-    """One image an episode; rewards are all tokens', observations those of the living.
+    """One image an episode, with rewards of all tokens and observations of those alive.
 
     Infos have ``correct`` and ``gmacs`` at the end, under ``__common__``.
 
     Args:
-        config: arguments of ``TokenPruneEnv``, as ``env_config`` has them.
+        config: arguments of ``TokenPruneEnv``; RLlib passes ``env_config``.
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
@@ -126,9 +126,7 @@ class TokenPruneMulti(MultiAgentEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[PerAgent, PerAgent]:
-        """Begins an episode on an image that ``seed`` draws, or on ``options["indices"]``, which
-        is one.
-        """
+        """Begins an episode on an image drawn with ``seed``, or on ``options["indices"]`` [1]."""
         seen, infos = self._images.begin(seed, options)
         return seen[0], infos[0]
 
@@ -143,7 +141,7 @@ class TokenPruneMulti(MultiAgentEnv):
 
 
 class _Spaces(MultiAgentEnv):
-    """What RLlib asks each of a vector's environments for: agents and spaces, and no more."""
+    """The agents and spaces that RLlib asks each environment of a vector for."""
 
     def __init__(self, images: _Images) -> None:
         super().__init__()
@@ -153,9 +151,9 @@ class _Spaces(MultiAgentEnv):
 
 
 class TokenPruneMultiVector(VectorMultiAgentEnv):
-    """What ``TokenPruneMulti`` returns, for B images that are played at once, in lists.
+    """Returns lists of what ``TokenPruneMulti`` returns, for B images that are played at once.
 
-    The step after an episode's last one resets, whatever the actions: RLlib's own convention.
+    As RLlib expects, the step after the last step of an episode ignores its actions and resets.
 
     Args:
         num_envs: B.
@@ -177,7 +175,7 @@ class TokenPruneMultiVector(VectorMultiAgentEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[list[PerAgent], list[PerAgent]]:
-        """Begins episodes on images that ``seed`` draws, or on the B of ``options["indices"]``."""
+        """Begins episodes on images drawn with ``seed``, or on ``options["indices"]`` [B]."""
         self._over = False
         return self._images.begin(seed, options)
 
@@ -197,11 +195,10 @@ class TokenPruneMultiVector(VectorMultiAgentEnv):
 
 
 class TokenEnvRunner(MultiAgentEnvRunner):
-    """RLlib's own runner, but its ``num_envs_per_env_runner`` images are one batch on the game's
-    tensors: RLlib itself can only make copies of an environment and step them in turn.
+    """RLlib's runner with its ``num_envs_per_env_runner`` images as one batch of tensors.
 
-    ``environment`` must name ``TokenPruneMulti``; ``env_config`` has arguments of
-    ``TokenPruneEnv``.
+    RLlib's own runner steps copies of an environment one after the other. ``environment`` must be
+    ``TokenPruneMulti``, and ``env_config`` has arguments of ``TokenPruneEnv``.
     """
 
     env: TokenPruneMultiVector | None = None
@@ -217,8 +214,10 @@ class TokenEnvRunner(MultiAgentEnvRunner):
     def _try_env_reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, Any]:
-        """RLlib's, but only the first reset is seeded: with whole episodes RLlib hands its seed to
-        every round anew, and the same images would be played for ever.
+        """Resets as RLlib does, but uses the seed only the first time.
+
+        With whole episodes RLlib passes its seed to every reset, which would play the same images
+        for ever.
         """
         first, self._seeded = not self._seeded, True
         return super()._try_env_reset(seed=seed if first else None, options=options)
@@ -226,10 +225,10 @@ class TokenEnvRunner(MultiAgentEnvRunner):
     def _increase_sampled_metrics(
         self, num_steps: int, next_obs: PerAgent, episode: MultiAgentEpisode
     ) -> int:
-        """RLlib's, with one count for all agents: a count for each takes longer than the game.
+        """Counts steps as RLlib does, but all agents at once, since one by one is slow.
 
-        Pruned tokens count, since they are paid: so a round always has images x tokens x stages
-        steps of agents, and a batch of that size is one round, however many were pruned.
+        Pruned tokens count too. So a round always has images x tokens x stages agent steps, and a
+        batch of that size is one round, however many tokens were pruned.
         """
         assert self.env is not None
         agents = self.env.envs[0].possible_agents

@@ -1,10 +1,9 @@
-"""Stable-Baselines3: every token of every image is one environment of a policy that all share.
+"""Stable-Baselines3: every token of every image is one environment, and all share a policy.
 
-SB3 knows no agents that leave. A pruned token therefore stays to the end of the episode: it
-observes zeros, whatever it does is ignored, and it goes on being paid. What it was paid after it
-had been pruned is owed to the decision by which it was, but its steps are no decisions: from zeros
-nothing can be learned, and a value that is bootstrapped from them is the same for every image. The
-buffers below see to both: they credit the reward to the last decision and leave the rest out.
+SB3 has no agents that leave. A pruned token therefore stays until the end of the episode: it
+observes zeros, its actions are ignored, and it still gets rewards. These belong to the decision
+that pruned it. Its later steps are no decisions, and nothing can be learned from their zeros. The
+buffers here credit the rewards to the last decision and leave the later steps out.
 """
 
 from __future__ import annotations
@@ -26,18 +25,19 @@ from prunevit.envs.adapters.common import (
     GameHandle,
     to_numpy,
 )
+from prunevit.envs.batched.inputs import image_indices, to_actions
 from prunevit.envs.batched.protocol import Observations
-from prunevit.envs.batched.token_prune import image_indices, to_actions
 
 
 class TokenVecEnv(VecEnv):
-    """B images of N tokens as B * N environments, token after token, image after image.
+    """B images of N tokens as B * N environments, ordered by image and token.
 
-    Infos say ``pruned`` where a token had been pruned before the step. Those of the last step have
-    ``terminal_observation``, zeros, and the first token of each image its ``correct``, ``gmacs``
-    and, as SB3's monitor would, ``episode`` with the mean return of its tokens.
+    ``info["pruned"]`` says whether a token had been pruned before the step. Infos of the last step
+    have ``terminal_observation``, which is zero. The first token of each image also has
+    ``correct``, ``gmacs`` and, as from SB3's monitor, ``episode`` with the mean return of the
+    tokens.
 
-    ``env.set_options({"indices": [...]})`` names the B images of the next ``reset``.
+    ``env.set_options({"indices": [...]})`` chooses the B images of the next ``reset``.
 
     Args:
         num_images: B.
@@ -56,9 +56,9 @@ class TokenVecEnv(VecEnv):
         )
         self.device = env.device
         self._begun = time.monotonic()
-        self._nothing_seen = np.zeros(size, np.float32)
+        self._no_observation = np.zeros(size, np.float32)
         self._alive = torch.zeros(0, dtype=torch.bool)
-        self._paid = torch.zeros(0)
+        self._returns = torch.zeros(0)
         self._actions: Tensor | None = None
 
     def reset(self) -> NDArray[np.float32]:
@@ -81,7 +81,7 @@ class TokenVecEnv(VecEnv):
         observed = transition.observations
         self._actions = None
         self._alive = observed.alive
-        self._paid = self._paid + transition.reward
+        self._returns = self._returns + transition.reward
         over = env.outcome is not None
         infos = self._last_infos(acted) if over else _marked(acted, {})
         if over:
@@ -97,7 +97,7 @@ class TokenVecEnv(VecEnv):
         self._held.close()
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """bool [B * N, 2]: a pruned token may only prune."""
+        """Allowed actions, bool [B * N, 2]: a pruned token may only prune."""
         alive = self._rows(self._alive)
         return np.stack([np.ones_like(alive), alive], axis=1)
 
@@ -122,7 +122,7 @@ class TokenVecEnv(VecEnv):
     def _begin(self, seed: int | None, indices: Any) -> Observations:
         observed = self._held.env.reset(seed, indices=indices)
         self._alive = observed.alive
-        self._paid = torch.zeros(observed.alive.shape, device=observed.alive.device)
+        self._returns = torch.zeros(observed.alive.shape, device=observed.alive.device)
         return observed
 
     def _rows(self, values: Tensor) -> NDArray[Any]:
@@ -132,32 +132,32 @@ class TokenVecEnv(VecEnv):
     def _last_infos(self, acted: Tensor) -> list[dict[str, Any]]:
         env = self._held.env
         assert env.outcome is not None
-        infos = _marked(acted, {"terminal_observation": self._nothing_seen})
+        infos = _marked(acted, {"terminal_observation": self._no_observation})
         seconds = round(time.monotonic() - self._begun, 6)
-        facts = (env.outcome.correct, env.outcome.gmacs, self._paid.mean(1))
-        for image, (correct, gmacs, paid) in enumerate(
+        facts = (env.outcome.correct, env.outcome.gmacs, self._returns.mean(1))
+        for image, (correct, gmacs, mean_return) in enumerate(
             zip(*(fact.tolist() for fact in facts), strict=True)
         ):
             first = image * self.num_tokens
             infos[first] = infos[first] | {
                 "correct": correct,
                 "gmacs": gmacs,
-                "episode": {"r": paid, "l": env.game.num_stages, "t": seconds},
+                "episode": {"r": mean_return, "l": env.game.num_stages, "t": seconds},
             }
         return infos
 
 
 def _marked(acted: Tensor, info: dict[str, Any]) -> list[dict[str, Any]]:
-    """``info`` for each token with whether it had been pruned before; only two dictionaries, since
-    making one for each of thousands of tokens would take longer than the game.
+    """A list with ``info`` and ``pruned`` for each token.
+
+    It refers to only two dictionaries, since making thousands would take longer than the game.
     """
     kinds = np.array([info | {"pruned": True}, info | {"pruned": False}], dtype=object)
     return kinds[to_numpy(acted.flatten()).astype(np.intp)].tolist()
 
 
 class TokenRolloutBuffer(RolloutBuffer):
-    """The rollout buffer of ``PPO`` and ``A2C`` for ``TokenVecEnv``: minibatches hold decisions of
-    living tokens only.
+    """Rollout buffer of ``PPO`` and ``A2C`` for ``TokenVecEnv``, with decisions of living tokens.
 
     Pass it as ``rollout_buffer_class``, with ``n_steps`` a multiple of the number of stages.
     """
@@ -172,15 +172,15 @@ class TokenRolloutBuffer(RolloutBuffer):
     )
 
     def compute_returns_and_advantage(self, last_values: Tensor, dones: NDArray[np.bool_]) -> None:
-        """SB3's, after what pruned tokens were paid has been moved to their last decisions.
+        """Computes returns as SB3 does, with rewards of pruned tokens moved to their last decision.
 
         Raises:
-            ValueError: the rollout ends amid an episode.
+            ValueError: the rollout ends within an episode.
         """
         if not dones.all():
             raise ValueError(
-                f"n_steps={self.buffer_size} ends amid an episode, when it is not known yet what "
-                "pruned tokens will be paid: take a multiple of the number of stages"
+                f"n_steps={self.buffer_size} ends within an episode, when the later rewards of "
+                "pruned tokens are not known: take a multiple of the number of stages"
             )
         living: NDArray[np.bool_] = np.any(self.observations, axis=-1)  # [n_steps, n_envs]
         self._living = living
@@ -192,7 +192,7 @@ class TokenRolloutBuffer(RolloutBuffer):
         super().compute_returns_and_advantage(last_values, dones)
 
     def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:
-        """Minibatches of the living tokens' decisions in random order."""
+        """Yields minibatches of the living tokens' decisions in random order."""
         assert self.full
         if not self.generator_ready:
             living = self.swap_and_flatten(self._living)[:, 0]
@@ -201,29 +201,30 @@ class TokenRolloutBuffer(RolloutBuffer):
             self.generator_ready = True
         count = len(self.observations)
         order = np.random.permutation(count)
-        # of nearly one size: a last one of a single decision would have no spread to be divided by
+        # of nearly equal size: a single decision has no standard deviation to normalise by
         for chosen in np.array_split(order, -(-count // (batch_size or count))):
             yield self._get_samples(chosen)
 
 
 class TokenReplayBuffer(ReplayBuffer):
-    """The replay buffer of ``DQN`` for ``TokenVecEnv``: holds decisions of living tokens only, each
-    from the end of its episode on, when all that it brought is known.
+    """Replay buffer of ``DQN`` for ``TokenVecEnv``, with decisions of living tokens.
+
+    Decisions are stored at the end of their episode, when all of their rewards are known.
 
     Pass it as ``replay_buffer_class``.
 
     Args:
         gamma: the algorithm's discount.
-        buffer_size: decisions that it holds.
-        args: SB3's other arguments.
-        n_envs: rows of a step.
-        kwargs: SB3's other arguments.
+        buffer_size: capacity in decisions.
+        args: further arguments of ``ReplayBuffer``.
+        n_envs: number of environments, B * N.
+        kwargs: further arguments of ``ReplayBuffer``.
     """
 
     def __init__(
         self, buffer_size: int, *args: Any, gamma: float, n_envs: int = 1, **kwargs: Any
     ) -> None:
-        # any number of tokens live at a step: the decisions stand in a single row of environments
+        # the number of living tokens varies, so decisions are stored as those of one environment
         kwargs["n_envs"] = 1
         super().__init__(buffer_size, *args, **kwargs)
         self.gamma = gamma
@@ -241,7 +242,7 @@ class TokenReplayBuffer(ReplayBuffer):
         self._episode.append((obs, next_obs, action.reshape(len(obs), -1), reward))
         if not done.all():
             return
-        later = np.zeros_like(reward)  # what those that are pruned next will still be paid
+        later = np.zeros_like(reward)  # rewards that pruned tokens still get
         for seen, following, chosen, paid in reversed(self._episode):
             total = paid + self.gamma * later
             living, ended = seen.any(axis=-1), ~following.any(axis=-1)

@@ -1,4 +1,4 @@
-"""sb3-contrib's ``MaskablePPO`` on ``TokenVecEnv``: the masks stop pruned tokens from keeping."""
+"""sb3-contrib: the rollout buffer for ``MaskablePPO`` on ``TokenVecEnv``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """TorchRL: B images at once as one ``EnvBase``, on the game's own tensors.
 
-All tokens are one group, ``token``. A pruned token stays to the end of the episode: it observes
-zeros, may only prune, and goes on being paid. Its ``mask`` says so, in the place where TorchRL's
-own ``PettingZooWrapper`` says it.
+All tokens are one group, ``token``. A pruned token stays until the end of the episode: it observes
+zeros, may only prune, and still gets rewards. Its ``mask`` is False, as in TorchRL's own
+``PettingZooWrapper``.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from prunevit.envs.adapters.common import GameArguments, GameHandle
+from prunevit.envs.batched.inputs import to_actions
 from prunevit.envs.batched.protocol import Observations
-from prunevit.envs.batched.token_prune import BatchedTokenPrune, to_actions
+from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.extras import needs
 
 with needs("torchrl"):
@@ -27,16 +28,23 @@ GROUP = "token"
 
 
 class TokenPruneTorchRL(EnvBase):
-    """B images of N tokens, whose episodes all end together.
+    """B images of N tokens as one environment of batch size [B]; all episodes end together.
 
-    Batch size [B]. Of the group ``token``, each [B, N, ...]: ``observation`` float32, zeros where
-    pruned; ``action_mask`` bool [.., 2]; ``mask`` bool, who lives; ``action`` int64, 1 keeps and 0
-    prunes, ignored where pruned; ``reward`` float32 [.., 1]. At the root: ``state`` float32
-    [B, D_state] for central critics, ``done`` and ``terminated`` bool [B, 1], and ``info`` with
-    the image's ``index`` and ``label`` and, zero until the end, ``correct`` and ``gmacs`` (policy
-    not included), each [B, 1].
+    Entries of the group ``token``, each [B, N, ...]:
 
-    ``reset(indices=[...])`` names the B images instead of drawing them.
+    - ``observation``: float32 [.., D_obs], zeros for pruned tokens.
+    - ``action_mask``: bool [.., 2]. ``mask``: whether the token is alive, bool.
+    - ``action``: int64, 1 keeps and 0 prunes; ignored for pruned tokens.
+    - ``reward``: float32 [.., 1].
+
+    Entries at the root:
+
+    - ``state``: for central critics, float32 [B, D_state].
+    - ``done`` and ``terminated``: bool [B, 1].
+    - ``info``: ``index`` and ``label`` of the image and, zero until the end, ``correct`` and
+      ``gmacs`` (without the policy), each [B, 1].
+
+    ``reset(indices=[...])`` chooses the B images instead of drawing them.
 
     Args:
         num_envs: B.
@@ -44,7 +52,7 @@ class TokenPruneTorchRL(EnvBase):
 
     Attributes:
         num_stages: steps of an episode.
-        group_map: the tokens' names, by group.
+        group_map: names of the tokens by group.
     """
 
     def __init__(self, num_envs: int = 64, **game: Unpack[GameArguments]) -> None:
@@ -59,10 +67,10 @@ class TokenPruneTorchRL(EnvBase):
         self.is_closed = False
 
     def to(self, device: str | torch.device) -> TokenPruneTorchRL:
-        """Itself.
+        """Returns itself.
 
         Raises:
-            ValueError: another device than the one that the game was made on.
+            ValueError: ``device`` is not the device that the game was made on.
         """
         wanted = torch.empty(0, device=device).device
         if wanted != self.device:
@@ -72,7 +80,7 @@ class TokenPruneTorchRL(EnvBase):
         return self
 
     def close(self, *, raise_if_closed: bool = True) -> None:
-        """Lets go of the backbone; once is enough."""
+        """Frees the backbone. A second call does nothing."""
         self._held.close()
         super().close(raise_if_closed=raise_if_closed)
 
@@ -130,7 +138,7 @@ class TokenPruneTorchRL(EnvBase):
                 "state": observed.state,
                 "info": info,
                 "done": done,
-                # losses may write on one of them
+                # a copy, since losses may write to one of them
                 "terminated": done.clone(),
             },
             batch,

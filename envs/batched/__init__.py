@@ -1,1 +1,1 @@
-"""The ``BatchedEnv`` protocol and its two kinds: the token game, copies of a PettingZoo game."""
+"""Environments as batches of tensors: the token game, and copies of PettingZoo environments."""

@@ -1,4 +1,4 @@
-"""``BatchedEnv``, the tensor protocol that trainers consume."""
+"""``BatchedEnv``: the protocol of tensors between environments and trainers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Observations:
-    """What the agents see before they act, B environments of N agents at once.
+    """What the agents of B environments observe before they act.
 
     Attributes:
         observation: float32 [B, N, D_obs]; zeros for an agent that is not alive.
-        state: float32 [B, D_state], the global state that a central critic may see.
-        alive: bool [B, N]; an agent that is not alive takes no part in a loss and its action is
-            ignored.
-        action_mask: bool [B, N, A], True where an action is allowed; every row allows at least one.
+        state: global state for a central critic, float32 [B, D_state].
+        alive: which agents still act, bool [B, N]. The actions of others are ignored, and losses
+            leave them out.
+        action_mask: which actions are allowed, bool [B, N, A]; at least one for every agent.
     """
 
     observation: Tensor
@@ -29,16 +29,19 @@ class Observations:
     action_mask: Tensor
 
     def living(self) -> Tensor:
-        """Observations of the living agents alone, in the order of ``alive.nonzero()``, float32 [R,
-        D_obs].
+        """Observations of the living agents, in the order of ``alive.nonzero()``.
+
+        Returns:
+            float32 [R, D_obs] for R living agents.
         """
         return self.observation[self.alive]
 
     def distinct(self) -> tuple[Tensor, Tensor]:
-        """``living`` without repetitions that the environment knows of.
+        """``living`` without the repetitions that the environment knows of.
 
         Returns:
-            observations float32 [U, D_obs], and which of them each living agent sees, int64 [R].
+            distinct observations float32 [U, D_obs], and the index of each living agent's
+            observation among them, int64 [R].
         """
         living = self.living()
         return living, torch.arange(len(living), device=living.device)
@@ -46,19 +49,18 @@ class Observations:
 
 @dataclass(frozen=True)
 class Transition:
-    """What one joint action brought.
+    """The result of one joint action.
 
     Attributes:
         observations: what the agents see next. In an environment that reset itself, this is the
             first observation of the new episode.
-        reward: float32 [B, N], paid to the living and, where the game says so, to those that have
-            gone.
-        terminated: bool [B], the episode ended by its own rules: nothing follows, nothing is
-            bootstrapped.
-        truncated: bool [B], the episode was cut off: its value goes on in ``final``.
-        final: where any environment was truncated, what its agents saw last, [B, ...] with rows of
-            meaning only there; else None.
-        metrics: named float32 [B] of episodes that ended in this step, NaN elsewhere.
+        reward: float32 [B, N]; some games also reward agents that are no longer alive.
+        terminated: whether the episode ended by its own rules, bool [B]. No value is bootstrapped.
+        truncated: whether the episode was cut off, bool [B]. Its value is bootstrapped from
+            ``final``.
+        final: the last observations of truncated environments, [B, ...], undefined for all others;
+            None if none was truncated.
+        metrics: named values of the episodes that ended in this step, float32 [B], NaN for others.
     """
 
     observations: Observations
@@ -71,20 +73,20 @@ class Transition:
 
 @runtime_checkable
 class BatchedEnv(Protocol):
-    """B copies of a game of N like agents, stepped together; all tensors lie on ``device``.
+    """B copies of a game of N homogeneous agents, stepped together.
 
     Attributes:
         num_envs: B.
         num_agents: N.
-        observation_space: of one agent, a flat float32 Box [D_obs].
+        observation_space: space of one agent, a flat float32 Box [D_obs].
         state_space: a flat float32 Box [D_state].
-        action_space: of one agent.
-        episode_length: the common number of steps of all episodes, which then end together, after
-            which the caller calls ``reset``; None where lengths vary: each environment then resets
-            itself inside ``step``.
-        rollouts_per_start: so many consecutive environments begin every episode in the same state,
-            so that their returns can be compared with each other; 1 where starts are independent.
-        device: of every tensor.
+        action_space: space of one agent.
+        episode_length: number of steps of every episode, if it is fixed. All episodes then end
+            together, and the caller calls ``reset``. None if lengths vary; each environment then
+            resets itself inside ``step``.
+        rollouts_per_start: this many consecutive environments begin each episode in the same state,
+            so that their returns can be compared; 1 if they begin independently.
+        device: device of every tensor.
     """
 
     num_envs: int
@@ -97,7 +99,7 @@ class BatchedEnv(Protocol):
     device: torch.device
 
     def reset(self, seed: int | None = None) -> Observations:
-        """Begins new episodes everywhere; the same seed begins the same ones."""
+        """Begins new episodes everywhere; the same seed begins the same episodes."""
         ...
 
     def step(self, actions: Tensor) -> Transition:
@@ -105,5 +107,5 @@ class BatchedEnv(Protocol):
         ...
 
     def close(self) -> None:
-        """Frees what the environments hold."""
+        """Frees the resources of the environments."""
         ...

@@ -1,1 +1,1 @@
-"""Labelled images: digits, folders, timm's datasets."""
+"""Labelled images: scanned digits, folders of image files, and timm's data sets."""

@@ -1,13 +1,11 @@
-"""Scanned digits in clutter: the data behind the default game, from a seed and never downloaded.
+"""Draws scanned digits in clutter, the data of the default game. Nothing is downloaded.
 
-One real handwritten digit (``sklearn.datasets.load_digits``, 8x8 scans) is enlarged to 14..46
-pixels and put somewhere on a textured background among fragments of other digits that are drawn in
-the same range of brightness. How many patches matter, and where they are, differs from image to
-image; brightness says nothing about either.
+A handwritten digit (an 8x8 scan of ``sklearn.datasets.load_digits``) is enlarged to 14..46 pixels
+and placed on a textured background, among fragments of other digits of the same brightness. How
+many patches matter, and which, differs from image to image, and brightness does not tell.
 
-Every pixel is a sum of integers up to 2**24, scaled by powers of two: exact in float32, whatever
-the order of the sum. With a random stream that NumPy has frozen (``RandomState``), a seed means the
-same images on every machine.
+A seed gives the same images on every machine: every pixel is a sum of integers up to 2**24, scaled
+by powers of two, which is exact in float32 in any order, and NumPy has frozen ``RandomState``.
 """
 
 from __future__ import annotations
@@ -55,7 +53,7 @@ def _scans() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
 
 @lru_cache(maxsize=8)
 def scan_indices(split: Split) -> NDArray[np.int64]:
-    """The scans behind ``split``: splits share none, and each has its part of every class."""
+    """Indices of the scans of ``split``. Splits share no scan, and each has some of every class."""
     _, labels = _scans()
     shuffled = np.random.RandomState(0).permutation(len(labels))
     low, high = SHARES[split]
@@ -68,12 +66,12 @@ def scan_indices(split: Split) -> NDArray[np.int64]:
 
 @lru_cache(maxsize=1)
 def _interpolation() -> NDArray[np.float32]:
-    """Bilinear weights that enlarge a scan's side, for every size and place.
+    """Bilinear weights that enlarge one side of a scan, for every size and offset.
 
     Returns:
-        Integers 0..WEIGHT as float32, [size - SIZES[0], offset + OFFSET_MARGIN, IMAGE_SIZE,
-        SCAN_SIZE]: row p holds the weights of the scan's samples at pixel p when the scan covers
-        ``size`` pixels from pixel ``offset`` on; zero where it does not cover p.
+        integers 0..WEIGHT as float32, [size - SIZES[0], offset + OFFSET_MARGIN, IMAGE_SIZE,
+        SCAN_SIZE]: the weights of the scan's samples at each pixel, if the scan covers ``size``
+        pixels starting at pixel ``offset``; zero at pixels that it does not cover.
     """
     size = np.arange(SIZES[0], SIZES[1] + 1)[:, None, None]
     offset = np.arange(-OFFSET_MARGIN, IMAGE_SIZE)[None, :, None]
@@ -92,7 +90,7 @@ def _enlarge(
     top: NDArray[np.int64],
     left: NDArray[np.int64],
 ) -> NDArray[np.float32]:
-    """Draws ``scans`` [n, SCAN_SIZE, SCAN_SIZE] on empty canvases.
+    """Draws scans [n, SCAN_SIZE, SCAN_SIZE] on empty images.
 
     Returns:
         ink times WEIGHT**2, [n, IMAGE_SIZE, IMAGE_SIZE].
@@ -104,7 +102,7 @@ def _enlarge(
 
 
 def _background(random: np.random.RandomState, n: int) -> NDArray[np.float32]:
-    """1/f texture: octaves of bilinearly enlarged random grids, [n, IMAGE_SIZE, IMAGE_SIZE]."""
+    """Draws 1/f texture from octaves of enlarged random grids, [n, IMAGE_SIZE, IMAGE_SIZE]."""
     level = random.randint(BACKGROUND[0], BACKGROUND[1] + 1, size=(n, 1, 1)).astype(np.float32)
     total = np.zeros((n, IMAGE_SIZE, IMAGE_SIZE), np.float32)
     for cells, amplitude in OCTAVES:
@@ -149,7 +147,7 @@ def _draw(
         window = random.randint(FRAGMENT_SCANS[0], FRAGMENT_SCANS[1] + 1, size=(2, n))
         corner = random.randint(0, SCAN_SIZE - window + 1)
         cut = (samples >= corner[..., None]) & (samples < (corner + window)[..., None])
-        # the window, not the scan it was cut from, is spread evenly over the canvas
+        # the window is spread evenly over the image, not the scan it was cut from
         place = (
             random.randint(-FRAGMENT_MARGIN, IMAGE_SIZE, size=(2, n)) - corner * scale // SCAN_SIZE
         )
@@ -161,12 +159,13 @@ def _draw(
 
 
 def draw_digits(split: Split, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Draws ``size`` images of ``split``.
+    """Draws images of digits.
 
     Args:
-        split: "train", "validation" or "test"; the scans behind them are disjoint.
+        split: "train", "validation" or "test"; they share no scan.
         size: number of images.
-        seed: 0 or more; the same seed gives the same images, a longer draw begins with the shorter.
+        seed: 0 or more. The same seed gives the same images; a longer draw begins with a shorter
+            one.
 
     Returns:
         images uint8 [size, 1, IMAGE_SIZE, IMAGE_SIZE] and labels int64 [size].
@@ -179,7 +178,7 @@ def draw_digits(split: Split, size: int, seed: int = 0) -> tuple[Tensor, Tensor]
     images = np.empty((size, 1, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     labels = np.empty(size, np.int64)
     for start in range(0, size, CHUNK):
-        # one stream a chunk, so that a longer draw extends a shorter one
+        # a random stream per chunk, so that a longer draw extends a shorter one
         random = np.random.RandomState([SPLIT_SEEDS[split], seed, start // CHUNK])
         n = min(CHUNK, size - start)
         images[start : start + n, 0], labels[start : start + n] = (
@@ -189,5 +188,5 @@ def draw_digits(split: Split, size: int, seed: int = 0) -> tuple[Tensor, Tensor]
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 pixels -> float32 with roughly zero mean and unit spread, the shape unchanged."""
+    """Normalises uint8 pixels to float32 of about zero mean and unit standard deviation."""
     return (images.float() / 255.0 - PIXEL_MEAN) / PIXEL_STD

@@ -1,4 +1,4 @@
-"""Photographs as they are stored: what a source of them is, and folders of image files."""
+"""``ImageSource``: images as they are stored; folders of image files are one kind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from timm.utils import natural_key
 
 from prunevit.envs.data.digits import Split
 
-# the names that a dataset may give to each split, the preferred one first
+# names that a dataset may use for each split, the preferred one first
 SPLIT_NAMES: Mapping[Split, Sequence[str]] = {
     "train": ("train",),
     "validation": ("validation", "val"),
@@ -27,14 +27,14 @@ DECODING_THREADS = min(8, os.cpu_count() or 1)
 
 
 class DatasetError(ValueError):
-    """A dataset that is unknown, empty or damaged; the message says what is wrong with which."""
+    """A dataset is unknown, empty or damaged; the message says which and why."""
 
 
 class ImageSource(Protocol):
     """The images of one split, not yet decoded.
 
     Attributes:
-        class_names: in the order of the labels.
+        class_names: names in the order of the labels.
     """
 
     class_names: tuple[str, ...]
@@ -42,11 +42,11 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def prepare(self, indices: NDArray[np.int64]) -> None:
-        """Announces, once and before the first ``read``, all that will ever be read."""
+        """Is called once before the first ``read``, with the indices of all images to be read."""
         ...
 
     def read(self, index: int, mode: str) -> tuple[Image.Image, int]:
-        """Decodes image ``index`` to PIL's colour ``mode``; safe to call from several threads.
+        """Decodes image ``index`` in PIL's colour ``mode``; threads may call it at the same time.
 
         Returns:
             the image and its label, an index into ``class_names``.
@@ -61,27 +61,27 @@ Openers = dict[Split, Callable[[], ImageSource]]
 
 
 def decode(file: IO[bytes] | Path, mode: str, name: str) -> Image.Image:
-    """Decodes an image to PIL's colour ``mode``, or raises a ``DatasetError`` that has its name."""
+    """Decodes an image in PIL's colour ``mode``; raises a ``DatasetError`` with its name."""
     try:
         with Image.open(file) as image:
             return _in_eight_bits(image).convert(mode)
-    # Pillow's plugins report damage by errors of any kind
+    # Pillow's plugins raise errors of any kind for damaged files
     except Exception as error:
         raise DatasetError(f"{name} can't be read as an image: {error}") from error
 
 
 def _in_eight_bits(image: Image.Image) -> Image.Image:
-    """Scales 16 bits down, of which Pillow's ``convert`` would make white of all above 255."""
+    """Scales 16-bit images to 8 bits; Pillow's ``convert`` would turn all above 255 white."""
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
 
 
 def folder_openers(path: str, skip: Collection[str] = ()) -> Openers:
-    """Finds the splits below ``path``; opening one lists its files, but those to ``skip``.
+    """Finds the splits in a folder. Opening one lists its files, except those in ``skip``.
 
     Raises:
-        DatasetError: there is no such folder, no train folder in it, or a split has two folders.
+        DatasetError: the folder or its train folder is missing, or a split has two folders.
     """
     root = Path(path).expanduser()
     if not root.is_dir():
@@ -99,14 +99,14 @@ def folder_openers(path: str, skip: Collection[str] = ()) -> Openers:
 
 
 class FolderSource:
-    """Image files of every kind that timm knows, below ROOT/CLASS; classes in natural order.
+    """Image files in ROOT/CLASS, of every type that timm knows, with classes in natural order.
 
     Args:
         root: the folder of one split.
-        skip: files that are not to be read.
+        skip: files to leave out.
 
     Raises:
-        DatasetError: there is no class, or a class without images.
+        DatasetError: there are no classes, or a class has no images.
     """
 
     def __init__(self, root: Path, skip: Collection[str] = ()) -> None:
@@ -115,7 +115,7 @@ class FolderSource:
         ]
         if not folders:
             raise DatasetError(f"{root} is empty: images are expected in {root}/CLASS")
-        # the name itself decides between names that natural order takes for equal, as "a" and "A"
+        # natural order takes "a" and "A" for equal: the name itself decides
         self.class_names = tuple(sorted(folders, key=lambda name: (natural_key(name), name)))
         self._files: list[str] = []
         self._labels: list[int] = []
@@ -130,7 +130,7 @@ class FolderSource:
         return len(self._files)
 
     def bad_files(self) -> dict[str, str]:
-        """Decodes every image; those that are damaged, and what is wrong with each."""
+        """Decodes every image; returns what is wrong with the damaged ones, by file."""
         with ThreadPoolExecutor(DECODING_THREADS) as pool:
             found = zip(self._files, pool.map(_damage, self._files), strict=True)
             return {file: damage for file, damage in found if damage is not None}

@@ -1,4 +1,4 @@
-"""Images that other processes read while whoever needs them is busy with those before."""
+"""Reads images ahead in other processes, as ``torch.utils.data.DataLoader`` does."""
 
 from __future__ import annotations
 
@@ -13,55 +13,58 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from prunevit.envs.data.datasets import DatasetError, ImageSet, Load, Prefetchable
+from prunevit.envs.data.image_set import ImageSet, Prefetchable, ReadRequest
+from prunevit.envs.data.image_sources import DatasetError
 
-BATCHES_AHEAD = 2  # that a process has read or is reading
+BATCHES_AHEAD = 2  # per process
 
 
 class Prefetcher(Iterator[tuple[Tensor, Tensor]]):
-    """Batches as ``images.read`` gives them, in the order of ``loads``.
+    """Yields the batches that ``images.read`` returns for each of ``requests``, in their order.
 
     Args:
-        images: which ones; a worker that is forked shares them.
-        loads: what is to be read, as far as is known; drawn from as batches are taken.
-        workers: processes, 1 at least, each of which reads whole batches.
-        device: that the batches are for; memory that goes to a GPU is pinned.
-
-    ``next`` raises what ``read`` raises, when the batch is due.
+        images: the images; forked workers share their memory.
+        requests: what to read; consumed as batches are taken.
+        workers: number of processes, at least 1. Each reads whole batches.
+        device: where the batches go; those for a GPU are put in pinned memory.
 
     Raises:
-        DatasetError: from ``next``, also where a process has ended.
+        DatasetError: from ``next``, if an image of the batch is damaged or a process has ended.
     """
 
     def __init__(
-        self, images: Prefetchable, loads: Iterable[Load], workers: int, device: torch.device
+        self,
+        images: Prefetchable,
+        requests: Iterable[ReadRequest],
+        workers: int,
+        device: torch.device,
     ) -> None:
-        self._due: deque[Load] = deque()
+        self._pending: deque[ReadRequest] = deque()
         loader = DataLoader(
             _Batches(images),
             batch_size=None,
-            sampler=_noted(loads, self._due),
+            sampler=_recorded(requests, self._pending),
             num_workers=workers,
             prefetch_factor=BATCHES_AHEAD,
             pin_memory=device.type == "cuda",
-            # importing TorchRL makes "spawn" everybody's default, which copies all images
+            # importing TorchRL changes the default to "spawn", which copies all images
             multiprocessing_context="fork" if sys.platform == "linux" else None,
-            worker_init_fn=_leave_the_end_to_the_trainer,
-            # otherwise it would draw from the global one
+            worker_init_fn=_ignore_signals,
+            # without it, the loader would draw from the global generator
             generator=torch.Generator(),
         )
         before = signal.getsignal(signal.SIGCHLD)
         self._batches: Iterator[tuple[Tensor, Tensor] | str] | None = iter(loader)
         in_main_thread = threading.current_thread() is threading.main_thread()
         if in_main_thread and before is not None:
-            # torch would raise the end of a process wherever the main thread is, writing a
-            # checkpoint too; it is soon enough when its batch is due
+            # torch's handler would raise an error wherever the main thread is, even while it writes
+            # a checkpoint. It is early enough to raise it when the batch is due
             signal.signal(signal.SIGCHLD, before)
 
     @property
-    def due(self) -> Load | None:
-        """What ``next`` gives; None where nothing is left."""
-        return self._due[0] if self._due else None
+    def next_request(self) -> ReadRequest | None:
+        """The request of the batch that ``next`` returns; None if there are no more."""
+        return self._pending[0] if self._pending else None
 
     def __next__(self) -> tuple[Tensor, Tensor]:
         if self._batches is None:
@@ -75,50 +78,53 @@ class Prefetcher(Iterator[tuple[Tensor, Tensor]]):
                 f"a process that reads images was ended by something else, as a lack of memory: "
                 f"{error}"
             ) from error
-        self._due.popleft()
-        if not self._due:
+        self._pending.popleft()
+        if not self._pending:
             self.close()
         if isinstance(batch, str):
             raise DatasetError(batch)
         return batch
 
     def close(self) -> None:
-        """Ends the processes; there is nothing more to come."""
-        self._due.clear()
+        """Ends the processes; afterwards ``next`` raises ``StopIteration``."""
+        self._pending.clear()
         self._batches = None
 
 
-def _noted(loads: Iterable[Load], due: deque[Load]) -> Iterator[Load]:
-    """``loads``, each in ``due`` before it is taken."""
-    for load in loads:
-        due.append(load)
-        yield load
+def _recorded(
+    requests: Iterable[ReadRequest], pending: deque[ReadRequest]
+) -> Iterator[ReadRequest]:
+    """Yields ``requests``, and appends each to ``pending`` first."""
+    for request in requests:
+        pending.append(request)
+        yield request
 
 
 class _Batches(Dataset[tuple[Tensor, Tensor] | str]):
-    """What a process gives for a ``Load``: the batch, or what is wrong with an image of it."""
+    """What a worker returns for a ``ReadRequest``: the batch, or what is wrong with it."""
 
     def __init__(self, images: Prefetchable) -> None:
         self._images = images
 
-    def __getitem__(self, load: Load) -> tuple[Tensor, Tensor] | str:
+    def __getitem__(self, request: ReadRequest) -> tuple[Tensor, Tensor] | str:
         try:
-            return self._images.read(load)
+            return self._images.read(request)
         except DatasetError as error:
-            # as an error it would come with the process's traceback in its message
+            # an exception would arrive with the worker's traceback in its message
             return str(error)
 
 
-def _leave_the_end_to_the_trainer(worker: int) -> None:
-    """Ctrl-C and SIGTERM may go to all processes: the first one says what then becomes of these;
-    where it is gone, they notice.
+def _ignore_signals(worker: int) -> None:
+    """Leaves Ctrl-C and SIGTERM, which may reach all processes, to the main process.
+
+    It ends the workers. If it is gone, they notice.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     show = sys.excepthook
 
     def show_others(kind: type[BaseException], *details: Any) -> None:
-        # it may be stopped while it takes a batch, and says so itself
+        # the main process may stop while it takes a batch, and reports that itself
         if not issubclass(kind, ConnectionError):
             show(kind, *details)
 
@@ -131,16 +137,22 @@ def prefetch(
     workers: int,
     device: torch.device,
 ) -> Generator[tuple[Tensor, Tensor]]:
-    """``images.load`` of each of ``batches``, read by ``workers`` processes before they are asked
-    for: where there are none, or the images are in memory anyway, here and then.
+    """Yields ``images.load(indices)`` for each of ``batches``, read ahead by worker processes.
 
+    Without workers, or if the images are in memory anyway, each batch is loaded when it is due.
     Closing the generator ends the processes.
+
+    Args:
+        images: the images.
+        batches: indices of the images of each batch.
+        workers: number of processes.
+        device: where the batches go.
     """
     if not workers or not isinstance(images, Prefetchable):
         for indices in batches:
             yield images.load(indices)
         return
-    ahead = Prefetcher(images, map(images.plan, batches), workers, device)
+    ahead = Prefetcher(images, map(images.request, batches), workers, device)
     try:
         yield from ahead
     finally:

@@ -1,4 +1,4 @@
-"""Photographs by the names of ``timm.data.create_dataset``: torchvision, Hugging Face, others."""
+"""Datasets by their names in ``timm.data.create_dataset``: torchvision, Hugging Face, others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from prunevit.envs.data.image_sources import (
 )
 
 TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
-# timm falls back to another split where one is absent, so what torchvision has is named here
+# if a split is missing, timm silently takes another one: hence the names of those that exist
 TORCH_HELD_OUT: Mapping[str, Split] = {
     "cifar10": "test",
     "cifar100": "test",
@@ -42,10 +42,10 @@ Result = TypeVar("Result")
 
 
 def timm_openers(dataset: str) -> Openers:
-    """Finds the splits of ``NAME`` or ``NAME:ROOT``.
+    """Finds the splits of the dataset ``NAME`` or ``NAME:ROOT``.
 
     Raises:
-        DatasetError: the name is unknown, its library is not installed, or it can't be had.
+        DatasetError: the name is unknown, its library is not installed, or it can't be opened.
     """
     name, _, root = dataset.partition(":")
     library, _, name = name.partition("/")
@@ -75,7 +75,7 @@ def timm_openers(dataset: str) -> Openers:
 def _ask(dataset: str, call: Callable[[], Result]) -> Result:
     try:
         return call()
-    # the libraries behind timm have errors of their own for what is unknown, absent or offline
+    # the libraries behind timm raise errors of many kinds for unknown, missing or offline datasets
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DatasetError(f"can't open the dataset {dataset}: {reason}") from error
@@ -84,7 +84,7 @@ def _ask(dataset: str, call: Callable[[], Result]) -> Result:
 def _describe(
     library: str, name: str, folder: str | None
 ) -> tuple[Sequence[str], Mapping[str, str]]:
-    """Names of the splits; timm's ``input_key`` and ``target_key`` where they can be seen."""
+    """Looks up the names of the splits, and timm's ``input_key`` and ``target_key`` if known."""
     if library == "tfds":
         tfds = import_module("tensorflow_datasets")
         return list(tfds.builder(name, data_dir=folder).info.splits), {}
@@ -113,20 +113,20 @@ def _open(name: str, folder: str | None, split: str, keys: Mapping[str, str]) ->
 
 
 class TimmSource:
-    """A dataset as ``timm.data.create_dataset`` makes it.
+    """A dataset that ``timm.data.create_dataset`` made.
 
-    One that only reads from its beginning keeps what is announced to ``prepare`` in memory.
+    A dataset that can only be streamed is read in ``prepare`` and kept in memory.
 
     Args:
-        title: names the dataset and its split in messages.
-        dataset: gives (PIL image, label), by index or as a stream.
+        title: name of the dataset and its split in messages.
+        dataset: yields pairs of a PIL image and a label, by index or as a stream.
     """
 
     def __init__(self, title: str, dataset: Any) -> None:
         self._title = title
         self._size = len(dataset)
         self._is_stream = isinstance(dataset, IterableDataset)
-        # timm's own __getitem__ silently reads the next image in the place of a damaged one
+        # timm's own __getitem__ silently replaces a damaged image by the next one
         indexed = getattr(dataset, "reader", dataset)
         self._items: Any = dataset if self._is_stream else indexed
         self.class_names = _class_names(indexed) or _number_classes(dataset)
@@ -150,7 +150,7 @@ class TimmSource:
             item, label = self._items[index]
         except (OSError, SyntaxError) as error:
             raise DatasetError(f"{name} can't be read: {error}") from error
-        # readers of timm's hand out the file, torchvision and streams the image
+        # timm's readers return the open file, torchvision and streams return the image
         if isinstance(item, Image.Image):
             image = item.convert(mode)
         else:
@@ -165,7 +165,7 @@ class TimmSource:
 
 
 def _class_names(dataset: Any) -> tuple[str, ...]:
-    """The names of the classes, whatever the library calls them; none where it does not say."""
+    """Looks for the names of the classes; empty if the library does not provide them."""
     by_name: Mapping[str, int] = getattr(dataset, "class_to_idx", None) or {}
     listed = getattr(dataset, "all_categories", None) or getattr(dataset, "classes", None) or ()
     names = sorted(by_name, key=by_name.__getitem__) or list(listed)

@@ -17,10 +17,10 @@ from prunevit.envs.vit.timm_models.rope import RotaryEmbedding
 from prunevit.envs.vit.tokens import Segment, Tokens
 from prunevit.envs.vit.torch_compile import compile_block
 
-# Rows of more bytes than this leave a CPU's caches between blocks, and the system has to provide
-# much of what a block makes of them anew, page by page. In chunks of 2 to 4 MiB, 1,024 images of
-# 65 tokens of width 64 take three quarters of the time (one core), and 64 images of DeiT-S 0.9 to
-# 0.97 of it; 256 and 32 images lose nothing.
+# Rows of more bytes than this leave a CPU's caches between blocks, and the system has to allocate
+# much of the memory for each block's results again, page by page. In chunks of 2 to 4 MiB,
+# 1,024 images of 65 tokens of width 64 take three quarters of the time (one core), and 64 images of
+# DeiT-S 0.9 to 0.97 of it; 256 and 32 images lose nothing.
 CHUNK_BYTES = 1 << 22
 
 
@@ -44,7 +44,7 @@ def run_blocks(
             freed after the last block.
         start: the first block.
         stop: the block after the last one.
-        num_query_tokens: fill ``Tokens.attention`` with the attention received from so many first
+        num_query_tokens: fill ``Tokens.attention`` with the attention received from this many first
             tokens in the last block, see ``packed_block``; None leaves it empty.
         torch_compile: compile the blocks of packed execution.
         chunked: run large batches in chunks of images where that is allowed.

@@ -82,7 +82,7 @@ class Tokens:
 def remove_tokens(tokens: Tokens, alive: Tensor) -> Tokens:
     """Leaves only the tokens that are ``alive``, bool [B, L].
 
-    Packed rows are gathered anew, which needs their number on the host: the one host sync of a
+    Packed rows are gathered, which needs their number on the host: the one host sync of a
     stage. Masked execution keeps all rows.
     """
     if tokens.layout is None:

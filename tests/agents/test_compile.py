@@ -7,8 +7,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from prunevit.agents import KeepAll, prune
-from prunevit.agents.saving import learned_policy
-from prunevit.envs.observations import DEFAULT_FIELDS
+from prunevit.agents.policies.serialization import learned_policy
+from prunevit.envs.fields import DEFAULT_FIELDS
 from prunevit.envs.vit import execution
 from prunevit.envs.vit.staged_vit import StagedViT
 

@@ -5,8 +5,8 @@ import torch
 
 from prunevit.agents import KeepAll, prune
 from prunevit.agents.export import ExportError, OneImage, export_onnx
-from prunevit.agents.saving import learned_policy
-from prunevit.envs.observations import DEFAULT_FIELDS
+from prunevit.agents.policies.serialization import learned_policy
+from prunevit.envs.fields import DEFAULT_FIELDS
 from prunevit.envs.vit.staged_vit import StagedViT
 
 STAGES = (1, 3)

@@ -18,8 +18,8 @@ from prunevit.agents import (
     TopK,
     prune,
 )
-from prunevit.agents.saving import SavedModelError, learned_policy
-from prunevit.envs.observations import DEFAULT_FIELDS
+from prunevit.agents.policies.serialization import SavedModelError, learned_policy
+from prunevit.envs.fields import DEFAULT_FIELDS
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
@@ -264,7 +264,7 @@ def test_what_was_saved_comes_back(make_vit, images, tmp_path, policy):
 def test_a_run_becomes_a_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = "--num-envs 16 --iterations 2 --eval-size 20 --prune-before 2 4 --hidden 4 --seed 3"
-    monkeypatch.setattr("prunevit.envs.data.datasets.DEFAULT_SIZES", dict.fromkeys(
+    monkeypatch.setattr("prunevit.envs.data.cluttered_digits.DEFAULT_SIZES", dict.fromkeys(
         ("train", "validation", "test"), 64))  # fmt: skip
     mappo([*options.split(), "--run-name", "tiny"])
     model = PrunedViT.from_run("runs/tiny")
@@ -282,7 +282,7 @@ def test_a_run_becomes_a_model(tmp_path, monkeypatch):
 
 def test_a_run_over_many_prices_becomes_a_model_with_a_knob(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("prunevit.envs.data.datasets.DEFAULT_SIZES", dict.fromkeys(
+    monkeypatch.setattr("prunevit.envs.data.cluttered_digits.DEFAULT_SIZES", dict.fromkeys(
         ("train", "validation", "test"), 64))  # fmt: skip
     options = "--num-envs 16 --iterations 1 --eval-size 20 --hidden 4 --alpha-range 0.01 0.25"
     fields = ("token", "cls_attention", "alpha")

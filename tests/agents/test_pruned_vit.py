@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from prunevit.agents import KeepAll, LearnedPolicy, PrunedViT, TokenActor, TopK
+from prunevit.envs.fields import DEFAULT_FIELDS, field_slices
 from prunevit.envs.game import TokenGame
-from prunevit.envs.observations import DEFAULT_FIELDS, field_slices
 from prunevit.envs.vit.staged_vit import StagedViT
 
 BATCH, PATCHES, STAGES = 5, 16, (1, 2)

@@ -34,7 +34,7 @@ SETTINGS = {"eval_size": 20, "test_size": 30, "speed": False, "iterations": 1, "
 @pytest.fixture(autouse=True)
 def small_digits(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("prunevit.envs.data.datasets.DEFAULT_SIZES", dict.fromkeys(
+    monkeypatch.setattr("prunevit.envs.data.cluttered_digits.DEFAULT_SIZES", dict.fromkeys(
         ("train", "validation", "test"), 256))  # fmt: skip
     threads = torch.get_num_threads()
     torch.set_num_threads(SETTINGS["threads"])

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
+from prunevit.envs.fields import FIELDS
 from prunevit.envs.game import GameError, TokenGame
-from prunevit.envs.observations import FIELDS
 from prunevit.envs.rewards import (
     LARGEST_NUMBER,
     MarkovGameReward,

@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 
-from prunevit.envs.game import TokenGame
-from prunevit.envs.observations import (
+from prunevit.envs.fields import (
     DEFAULT_FIELDS,
     FIELDS,
-    View,
     field_size,
     field_slices,
     patch_positions,
     state_size,
 )
+from prunevit.envs.game import TokenGame
+from prunevit.envs.observations import View
 from prunevit.envs.vit.staged_vit import StagedViT
 
 BATCH = 5

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from prunevit.envs.fields import FIELDS
 from prunevit.envs.game import TokenGame
-from prunevit.envs.observations import FIELDS
 from prunevit.envs.rewards import (
     LARGEST_NUMBER,
     MarkovGameReward,

@@ -7,11 +7,12 @@ import torch
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from pettingzoo.test import parallel_api_test
 
-from prunevit.envs.data.datasets import DatasetError
+from prunevit.envs.data.image_sources import DatasetError
+from prunevit.envs.devices import pick_device
+from prunevit.envs.fields import DEFAULT_FIELDS, FIELDS
 from prunevit.envs.game import GameError, TokenGame
-from prunevit.envs.observations import DEFAULT_FIELDS, FIELDS
 from prunevit.envs.rewards import MarkovGameReward, ReleasedCodeReward, TeamReward
-from prunevit.envs.token_prune import TokenPruneEnv, pick_device
+from prunevit.envs.token_prune import TokenPruneEnv
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
 from prunevit.envs.vit.weights import BackboneError

@@ -17,8 +17,9 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from prunevit.envs.data import datasets
-from prunevit.envs.data.datasets import DatasetError, open_images
+from prunevit.envs.data import cluttered_digits
+from prunevit.envs.data.datasets import open_images
+from prunevit.envs.data.image_sources import DatasetError
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.weights import BackboneError, sha256
 from prunevit.trainers import backbone
@@ -123,7 +124,7 @@ def test_accuracy_counts_every_image_once():
 def test_the_recipe_of_the_shipped_weights(tmp_path, monkeypatch):
     """The default run, cut short, against the same recipe written out once more."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets, "DEFAULT_SIZES", {"validation": 20, "test": 20})
+    monkeypatch.setattr(cluttered_digits, "DEFAULT_SIZES", {"validation": 20, "test": 20})
     config = BackboneConfig(epochs=3, epoch_size=18, batch_size=16, device="cpu")
     train(config)
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from prunevit.agents import PrunedViT
-from prunevit.agents.saving import SavedModelError, dynamic_vit_policy
+from prunevit.agents.policies.serialization import SavedModelError, dynamic_vit_policy
 from prunevit.envs.data import datasets
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT

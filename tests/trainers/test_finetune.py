@@ -10,8 +10,10 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from prunevit.agents import KeepAll, PrunedViT
-from prunevit.agents.saving import SavedModelError, learned_policy
-from prunevit.envs.data.datasets import ClutteredDigits, DatasetError, open_images
+from prunevit.agents.policies.serialization import SavedModelError, learned_policy
+from prunevit.envs.data.cluttered_digits import ClutteredDigits
+from prunevit.envs.data.datasets import open_images
+from prunevit.envs.data.image_sources import DatasetError
 from prunevit.envs.observations import View
 from prunevit.envs.vit import staged_vit
 from prunevit.envs.vit.create import create_backbone
@@ -460,7 +462,7 @@ def test_runs_that_can_not_be_tuned_are_named_at_once(config, run, tmp_path, set
     [
         ({"run": None}, TrainingError, "--run runs/NAME"),
         ({"run": Path("nowhere")}, SavedModelError, r"nowhere holds no finished run: config\.json"),
-        ({"alpha": 0.3}, ValueError, "alpha=0.3.*trained for one price"),
+        ({"alpha": 0.3}, ValueError, "alpha=0.3.*trained for one alpha"),
         ({"augmentation": {"flip": 1}}, DatasetError, "flip"),
         ({"batch_size": 73}, TrainingError, "72 training images.*73"),
         ({"device": "abacus"}, ValueError, "abacus"),

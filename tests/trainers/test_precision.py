@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from prunevit.agents import PrunedViT
-from prunevit.agents.policies.actor_critic import LearnedPolicy, TokenActor
+from prunevit.agents.policies.actor_critic import TokenActor
+from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.game import TokenGame
 from prunevit.envs.vit.staged_vit import StagedViT

@@ -10,7 +10,7 @@ import torch
 from stable_baselines3 import PPO
 
 from prunevit.envs.adapters.sb3 import TokenVecEnv
-from prunevit.envs.data import datasets
+from prunevit.envs.data import cluttered_digits
 from prunevit.trainers.common import integrations
 from prunevit.trainers.sb3 import Sb3Config, TokenDQN, actor_of, main, make_algorithm
 
@@ -56,7 +56,7 @@ def test_tokens_explore_each_for_itself(env, tmp_path):
 
 def test_a_training_that_is_stopped_leaves_its_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(integrations, "RUNS", tmp_path)
-    monkeypatch.setitem(datasets.DEFAULT_SIZES, "train", 20)
+    monkeypatch.setitem(cluttered_digits.DEFAULT_SIZES, "train", 20)
     seen, step = [], TokenVecEnv.step_wait
 
     def stop(env):

@@ -14,7 +14,8 @@ from timm.optim import create_optimizer_v2, list_optimizers, muon
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from prunevit.envs.data.datasets import ImageSet, Reseedable, open_images
+from prunevit.envs.data.datasets import open_images
+from prunevit.envs.data.image_set import ImageSet, Reseedable
 from prunevit.envs.data.prefetch import prefetch
 from prunevit.trainers.common.checkpoint import CheckpointError
 from prunevit.trainers.common.distributed import ALONE, Ranks

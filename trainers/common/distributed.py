@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, distributed, nn
 
-from prunevit.envs.token_prune import pick_device
+from prunevit.envs.devices import pick_device
 from prunevit.extras import install_command
 from prunevit.trainers.common.signals import signals_are_noted, stop
 

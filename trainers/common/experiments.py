@@ -11,16 +11,18 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from prunevit.agents.policies.actor_critic import Actor, LearnedPolicy, TokenActor
+from prunevit.agents.policies.actor_critic import Actor, TokenActor
+from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.pruned_vit import PrunedViT
-from prunevit.agents.saving import middle_alpha
-from prunevit.envs.batched.pettingzoo import BatchedPettingZoo, make_pettingzoo
+from prunevit.agents.run_reader import default_alpha
+from prunevit.envs.batched.make_pettingzoo import make_pettingzoo
+from prunevit.envs.batched.pettingzoo import BatchedPettingZoo
 from prunevit.envs.batched.protocol import BatchedEnv
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.data.datasets import DIGITS, find_bad_images, open_images, read_class_names
+from prunevit.envs.devices import pick_device
 from prunevit.envs.game import TokenGame
 from prunevit.envs.rewards import make_reward
-from prunevit.envs.token_prune import pick_device
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.torch_compile import check_compiler
@@ -182,12 +184,12 @@ class TokenPruneExperiment:
     def pruned(self, actor: nn.Module) -> PrunedViT:
         """The backbone pruned by ``actor``, greedily."""
         config = self.config
-        alpha = middle_alpha(config.to_json())
+        alpha = default_alpha(config.to_json())
         policy = LearnedPolicy(actor, config.observation, self.backbone.num_prefix, alpha)
         return PrunedViT(self.backbone, policy)
 
     def announce(self, seeds: Iterable[int]) -> None:
-        self.env.announce(seeds)
+        self.env.prefetch(seeds)
 
     def evaluate(self, actor: nn.Module) -> dict[str, float]:
         size = self.config.eval_size

@@ -16,12 +16,13 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from prunevit.agents.policies.actor_critic import LearnedPolicy, TokenActor
+from prunevit.agents.policies.actor_critic import TokenActor
 from prunevit.agents.policies.heuristics import KeepAll
+from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.envs.data.datasets import open_images
+from prunevit.envs.devices import pick_device
 from prunevit.envs.rewards import make_reward
-from prunevit.envs.token_prune import pick_device
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common.checkpoint import write_json

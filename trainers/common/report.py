@@ -13,7 +13,8 @@ from torch import nn
 
 from prunevit.agents.policies.heuristics import KeepAll, TopK
 from prunevit.agents.pruned_vit import PrunedViT
-from prunevit.envs.data.datasets import ImageSet, open_images
+from prunevit.envs.data.datasets import open_images
+from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.rendering import denormalise, stage_strip
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.extras import needs

@@ -15,7 +15,7 @@ class RotaryEmbedding:
 
     Attributes:
         sin_cos: sines before cosines of each patch, [depth, heads, N, 2 * head_dim]. The depth is 1
-            if all blocks rotate alike, and so is heads if all heads do.
+            if all blocks rotate in the same way, and heads is 1 if all heads do.
         prefix: number of prefix tokens, which come before the patches and are not rotated.
         slot: position of each row in its image, 0..L-1, int64 [S]; None if no token was pruned.
         gathered: sines and cosines of each row, [S, heads, 2 * head_dim], gathered once for all

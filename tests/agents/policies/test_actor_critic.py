@@ -6,15 +6,10 @@ import pytest
 import torch
 
 from prunevit.agents import LearnedPolicy, Policy, TokenActor
-from prunevit.agents.policies.actor_critic import (
-    POLICY_GAIN,
-    PRIOR_FLOOR,
-    Actor,
-    Critic,
-    dither_levels,
-    mlp,
-)
-from prunevit.envs.observations import View, field_slices
+from prunevit.agents.policies.actor_critic import POLICY_GAIN, PRIOR_FLOOR, Actor, Critic, mlp
+from prunevit.agents.policies.learned import dither_levels
+from prunevit.envs.fields import field_slices
+from prunevit.envs.observations import View
 from prunevit.envs.vit.staged_vit import StagedViT
 
 SIZE, ATTENTION = 6, 4
@@ -307,20 +302,20 @@ def test_a_threshold_is_a_probability_of_keep(views):
             policy.threshold = wrong
 
 
-@pytest.mark.parametrize("price", [None, 0.0, -1.0, math.inf, math.nan])
-def test_a_policy_for_many_prices_needs_one(price):
+@pytest.mark.parametrize("alpha", [None, 0.0, -1.0, math.inf, math.nan])
+def test_a_policy_for_many_alphas_needs_one(alpha):
     actor = TokenActor(1, (8,), None, alpha=0)
-    with pytest.raises(ValueError, match=f"alpha={price}: .*positive price"):
-        LearnedPolicy(actor, ("alpha",), alpha=price)
+    with pytest.raises(ValueError, match=f"alpha={alpha}: .*positive alpha"):
+        LearnedPolicy(actor, ("alpha",), alpha=alpha)
     policy = LearnedPolicy(actor, ("alpha",), alpha=0.1)
-    with pytest.raises(ValueError, match="positive price"):
-        policy.alpha = price
+    with pytest.raises(ValueError, match="positive alpha"):
+        policy.alpha = alpha
     assert policy.alpha == 0.1
 
 
 def test_a_policy_for_one_price_takes_no_other():
     policy = LearnedPolicy(TokenActor(2, (8,), None), ("stage",))
-    with pytest.raises(ValueError, match=r"alpha=0.1: .*one price.*observes stage"):
+    with pytest.raises(ValueError, match=r"alpha=0.1: .*one alpha.*observes stage"):
         policy.alpha = 0.1
 
 

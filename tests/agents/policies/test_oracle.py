@@ -77,7 +77,7 @@ def test_as_many_are_kept_as_wanted(vit, images, labels, tokens, monkeypatch):
     assert not (trace.alive[:, 1] & ~trace.alive[:, 0]).any()
     assert trace.macs.tolist() == [oracle.backbone.uniform_macs(left, False)] * BATCH
     # however many images are searched at once
-    monkeypatch.setattr("prunevit.agents.policies.oracle.PASSES_AT_ONCE", PATCHES)
+    monkeypatch.setattr("prunevit.agents.policies.oracle.BATCH_SIZE", PATCHES)
     assert torch.equal(oracle.keep(images, labels), trace.alive)
 
 

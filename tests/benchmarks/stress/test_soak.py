@@ -5,7 +5,7 @@ import pytest
 
 from prunevit.benchmarks.machine import MIB
 from prunevit.benchmarks.stress.soak import Growth, Sampler, SoakConfig, SoakError, soak
-from prunevit.envs.data import datasets
+from prunevit.envs.data import cluttered_digits
 
 SAMPLES = 200
 NOISE = np.random.default_rng(0).normal(0, MIB / 4, SAMPLES)
@@ -53,7 +53,7 @@ def test_files_that_stay_open_are_named():
 @pytest.mark.stress
 def test_a_short_soak_takes_its_samples(monkeypatch):
     for split in ("train", "validation"):
-        monkeypatch.setitem(datasets.DEFAULT_SIZES, split, 40)
+        monkeypatch.setitem(cluttered_digits.DEFAULT_SIZES, split, 40)
     seen = soak(SoakConfig(steps=32, iterations=8, samples=8))
     assert list(seen) == ["32 game steps", "8 trainer iterations"]
     for each in seen.values():

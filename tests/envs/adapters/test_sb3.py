@@ -125,7 +125,7 @@ def test_rollouts_hold_the_decisions_of_the_living_and_all_that_they_brought(pla
 
 def test_rollouts_end_with_episodes(played):
     buffer = filled(played, TokenRolloutBuffer)
-    with pytest.raises(ValueError, match="n_steps=3 ends amid an episode"):
+    with pytest.raises(ValueError, match="n_steps=3 ends within an episode"):
         buffer.compute_returns_and_advantage(torch.zeros(ROWS), np.zeros(ROWS, bool))
 
 

@@ -12,7 +12,8 @@ from pettingzoo import ParallelEnv
 from pettingzoo.utils.conversions import parallel_to_aec
 from pettingzoo.utils.wrappers import OrderEnforcingWrapper
 
-from prunevit.envs.batched.pettingzoo import BatchedPettingZoo, make_pettingzoo
+from prunevit.envs.batched.make_pettingzoo import make_pettingzoo
+from prunevit.envs.batched.pettingzoo import BatchedPettingZoo
 from prunevit.envs.batched.protocol import BatchedEnv, Observations, Transition
 
 TERMINATED, TRUNCATED, BOTH = (True, False), (False, True), (True, True)

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from prunevit.envs.batched.lazy_observations import action_mask
 from prunevit.envs.batched.protocol import BatchedEnv, Observations
-from prunevit.envs.batched.token_prune import BatchedTokenPrune, action_mask
-from prunevit.envs.data.datasets import ClutteredDigits
+from prunevit.envs.batched.token_prune import BatchedTokenPrune
+from prunevit.envs.data.cluttered_digits import ClutteredDigits
+from prunevit.envs.fields import DEFAULT_FIELDS, FIELDS, field_slices
 from prunevit.envs.game import GameError, TokenGame
-from prunevit.envs.observations import DEFAULT_FIELDS, FIELDS, field_slices
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
 
@@ -17,9 +18,9 @@ PARTS = ("observation", "state", "alive", "action_mask")
 
 @pytest.fixture
 def make_env(vit, some_images):
-    def make(num_envs=6, rollouts=1, images=some_images, observation=DEFAULT_FIELDS, **prices):
+    def make(num_envs=6, rollouts=1, images=some_images, observation=DEFAULT_FIELDS, **options):
         game = TokenGame(StagedViT(vit, STAGES), rollouts_per_image=rollouts)
-        return BatchedTokenPrune(game, images, num_envs, observation, **prices)
+        return BatchedTokenPrune(game, images, num_envs, observation, **options)
 
     return make
 
@@ -117,27 +118,27 @@ def test_action_masks():
     assert action_mask(torch.tensor([[True, False]])).tolist() == [[[True, True], [True, False]]]
 
 
-# --- prices ---
+# --- alpha ---
 
 
 def test_each_image_is_played_under_a_price_of_its_own(make_env):
     env = make_env(36, rollouts=3, observation=("alpha",), alpha_range=(0.01, 0.1))
-    prices = env.reset(seed=0).view.alpha
-    assert torch.equal(prices, prices[::3].repeat_interleave(3))
-    assert len(prices.unique()) == 12
-    assert prices.min() >= 0.01
-    assert prices.max() <= 0.1
-    assert torch.equal(env.reset(seed=0).view.alpha, prices)
-    assert not torch.equal(env.reset(seed=1).view.alpha, prices)
+    alphas = env.reset(seed=0).view.alpha
+    assert torch.equal(alphas, alphas[::3].repeat_interleave(3))
+    assert len(alphas.unique()) == 12
+    assert alphas.min() >= 0.01
+    assert alphas.max() <= 0.1
+    assert torch.equal(env.reset(seed=0).view.alpha, alphas)
+    assert not torch.equal(env.reset(seed=1).view.alpha, alphas)
     # as many between 0.01 and 0.03 as between 0.03 and 0.1
     drawn = torch.cat([env.reset().view.alpha[::3] for _ in range(50)])
     assert abs((drawn < 10**-1.5).float().mean() - 0.5) < 0.1
 
 
-@pytest.mark.parametrize("prices", [(0.0, 1.0), (0.2, 0.1), (0.1, float("inf")), (0.1, 1e13)])
-def test_a_range_of_prices_is_positive_and_ascending(make_env, prices):
-    with pytest.raises(ValueError, match=r"two positive prices of at most 1e\+12, the lower one"):
-        make_env(alpha_range=prices)
+@pytest.mark.parametrize("alphas", [(0.0, 1.0), (0.2, 0.1), (0.1, float("inf")), (0.1, 1e13)])
+def test_a_range_of_alphas_is_positive_and_ascending(make_env, alphas):
+    with pytest.raises(ValueError, match=r"two positive numbers of at most 1e\+12, the lower one"):
+        make_env(alpha_range=alphas)
 
 
 # --- seeds ---

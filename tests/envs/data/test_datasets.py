@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from prunevit.envs.data import datasets, digits, timm_sources
-from prunevit.envs.data.datasets import DatasetError, find_bad_images, open_images, read_class_names
-from prunevit.envs.data.image_sources import FolderSource
+from prunevit.envs.data import cluttered_digits, datasets, digits, image_dataset, timm_sources
+from prunevit.envs.data.datasets import find_bad_images, open_images, read_class_names
+from prunevit.envs.data.image_sources import DatasetError, FolderSource
 
 SIZE = 16
 CONFIG = {
@@ -75,7 +75,7 @@ def test_digits_are_drawn_when_first_loaded(monkeypatch):
     draw = digits.draw_digits
     monkeypatch.setattr(digits, "draw_digits", lambda *args: drawn.append(args) or draw(*args))
     images = open_images("digits", "test", DIGITS_CONFIG)
-    assert len(images) == datasets.DEFAULT_SIZES["test"]
+    assert len(images) == cluttered_digits.DEFAULT_SIZES["test"]
     assert not drawn
     images = open_images("digits", "test", DIGITS_CONFIG, size=5)
     images.load([0])
@@ -250,7 +250,7 @@ def test_the_number_of_threads_changes_nothing(tmp_path, monkeypatch):
     dataset = make_folder(tmp_path, train=20, test=1)
 
     def load(threads, augment):
-        monkeypatch.setattr(datasets, "DECODING_THREADS", threads)
+        monkeypatch.setattr(image_dataset, "DECODING_THREADS", threads)
         images = open_images(dataset, "train", CONFIG, augment=augment)
         return images.load(range(30))[0]
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
-from prunevit.envs.data.datasets import DatasetError, Load, open_images
+from prunevit.envs.data.datasets import open_images
+from prunevit.envs.data.image_set import ReadRequest
+from prunevit.envs.data.image_sources import DatasetError
 from prunevit.envs.data.prefetch import BATCHES_AHEAD, Prefetcher, prefetch
 from prunevit.envs.game import TokenGame
 from prunevit.envs.vit.staged_vit import StagedViT
@@ -53,8 +55,8 @@ class Written:
     def __len__(self):
         return 1000
 
-    def plan(self, indices, seed=None):
-        return Load(tuple(int(i) for i in indices), seed)
+    def request(self, indices, seed=None):
+        return ReadRequest(tuple(int(i) for i in indices), seed)
 
     def read(self, load):
         for index in load.indices:
@@ -66,7 +68,7 @@ class Written:
         return index.float(), index % 2
 
     def load(self, indices):
-        return self.read(self.plan(indices))
+        return self.read(self.request(indices))
 
     @property
     def reads(self):
@@ -75,9 +77,9 @@ class Written:
         return [(process, indices) for process, *indices in lines]
 
 
-def make_env(vit, images, workers, part=(0, 1)):
+def make_env(vit, images, workers, shard=(0, 1)):
     game = TokenGame(StagedViT(vit, (1, 3)), rollouts_per_image=2)
-    return BatchedTokenPrune(game, images, 8, alpha_range=(0.1, 1.0), part=part, workers=workers)
+    return BatchedTokenPrune(game, images, 8, alpha_range=(0.1, 1.0), shard=shard, workers=workers)
 
 
 def begun(env, *args, **kwargs):
@@ -87,14 +89,14 @@ def begun(env, *args, **kwargs):
 
 
 @pytest.mark.parametrize("augment", [False, AUGMENTATION])
-@pytest.mark.parametrize("part", [(0, 1), (1, 2)])
-def test_episodes_are_those_of_a_game_that_reads_for_itself(vit, photographs, augment, part):
+@pytest.mark.parametrize("shard", [(0, 1), (1, 2)])
+def test_episodes_are_those_of_a_game_that_reads_for_itself(vit, photographs, augment, shard):
     played = []
     for workers in (0, 2):
         images = open_images(photographs, "train", CONFIG, augment=augment)
-        env = make_env(vit, images, workers, part)
+        env = make_env(vit, images, workers, shard)
         before = torch.get_rng_state()
-        env.announce([3, 1, 4, 1, 5])
+        env.prefetch([3, 1, 4, 1, 5])
         assert torch.equal(torch.get_rng_state(), before)
         # what nobody spoke of comes in between, and goes on from where the last seed led
         resets: list[dict] = [
@@ -102,9 +104,9 @@ def test_episodes_are_those_of_a_game_that_reads_for_itself(vit, photographs, au
             {"seed": 1}, {}, {"seed": 5}, {"seed": 3},
         ]  # fmt: skip
         played.append([part for reset in resets for part in begun(env, **reset)])
-        assert (env._ahead is not None) == bool(workers)
-        if env._ahead is not None:
-            assert env._ahead.due is None  # all that was announced was taken
+        assert (env._prefetcher is not None) == bool(workers)
+        if env._prefetcher is not None:
+            assert env._prefetcher.next_request is None  # all that was announced was taken
         env.close()
     torch.testing.assert_close(*played, rtol=0, atol=0)
 
@@ -117,7 +119,7 @@ def test_all_is_read_once_and_before_it_is_asked_for(tmp_path):
     def plans():
         for batch in batches:
             planned.append(batch)
-            yield images.plan(batch)
+            yield images.request(batch)
 
     ahead = Prefetcher(images, plans(), 2, CPU)
     # so far and no further
@@ -125,13 +127,13 @@ def test_all_is_read_once_and_before_it_is_asked_for(tmp_path):
         assert images.done.acquire(timeout=60)
     assert len(planned) == len(images.reads) == 2 * BATCHES_AHEAD
     for batch in batches:
-        assert ahead.due == images.plan(batch)
+        assert ahead.next_request == images.request(batch)
         pixels, labels = next(ahead)
         assert pixels.tolist() == batch
         assert labels.tolist() == [0, 1]
     # with the last batch the processes end
     assert not multiprocessing.active_children()
-    assert ahead.due is None
+    assert ahead.next_request is None
     assert next(ahead, None) is None
     assert sorted(indices for _, indices in images.reads) == batches
     readers = {process for process, _ in images.reads}
@@ -141,10 +143,10 @@ def test_all_is_read_once_and_before_it_is_asked_for(tmp_path):
 
 def test_closing_ends_the_processes_wherever_they_are(vit, photographs):
     env = make_env(vit, open_images(photographs, "train", CONFIG), 2)
-    env.announce(range(100))
+    env.prefetch(range(100))
     env.reset(0)
     assert len(multiprocessing.active_children()) == 2
-    env.announce(range(100))  # instead of the seeds before
+    env.prefetch(range(100))  # instead of the seeds before
     assert len(multiprocessing.active_children()) == 2
     env.close()
     assert not multiprocessing.active_children()
@@ -163,7 +165,7 @@ def test_a_generator_that_is_left_takes_its_processes_along(tmp_path):
 
 def test_images_in_memory_are_read_by_nobody_else(vit, some_images):
     env = make_env(vit, some_images, 2)
-    env.announce(range(5))
+    env.prefetch(range(5))
     assert not multiprocessing.active_children()
     batches = prefetch(some_images, [[3], [1, 2]], 2, CPU)
     assert [len(labels) for _, labels in batches] == [1, 2]

@@ -55,7 +55,7 @@ def test_other_networks_are_refused(actor):
 def test_a_run_becomes_a_pruned_vit(tmp_path, monkeypatch):
     monkeypatch.setattr(integrations, "RUNS", tmp_path)
     monkeypatch.setattr(
-        "prunevit.envs.data.datasets.DEFAULT_SIZES", dict.fromkeys(("train", "test"), 64)
+        "prunevit.envs.data.cluttered_digits.DEFAULT_SIZES", dict.fromkeys(("train", "test"), 64)
     )
     run = LibraryRun(Config(run_name="one", device="cpu", hidden=(8,)))
     run.create()

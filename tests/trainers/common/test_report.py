@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from prunevit.agents.policies.actor_critic import TokenActor
-from prunevit.envs.data import datasets
+from prunevit.envs.data import cluttered_digits, datasets
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.weights import write_weights
 from prunevit.trainers.common import evaluation, report
@@ -23,7 +23,7 @@ SIZES = {"train": 16, "validation": 20, "test": 30}
 
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch):
-    monkeypatch.setattr(datasets, "DEFAULT_SIZES", SIZES)
+    monkeypatch.setattr(cluttered_digits, "DEFAULT_SIZES", SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def task(tmp_path_factory):
     """Digits on a small random ViT."""
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     with torch.random.fork_rng(devices=[]), pytest.MonkeyPatch.context() as context:
-        context.setattr(datasets, "DEFAULT_SIZES", SIZES)
+        context.setattr(cluttered_digits, "DEFAULT_SIZES", SIZES)
         torch.manual_seed(0)
         model = create_backbone(num_classes=10, untrained=True, **TINY)
         write_weights(path, model.state_dict(), "digits_vit", 10, TINY)

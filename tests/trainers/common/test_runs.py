@@ -543,7 +543,7 @@ def test_bad_names_and_values_are_named_at_once(settings, messages, tokens):
         ({"env": "pettingzoo:no_such_package"}, ["no_such_package"]),
         ({"env": "pettingzoo:json"}, ["'json' has no callable 'parallel_env'"]),
         pytest.param({"env": f"{SPREAD}:env"}, ["AECEnv"], marks=MPE2),
-        pytest.param({"env": "pettingzoo:mpe2.simple_tag_v3"}, ["not alike"], marks=MPE2),
+        pytest.param({"env": "pettingzoo:mpe2.simple_tag_v3"}, ["not homogeneous"], marks=MPE2),
         ({"env_kwargs": '{"players": 3}'}, ["players"]),
         pytest.param(
             {"env": SPREAD, "env_kwargs": '{"local_ratio": 3}'}, ["local_ratio"], marks=MPE2

@@ -1,0 +1,174 @@
+"""``LearnedPolicy``: a trained actor as a policy that decides without sampling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from prunevit.agents.policies.actor_critic import TokenActor
+from prunevit.envs.fields import field_size
+from prunevit.envs.observations import View
+from prunevit.envs.vit.staged_vit import StagedViT
+
+PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)  # their square roots are irrational
+
+
+@cache
+def dither_levels(height: int, width: int, stage: int, device: torch.device) -> Tensor:
+    """Computes thresholds in (0, 1) for the patches of a grid, low and high ones in every region.
+
+    They are the ranks of a Kronecker sequence over rows and columns (Roberts 2018, "The
+    unreasonable effectiveness of quasirandom sequences"). Each stage has its own irrational steps,
+    so that a patch's thresholds at different stages are unrelated.
+
+    Returns:
+        float32 [height * width], row by row.
+    """
+    down, right = (math.sqrt(PRIMES[(2 * stage + i) % len(PRIMES)]) for i in range(2))
+    rows, columns = torch.meshgrid(
+        torch.arange(height, dtype=torch.float64),
+        torch.arange(width, dtype=torch.float64),
+        indexing="ij",
+    )
+    phase = (rows * down + columns * right).frac().flatten()
+    return ((phase.argsort().argsort().float() + 0.5) / len(phase)).to(device)
+
+
+class LearnedPolicy(nn.Module):
+    """A trained actor as a ``Policy``: keeps each patch whose probability of keep is high enough.
+
+    ``alpha``, ``threshold`` and ``dither`` can be changed at any time.
+
+    Args:
+        actor: observations [R, D_obs] -> logits [R, 2].
+        fields: the fields that the actor observes.
+        num_prefix: number of prefix tokens of the backbone it was trained with; None if unknown.
+        alpha: weight of compute, for an actor that observes it. The higher it is, the fewer patches
+            are kept.
+        threshold: keep patches with a probability of keep above this.
+        dither: vary the threshold over patches and stages, as sampling would, but with the same
+            pattern every time, spread evenly over the image. A single threshold keeps or prunes
+            similar patches all together; with dither, a share of them is kept that equals their
+            probability.
+
+    Raises:
+        ValueError: ``alpha`` is not positive, missing for an actor that observes it or given for
+            one that doesn't, or ``threshold`` is not between 0 and 1.
+    """
+
+    def __init__(
+        self,
+        actor: nn.Module,
+        fields: Sequence[str],
+        num_prefix: int | None = None,
+        alpha: float | None = None,
+        threshold: float = 0.5,
+        dither: bool = False,
+    ) -> None:
+        super().__init__()
+        self.actor = actor
+        self.dither = dither
+        self.fields = tuple(fields)
+        self.num_prefix = num_prefix
+        self.needs_attention = "cls_attention" in self.fields
+        self.macs_per_decision = sum(
+            layer.weight.numel() for layer in actor.modules() if isinstance(layer, nn.Linear)
+        )
+
+        self.alpha = alpha
+        self.threshold = threshold
+
+    @property
+    def threshold(self) -> float:
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, probability: float) -> None:
+        if not 0 < probability < 1:
+            raise ValueError(f"threshold={probability}: a probability between 0 and 1")
+        self._threshold = probability
+
+    @property
+    def alpha(self) -> float | None:
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, alpha: float | None) -> None:
+        if "alpha" not in self.fields:
+            if alpha is not None:
+                raise ValueError(
+                    f"alpha={alpha}: the policy was trained for one alpha, it observes "
+                    f"{', '.join(self.fields)}"
+                )
+        elif alpha is None or not 0 < alpha < math.inf:
+            raise ValueError(f"alpha={alpha}: the policy needs a positive alpha")
+        self._alpha = alpha
+
+    def check_fits(self, backbone: StagedViT) -> None:
+        """Checks that the policy can run on ``backbone``.
+
+        Raises:
+            ValueError: observations of the backbone have another size than the actor's, or it has
+                another number of prefix tokens than the backbone of the training.
+        """
+        if self.num_prefix not in (None, backbone.num_prefix):
+            raise ValueError(
+                f"the policy was made for a backbone with {self.num_prefix} prefix tokens, "
+                f"this one has {backbone.num_prefix}"
+            )
+        shown = {name: field_size(backbone, name) for name in self.fields}
+        first = next(layer for layer in self.actor.modules() if isinstance(layer, nn.Linear))
+        if first.in_features != sum(shown.values()):
+            raise ValueError(
+                f"the policy reads {first.in_features} numbers an agent, the backbone of width "
+                f"{backbone.width} with {backbone.num_stages} stages shows {sum(shown.values())}: "
+                f"{shown}"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedPolicy:
+        """Follows moves to another device but not to another dtype.
+
+        The policy is tiny, and rounding would change its decisions.
+        """
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
+    def under_own_alpha(self, view: View) -> View:
+        """``view`` with the policy's own alpha, if it has one."""
+        return view if self.alpha is None else view.at_alpha(self.alpha)
+
+    def forward(self, view: View) -> Tensor:
+        view = self.under_own_alpha(view)
+        rows = view.rows(self.fields) if isinstance(self.actor, TokenActor) else None
+        if rows is None:
+            logits = self.logits(view)
+            margin = logits[:, 1] - logits[:, 0]
+        else:
+            assert isinstance(self.actor, TokenActor)
+            margin = self.actor.margins(rows)
+        # a sum is finite only if all its terms are, and a GPU is waited for only once
+        if not math.isfinite(margin.sum()):
+            raise ValueError("the policy's logits are not finite: check its weights and the images")
+        return self.keep(view, view.scatter(margin) if rows is None else view.at_patches(margin))
+
+    def keep(self, view: View, margin: Tensor) -> Tensor:
+        """Decides which patches stay.
+
+        Args:
+            view: the patches.
+            margin: logit of keep minus that of prune, float [B, N]; ignored for dead patches.
+
+        Returns:
+            bool [B, N].
+        """
+        if self.dither:
+            height, width = view.backbone.grid_size
+            margin = margin - dither_levels(height, width, view.stage, margin.device).logit()
+        return (margin > math.log(self.threshold / (1 - self.threshold))) & view.alive
+
+    def logits(self, view: View) -> Tensor:
+        """Computes the actor's logits for the living patches, [R, 2]."""
+        return self.actor(view.living(self.fields))
