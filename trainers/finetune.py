@@ -1,8 +1,9 @@
 """Fine-tunes a pruned ViT under its policy: ``python -m trainers.finetune --run runs/NAME``.
 
-The policy of a finished run of ``trainers.mappo`` stays as it is, and the ViT's blocks learn to do
-with the tokens that it leaves them: to answer as the unpruned model with its original weights does,
-and as the labels say. Judged on the validation split alone; the test split is never read.
+The policy of a finished run of ``trainers.mappo`` stays as it is. The ViT's blocks learn to work
+with the tokens that the policy keeps, from the answers of the unpruned model with its original
+weights and from the labels. The result is evaluated on the validation split; the test split is
+never read.
 
 A run writes ``runs/NAME-finetuned``: ``config.json``, ``metrics.jsonl`` (a line before the first
 epoch and one after each), checkpoints, and at the end ``report.json`` and the folder ``model``,
@@ -88,8 +89,8 @@ class FinetuneConfig(RunSettings):
     run: Path | None = None
     """The run of trainers.mappo, as runs/NAME: its policy, backbone and dataset."""
     alpha: float | None = None
-    """Price of compute that a policy for many prices acts under; the middle of its range if not
-    given."""
+    """Alpha that a policy trained for a range of alphas acts under; the geometric middle of the
+    range if not given."""
     dither: bool = False
     """Have the policy dither: photographs may want it, and the ViT learns what is left to it."""
     frozen: Frozen = "before-first-stage"
@@ -130,7 +131,7 @@ class FinetuneConfig(RunSettings):
     weight_decay: Weight = 0.05
     """The optimizer's, on weights only."""
     ema_decay: Decay = 0.98
-    """Decay a step of the averaged weights, which are the ones evaluated and saving."""
+    """Decay a step of the averaged weights, which are the ones evaluated and saved."""
     validation_size: Count = 4_000
     """Validation images of an evaluation; all where there are fewer."""
     seed: RecipeSeed = 0

@@ -87,12 +87,12 @@ class MappoConfig(RunSettings):
     reward: str = "team"
     """team, markov-game (the paper's) or released-code (what its code computes)."""
     alpha: float | None = None
-    """Price of the dense model's whole compute; the reward's own default if not given."""
+    """The reward's weight of compute; the reward's own default if not given."""
     alpha_range: tuple[float, float] | None = None
-    """Lowest and highest price in the place of one: each image is played under its own, which the
-    agents see as alpha. One policy then serves all prices between: policy.alpha = 0.1."""
+    """Lowest and highest alpha, in place of one: each image gets its own, which the agents observe
+    as alpha. The policy then serves every alpha in between: policy.alpha = 0.1."""
     beta: float | None = None
-    """Worth of accuracy; the reward's own default if not given."""
+    """The reward's weight of accuracy; the reward's own default if not given."""
     accuracy: str | None = None
     """What counts as accuracy: correct, confidence, agreement or kl; the reward's own default if
     not given.

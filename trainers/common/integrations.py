@@ -54,7 +54,7 @@ class LibraryConfig(RunSettings):
     reward: str = "team"
     """team, markov-game (the paper's) or released-code (what its code computes)."""
     alpha: float | None = None
-    """Price of the dense model's whole compute; the reward's own default if not given."""
+    """The reward's weight of compute; the reward's own default if not given."""
     images: Count = 128
     """Images that are played at once."""
     iterations: Count = 300
