@@ -6,6 +6,7 @@ and judged at the end by what it does when it prunes for good.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,16 @@ class TokenDQN(DQN):
         return np.where(explores, np.random.randint(2, size=action.shape), action), state
 
 
+def tensorboard_folder(folder: Path) -> str | None:
+    """Where SB3 writes its log; None where TensorBoard is missing, which SB3 would refuse."""
+    try:
+        with needs("train"):
+            importlib.import_module("tensorboard")
+    except ImportError:
+        return None
+    return str(folder)
+
+
 def make_algorithm(config: Sb3Config, env: TokenVecEnv, stages: int, folder: Path) -> BaseAlgorithm:
     """SB3's algorithm with what the game asks of it: rollouts of whole episodes, and the buffers
     that know of pruned tokens.
@@ -90,7 +101,7 @@ def make_algorithm(config: Sb3Config, env: TokenVecEnv, stages: int, folder: Pat
             "features_extractor_class": Normalised,
             "activation_fn": nn.GELU,
         },
-        "tensorboard_log": str(folder),
+        "tensorboard_log": tensorboard_folder(folder),
         "seed": config.seed,
         "device": env.device,
     }

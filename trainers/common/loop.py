@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch.profiler import record_function
 from tqdm import tqdm
@@ -19,7 +20,7 @@ from prunevit.trainers.common.distributed import RanksError
 from prunevit.trainers.common.profiling import profiled
 from prunevit.trainers.common.run import Record, RunFolder, TrainingError
 
-with needs("train"):
+if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
@@ -98,9 +99,7 @@ def train(
         TrainingError: a reward, a loss or a gradient is not finite.
     """
     ranks = run.ranks
-    board = None
-    if ranks.is_first:
-        board = SummaryWriter(str(run.path), purge_step=trainer.iteration + 1)
+    board = _open_board(run, trainer.iteration + 1)
     bar = tqdm(
         total=settings.iterations,
         initial=trainer.iteration,
@@ -134,6 +133,21 @@ def train(
         run.save(whole)
         ended.add_note(f"iteration {whole['iteration']} is saved")
         raise
+
+
+def _open_board(run: RunFolder, step: int) -> SummaryWriter | None:
+    """TensorBoard's log from iteration ``step`` on; None on ranks that write nothing, and where
+    TensorBoard is missing.
+    """
+    if not run.ranks.is_first:
+        return None
+    try:
+        with needs("train"):
+            from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        print(f"There will be no TensorBoard log: {error}", file=sys.stderr)
+        return None
+    return SummaryWriter(str(run.path), purge_step=step)
 
 
 def _iterate(trainer: Trainer, monitor: Monitor, bar: tqdm) -> Record:

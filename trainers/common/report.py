@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.common.evaluation import best_topk, evaluate
 from prunevit.trainers.common.timing import images_per_second
 
-with needs("train"):
+if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SPEED_BATCH = 64
@@ -112,6 +113,19 @@ def format_report(report: dict[str, Any]) -> str:
     return f"{text}\n{report['seconds']:.0f} s, seed {report['seed']}"
 
 
+def new_figure(path: Path, size: tuple[float, float]) -> Figure | None:
+    """A figure of ``size`` in inches; None where matplotlib is missing, and a line that says that
+    ``path`` is not written.
+    """
+    try:
+        with needs("train"):
+            from matplotlib.figure import Figure
+    except ImportError as error:
+        print(f"There is no {path.name}: {error}", file=sys.stderr)
+        return None
+    return Figure(figsize=size, layout="constrained")
+
+
 @torch.inference_mode()
 def draw_pruned(experiment: PruningExperiment, model: PrunedViT, images: Any, path: Path) -> None:
     """A few images stage by stage, pruned patches whited out, with label, answer and what it
@@ -126,7 +140,9 @@ def draw_pruned(experiment: PruningExperiment, model: PrunedViT, images: Any, pa
         pixels, tuple(experiment.data_config["mean"]), tuple(experiment.data_config["std"])
     )
     names = images.class_names
-    figure = Figure(figsize=(2 * alive.shape[1], 2.2 * PICTURES), layout="constrained")
+    figure = new_figure(path, (2 * alive.shape[1], 2.2 * PICTURES))
+    if figure is None:
+        return
     for i, axes in enumerate(figure.subplots(PICTURES, 1, squeeze=False).flat):
         axes.imshow(stage_strip(shown[i], alive[i], experiment.backbone.grid_size))
         axes.set_axis_off()
@@ -154,7 +170,10 @@ def draw_curve(folder: Path) -> None:
         ("entropy", "policy entropy", None, None),
     ]
     panels = [panel for panel in wanted if any(panel[0] in record for record in records)]
-    figure = Figure(figsize=(3.6 * len(panels), 3), layout="constrained")
+    path = folder / "curve.png"
+    figure = new_figure(path, (3.6 * len(panels), 3))
+    if figure is None:
+        return
     for axes, (name, label, checked, checked_label) in zip(
         figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True
     ):
@@ -165,5 +184,4 @@ def draw_curve(folder: Path) -> None:
         axes.set_xlabel("iteration")
         axes.set_title(name.replace("_", " "), fontsize=10)
         axes.legend(fontsize=7)
-    path = folder / "curve.png"
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=80))

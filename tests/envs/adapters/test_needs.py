@@ -13,8 +13,6 @@ NEEDS = [
     ("prunevit.envs.adapters.torchrl", "torchrl", "torchrl"),
     ("prunevit.envs.adapters.benchmarl", "benchmarl", "benchmarl"),
     ("prunevit.trainers.benchmarl", "benchmarl", "benchmarl"),
-    ("prunevit.trainers.common.loop", "tensorboard", "train"),
-    ("prunevit.trainers.common.report", "matplotlib", "train"),
 ]
 
 
