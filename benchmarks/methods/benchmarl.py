@@ -41,7 +41,7 @@ def benchmarl(name: str, algorithm: str, bench: Benchmark, seed: int) -> Method:
         )
         if bench.iterations is not None:
             config = replace(config, iterations=bench.iterations)
-        check_settings(folder, config.described())
+        check_settings(folder, config.to_json())
         if not (folder / RUN_WEIGHTS).is_file():
             # a killed run can't be resumed: BenchMARL writes its checkpoint at the end
             shutil.rmtree(folder, ignore_errors=True)

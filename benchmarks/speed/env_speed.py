@@ -23,6 +23,7 @@ from prunevit.agents.policies.actor_critic import TokenActor
 from prunevit.benchmarks.noise_images import NoiseImages
 from prunevit.benchmarks.speed.adapters import BARE, adapters, decisions_of
 from prunevit.benchmarks.speed.timed_trainer import bare_forward
+from prunevit.envs.adapters.common import GameArguments
 from prunevit.envs.batched.protocol import Observations
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.data.datasets import open_images
@@ -181,7 +182,7 @@ def measure_adapters(
     rounds: int, staged: StagedViT, images: ImageSet, actions: Tensor
 ) -> dict[str, dict[str, float]]:
     """Figures of each adapter on as many images at once as ``actions`` are for."""
-    arguments = {
+    arguments: GameArguments = {
         "prune_before": staged.prune_before,
         "observation": MappoConfig().observation,
         "device": staged.device,

@@ -64,7 +64,7 @@ class TrainSpeedConfig:
     """Timed iterations of each variant, after one that is not counted."""
     num_envs: int = MappoConfig.num_envs
     """Episodes an iteration."""
-    prune_before: tuple[int, ...] = MappoConfig.prune_before
+    prune_before: tuple[int, ...] = (1, 3)
     """The stages."""
     tokens: int | None = None
     """Measure on noise of so many patches, a square number; on the digits if not given."""
@@ -192,7 +192,7 @@ def measure(config: TrainSpeedConfig) -> list[Record]:
     shared = {
         "episodes": config.num_envs,
         "tokens": ours.env.num_agents,
-        "stages": len(settings.prune_before),
+        "stages": len(config.prune_before),
         "device": torch.cuda.get_device_name() if config.device == "cuda" else config.device,
         "threads": torch.get_num_threads(),
     }
