@@ -53,21 +53,21 @@ def _settles_at_once(reward: Reward) -> bool:
 
 
 class TokenPruneEnv(ParallelEnv):
-    """Each patch token of an image an agent that keeps (1) or prunes (0) itself before each stage's
-    block.
+    """Token pruning as a PettingZoo ``ParallelEnv``.
 
-    ``TokenPruneEnv()`` plays on real scanned digits in clutter with a small trained ViT that the
-    package brings.
+    Each patch token of an image is an agent. Before each stage's block it keeps (1) or prunes (0)
+    itself. ``TokenPruneEnv()`` plays on scanned digits in clutter with a small trained ViT, which
+    come with the package.
 
     Args:
-        backbone: a name for ``models.create_backbone``, or a timm VisionTransformer. It is not
-            changed: one in training mode or on another device is copied.
-        dataset: a name for ``datasets.open_images``, or an ``ImageSet``.
+        backbone: a name for ``create_backbone``, or a timm model. It is not changed: a model in
+            training mode or on another device is copied.
+        dataset: a name for ``open_images``, or an ``ImageSet``.
         split: which part of a named dataset.
         prune_before: 0-based blocks before which stages stand; before every block but the first
             where None.
-        reward: a name of ``rewards.REWARDS``, or a ``Reward``.
-        observation: fields that an agent sees, of ``observations.FIELDS``.
+        reward: a name in ``rewards.REWARDS``, or a ``Reward``.
+        observation: what an agent observes, names in ``fields.FIELDS``.
         num_envs: None plays one image an episode, with numpy values. A number plays so many images
             at once: every value is a tensor with that leading dimension on the game's device, a
             view of the game's own, and so are the spaces.
@@ -89,7 +89,7 @@ class TokenPruneEnv(ParallelEnv):
     Raises:
         ValueError: an argument of an unknown name or a wrong value, or a reward that agents who
             leave would not receive; the message says which would be right.
-        UnsupportedBackboneError: the backbone can't be staged.
+        UnsupportedBackboneError: the backbone can't run on part of its tokens.
         DatasetError: the dataset is unknown or damaged.
     """
 
