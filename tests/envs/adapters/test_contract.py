@@ -7,6 +7,7 @@ import weakref
 
 import numpy as np
 import pytest
+import torch
 
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.game import TokenGame
