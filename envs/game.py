@@ -14,6 +14,7 @@ from prunevit.envs.observations import View
 from prunevit.envs.rewards import LARGEST_NUMBER, EndFacts, Reward, StageFacts, TeamReward
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.tokens import Tokens
+from prunevit.envs.vit.untouched import is_random
 
 
 class GameError(RuntimeError):
@@ -94,6 +95,11 @@ class TokenGame:
     ) -> None:
         if rollouts_per_image < 1:
             raise ValueError(f"rollouts_per_image={rollouts_per_image} must be at least 1")
+        if backbone.num_classes < 1 or not backbone.model.global_pool:
+            raise ValueError(
+                "the game needs logits: the backbone has no classifier (num_classes=0), or no "
+                "pooling (global_pool='')"
+            )
         self.backbone = backbone
         self.reward: Reward = TeamReward() if reward is None else reward
         self.rollouts_per_image = rollouts_per_image
@@ -120,7 +126,8 @@ class TokenGame:
 
         Raises:
             ValueError: images have the wrong size, type or channels or are not finite, labels are
-                out of range, or alphas are negative, too large or of the wrong number.
+                out of range, alphas are negative, too large or of the wrong number, or the
+                backbone is in training mode.
         """
         initial, labels = self.initial_state(images, labels)
         return self.reset_to(initial, labels, alpha)
@@ -132,6 +139,11 @@ class TokenGame:
         Returns:
             the images before the first stage, and the labels on the backbone's device.
         """
+        if is_random(self.backbone.model):
+            raise ValueError(
+                "the backbone is in training mode, in which the same episode would not end the "
+                "same way twice: call .eval() on it"
+            )
         images, labels = self._checked(images, labels)
         with record_function("blocks before the first stage"):
             tokens = self.backbone.begin(images)

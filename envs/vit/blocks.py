@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from timm.layers import apply_rot_embed_cat
 from torch import Tensor
 
 from prunevit.envs.vit.attention import attention_received, varlen_attention
@@ -44,7 +49,7 @@ def packed_block(
         rope = rotary.patches(index, len(images)) if rotary else None
         return ops.dense_block(block, images, None, rope).flatten(0, 1), None
     x, received = _packed_attention(ops, block, index, x, layout, rotary, num_query_tokens)
-    return ops.blocks[type(block)].mlp(block, x), received
+    return ops.steps(block).mlp(block, x), received
 
 
 def _packed_attention(
@@ -60,7 +65,7 @@ def _packed_attention(
 
     A function of its own, so that queries, keys and values are freed before the MLP needs memory.
     """
-    attn, steps = block.attn, ops.blocks[type(block)]
+    attn, steps = block.attn, ops.steps(block)
     source = steps.pre_attention(block, x)
     q, k, v = ops.project(block, source, rotary.rows(index, len(x)) if rotary else None)
     mixed = attn.norm(varlen_attention(q, k, v, layout))
@@ -70,6 +75,93 @@ def _packed_attention(
     if num_query_tokens is not None:
         received = attention_received(_packed_query(q, layout, num_query_tokens), k, layout)
     return steps.residual(block, x, linear(attn.proj, mixed)), received
+
+
+def timm_block(
+    ops: ModelOps,
+    block: Any,
+    index: int,
+    x: Tensor,
+    layout: Layout,
+    rotary: RotaryEmbedding | None,
+    num_query_tokens: int | None,
+) -> tuple[Tensor, Tensor | None]:
+    """``packed_block`` for blocks in which more than timm's own code runs.
+
+    Calls the block as timm does, once for each number of tokens, on the images that have so many:
+    hooks and replaced layers see what they would see in timm's model.
+    """
+    outputs, paid = [], []
+    for rows, images, length in layout.groups():
+        part = x[rows].unflatten(0, (images, length))
+        rope = rotary.slice_rows(rows).patches(index, images) if rotary else None
+        if num_query_tokens is None:
+            out = ops.dense_block(block, part, None, rope)
+        else:
+            out, q, k = _observed_block(ops, block, index, part, rope)
+            group = Layout.uniform(images, length, layout.width, x.device)
+            query = _packed_query(q.flatten(0, 1), group, num_query_tokens)
+            paid.append(attention_received(query, k.flatten(0, 1), group))
+        outputs.append(out.flatten(0, 1))
+    if not outputs:
+        return x, None if num_query_tokens is None else x.new_zeros(0)
+    return torch.cat(outputs), torch.cat(paid) if paid else None
+
+
+def _observed_block(
+    ops: ModelOps,
+    block: Any,
+    index: int,
+    images: Tensor,
+    rope: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """timm's block on images [B, L, D], with the queries and keys [B, L, heads, head_dim] in it.
+
+    They are those that the block itself computed: no module runs twice.
+    """
+    attn = block.attn
+    with _capture_outputs(attn, ("q_norm", "k_norm")) as seen:
+        out = ops.dense_block(block, images, None, rope)
+    if len(seen) != 2:
+        raise RuntimeError(
+            f"the attention of block {index} was replaced, so that the attention which tokens "
+            "receive can't be observed: choose a policy without needs_attention"
+        )
+    q, k = seen["q_norm"], seen["k_norm"]  # [B, heads, L, head_dim]
+    if rope is not None:
+        q, k = (_rotate_patches(attn, rows, rope) for rows in (q, k))
+    groups = q.shape[1] // k.shape[1]  # several heads of queries can share one of keys
+    k = k.repeat_interleave(groups, dim=1) if groups > 1 else k
+    return out, q.transpose(1, 2), k.transpose(1, 2)
+
+
+@contextmanager
+def _capture_outputs(module: Any, names: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
+    """Collects what these submodules return in this thread, after all hooks of theirs."""
+    seen: dict[str, Tensor] = {}
+    thread = threading.get_ident()
+
+    def capture(name: str, out: Tensor) -> None:
+        if threading.get_ident() == thread:
+            seen[name] = out
+
+    handles = [
+        getattr(module, name).register_forward_hook(lambda _, __, out, n=name: capture(n, out))
+        for name in names
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rotate_patches(attn: Any, rows: Tensor, rope: Tensor) -> Tensor:
+    """Rotates queries or keys [B, heads, L, head_dim] as timm's attention does."""
+    count = attn.num_prefix_tokens
+    prefix, patches = rows[:, :, :count], rows[:, :, count:]
+    rotated = apply_rot_embed_cat(patches, rope, half=getattr(attn, "rotate_half", False))
+    return torch.cat([prefix, rotated], dim=2).type_as(rows)
 
 
 def masked_block(
@@ -105,6 +197,35 @@ def masked_block(
     return ops.dense_block(block, images, alive[:, None, None, :], rope).flatten(0, 1), received
 
 
+def timm_block_on_slots(
+    ops: ModelOps,
+    block: Any,
+    index: int,
+    x: Tensor,
+    alive: Tensor,
+    rotary: RotaryEmbedding | None,
+    num_query_tokens: int | None,
+) -> tuple[Tensor, Tensor | None]:
+    """``masked_block`` for blocks in which more than timm's own code runs.
+
+    That code would see pruned tokens, which a mask hides from timm's attention alone. So the block
+    runs on the survivors, and the slots of pruned tokens stay as they were.
+    """
+    lengths = alive.sum(1).cpu().numpy()
+    order = np.argsort(lengths, kind="stable")
+    place = torch.from_numpy(order).to(alive.device)
+    image, position = alive[place].nonzero(as_tuple=True)
+    slot = place[image] * alive.shape[1] + position
+    layout = Layout.of(lengths[order], block.attn.num_heads * block.attn.head_dim, alive.device)
+    of_rows = rotary.take(position) if rotary else None
+    out, received = timm_block(
+        ops, block, index, x.index_select(0, slot), layout, of_rows, num_query_tokens
+    )
+    if received is not None:
+        received = received.new_zeros(len(x)).index_copy(0, slot, received)
+    return x.to(out.dtype).index_copy(0, slot, out), received
+
+
 def masked_attention_received(
     ops: ModelOps,
     block: Any,
@@ -126,7 +247,7 @@ def masked_attention_received(
     Returns:
         [B, L], averaged over heads.
     """
-    source = ops.blocks[type(block)].pre_attention(block, images)
+    source = ops.steps(block).pre_attention(block, images)
     q, k, _ = ops.project(block, source, rope)
     query = _masked_query(q, alive, num_query_tokens)
     scores = torch.einsum("bhd,blhd->bhl", query, k) * block.attn.scale

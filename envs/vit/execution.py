@@ -5,17 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from timm.models import checkpoint
 from torch import Tensor
 
-from prunevit.envs.vit.blocks import masked_block, packed_block
-from prunevit.envs.vit.onednn_linear import has_hooks
+from prunevit.envs.vit.blocks import (
+    masked_block,
+    packed_block,
+    timm_block,
+    timm_block_on_slots,
+)
 from prunevit.envs.vit.timm_models.ops import ModelOps
 from prunevit.envs.vit.timm_models.rope import RotaryEmbedding
+from prunevit.envs.vit.timm_models.supported import some_tensor
 from prunevit.envs.vit.tokens import Segment, Tokens
 from prunevit.envs.vit.torch_compile import compile_block
+from prunevit.envs.vit.untouched import has_global_hooks, has_hooks, is_untouched
 
 # Rows of more bytes than this leave a CPU's caches between blocks, and the system has to allocate
 # much of the memory for each block's results again, page by page. In chunks of 2 to 4 MiB,
@@ -50,20 +58,28 @@ def run_blocks(
         chunked: run large batches in chunks of images where that is allowed.
     """
     tokens = make()
-    if chunked and stop > start and tokens.layout is not None:
+    anyone = has_global_hooks()
+    masked = tokens.layout is None  # masked execution runs timm's blocks, dropout included
+    untouched = [not anyone and is_untouched(block, masked) for block in model.blocks[start:stop]]
+    if chunked and stop > start and not masked and all(untouched):
         count = num_chunks(model, len(tokens.x), len(tokens.alive), torch_compile)
         if count > 1:
             return _run_chunks(model, ops, tokens, start, stop, num_query_tokens, count)
     x, received = tokens.x, None
     tokens = replace(tokens, x=x.new_empty(0))
     packed = compile_block() if torch_compile else packed_block
-    for i in range(start, stop):
+    recomputes = model.grad_checkpointing and torch.is_grad_enabled()
+    for i, plain in zip(range(start, stop), untouched, strict=True):
         block, rotary = model.blocks[i], tokens.rotary
         queries = num_query_tokens if i == stop - 1 else None
-        if tokens.layout is None:
-            x, received = masked_block(ops, block, i, x, tokens.alive, rotary, queries)
+        run: Callable[..., tuple[Tensor, Tensor | None]]
+        if masked:
+            run = partial(masked_block if plain else timm_block_on_slots, ops, block, i)
         else:
-            x, received = packed(ops, block, i, x, tokens.layout, rotary, queries)
+            run = partial(packed if plain else timm_block, ops, block, i)
+        arguments = (x, tokens.alive if masked else tokens.layout, rotary, queries)
+        # as timm's models do: what a block computes for the backward pass is computed again there
+        x, received = checkpoint(run, *arguments) if recomputes else run(*arguments)
     segment = Segment(tokens.alive, start, stop, received is not None)
     return replace(tokens, x=x, attention=received, segments=(*tokens.segments, segment))
 
@@ -112,7 +128,7 @@ def num_chunks(model: Any, rows: int, images: int, torch_compile: bool) -> int:
     More than one only for large batches on a CPU, and only if nobody can tell the difference:
     without gradients, autocast, tracing, training mode and hooks.
     """
-    weight = next(model.parameters())
+    weight = some_tensor(model)
     size = rows * model.embed_dim * weight.dtype.itemsize
     if size <= CHUNK_BYTES or weight.device.type != "cpu" or torch_compile:
         return 1

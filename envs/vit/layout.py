@@ -131,6 +131,23 @@ class Layout:
             for first, last in pairwise(edges)
         ]
 
+    def groups(self) -> list[tuple[slice, int, int]]:
+        """Splits the images into runs of one length.
+
+        Returns:
+            of each run its rows, its number of images, and their length.
+        """
+        cu_seqlens = np.concatenate([[0], np.cumsum(self.lengths)])
+        edges = _cut(self.lengths, 1) if len(self.lengths) else np.zeros(0, np.int64)
+        return [
+            (
+                slice(int(cu_seqlens[first]), int(cu_seqlens[last])),
+                int(last - first),
+                int(self.lengths[first]),
+            )
+            for first, last in pairwise(edges)
+        ]
+
     def mean(self, rows: Tensor) -> Tensor:
         """Averages over each image's rows: [S, ...] -> [B, ...]."""
         total = rows.new_zeros(len(self.lengths), *rows.shape[1:]).index_add(0, self.image, rows)

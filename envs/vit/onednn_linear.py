@@ -8,7 +8,9 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from prunevit.envs.vit.untouched import is_plain, is_untouched
 
 # Measured on two AVX2 cores, widths of 64 to 768. Below this many multiply-accumulates, oneDNN's
 # fixed cost outweighs what it saves. For 24 to 200 rows of width 384 or more it is 1.3 to 1.5 times
@@ -22,7 +24,7 @@ ROW_STEP = 8
 _MKLDNN = torch.ops.mkldnn
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(_MKLDNN, "_linear_pointwise")
 
-if HAS_ONEDNN:
+if HAS_ONEDNN and _MKLDNN._linear_pointwise not in flop_registry:  # a module can be reloaded
     # so that FLOP counters count these operations too
 
     @register_flop_formula(_MKLDNN._linear_pointwise)
@@ -36,7 +38,8 @@ if HAS_ONEDNN:
 def uses_onednn(layer: nn.Module, x: Tensor) -> bool:
     """Whether ``linear`` runs ``layer`` on ``x`` [..., in] through oneDNN.
 
-    It does for float32 on a CPU, without gradients, if the product is large enough.
+    It does for plain float32 weights on a CPU, without gradients, if the product is large enough
+    and nobody has put anything in the layer's way.
     """
     if not HAS_ONEDNN or type(layer) is not nn.Linear:
         return False
@@ -51,13 +54,9 @@ def uses_onednn(layer: nn.Module, x: Tensor) -> bool:
         and rows * weight.numel() >= MIN_MACS
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not torch.is_autocast_enabled("cpu")
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and is_plain(weight)
+        and is_untouched(layer)
     )
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a module or one of its submodules has forward hooks."""
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
@@ -76,7 +75,7 @@ def mlp(layer: nn.Module, x: Tensor) -> Tensor:
     parts: Any = layer
     if type(layer) is not Mlp or layer.training or not uses_onednn(parts.fc1, x):
         return layer(x)
-    if has_hooks(layer):
+    if not is_untouched(layer):
         return layer(x)
     rows, count = _padded(x)
     if type(parts.act) is nn.GELU:

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from prunevit.envs.vit.execution import embed_chunks, num_chunks, run_blocks
 from prunevit.envs.vit.layout import Layout
@@ -18,12 +19,20 @@ from prunevit.envs.vit.macs import Macs
 from prunevit.envs.vit.timm_models.heads import (
     classify_pooled,
     classify_prefix,
+    count_classes,
     head_reads_prefix,
+    is_head_untouched,
     pools_tokens,
 )
 from prunevit.envs.vit.timm_models.rope import RotaryEmbedding
-from prunevit.envs.vit.timm_models.supported import attention_width, model_ops
+from prunevit.envs.vit.timm_models.supported import (
+    UnsupportedBackboneError,
+    attention_width,
+    model_ops,
+    some_tensor,
+)
 from prunevit.envs.vit.tokens import Segment, Tokens, nonzero, remove_tokens
+from prunevit.envs.vit.untouched import why_bypassed
 
 Execution = Literal["packed", "masked"]
 
@@ -31,8 +40,10 @@ Execution = Literal["packed", "masked"]
 class StagedViT(nn.Module):
     """Runs a timm ViT from one stage to the next on the surviving tokens.
 
-    The model is used as it is: neither changed nor copied. Packed execution needs it in evaluation
-    mode.
+    The model is used as it is: neither changed nor copied. Hooks, replaced layers, quantised
+    weights and dropout in training mode have the effect that they have in timm's own forward pass.
+    Blocks that have any are called once for each number of tokens that images have left, which is
+    slower if there are many.
 
     Args:
         model: timm's ``VisionTransformer``, plain or distilled, or ``Eva``.
@@ -88,7 +99,7 @@ class StagedViT(nn.Module):
             self.model.in_chans,
             *self.model.patch_embed.img_size,
         )
-        self.num_classes: int = self.model.num_classes
+        self.num_classes = count_classes(self.model)
         self.has_class_token = getattr(self.model, "cls_token", None) is not None
         self.num_query_tokens = 1 if self.has_class_token else self.num_prefix
         self.keeps_last_patch = not head_reads_prefix(self.model)
@@ -102,11 +113,11 @@ class StagedViT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return some_tensor(self.model).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        return some_tensor(self.model).dtype
 
     @torch.compiler.disable(recursive=False)
     def begin(
@@ -122,7 +133,11 @@ class StagedViT(nn.Module):
 
         Raises:
             ValueError: the images have another size than the backbone, or its patch dropout is on.
+            UnsupportedBackboneError: the model was given hooks that could not run.
         """
+        reason = why_bypassed(self.model)
+        if reason is not None:
+            raise UnsupportedBackboneError(reason)
         if tuple(images.shape[1:]) != self.image_shape:
             raise ValueError(
                 f"images of shape {list(images.shape[1:])}: the backbone was staged for "
@@ -223,7 +238,12 @@ class StagedViT(nn.Module):
 
     @torch.compiler.disable
     def finish(self, tokens: Tokens) -> Tensor:
-        """Applies the last norm, pools over the survivors and classifies: logits [B, classes]."""
+        """Applies the last norm, pools over the survivors and classifies: logits [B, classes].
+
+        A model without a classifier returns what would go into it: [B, D].
+        """
+        if not is_head_untouched(self.model):
+            return self._by_length(tokens, lambda x: self.model.forward_head(self.model.norm(x)))
         if not pools_tokens(self.model):
             if tokens.layout is not None and tokens.layout.uniform_length is not None:
                 images = tokens.x.unflatten(0, (-1, tokens.layout.uniform_length))
@@ -236,11 +256,41 @@ class StagedViT(nn.Module):
         layout = Layout.of(lengths, attention_width(self.model), rows.device)
         return classify_pooled(self.model, rows, layout)
 
+    def _by_length(self, tokens: Tokens, run: Callable[[Tensor], Tensor]) -> Tensor:
+        """Runs a function of whole images on those that have as many tokens left together.
+
+        Args:
+            tokens: of B images.
+            run: tokens [b, n, D] of images with n tokens each -> [b, ...].
+
+        Returns:
+            [B, ...], in the order of the images.
+        """
+        row = tokens.row.view(len(tokens.alive), self.num_slots)
+        lengths = tokens.alive.sum(1)
+        results, places = [], []
+        for length in lengths.unique().tolist():
+            some = (lengths == length).nonzero().squeeze(1)
+            rows = row[some][tokens.alive[some]]
+            results.append(run(tokens.x[rows].unflatten(0, (len(some), length))))
+            places.append(some)
+        if not results:
+            return run(tokens.x.view(0, self.num_slots, self.width))
+        return torch.cat(results)[torch.cat(places).argsort()]
+
     @torch.compiler.disable
     def features(self, tokens: Tokens) -> Tensor:
         """The tokens after the last norm, each in its slot, zeros where pruned: [B, L, D]."""
         slot = tokens.alive.flatten().nonzero().squeeze(1)
-        normed = self.model.norm(tokens.x.index_select(0, tokens.row[slot]))
+        if is_head_untouched(self.model):
+            normed = self.model.norm(tokens.x.index_select(0, tokens.row[slot]))
+        else:
+            # each image padded at its end to all slots, so that images of all lengths are stacked
+            padded = self._by_length(
+                tokens, lambda x: F.pad(self.model.norm(x), (0, 0, 0, self.num_slots - x.shape[1]))
+            )
+            order = torch.arange(self.num_slots, device=slot.device)
+            normed = padded[order < tokens.alive.sum(1, keepdim=True)]
         dense = normed.new_zeros(tokens.alive.numel(), normed.shape[1])
         return dense.index_copy(0, slot, normed).unflatten(0, tokens.alive.shape)
 
@@ -258,6 +308,16 @@ class StagedViT(nn.Module):
         if not pools_tokens(self.model):
             return self.model.forward_head(features, pre_logits=pre_logits)
         alive = features.ne(0).any(2)
+        if not is_head_untouched(self.model):
+            tokens = Tokens(
+                x=features.flatten(0, 1),
+                alive=alive,
+                row=torch.arange(alive.numel(), device=alive.device),
+                layout=None,
+                attention=None,
+            )
+            head = partial(self.model.forward_head, pre_logits=pre_logits)
+            return self._by_length(tokens, head)
         lengths = alive.sum(1).cpu().numpy()
         layout = Layout.of(lengths, attention_width(self.model), features.device)
         return classify_pooled(self.model, features[alive], layout, pre_logits)

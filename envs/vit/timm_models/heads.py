@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from timm.models.deit import VisionTransformerDistilled
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunevit.envs.vit.attention import varlen_attention
 from prunevit.envs.vit.layout import Layout
+from prunevit.envs.vit.untouched import has_global_hooks, is_untouched
 
 
 def classify_prefix(model: Any, prefix: Tensor) -> Tensor:
@@ -36,6 +37,11 @@ def classify_pooled(model: Any, rows: Tensor, layout: Layout, pre_logits: bool =
     Returns:
         logits [B, classes].
     """
+    if model.global_pool == "":
+        raise ValueError(
+            "the backbone has no pooling (global_pool=''), so an image has no single output: call "
+            "forward_features, or build the model with another global_pool"
+        )
     if not _pools_prefix(model):
         rows, layout = layout.without_first(rows, model.num_prefix_tokens)
     if model.global_pool == "prr":
@@ -63,7 +69,32 @@ def pools_tokens(model: Any) -> bool:
 
 def head_reads_prefix(model: Any) -> bool:
     """Whether the head still has something to read after all patches have been pruned."""
-    return not pools_tokens(model) or (model.num_prefix_tokens > 0 and _pools_prefix(model))
+    reads_prefix = not pools_tokens(model) or model.global_pool == "" or _pools_prefix(model)
+    return model.num_prefix_tokens > 0 and reads_prefix
+
+
+def count_classes(model: Any) -> int:
+    """Outputs of the head that the model has now, 0 if it has none.
+
+    ``num_classes`` of a timm model stays as it was if the head is replaced by assignment.
+    """
+    head = model.head
+    if isinstance(head, nn.Identity):
+        return 0
+    sizes = [part.out_features for part in head.modules() if hasattr(part, "out_features")]
+    if isinstance(getattr(head, "out_features", None), int):
+        return head.out_features
+    return sizes[-1] if sizes else model.num_classes
+
+
+def is_head_untouched(model: Any) -> bool:
+    """Whether nothing but timm's own code runs after the last block."""
+    own = vars(model)
+    if "forward_head" in own or "pool" in own or has_global_hooks():
+        return False
+    names = ("norm", "attn_pool", "fc_norm", "head_drop", "head", "head_dist")
+    parts = [own["_modules"].get(name) for name in names]
+    return all(part is None or is_untouched(part, may_draw=True) for part in parts)
 
 
 def _pools_prefix(model: Any) -> bool:

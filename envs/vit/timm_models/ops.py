@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from prunevit.envs.vit.onednn_linear import mlp
 from prunevit.envs.vit.timm_models.rope import RotaryEmbedding
+from prunevit.envs.vit.untouched import find_class
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class ModelOps:
     """How to run models of some timm classes on part of their tokens.
 
     Attributes:
-        models: the classes. Subclasses are not included, since they may override the forward pass.
+        models: the classes. Subclasses that override the forward pass are not included.
         blocks: the steps of each supported class of block.
         attentions: the projection of each supported class of attention: (module, input [..., D],
             rope [..., heads, 2 * head_dim] or None) -> queries, keys and values
@@ -53,7 +54,11 @@ class ModelOps:
 
     def project(self, block: Any, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Computes the queries, keys and values [..., heads, head_dim] of a block's attention."""
-        return self.attentions[type(block.attn)](block.attn, x, rope)
+        return self.attentions[find_class(block.attn, self.attentions)](block.attn, x, rope)
+
+    def steps(self, block: Any) -> BlockOps:
+        """The steps of a block."""
+        return self.blocks[find_class(block, self.blocks)]
 
 
 def pre_norm(block: Any, x: Tensor) -> Tensor:

@@ -20,13 +20,18 @@ CPU = torch.device("cpu")
 def rows_seen(monkeypatch):
     """How many rows each call of a block had; about two images are a part."""
     seen = []
-    original = execution.packed_block
 
-    def counted(ops, block, index, x, *others):
-        seen.append(len(x))
-        return original(ops, block, index, x, *others)
+    def count(name):
+        original = getattr(execution, name)
 
-    monkeypatch.setattr(execution, "packed_block", counted)
+        def counted(ops, block, index, x, *others):
+            seen.append(len(x))
+            return original(ops, block, index, x, *others)
+
+        monkeypatch.setattr(execution, name, counted)
+
+    count("packed_block")
+    count("timm_block")  # where there are hooks
     return seen
 
 

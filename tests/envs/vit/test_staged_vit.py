@@ -518,8 +518,6 @@ def test_models_of_another_kind_are_refused(name, kwargs, reason):
     [
         ({"block_fn": ParallelScalingBlock}, "block 0 is a ParallelScalingBlock"),
         ({"attn_layer": "diff"}, "attention of block 0 is a DiffAttention"),
-        ({"num_classes": 0}, "no classifier"),
-        ({"global_pool": ""}, "no pooling"),
         ({"depth": 0}, "no blocks"),
         ({"img_size": 20, "dynamic_img_size": True, "dynamic_img_pad": True}, "pads images"),
     ],
@@ -528,9 +526,10 @@ def test_vits_that_are_not_plain_are_refused(make_vit, kwargs, reason):
     refused(make_vit(**kwargs), reason)
 
 
-def test_subclasses_and_models_that_are_none_are_refused(vit):
+def test_models_with_another_forward_pass_and_what_is_no_model_are_refused(vit):
     class Other(type(vit)):
-        pass
+        def forward_features(self, x):
+            return 2 * super().forward_features(x)
 
     other = deepcopy(vit)
     other.__class__ = Other
