@@ -12,16 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from gymnasium.spaces import Box
-from numpy.typing import NDArray
-from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
-from prunevit.envs.adapters.sb3 import TokenReplayBuffer, TokenRolloutBuffer, TokenVecEnv
+from prunevit.envs.adapters.sb3 import TokenDQN, TokenRolloutBuffer, TokenVecEnv
 from prunevit.extras import needs
 from prunevit.trainers.common.evaluation import Evaluation
 from prunevit.trainers.common.integrations import GAMMA, LibraryConfig, LibraryRun, table
@@ -54,25 +52,6 @@ class Normalised(BaseFeaturesExtractor):
 
     def forward(self, observations: Tensor) -> Tensor:
         return self.norm(observations)
-
-
-class TokenDQN(DQN):
-    """SB3's DQN, but each token explores for itself: SB3 lets either all environments act at
-    random in a step or none, and an image of which half is gone teaches no token anything.
-    """
-
-    def predict(
-        self,
-        observation: NDArray[Any] | dict[str, NDArray[Any]],
-        state: tuple[NDArray[Any], ...] | None = None,
-        episode_start: NDArray[Any] | None = None,
-        deterministic: bool = False,
-    ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
-        action, state = self.policy.predict(observation, state, episode_start, deterministic)
-        if deterministic:
-            return action, state
-        explores = np.random.rand(*action.shape) < self.exploration_rate
-        return np.where(explores, np.random.randint(2, size=action.shape), action), state
 
 
 def tensorboard_folder(folder: Path) -> str | None:
@@ -117,11 +96,9 @@ def make_algorithm(config: Sb3Config, env: TokenVecEnv, stages: int, folder: Pat
         return A2C("MlpPolicy", rollout_buffer_class=TokenRolloutBuffer, **on_policy, **shared)
     if config.algo == "dqn":
         return TokenDQN(
-            "MlpPolicy", replay_buffer_class=TokenReplayBuffer,
-            replay_buffer_kwargs={"gamma": GAMMA},
-            buffer_size=200_000, learning_starts=env.num_envs * stages, train_freq=stages,
-            gradient_steps=8, batch_size=2048, target_update_interval=10 * env.num_envs,
-            exploration_fraction=0.5, **shared,
+            "MlpPolicy", buffer_size=200_000, learning_starts=env.num_envs * stages,
+            train_freq=stages, gradient_steps=8, batch_size=2048,
+            target_update_interval=10 * env.num_envs, exploration_fraction=0.5, **shared,
         )  # fmt: skip
     # our adapter first: without sb3-contrib its error names the extra
     from prunevit.envs.adapters.sb3_contrib import MaskableTokenRolloutBuffer

@@ -9,6 +9,7 @@ buffers here credit the rewards to the last decision and leave the later steps o
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Generator, Sequence
 from typing import Any, ClassVar, Unpack
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete
 from numpy.typing import NDArray
+from stable_baselines3 import DQN
 from stable_baselines3.common.buffers import ReplayBuffer, RolloutBuffer
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
@@ -27,6 +29,35 @@ from prunevit.envs.adapters.common import (
 )
 from prunevit.envs.batched.inputs import image_indices, to_actions
 from prunevit.envs.batched.protocol import Observations
+
+LEARNS_FROM_THE_PRUNED = (
+    "pruned tokens were among the rows of this episode, and no buffer leaves them out. To train, "
+    "give rollout_buffer_class=TokenRolloutBuffer (PPO, A2C) or MaskableTokenRolloutBuffer "
+    "(MaskablePPO), or take TokenDQN; infos of such rows say 'pruned'. To evaluate, ignore this"
+)
+
+
+class TokenActions(Discrete):
+    """Prune (0) or keep (1), and which tokens decided in the last step.
+
+    SB3 hands the action space of an environment to its buffers through all wrappers. Observations
+    don't show who is pruned after a wrapper has changed them, as ``VecNormalize`` does.
+
+    Attributes:
+        decided: which tokens were alive before the last step, bool [B * N].
+        steps: how many steps there were.
+        is_read: whether a buffer asks for ``decided``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.decided: NDArray[np.bool_] = np.zeros(0, bool)
+        self.steps = 0
+        self.is_read = False
+
+    def record(self, decided: NDArray[np.bool_]) -> None:
+        self.decided = decided
+        self.steps += 1
 
 
 class TokenVecEnv(VecEnv):
@@ -51,10 +82,11 @@ class TokenVecEnv(VecEnv):
         env = self._held.env
         (size,) = env.observation_space.shape
         self.num_images, self.num_tokens = num_images, env.num_agents
-        super().__init__(
-            num_images * env.num_agents, Box(-np.inf, np.inf, (size,), np.float32), Discrete(2)
-        )
+        self._token_actions = TokenActions()
+        observations = Box(-np.inf, np.inf, (size,), np.float32)
+        super().__init__(num_images * env.num_agents, observations, self._token_actions)
         self.device = env.device
+        self._warned = False
         self._begun = time.monotonic()
         self._no_observation = np.zeros(size, np.float32)
         self._alive = torch.zeros(0, dtype=torch.bool)
@@ -83,6 +115,10 @@ class TokenVecEnv(VecEnv):
         self._alive = observed.alive
         self._returns = self._returns + transition.reward
         over = env.outcome is not None
+        self._token_actions.record(to_numpy(acted.flatten()))
+        if over and not self._warned and not self._token_actions.is_read and not acted.all():
+            self._warned = True
+            warnings.warn(LEARNS_FROM_THE_PRUNED, stacklevel=2)
         infos = self._last_infos(acted) if over else _marked(acted, {})
         if over:
             observed = self._begin(None, None)
@@ -171,6 +207,38 @@ class TokenRolloutBuffer(RolloutBuffer):
         "returns",
     )
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # one that was loaded with a model stands still
+        self._last_step = self.action_space, getattr(self.action_space, "steps", 0)
+
+    def reset(self) -> None:
+        self._living: NDArray[np.bool_] = np.zeros((self.buffer_size, self.n_envs), bool)
+        super().reset()
+
+    def _is_known(self, space: TokenActions) -> bool:
+        """Whether the last step of ``space`` was added already."""
+        known, steps = self._last_step
+        return known is space and steps == space.steps
+
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        """Adds a step as SB3 does.
+
+        Raises:
+            ValueError: the step was not taken in the environment whose action space this buffer
+                has, so that it is not known who decided.
+        """
+        space = self.action_space
+        if not isinstance(space, TokenActions) or self._is_known(space):
+            raise ValueError(
+                "this buffer asks the action space of a TokenVecEnv which tokens decided, but its own "
+                "is another one: after load() or set_env(), set "
+                "model.rollout_buffer.action_space = env.action_space"
+            )
+        self._last_step, space.is_read = (space, space.steps), True
+        self._living[self.pos] = space.decided
+        super().add(*args, **kwargs)
+
     def compute_returns_and_advantage(self, last_values: Tensor, dones: NDArray[np.bool_]) -> None:
         """Computes returns as SB3 does, with rewards of pruned tokens moved to their last decision.
 
@@ -182,10 +250,8 @@ class TokenRolloutBuffer(RolloutBuffer):
                 f"n_steps={self.buffer_size} ends within an episode, when the later rewards of "
                 "pruned tokens are not known: take a multiple of the number of stages"
             )
-        living: NDArray[np.bool_] = np.any(self.observations, axis=-1)  # [n_steps, n_envs]
-        self._living = living
         for step in reversed(range(1, self.buffer_size)):
-            pruned = ~living[step]
+            pruned = ~self._living[step]
             self.rewards[step - 1] += self.gamma * self.rewards[step] * pruned
             # nothing follows the decision by which a token was pruned
             self.episode_starts[step][pruned] = 1.0
@@ -211,7 +277,8 @@ class TokenReplayBuffer(ReplayBuffer):
 
     Decisions are stored at the end of their episode, when all of their rewards are known.
 
-    Pass it as ``replay_buffer_class``.
+    ``TokenDQN`` uses it. With another algorithm, pass it as ``replay_buffer_class``, and the
+    algorithm's ``gamma`` in ``replay_buffer_kwargs``: SB3 doesn't tell a buffer.
 
     Args:
         gamma: the algorithm's discount.
@@ -239,15 +306,21 @@ class TokenReplayBuffer(ReplayBuffer):
         done: NDArray[Any],
         infos: list[dict[str, Any]],
     ) -> None:
-        self._episode.append((obs, next_obs, action.reshape(len(obs), -1), reward))
+        if "pruned" not in infos[0]:
+            raise ValueError("this buffer is for TokenVecEnv, whose infos say who was pruned")
+        if isinstance(self.action_space, TokenActions):
+            self.action_space.is_read = True
+        living = ~np.array([info["pruned"] for info in infos])
+        self._episode.append((obs, next_obs, action.reshape(len(obs), -1), reward, living))
         if not done.all():
             return
         later = np.zeros_like(reward)  # rewards that pruned tokens still get
-        for seen, following, chosen, paid in reversed(self._episode):
+        ended = np.ones_like(living)
+        for seen, following, chosen, paid, living in reversed(self._episode):
             total = paid + self.gamma * later
-            living, ended = seen.any(axis=-1), ~following.any(axis=-1)
             later = np.where(living, 0.0, total)
             self._store(seen, following, chosen, total, ended, living)
+            ended = ~living
         self._episode = []
 
     def _store(self, *arrays: NDArray[Any]) -> None:
@@ -259,3 +332,34 @@ class TokenReplayBuffer(ReplayBuffer):
             store[places, 0] = value[rows]
         self.full = self.full or self.pos + len(rows) >= self.buffer_size
         self.pos = (self.pos + len(rows)) % self.buffer_size
+
+
+class TokenDQN(DQN):
+    """SB3's DQN for ``TokenVecEnv``: each token explores for itself, the living alone are replayed.
+
+    SB3 lets either all environments act at random in a step or none, and a token learns nothing
+    from an image of which a random half is gone.
+    """
+
+    def _setup_model(self) -> None:
+        if self.replay_buffer_class is None:
+            self.replay_buffer_class = TokenReplayBuffer
+        if self.replay_buffer_kwargs.setdefault("gamma", self.gamma) != self.gamma:
+            raise ValueError(
+                f"replay_buffer_kwargs={self.replay_buffer_kwargs}: gamma is the algorithm's, "
+                f"{self.gamma}; leave it out"
+            )
+        super()._setup_model()
+
+    def predict(
+        self,
+        observation: NDArray[Any] | dict[str, NDArray[Any]],
+        state: tuple[NDArray[Any], ...] | None = None,
+        episode_start: NDArray[Any] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
+        action, state = self.policy.predict(observation, state, episode_start, deterministic)
+        if deterministic:
+            return action, state
+        explores = np.random.rand(*action.shape) < self.exploration_rate
+        return np.where(explores, np.random.randint(2, size=action.shape), action), state

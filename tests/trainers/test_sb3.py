@@ -9,10 +9,10 @@ import pytest
 import torch
 from stable_baselines3 import PPO
 
-from prunevit.envs.adapters.sb3 import TokenVecEnv
+from prunevit.envs.adapters.sb3 import TokenDQN, TokenVecEnv
 from prunevit.envs.data import cluttered_digits
 from prunevit.trainers.common import integrations
-from prunevit.trainers.sb3 import Sb3Config, TokenDQN, actor_of, main, make_algorithm
+from prunevit.trainers.sb3 import Sb3Config, actor_of, main, make_algorithm
 
 PATCHES, STAGES = 16, (1, 3)
 MASKABLE = pytest.param("maskable-ppo", marks=pytest.mark.integration("sb3"))

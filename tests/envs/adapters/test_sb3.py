@@ -7,9 +7,15 @@ from gymnasium.spaces import Box, Discrete
 from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import VecMonitor
+from stable_baselines3.common.vec_env import VecFrameStack, VecMonitor, VecNormalize
 
-from prunevit.envs.adapters.sb3 import TokenReplayBuffer, TokenRolloutBuffer, TokenVecEnv
+from prunevit.envs.adapters.sb3 import (
+    TokenActions,
+    TokenDQN,
+    TokenReplayBuffer,
+    TokenRolloutBuffer,
+    TokenVecEnv,
+)
 from prunevit.envs.game import GameError
 from prunevit.envs.token_prune import TokenPruneEnv
 
@@ -91,12 +97,13 @@ def rows_sorted(*columns):
 
 def filled(played, buffer_class, **kwargs):
     seen, actions, rewards, _ = played
-    space = Box(-np.inf, np.inf, seen[0].shape[1:], np.float32)
+    space, asked = Box(-np.inf, np.inf, seen[0].shape[1:], np.float32), TokenActions()
     buffer = buffer_class(
-        len(seen), space, Discrete(2), gamma=GAMMA, gae_lambda=1.0, n_envs=ROWS, **kwargs
+        len(seen), space, asked, gamma=GAMMA, gae_lambda=1.0, n_envs=ROWS, **kwargs
     )
     value, start = torch.full((ROWS,), 0.25), np.ones(ROWS)
     for observation, action, reward in zip(seen, actions, rewards, strict=True):
+        asked.record(observation.any(1))
         buffer.add(observation, action, reward, start, value, torch.zeros(ROWS))
         start = np.zeros(ROWS)
     return buffer
@@ -199,6 +206,88 @@ def test_sb3s_own_tools_take_it(env):
     assert len(logged) == 2 * BATCH
     mean, _ = evaluate_policy(model, VecMonitor(env), n_eval_episodes=ROWS)
     assert np.isfinite(mean)
+
+
+def make_ppo(env, **kwargs):
+    arguments = {"n_steps": len(STAGES), "batch_size": 64, "n_epochs": 1, "seed": 0}
+    return PPO("MlpPolicy", env, device="cpu", **arguments | kwargs)
+
+
+@pytest.mark.filterwarnings("error:pruned tokens")
+@pytest.mark.parametrize("wrap", [VecNormalize, lambda env: VecFrameStack(env, 2), VecMonitor])
+def test_wrappers_dont_bring_the_pruned_back_to_life(game, wrap):
+    """Normalised, what a pruned token sees is no longer zero; stacked, it is what it saw before."""
+    decided = []
+    for made in (lambda env: env, wrap):
+        env = TokenVecEnv(BATCH, **game)
+        model = make_ppo(made(env), rollout_buffer_class=TokenRolloutBuffer)
+        alive = []
+        original = env.action_space.record
+        env.action_space.record = lambda rows, note=original, alive=alive: (
+            alive.append(rows.sum()),
+            note(rows),
+        )
+        model.learn(2 * len(STAGES) * ROWS)
+        assert len(model.rollout_buffer.observations) == sum(alive[-len(STAGES) :])
+        decided.append(alive)
+    assert 0 < decided[1][1] < ROWS
+
+
+@pytest.mark.filterwarnings("error:pruned tokens")
+def test_the_replay_knows_the_pruned_behind_a_wrapper(game):
+    env = VecNormalize(TokenVecEnv(BATCH, **game))
+    model = TokenDQN(
+        "MlpPolicy", env, learning_starts=1000, train_freq=len(STAGES), seed=0, gamma=GAMMA,
+        buffer_size=1000,
+    )  # fmt: skip
+    model.learn(2 * len(STAGES) * ROWS)
+    assert isinstance(model.replay_buffer, TokenReplayBuffer)
+    stored = model.replay_buffer.size()
+    assert 0 < stored < 2 * len(STAGES) * ROWS
+    # it stores what was seen before it was normalised
+    assert model.replay_buffer.observations[:stored].any(-1).all()
+
+
+def test_the_discount_of_the_replay_is_the_algorithms(env):
+    made = {"learning_starts": 1000, "buffer_size": 1000}
+    assert TokenDQN("MlpPolicy", env, gamma=0.5, **made).replay_buffer.gamma == 0.5
+    with pytest.raises(ValueError, match=r"'gamma': 0.9}: gamma is the algorithm's, 0.5"):
+        TokenDQN("MlpPolicy", env, gamma=0.5, replay_buffer_kwargs={"gamma": 0.9}, **made)
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_model_that_got_another_environment_is_told_where_to_look(game, tmp_path, loaded):
+    env, other = (TokenVecEnv(BATCH, **game) for _ in range(2))
+    model = make_ppo(env, rollout_buffer_class=TokenRolloutBuffer)
+    steps = len(STAGES) * ROWS
+    model.learn(steps)
+    model.save(tmp_path / "model.zip")
+    if loaded:
+        model = PPO.load(tmp_path / "model.zip", env=other, device="cpu")
+    else:
+        model.set_env(other)
+    with pytest.raises(ValueError, match=r"set model\.rollout_buffer\.action_space = env"):
+        model.learn(steps)
+    model.rollout_buffer.action_space = other.action_space
+    model.learn(steps)
+
+
+def test_who_trains_on_the_pruned_is_warned_once(env):
+    model = make_ppo(env)
+    with pytest.warns(UserWarning, match="rollout_buffer_class=TokenRolloutBuffer") as caught:
+        model.learn(3 * len(STAGES) * ROWS)
+    assert sum("pruned tokens" in str(warning.message) for warning in caught) == 1
+
+
+def test_rows_of_another_environment_are_refused(played):
+    seen, actions, rewards, steps = played
+    space = Box(-np.inf, np.inf, seen[0].shape[1:], np.float32)
+    buffer = TokenReplayBuffer(1000, space, Discrete(2), n_envs=ROWS, gamma=GAMMA)
+    with pytest.raises(ValueError, match="for TokenVecEnv"):
+        buffer.add(seen[0], seen[1], actions[0], rewards[0], steps[0][2], [{}] * ROWS)
+    buffer = TokenRolloutBuffer(3, space, Discrete(2), n_envs=ROWS)
+    with pytest.raises(ValueError, match="asks the action space of a TokenVecEnv"):
+        buffer.add(seen[0], actions[0], rewards[0], np.ones(ROWS), torch.zeros(ROWS), None)
 
 
 def test_what_makes_no_sense_is_refused(env):
