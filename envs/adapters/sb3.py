@@ -231,8 +231,8 @@ class TokenRolloutBuffer(RolloutBuffer):
         space = self.action_space
         if not isinstance(space, TokenActions) or self._is_known(space):
             raise ValueError(
-                "this buffer asks the action space of a TokenVecEnv which tokens decided, but its own "
-                "is another one: after load() or set_env(), set "
+                "this buffer asks the action space of a TokenVecEnv which tokens decided, but its "
+                "own is another one: after load() or set_env(), set "
                 "model.rollout_buffer.action_space = env.action_space"
             )
         self._last_step, space.is_read = (space, space.steps), True
