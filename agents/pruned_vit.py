@@ -160,11 +160,31 @@ class PrunedViT(
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
         # timm does not update input_size if a model is built for another size
-        return dict(self.backbone.model.pretrained_cfg) | {"input_size": self.backbone.image_shape}
+        return dict(getattr(self.backbone.model, "pretrained_cfg", {})) | {
+            "input_size": self.backbone.image_shape
+        }
 
     @property
     def default_cfg(self) -> dict[str, Any]:
         return self.pretrained_cfg
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, repo_id: str | None = None, **options: Any
+    ) -> str | None:
+        """Writes all files of the model to a folder, or none.
+
+        Args:
+            save_directory: the folder.
+            repo_id: name on the hub, if it is pushed there too; the folder's name by default.
+            options: of ``ModelHubMixin.save_pretrained``.
+
+        Raises:
+            SavedModelError: what is read again would be another model; the message says why.
+        """
+        # the mixin deletes the old configuration before it knows whether there will be a new one
+        folder = Path(save_directory)
+        with saving.all_or_nothing(folder) as scratch:
+            return super().save_pretrained(scratch, repo_id=repo_id or folder.name, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         saving.write(

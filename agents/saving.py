@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +13,27 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from timm.layers import DropPath
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from prunevit.agents.policies.policy import Policy
 from prunevit.agents.policies.serialization import SavedModelError, describe_policy, make_policy
 from prunevit.envs.old_names import rename_parameters, rename_settings
 from prunevit.envs.vit.create import create_backbone
+from prunevit.envs.vit.macs import in_eval_mode
 from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.timm_models.supported import some_tensor
 from prunevit.envs.vit.weights import BackboneError
 from prunevit.versions import version_of
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-# arguments of a backbone that can be read off the built model
-SHOWN_KWARGS = ("num_classes", "in_chans", "global_pool")
+# builds timm's VisionTransformer with the class's own defaults
+HAND_BUILT = "vit_base_patch16_224"
+# by how much the outputs of a rebuilt model may differ, relative to the largest number; the weights
+# are the same, so in practice they don't
+PROBE_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 # the part of timm's data configuration by which images are prepared
 DATA_KEYS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -55,36 +64,148 @@ def write(
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+@contextmanager
+def all_or_nothing(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write a model to, and moves its files to ``folder`` once all are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
+        scratch = Path(name)
+        yield scratch
+        # without its configuration the folder holds no model: never new weights beside an old one
+        (folder / CONFIG).unlink(missing_ok=True)
+        for file in sorted(scratch.iterdir(), key=lambda file: file.name == CONFIG):
+            if file.name in (WEIGHTS, CONFIG) or not (folder / file.name).exists():
+                file.replace(folder / file.name)
+
+
 def describe_backbone(backbone: StagedViT, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Finds the name and arguments with which ``create_backbone`` builds the same architecture.
+    """Finds the name and arguments with which ``create_backbone`` builds the same model.
 
     Raises:
         SavedModelError: they build another one.
     """
     model = backbone.model
-    pretrained_cfg: Mapping[str, Any] = model.pretrained_cfg
-    name = pretrained_cfg["architecture"]
-    kwargs = {key: getattr(model, key) for key in SHOWN_KWARGS}
-    kwargs["img_size"] = list(backbone.image_shape[1:])
-    kwargs |= model_kwargs
-    again = build(name, kwargs).state_dict()
-    own = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    if {key: tensor.shape for key, tensor in again.items()} != own:
+    pretrained_cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
+    name = pretrained_cfg.get("architecture")
+    if name is None:
+        name, recorded = _guess_arguments(model)
+    else:
+        recorded = getattr(model, "_model_args", {})  # timm's record of how the model was built
+    shown = {
+        "num_classes": backbone.num_classes,
+        "in_chans": backbone.image_shape[0],
+        "global_pool": model.global_pool,
+        "img_size": list(backbone.image_shape[1:]),
+    }
+    asked = {**recorded, **model_kwargs, **shown}
+    kwargs = {key: asked[key] for key in sorted(asked) if _has_json_form(asked[key])}
+    try:
+        _check_rebuilds(model, build(name, kwargs))
+    except (BackboneError, SavedModelError) as error:
+        left_out = sorted(asked.keys() - kwargs.keys())
+        without = f", without {', '.join(left_out)}, which have no JSON form" if left_out else ""
         raise SavedModelError(
-            f"the backbone is not what its name and arguments build, {name} with {kwargs}: "
-            "give prune(..., model_kwargs={...}) the arguments it was made with"
-        )
+            f"the backbone is not what its name and arguments build, {name} with {kwargs}"
+            f"{without}: {error}. Give prune(..., model_kwargs={{...}}) the arguments it was made "
+            "with. Hooks, wrapped and quantised layers can't be saved: remove or merge them, and "
+            "add them again after loading"
+        ) from error
     data_config = {key: pretrained_cfg[key] for key in DATA_KEYS if key in pretrained_cfg}
     return {"name": name, "kwargs": kwargs, "data_config": data_config}
 
 
+def _has_json_form(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _guess_arguments(model: Any) -> tuple[str, dict[str, Any]]:
+    """A name and arguments for a ``VisionTransformer`` that timm's factory did not make.
+
+    ``_check_rebuilds`` finds out whether they are right.
+
+    Raises:
+        SavedModelError: it is another model.
+    """
+    if type(model) is not VisionTransformer:
+        raise SavedModelError(
+            f"a {type(model).__name__} that timm.create_model did not make can't be saved, since "
+            "nothing says how to build it: make it by timm.create_model and load its weights"
+        )
+    block = model.blocks[0]
+    arguments: dict[str, Any] = {
+        "depth": len(model.blocks),
+        "embed_dim": model.embed_dim,
+        "num_heads": block.attn.num_heads,
+        "patch_size": list(model.patch_embed.patch_size),
+        "class_token": model.cls_token is not None,
+        "reg_tokens": model.num_reg_tokens,
+        "no_embed_class": model.no_embed_class,
+        "qkv_bias": block.attn.qkv.bias is not None,
+    }
+    if hasattr(block.mlp, "fc1"):
+        arguments["mlp_ratio"] = block.mlp.fc1.out_features / model.embed_dim
+    return HAND_BUILT, arguments
+
+
+def _check_rebuilds(model: Any, again: Any) -> None:
+    """Checks that ``again`` with the weights of ``model`` is the same model.
+
+    Raises:
+        SavedModelError: its weights have other names or shapes, or an image gets another output.
+    """
+    weights = model.state_dict()
+    own = {key: _shape(value) for key, value in weights.items()}
+    other = {key: _shape(value) for key, value in again.state_dict().items()}
+    if own != other:
+        key = min(key for key in own.keys() | other.keys() if own.get(key) != other.get(key))
+        raise SavedModelError(f"{key} is {own.get(key)} in it, {other.get(key)} in what they build")
+    for name, rate in _drop_rates(model).items():
+        if _drop_rates(again).get(name) != rate:
+            raise SavedModelError(f"{name} drops {rate} in it, not in what they build")
+    some = some_tensor(model)
+    again.to(some.device, some.dtype).load_state_dict(weights, assign=True)
+    shape = (1, model.in_chans, *model.patch_embed.img_size)
+    probe = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(some)
+    with torch.no_grad(), in_eval_mode(model), in_eval_mode(again):
+        for ours, rebuilt in zip(_outputs(model, probe), _outputs(again, probe), strict=True):
+            tolerance = PROBE_TOLERANCE.get(some.dtype, 1e-2) * ours.abs().max().nan_to_num()
+            if not torch.allclose(ours, rebuilt, rtol=0, atol=float(tolerance), equal_nan=True):
+                off = float((ours - rebuilt).abs().max())
+                raise SavedModelError(f"their outputs on one image are {off:.2g} apart")
+
+
+def _shape(value: Any) -> tuple[int, ...] | str:
+    """Of a weight; a quantised layer has other things in its state too."""
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _drop_rates(model: nn.Module) -> dict[str, float]:
+    """What each layer drops in training, which no output shows in evaluation."""
+    rates = {
+        name: float(getattr(part, "drop_prob", getattr(part, "p", 0)))
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Dropout | DropPath)
+    }
+    return {name: rate for name, rate in rates.items() if rate}
+
+
+def _outputs(model: Any, image: Tensor) -> list[Tensor]:
+    features = model.forward_features(image)
+    return [features, model.forward_head(features)]
+
+
 def build(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
     """Builds a backbone whose weights will be overwritten, without touching random numbers."""
-    arguments = dict(kwargs)
-    if isinstance(arguments.get("img_size"), list):
-        arguments["img_size"] = tuple(arguments["img_size"])
-        if len(set(arguments["img_size"])) == 1:
-            arguments["img_size"] = arguments["img_size"][0]
+    arguments = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in kwargs.items()
+    }
+    size = arguments.get("img_size")
+    if isinstance(size, tuple) and len(set(size)) == 1:
+        arguments["img_size"] = size[0]
     with torch.random.fork_rng(devices=[]):
         return create_backbone(name, untrained=True, **arguments)
 

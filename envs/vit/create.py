@@ -52,12 +52,15 @@ def create_backbone(
     kwargs = described.get("model_kwargs", {}) | kwargs
     if num_classes is None:
         num_classes = described.get("num_classes")
+    recorded = dict(kwargs)
     stem = kwargs.get("embed_layer")
     if isinstance(stem, str):
         if stem not in STEMS:
             raise BackboneError(f"unknown embed_layer {stem!r}: choose from {', '.join(STEMS)}")
         kwargs["embed_layer"] = STEMS[stem]
     model = _build(name, pretrained, num_classes, kwargs)
+    # as timm does, for those who build the model again; stems by their names
+    model._model_args = getattr(model, "_model_args", {}) | recorded
     _fit_data_config(model, kwargs)
     if file is not None:
         load_weights(model, name, file)

@@ -56,7 +56,7 @@ class Macs:
         blank = torch.zeros(1, *image_shape, dtype=some.dtype, device=some.device)
         sizes = [model.num_prefix_tokens + n for n in (1, 2, 3)]
         costs = []
-        with _in_eval_mode(model), _without_hooks(model):
+        with in_eval_mode(model), _without_hooks(model):
             embedding = _count_macs(model, partial(model_ops(model).embed, model, blank))
             for n in sizes:
                 layout = Layout.of(np.array([n]), attention_width(model), blank.device)
@@ -100,7 +100,7 @@ class Macs:
 
 
 @contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Puts ``model`` in evaluation mode for a while.
 
     In training mode a forward pass would update batch statistics, drop patches and draw random

@@ -35,9 +35,9 @@ _BLOCKS = (
 )  # fmt: skip
 
 
-def _known_classes() -> dict[type, Any]:
+def _known_classes() -> dict[type[nn.Module], Any]:
     """Each class with the forward that it had when this module was imported."""
-    classes = [*_TORCH, *_BLOCKS]
+    classes: list[type[nn.Module]] = [*_TORCH, *_BLOCKS]
     classes += [getattr(timm.layers, name) for name in _TIMM_LAYERS if hasattr(timm.layers, name)]
     # PReLU has weights for channels, which it finds by the number of dimensions
     classes += [

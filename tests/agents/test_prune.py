@@ -1,12 +1,14 @@
 """``prune`` makes a model that takes the timm model's place, and survives being saved."""
 
 import json
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
+from timm.models.vision_transformer import VisionTransformer
 
 from prunevit.agents import (
     AdaptiveSampling,
@@ -440,10 +442,122 @@ def test_a_hub_name_without_a_network(monkeypatch):
         PrunedViT.from_pretrained("me/mine")
 
 
-def test_what_could_not_be_built_again_is_not_saved(vit, tmp_path):
-    model = prune(vit, KeepAll(), STAGES)
-    with pytest.raises(SavedModelError, match="model_kwargs"):
+def test_arguments_are_those_that_timm_recorded(make_vit, images, tmp_path):
+    for kwargs in (
+        {"act_layer": "relu", "drop_path_rate": 0.1},
+        {"num_heads": 8, "qk_norm": True, "norm_layer": "rmsnorm"},
+        {"init_values": 0.5, "reg_tokens": 2, "global_pool": "avg"},
+    ):
+        model = prune(make_vit(**kwargs), KeepAll(), STAGES)
         model.save_pretrained(tmp_path)
+        again = PrunedViT.from_pretrained(tmp_path)
+        with torch.no_grad():
+            assert torch.equal(again(images), model(images))
+        rates = [getattr(block.drop_path1, "drop_prob", 0) for block in again.backbone.model.blocks]
+        assert rates[-1] == pytest.approx(kwargs.get("drop_path_rate", 0))
+
+
+def test_half_precision_is_saved(vit, images, tmp_path):
+    model = pruned(vit).bfloat16()
+    model.save_pretrained(tmp_path)
+    again = PrunedViT.from_pretrained(tmp_path)
+    assert torch.equal(again.backbone.model.head.weight, model.backbone.model.head.weight.float())
+
+
+@torch.no_grad()
+def test_a_replaced_head_is_saved(make_vit, images, tmp_path):
+    vit = make_vit()
+    vit.head = torch.nn.Linear(vit.embed_dim, 9)
+    model = prune(vit, KeepAll(), STAGES)
+    assert model.num_classes == 9
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PrunedViT.from_pretrained(tmp_path)(images), model(images))
+
+
+@torch.no_grad()
+def test_a_vit_built_by_hand_is_saved(images, tmp_path):
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    model = prune(VisionTransformer(**sizes, mlp_ratio=3, qkv_bias=False).eval(), KeepAll(), STAGES)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PrunedViT.from_pretrained(tmp_path)(images), model(images))
+    strange = prune(VisionTransformer(**sizes, act_layer="relu").eval(), KeepAll(), STAGES)
+    with pytest.raises(SavedModelError, match=r"outputs on one image are .* apart.*model_kwargs"):
+        strange.save_pretrained(tmp_path)
+    named = prune(strange.backbone.model, KeepAll(), STAGES, {"act_layer": "relu"})
+    named.save_pretrained(tmp_path)
+    assert torch.equal(PrunedViT.from_pretrained(tmp_path)(images), named(images))
+
+
+def scaled(model):
+    layer = model.blocks[1].mlp.fc1
+    old = layer.forward
+    layer.forward = lambda x: 2 * old(x)
+
+
+NOT_REBUILT = {
+    "a forward of its own": (scaled, "outputs on one image are .* apart"),
+    "a hook": (
+        lambda model: model.blocks[0].register_forward_hook(lambda _, __, out: 2 * out),
+        "outputs on one image are .* apart",
+    ),
+    "an attribute": (
+        lambda model: setattr(model.blocks[0].norm1, "eps", 0.5),
+        "outputs on one image are .* apart",
+    ),
+    "dropout": (
+        lambda model: setattr(model.blocks[0].mlp.drop1, "p", 0.3),
+        r"blocks\.0\.mlp\.drop1 drops 0\.3",
+    ),
+    "a wrapped layer": (
+        lambda model: setattr(
+            model.blocks[0].mlp, "fc1", torch.nn.Sequential(model.blocks[0].mlp.fc1)
+        ),
+        r"blocks\.0\.mlp\.fc1\.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), NOT_REBUILT.values(), ids=NOT_REBUILT)
+def test_what_would_come_back_different_is_not_saved(make_vit, tmp_path, change, message):
+    """And what was saved before stays."""
+    vit = make_vit()
+    prune(vit, KeepAll(), STAGES).save_pretrained(tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    change(vit)
+    with pytest.raises(SavedModelError, match=message) as raised:
+        prune(vit, KeepAll(), STAGES).save_pretrained(tmp_path)
+    assert "model_kwargs" in str(raised.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_a_save_that_is_cut_short_leaves_no_mixture(vit, tmp_path, monkeypatch):
+    """The old model, or none: never new weights beside an old configuration."""
+    pruned(vit, TopK((9, 4))).save_pretrained(tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prunevit.agents.saving.save_file", full)
+        with pytest.raises(OSError, match="no space"):
+            pruned(vit, KeepAll()).save_pretrained(tmp_path)
+    assert PrunedViT.from_pretrained(tmp_path).policy.tokens == (9, 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    replace = Path.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Path,
+            "replace",
+            lambda self, to: full() if to.name == "config.json" else replace(self, to),
+        )
+        with pytest.raises(OSError, match="no space"):
+            pruned(vit, KeepAll()).save_pretrained(tmp_path)
+    with pytest.raises(SavedModelError, match=r"config\.json is missing"):
+        PrunedViT.from_pretrained(tmp_path)
+
+
+def test_a_policy_without_a_form_on_disk_is_not_saved(vit, tmp_path):
     stranger = LearnedPolicy(torch.nn.Sequential(torch.nn.Linear(66, 2)), ("token", "cls", "stage"))
     with pytest.raises(SavedModelError, match="LearnedPolicy has no form on disk"):
         prune(vit, stranger, STAGES, SHAPE).save_pretrained(tmp_path)
