@@ -11,11 +11,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunevit.versions import __version__
+
 if TYPE_CHECKING:
     from prunevit.agents.pruned_vit import PrunedViT, prune
     from prunevit.envs.token_prune import TokenPruneEnv
 
-__version__ = "0.2.0"
 __all__ = ["PrunedViT", "TokenPruneEnv", "__version__", "prune"]
 
 # In a checkout the subpackages lie beside this folder; installed, they lie in it.

@@ -7,7 +7,7 @@ import runpy
 import sys
 from typing import NamedTuple, NoReturn
 
-from prunevit import __version__
+from prunevit.versions import __version__
 
 
 class Command(NamedTuple):

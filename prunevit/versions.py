@@ -1,10 +1,13 @@
-"""Versions of packages, for what is written into saved models, runs and records."""
+"""The version of prunevit, and those of packages, for saved models, runs and records.
+
+It imports nothing of prunevit, so every module can import it.
+"""
 
 from __future__ import annotations
 
 from importlib.metadata import version
 
-from prunevit import __version__
+__version__ = "0.2.0"
 
 
 def version_of(package: str) -> str:

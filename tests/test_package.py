@@ -61,7 +61,7 @@ def test_importing_the_package_imports_no_torch(tmp_path):
 def test_the_version_is_written_in_one_place():
     config = ConfigParser()
     config.read(ROOT / "setup.cfg", encoding="utf-8")
-    assert config["metadata"]["version"] == "attr: prunevit.__version__"
+    assert config["metadata"]["version"] == "attr: prunevit.versions.__version__"
     assert version_of("prunevit") == prunevit.__version__
 
 

@@ -12,7 +12,6 @@ from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
-from prunevit import __version__
 from prunevit.envs.old_names import rename_settings
 from prunevit.trainers.common.checkpoint import (
     CheckpointError,
@@ -26,6 +25,7 @@ from prunevit.trainers.common.checkpoint import (
 )
 from prunevit.trainers.common.distributed import ALONE, Ranks, RanksError
 from prunevit.trainers.common.settings import Settings
+from prunevit.versions import __version__
 
 RUNS = Path("runs")
 COUNTERS = ("iteration", "epoch")  # either says in a checkpoint how many records belong to it
