@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from prunevit.agents import PrunedViT
 from prunevit.agents.policies.serialization import SavedModelError, dynamic_vit_policy
-from prunevit.envs.data import datasets
+from prunevit.envs.data import cluttered_digits
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.weights import write_weights
@@ -211,7 +211,7 @@ def test_what_it_can_not_learn_from_is_refused(make_vit, make_images):
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        datasets, "DEFAULT_SIZES", {"train": 64, "validation": 40, "test": 1_000_000}
+        cluttered_digits, "DEFAULT_SIZES", {"train": 64, "validation": 40, "test": 1_000_000}
     )
 
 

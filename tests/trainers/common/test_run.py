@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from prunevit import __version__
-from prunevit.envs.data import datasets
+from prunevit.envs.data import cluttered_digits
 from prunevit.trainers import mappo
 from prunevit.trainers.common.checkpoint import CheckpointError
 from prunevit.trainers.common.config import MappoConfig
@@ -26,7 +26,7 @@ def old_run(tmp_path):
 
 
 def test_a_run_of_before_goes_on_as_the_version_that_began_it_would_have(old_run, monkeypatch):
-    monkeypatch.setitem(datasets.DEFAULT_SIZES, "train", TRAIN_SIZE)
+    monkeypatch.setitem(cluttered_digits.DEFAULT_SIZES, "train", TRAIN_SIZE)
     run, config = open_run(MappoConfig(resume=old_run))
     assert config.observation == ("stage", "cls_attention", "alpha")  # it said budget
     experiment, trainer = mappo.learn(run, config)
