@@ -16,6 +16,7 @@ from prunevit.envs.vit.blocks import masked_attention_received
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.timm_models.heads import classify_prefix, pools_tokens
 from prunevit.envs.vit.tokens import Tokens
+from prunevit.envs.vit.untouched import is_untouched
 
 OPSET = 18
 
@@ -47,6 +48,15 @@ class OneImage(nn.Module):
             raise ExportError(
                 "the backbone pools over all of its tokens: only a head that reads the class token "
                 "can be exported"
+            )
+        if model.backbone.dtype != torch.float32:
+            raise ExportError(
+                f"a model in {model.backbone.dtype} can't be exported: export it in float32"
+            )
+        if not all(is_untouched(block) for block in model.backbone.model.blocks):
+            raise ExportError(
+                "blocks with hooks, replaced or quantised layers can't be exported: remove or "
+                "merge them"
             )
         self.backbone: StagedViT = model.backbone
         self.policy: LearnedPolicy = model.policy

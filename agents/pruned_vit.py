@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -11,6 +12,7 @@ from typing import Any, Literal, overload
 import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from prunevit.agents import run_reader, saving
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
@@ -19,6 +21,15 @@ from prunevit.agents.policies.policy import Policy
 from prunevit.envs.observations import View
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.tokens import Tokens
+
+Decide = Callable[[View], Tensor]
+BACKBONE_PREFIX = "backbone.model."
+PATTERN_START = re.compile(r"(?<![\[\\])\^")
+SAVE_OPTIONS = {"config", "model_card_kwargs", "push_to_hub"}  # others are for the push
+NO_GRAPH = (
+    "a pruned ViT can't be exported, traced or scripted, since each image keeps another number of "
+    "tokens: use prunevit.agents.export.export_onnx, or torch.compile"
+)
 
 
 @dataclass(frozen=True)
@@ -49,9 +60,14 @@ class PrunedViT(
     of removed, so that timm's regularisers act as on the dense model. Gradients are the same either
     way, but cheaper if tokens are removed, so ``trainers.finetune`` uses evaluation mode.
 
+    Decisions are made without gradients: those who train all parameters leave out the policy's, or
+    take ``prune``, whose copy of the policy asks for none.
+
     Args:
         backbone: the staged ViT, used as it is. ``prune`` makes a copy.
-        policy: decides which patches stay.
+        policy: decides which patches stay. It may be any callable that takes a ``View`` and returns
+            keep, bool [B, N]. One that doesn't say ``needs_attention`` can observe attention; one
+            without ``macs_per_decision`` counts as free.
         model_kwargs: arguments that ``create_backbone`` needs, besides the name, to rebuild the
             backbone when ``from_pretrained`` reads the saved model.
 
@@ -62,10 +78,12 @@ class PrunedViT(
     def __init__(
         self,
         backbone: StagedViT,
-        policy: Policy,
+        policy: Policy | Decide,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if not callable(policy):
+            raise ValueError(f"the policy must be callable: got {policy!r}")
         if isinstance(policy, LearnedPolicy | DynamicViTPolicy):
             policy.check_fits(backbone)
         self.backbone = backbone
@@ -92,6 +110,8 @@ class PrunedViT(
             ValueError: the images have another size or number of channels than the model, or the
                 policy's decisions are not bool [B, N] or its logits not finite.
         """
+        if isinstance(images, FakeTensor) or torch.jit.is_tracing():
+            raise RuntimeError(NO_GRAPH)
         tokens, alive = self._run(images)
         logits = self.backbone.finish(tokens)
         return (logits, alive) if return_keep else logits
@@ -112,7 +132,8 @@ class PrunedViT(
         return Trace(
             logits=self.backbone.finish(tokens),
             alive=alive,
-            macs=self.backbone.total_macs(tokens) + decisions * self.policy.macs_per_decision,
+            macs=self.backbone.total_macs(tokens)
+            + decisions * getattr(self.policy, "macs_per_decision", 0),
         )
 
     # torch.compile compiles only the blocks, which take most of the time: what happens between them
@@ -122,12 +143,13 @@ class PrunedViT(
         """Runs all blocks; returns the last tokens and the survivors of each stage [B, T, N]."""
         backbone, policy = self.backbone, self.policy
         execution = "masked" if self.training else backbone.execution
-        tokens = backbone.begin(images, policy.needs_attention, execution)
+        needs_attention = getattr(policy, "needs_attention", True)
+        tokens = backbone.begin(images, needs_attention, execution)
         alpha = torch.zeros(len(images), device=images.device)
         alive = []
         for stage in range(backbone.num_stages):
             view = View(backbone, tokens, stage, alpha, images=images)
-            tokens = backbone.advance(tokens, self._decide(view), stage, policy.needs_attention)
+            tokens = backbone.advance(tokens, self._decide(view), stage, needs_attention)
             alive.append(tokens.alive[:, backbone.num_prefix :])
         return tokens, torch.stack(alive, dim=1)
 
@@ -140,6 +162,10 @@ class PrunedViT(
             with torch.autocast(device, enabled=False):
                 return self._decide(view)
         keep = self.policy(view)
+        if not isinstance(keep, Tensor):
+            raise ValueError(
+                f"the policy must answer bool {list(view.alive.shape)}: got {type(keep).__name__}"
+            )
         if keep.dtype != torch.bool or keep.shape != view.alive.shape:
             raise ValueError(
                 f"the policy must answer bool {list(view.alive.shape)}: "
@@ -168,6 +194,29 @@ class PrunedViT(
     def default_cfg(self) -> dict[str, Any]:
         return self.pretrained_cfg
 
+    def get_classifier(self) -> nn.Module:
+        return self.backbone.model.get_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.backbone.reset_classifier(num_classes, global_pool)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.backbone.model.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """The backbone's parameters without weight decay, by their names here."""
+        named = getattr(self.backbone.model, "no_weight_decay", set)()
+        return {BACKBONE_PREFIX + name for name in named}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's layers of the backbone, by the names here."""
+        groups = self.backbone.model.group_matcher(coarse=coarse)
+        return {name: _with_prefix(patterns) for name, patterns in groups.items()}
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # torch.jit.script asks for what it is to compile
+        raise RuntimeError(NO_GRAPH)
+
     def save_pretrained(
         self, save_directory: str | Path, *, repo_id: str | None = None, **options: Any
     ) -> str | None:
@@ -181,6 +230,9 @@ class PrunedViT(
         Raises:
             SavedModelError: what is read again would be another model; the message says why.
         """
+        if options and not options.keys() <= SAVE_OPTIONS and not options.get("push_to_hub"):
+            ignored = ", ".join(sorted(options.keys() - SAVE_OPTIONS))
+            raise TypeError(f"{ignored}: save_pretrained has no such option")
         # the mixin deletes the old configuration before it knows whether there will be a new one
         folder = Path(save_directory)
         with saving.all_or_nothing(folder) as scratch:
@@ -199,16 +251,16 @@ class PrunedViT(
 
         Args:
             pretrained_model_name_or_path: a folder, or a name on the hub.
-            hub_options: arguments of ``ModelHubMixin.from_pretrained``, such as ``revision`` or
-                ``token``.
+            hub_options: arguments of ``hf_hub_download``, such as ``revision`` or ``token``.
 
         Raises:
             SavedModelError: files are missing, damaged or of another version, or the hub can't be
                 reached.
+            TypeError: an option that would do nothing.
         """
         config, weights = saving.locate(str(pretrained_model_name_or_path), hub_options)
         backbone, policy, model_kwargs = saving.rebuild(config)
-        model = cls(backbone, policy, model_kwargs)
+        model = cls(backbone, _frozen(policy), model_kwargs)
         saving.load_weights(model, weights)
         return model.eval()
 
@@ -224,20 +276,36 @@ class PrunedViT(
             BackboneError: the backbone can't be built or loaded.
         """
         backbone, policy, model_kwargs = run_reader.read_run(Path(folder))
-        return cls(backbone, policy, model_kwargs).eval()
+        return cls(backbone, _frozen(policy), model_kwargs).eval()
+
+
+def _frozen(policy: Any) -> Any:
+    """``policy`` with parameters that ask for no gradients, since they would never get any."""
+    return policy.requires_grad_(False) if isinstance(policy, nn.Module) else policy
+
+
+def _with_prefix(patterns: Any) -> Any:
+    """timm's patterns of parameter names, for a model that is part of this one."""
+    if isinstance(patterns, str):
+        return f"{re.escape(BACKBONE_PREFIX)}(?:{PATTERN_START.sub('', patterns)})"
+    return [(_with_prefix(pattern), *others) for pattern, *others in patterns]
 
 
 def prune(
     vit: nn.Module,
-    policy: Policy,
+    policy: Policy | Decide,
     prune_before: Sequence[int] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> PrunedViT:
     """Makes a timm ViT drop tokens.
 
+    The pruned model is in evaluation mode, whichever mode ``vit`` is in: timm builds models in
+    training mode, in which tokens would be masked instead of removed and nothing would be faster.
+
     Args:
         vit: timm's model; it is copied, not changed.
-        policy: decides which patches stay; also copied.
+        policy: decides which patches stay: a ``Policy``, or any callable that takes a ``View`` and
+            returns keep, bool [B, N]. It is also copied, and its copy asks for no gradients.
         prune_before: 0-based blocks before which tokens are dropped, ascending. None stands for
             every block but the first.
         model_kwargs: arguments that ``vit`` was built with and that can't be read off it, such as
@@ -248,4 +316,4 @@ def prune(
         ValueError: stages are out of range, or the policy was made for another backbone.
     """
     backbone = StagedViT(copy.deepcopy(vit), prune_before)
-    return PrunedViT(backbone, copy.deepcopy(policy), model_kwargs)
+    return PrunedViT(backbone, _frozen(copy.deepcopy(policy)), model_kwargs).eval()

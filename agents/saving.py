@@ -29,6 +29,12 @@ from prunevit.versions import version_of
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+# what hf_hub_download takes, and what is as true of a local folder
+HUB_OPTIONS = {
+    "cache_dir", "endpoint", "etag_timeout", "force_download", "local_files_only", "repo_type",
+    "revision", "subfolder", "token",
+}  # fmt: skip
+ANYWHERE_OPTIONS = {"cache_dir", "local_files_only", "token"}
 # builds timm's VisionTransformer with the class's own defaults
 HAND_BUILT = "vit_base_patch16_224"
 # by how much the outputs of a rebuilt model may differ, relative to the largest number; the weights
@@ -215,9 +221,16 @@ def locate(name: str, hub_options: Mapping[str, Any]) -> tuple[dict[str, Any], P
 
     Raises:
         SavedModelError: files are missing or damaged, or the hub can't be reached.
+        TypeError: an option that would do nothing.
     """
+    unknown = hub_options.keys() - HUB_OPTIONS
+    if unknown:
+        raise TypeError(f"{', '.join(sorted(unknown))}: from_pretrained has no such option")
     folder = Path(name)
     if folder.is_dir():
+        ignored = [key for key in hub_options if key not in ANYWHERE_OPTIONS]
+        if ignored:
+            raise TypeError(f"{', '.join(ignored)}: is of the hub, and {name} is a local folder")
         config, weights = folder / CONFIG, folder / WEIGHTS
     else:
         try:

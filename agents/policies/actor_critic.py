@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prunevit.envs.fields import Rows
+from prunevit.envs.vit.untouched import has_own_hooks, is_untouched
 
 HIDDEN_GAIN = math.sqrt(2)
 POLICY_GAIN = 0.01  # as in MAPPO: the initial policy is nearly uniform
@@ -102,6 +103,13 @@ class TokenActor(Actor):
         if alpha is not None:
             keep = keep + self.alpha_weight * self.PRIOR_SPEED * alpha
         return torch.stack([prune, keep], dim=-1)
+
+    def is_untouched(self) -> bool:
+        """Whether ``margins`` gives what ``forward`` gives: nobody added or replaced anything."""
+        parts = (self, self.net)
+        if any(has_own_hooks(part) or "forward" in vars(part) for part in parts):
+            return False
+        return type(self).forward is TokenActor.forward and all(map(is_untouched, self.net))
 
     def margins(self, rows: Rows) -> Tensor:
         """The logit of keep minus that of prune for packed rows, [S].

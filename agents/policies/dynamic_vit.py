@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prunevit.agents.policies.heuristics import keep_highest
 from prunevit.envs.observations import View
+from prunevit.envs.vit.macs import count_linear_macs
 from prunevit.envs.vit.staged_vit import StagedViT
 
 
@@ -79,11 +80,7 @@ class DynamicViTPolicy(nn.Module):
         self.hidden = hidden
         self.keep = keep
         self.predictors = nn.ModuleList(KeepPredictor(width, hidden) for _ in range(num_stages))
-        self.macs_per_decision = sum(
-            layer.weight.numel()
-            for layer in self.predictors[0].modules()
-            if isinstance(layer, nn.Linear)
-        )
+        self.macs_per_decision = count_linear_macs(self.predictors[0])
 
     @property
     def keep(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Literal, TypeVar, get_args
 
 import torch
@@ -28,29 +29,34 @@ class TopK:
     """Keeps the k living patches of each image with the highest score.
 
     Args:
-        tokens: k for each stage.
+        tokens: k for each stage: a number of patches, or a float up to 1 for a share of all the
+            patches that an image has at the beginning.
         score: "attention": attention received from the class token in the block before, as in EViT
             (arXiv 2202.07800). "norm": norm of the embedding. "brightness": mean pixel value, for
             bright objects on dark ground such as digits. "random": random scores.
         seed: seed of the random scores.
 
     Raises:
-        ValueError: a negative number of tokens, or an unknown score.
+        ValueError: a number of tokens that is neither a whole number nor a share, or an unknown
+            score.
     """
 
     macs_per_decision = 0
 
-    def __init__(self, tokens: Sequence[int], score: Score = "attention", seed: int = 0) -> None:
+    def __init__(self, tokens: Sequence[float], score: Score = "attention", seed: int = 0) -> None:
         if score not in get_args(Score):
             raise ValueError(f"unknown score {score!r}: choose from {', '.join(get_args(Score))}")
-        self.tokens = _checked("tokens", tokens)
+        self.tokens = _counts_or_shares(tokens)
         self.score = score
         self.needs_attention = score == "attention"
         self.seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def __call__(self, view: View) -> Tensor:
-        return keep_highest(view, self._scores(view), at_stage("tokens", self.tokens, view))
+        count = at_stage("tokens", self.tokens, view)
+        if isinstance(count, float):
+            count = round(count * view.backbone.num_patches)
+        return keep_highest(view, self._scores(view), count)
 
     def _scores(self, view: View) -> Tensor:
         if self.score == "attention":
@@ -108,6 +114,8 @@ class AdaptiveSampling:
     macs_per_decision = 0
 
     def __init__(self, samples: Sequence[int]) -> None:
+        if not all(isinstance(number, Integral) for number in samples):
+            raise ValueError(f"samples={tuple(samples)}: each must be a whole number of patches")
         self.samples = _checked("samples", samples)
 
     def __call__(self, view: View) -> Tensor:
@@ -144,6 +152,20 @@ def at_stage(name: str, numbers: Sequence[Number], view: View) -> Number:
     if len(numbers) != stages:
         raise ValueError(f"{name} for {len(numbers)} stages, the backbone has {stages}")
     return numbers[view.stage]
+
+
+def _counts_or_shares(tokens: Sequence[float]) -> tuple[int | float, ...]:
+    """``TopK.tokens``, of whatever type of number: counts are int, shares are float."""
+    if not all(
+        isinstance(number, Real)
+        and (number >= 0 if isinstance(number, Integral) else 0 <= number <= 1)
+        for number in tokens
+    ):
+        raise ValueError(
+            f"tokens={tuple(tokens)}: each must be at least 0, and a whole number of patches, as "
+            "98, or a share of them, as 0.5"
+        )
+    return tuple(int(n) if isinstance(n, Integral) else float(n) for n in tokens)
 
 
 def _checked(name: str, numbers: Sequence[Number]) -> tuple[Number, ...]:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prunevit.agents.policies.actor_critic import TokenActor
 from prunevit.envs.fields import field_size
 from prunevit.envs.observations import View
+from prunevit.envs.vit.macs import count_linear_macs
 from prunevit.envs.vit.staged_vit import StagedViT
 
 PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)  # their square roots are irrational
 
 
-@cache
 def dither_levels(height: int, width: int, stage: int, device: torch.device) -> Tensor:
     """Computes thresholds in (0, 1) for the patches of a grid, low and high ones in every region.
 
@@ -28,14 +31,19 @@ def dither_levels(height: int, width: int, stage: int, device: torch.device) -> 
     Returns:
         float32 [height * width], row by row.
     """
+    return torch.tensor(_dither_levels(height, width, stage), device=device)
+
+
+# numbers, not a tensor: one that was made while a tracer or an exporter ran would stay theirs
+@cache
+def _dither_levels(height: int, width: int, stage: int) -> NDArray[np.float32]:
+    """``dither_levels`` in NumPy."""
     down, right = (math.sqrt(PRIMES[(2 * stage + i) % len(PRIMES)]) for i in range(2))
-    rows, columns = torch.meshgrid(
-        torch.arange(height, dtype=torch.float64),
-        torch.arange(width, dtype=torch.float64),
-        indexing="ij",
+    rows, columns = np.indices((height, width), dtype=np.float64)
+    phase = np.mod(rows * down + columns * right, 1).ravel()
+    return ((phase.argsort().argsort() + np.float32(0.5)) / np.float32(len(phase))).astype(
+        np.float32
     )
-    phase = (rows * down + columns * right).frac().flatten()
-    return ((phase.argsort().argsort().float() + 0.5) / len(phase)).to(device)
 
 
 class LearnedPolicy(nn.Module):
@@ -75,10 +83,7 @@ class LearnedPolicy(nn.Module):
         self.fields = tuple(fields)
         self.num_prefix = num_prefix
         self.needs_attention = "cls_attention" in self.fields
-        self.macs_per_decision = sum(
-            layer.weight.numel() for layer in actor.modules() if isinstance(layer, nn.Linear)
-        )
-
+        self.macs_per_decision = count_linear_macs(actor)
         self.alpha = alpha
         self.threshold = threshold
 
@@ -121,7 +126,7 @@ class LearnedPolicy(nn.Module):
                 f"this one has {backbone.num_prefix}"
             )
         shown = {name: field_size(backbone, name) for name in self.fields}
-        first = next(layer for layer in self.actor.modules() if isinstance(layer, nn.Linear))
+        first: Any = next(layer for layer in self.actor.modules() if hasattr(layer, "in_features"))
         if first.in_features != sum(shown.values()):
             raise ValueError(
                 f"the policy reads {first.in_features} numbers an agent, the backbone of width "
@@ -142,13 +147,15 @@ class LearnedPolicy(nn.Module):
 
     def forward(self, view: View) -> Tensor:
         view = self.under_own_alpha(view)
-        rows = view.rows(self.fields) if isinstance(self.actor, TokenActor) else None
+        actor, rows = self.actor, None
+        if isinstance(actor, TokenActor) and actor.is_untouched():
+            rows = view.rows(self.fields)
         if rows is None:
             logits = self.logits(view)
             margin = logits[:, 1] - logits[:, 0]
         else:
-            assert isinstance(self.actor, TokenActor)
-            margin = self.actor.margins(rows)
+            assert isinstance(actor, TokenActor)
+            margin = actor.margins(rows)
         # a sum is finite only if all its terms are, and a GPU is waited for only once
         if not math.isfinite(margin.sum()):
             raise ValueError("the policy's logits are not finite: check its weights and the images")

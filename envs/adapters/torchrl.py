@@ -67,16 +67,14 @@ class TokenPruneTorchRL(EnvBase):
         self.is_closed = False
 
     def to(self, device: str | torch.device) -> TokenPruneTorchRL:
-        """Returns itself.
+        """Moves the game, and ends its episodes; returns itself.
 
-        Raises:
-            ValueError: ``device`` is not the device that the game was made on.
+        A backbone that was given stays where it is: the game goes on with a copy.
         """
         wanted = torch.empty(0, device=device).device
         if wanted != self.device:
-            raise ValueError(
-                f"the game runs on {self.device}: make another with device={str(device)!r}"
-            )
+            self._held.env.to(wanted)
+            super().to(wanted)
         return self
 
     def close(self, *, raise_if_closed: bool = True) -> None:

@@ -96,7 +96,9 @@ class BatchedEnv(Protocol):
     action_space: Discrete
     episode_length: int | None
     rollouts_per_start: int
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device: ...
 
     def reset(self, seed: int | None = None) -> Observations:
         """Begins new episodes everywhere; the same seed begins the same episodes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -94,9 +95,8 @@ class BatchedTokenPrune:
         self.images = images
         self.alpha_range = alpha_range
         self.shard = shard
-        self._cache = None
-        if cache:
-            self._cache = PrefixCache(game.backbone, self._run_prefix, len(images), cache)
+        self._cache_bytes = cache
+        self._cache = self._make_cache()
         self._workers = workers
         self._prefetcher: Prefetcher | None = None
         self.num_envs = num_envs
@@ -109,7 +109,6 @@ class BatchedTokenPrune:
         self.action_space: Discrete = Discrete(2)
         self.episode_length: int | None = game.num_stages
         self.rollouts_per_start = rollouts
-        self.device = game.backbone.device
         self.indices: Tensor = torch.empty(0, dtype=torch.int64)
         self.labels: Tensor = torch.empty(0, dtype=torch.int64)
         self.pixels: Tensor = torch.empty(0)
@@ -117,6 +116,26 @@ class BatchedTokenPrune:
         self.outcome: Outcome | None = None
         self._generator = torch.Generator()
         self._generator.seed()
+
+    @property
+    def device(self) -> torch.device:
+        return self.game.backbone.device  # which may be moved between episodes
+
+    def to(self, device: torch.device | str) -> BatchedTokenPrune:
+        """Moves the game to a device, and ends the episodes in progress; returns itself.
+
+        The backbone is copied there, since it belongs to whoever gave it.
+        """
+        self.game.abandon()
+        self.game.backbone = copy.deepcopy(self.game.backbone).to(device)
+        self._cache = self._make_cache()
+        return self
+
+    def _make_cache(self) -> PrefixCache | None:
+        if not self._cache_bytes:
+            return None
+        backbone = self.game.backbone
+        return PrefixCache(backbone, self._run_prefix, len(self.images), self._cache_bytes)
 
     def reset(
         self, seed: int | None = None, indices: Sequence[int] | Tensor | None = None

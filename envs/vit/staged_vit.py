@@ -99,12 +99,20 @@ class StagedViT(nn.Module):
             self.model.in_chans,
             *self.model.patch_embed.img_size,
         )
-        self.num_classes = count_classes(self.model)
         self.has_class_token = getattr(self.model, "cls_token", None) is not None
         self.num_query_tokens = 1 if self.has_class_token else self.num_prefix
+        self._look_at_head()
+
+    def _look_at_head(self) -> None:
+        self.num_classes = count_classes(self.model)
         self.keeps_last_patch = not head_reads_prefix(self.model)
         self._macs = Macs.of(self.model, self.image_shape)
         self.dense_macs = self._macs.dense(self.num_slots)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """As in timm: gives the model a new, untrained head."""
+        self.model.reset_classifier(num_classes, global_pool)
+        self._look_at_head()
 
     @property
     def num_stages(self) -> int:

@@ -1,8 +1,10 @@
 """``prune`` makes a model that takes the timm model's place, and survives being saved."""
 
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -20,6 +22,7 @@ from prunevit.agents import (
     TopK,
     prune,
 )
+from prunevit.agents.policies.learned import dither_levels
 from prunevit.agents.policies.serialization import SavedModelError, learned_policy
 from prunevit.envs.fields import DEFAULT_FIELDS
 from prunevit.envs.vit.create import create_backbone
@@ -184,7 +187,8 @@ def test_half_precision_moves_the_backbone_alone(vit, images):
 
 
 def test_training_masks_what_evaluation_removes(vit, make_vit, images):
-    assert pruned(make_vit().train()).training
+    # timm builds models in training mode, in which nothing would be faster
+    assert not pruned(make_vit().train()).training
     model = pruned(vit)
     assert not model.training
     with torch.no_grad():
@@ -227,6 +231,167 @@ def test_many_tokens(make_vit):
     torch.testing.assert_close(logits[:1], vit(images[:1]), rtol=0, atol=1e-4)
     masked = PrunedViT(StagedViT(vit, (1,), "masked"), keep)
     torch.testing.assert_close(logits, masked.eval()(images), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_any_callable_is_a_policy(make_vit, images):
+    """Even one that says nothing of itself may look at attention."""
+    vit = make_vit()
+    assert torch.equal(prune(vit, lambda view: view.alive, STAGES)(images), vit(images))
+    threshold = AttentionThreshold((0.9, 1.1))
+    model = prune(vit, lambda view: threshold(view), STAGES)
+    expected = prune(vit, threshold, STAGES).trace(images)
+    trace = model.trace(images)
+    assert torch.equal(trace.logits, expected.logits)
+    assert torch.equal(trace.macs, expected.macs)
+    with pytest.raises(ValueError, match=r"must answer bool \[5, 16\]: got NoneType"):
+        prune(vit, lambda view: None, STAGES)(images)
+    with pytest.raises(ValueError, match="the policy must be callable: got None"):
+        prune(vit, None, STAGES)
+
+
+@torch.no_grad()
+def test_shares_are_numbers_of_patches(vit, images):
+    for tokens, counts in {
+        (0.5, 0.25): (8, 4),
+        (1.0, 4): (16, 4),
+        (np.int64(9), 0.0): (9, 0),
+    }.items():
+        _, keep = prune(vit, TopK(tokens), STAGES)(images, return_keep=True)
+        assert keep.sum(2).tolist() == [list(counts)] * BATCH
+    for tokens in ((98.0, 1), (-1, 1), ("a", 1), (1.5, 1)):
+        with pytest.raises(ValueError, match="whole number of patches, as 98, or a share"):
+            TopK(tokens)
+    with pytest.raises(ValueError, match="each must be a whole number of patches"):
+        AdaptiveSampling((0.5, 0.5))
+
+
+def test_every_parameter_that_asks_for_a_gradient_gets_one(vit, images):
+    """Or DistributedDataParallel waits for those that don't."""
+    for model in (pruned(vit).train(), pruned(vit).eval()):
+        model(images).square().sum().backward()
+        wanting = [p for p in model.parameters() if p.requires_grad]
+        assert len(wanting) == len(list(vit.parameters()))
+        assert all(parameter.grad is not None for parameter in wanting)
+
+
+def test_timms_optimizer_sees_the_layers_of_the_backbone(vit):
+    from timm.optim import create_optimizer_v2
+
+    def groups(model, skipped=""):
+        names = {id(p): name.removeprefix(skipped) for name, p in model.named_parameters()}
+        optimizer = create_optimizer_v2(model, opt="sgd", lr=1, weight_decay=0.1, layer_decay=0.5)
+        return {
+            names[id(p)]: (group["weight_decay"], group["lr_scale"])
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+
+    model = prune(vit, KeepAll(), STAGES)
+    assert groups(model, "backbone.model.") == groups(vit)
+    assert groups(vit)["cls_token"][0] == 0
+    assert model.get_classifier() is model.backbone.model.head
+
+
+@torch.no_grad()
+def test_a_new_classifier_is_counted(vit, images):
+    model = prune(vit, KeepAll(), STAGES)
+    model.reset_classifier(7)
+    assert model.num_classes == 7
+    assert model(images).shape == (BATCH, 7)
+    gained = model.backbone.dense_macs - prune(vit, KeepAll(), STAGES).backbone.dense_macs
+    assert gained == 2 * vit.embed_dim
+
+
+def test_gradient_checkpointing_can_be_asked_for(vit, images):
+    model, calls = prune(vit, KeepAll(), STAGES), []
+    model.backbone.model.blocks[2].norm1.register_forward_pre_hook(lambda *_: calls.append(None))
+    for enable in (False, True):
+        calls.clear()
+        model.set_grad_checkpointing(enable)
+        model(images).sum().backward()
+        assert len(calls) == 1 + enable
+
+
+def test_embeddings_without_a_head(make_vit, images):
+    vit = make_vit(num_classes=0)
+    model = prune(vit, TopK((9, 4)), STAGES)
+    assert model.forward_features(images).ne(0).any(2).sum(1).tolist() == [5] * BATCH
+    assert model(images).shape == (BATCH, vit.embed_dim)
+    torch.testing.assert_close(prune(vit, KeepAll(), STAGES)(images), vit(images))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("policy", ["learned", "dynamic"])
+@torch.no_grad()
+def test_the_whole_model_can_be_quantised(make_vit, images, tmp_path, policy):
+    vit = make_vit()
+    policy = DynamicViTPolicy(32, 2, hidden=8) if policy == "dynamic" else None
+    model = pruned(vit, policy)
+    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    trace = quantised.trace(images)
+    assert trace.logits.isfinite().all()
+    assert trace.macs.sum() > 0
+    with pytest.raises(SavedModelError, match="quantised layers can't be saved"):
+        quantised.save_pretrained(tmp_path)
+    again = prune(quantised.backbone.model, quantised.policy, STAGES)
+    assert again.policy.macs_per_decision == model.policy.macs_per_decision
+    assert torch.equal(again.trace(images).macs, trace.macs)
+
+
+@torch.no_grad()
+def test_hooks_of_an_actor_act(vit, images):
+    model = pruned(vit)
+    model.policy.actor.register_forward_hook(lambda _, __, out: out + torch.tensor([0.0, 1e3]))
+    assert model(images, return_keep=True)[1].all()
+
+
+GRAPHS = {
+    "export": lambda model, images: torch.export.export(model, (images,)),
+    "trace": torch.jit.trace,
+    "script": lambda model, images: torch.jit.script(model),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("make", GRAPHS.values(), ids=GRAPHS)
+def test_who_wants_one_graph_is_told_what_works(vit, images, make):
+    with pytest.raises(Exception, match=r"another number of tokens: use prunevit\.agents\.export"):
+        make(prune(vit, KeepAll(), STAGES), images)
+
+
+WRAPPERS = {
+    "DataParallel": (torch.nn.DataParallel, "give model.module, then wrap the pruned model"),
+    "compiled": (torch.compile, "give the model before torch.compile"),
+}
+
+
+@pytest.mark.parametrize(("wrap", "way"), WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapped_model_is_refused_with_the_way_out(make_vit, wrap, way):
+    with pytest.raises(UnsupportedBackboneError, match=re.escape(way)):
+        prune(wrap(make_vit()), KeepAll(), STAGES)
+
+
+def test_adapters_are_named(make_vit):
+    class Adapted(torch.nn.Module):  # as PEFT's models
+        def __init__(self, model):
+            super().__init__()
+            self.base_model = model
+
+        def merge_and_unload(self):
+            return self.base_model
+
+    with pytest.raises(UnsupportedBackboneError, match=r"get_base_model.*merge_and_unload"):
+        prune(Adapted(make_vit()), KeepAll(), STAGES)
+
+
+def test_what_is_cached_is_nobodys_tensor(vit):
+    """A tensor that was made while an exporter ran would be a fake one for ever."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    with FakeTensorMode():
+        assert isinstance(dither_levels(3, 5, 1, torch.device("cpu")), FakeTensor)
+    assert not isinstance(dither_levels(3, 5, 1, torch.device("cpu")), FakeTensor)
 
 
 # --- on disk ---
@@ -431,6 +596,23 @@ def test_damaged_files_are_refused(vit, make_vit, tmp_path):
     config.write_text(json.dumps(described)[:-20])
     with pytest.raises(SavedModelError, match=r"config.json can't be read"):
         PrunedViT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strict": True}, "strict: from_pretrained has no such option"),
+        ({"num_classes": 3}, "num_classes: from_pretrained has no such option"),
+        ({"revision": "main"}, "revision: is of the hub, and .* is a local folder"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(vit, tmp_path, options, message):
+    pruned(vit).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=message):
+        PrunedViT.from_pretrained(tmp_path, **options)
+    assert PrunedViT.from_pretrained(tmp_path, token=None, local_files_only=True)
+    with pytest.raises(TypeError, match="safe_serialization"):
+        pruned(vit).save_pretrained(tmp_path, safe_serialization=True)
 
 
 def test_a_hub_name_without_a_network(monkeypatch):

@@ -82,9 +82,9 @@ def test_what_makes_no_sense_is_refused(env):
         env.reset(some)
     with pytest.raises(TypeError, match="indices="):
         env.reset(images=3)
-    with pytest.raises(ValueError, match="the game runs on cpu"):
-        env.to("meta")
     assert env.to("cpu") is env
+    assert env.to("meta") is env
+    assert env.device.type == env.action_spec.device.type == env._held.env.device.type == "meta"
     env.close()
     assert env.is_closed
     with pytest.raises(GameError, match="closed"):
