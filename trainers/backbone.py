@@ -1,15 +1,14 @@
-"""Trains a backbone: ``python -m trainers.backbone``. Its defaults made the ViT that is shipped.
+"""Trains a backbone: ``python -m trainers.backbone``.
 
-A run writes ``backbone.safetensors`` and ``backbone.json`` in the form of the files in
-``envs/assets``: to ship the default run, copy them there as ``digits_vit.safetensors`` and
-``digits_vit.json``.
+Its defaults trained the digits' ViT that comes with the package. A run writes
+``backbone.safetensors`` and ``backbone.json``, in the same form as ``digits_vit.safetensors`` and
+``digits_vit.json`` in ``envs/assets``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,48 +22,32 @@ from prunevit.envs.data.datasets import open_images, read_class_names
 from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.devices import pick_device
 from prunevit.envs.vit.create import create_backbone
-from prunevit.envs.vit.weights import read_description, sha256, write_weights
-from prunevit.trainers.common.checkpoint import write_atomically, write_json
-from prunevit.trainers.common.classification import (
-    Learner,
-    Precision,
-    RecipeSeed,
-    TrainingImages,
-    accuracy,
-    check_recipe,
-    versions,
-)
+from prunevit.envs.vit.weights import sha256
+from prunevit.trainers.common.backbones import all_model_kwargs, check_model_kwargs, write_backbone
+from prunevit.trainers.common.checkpoint import write_json
+from prunevit.trainers.common.classification import Learner, TrainingImages, versions
 from prunevit.trainers.common.distributed import ALONE, Ranks, join_ranks
 from prunevit.trainers.common.epochs import train_epochs
+from prunevit.trainers.common.evaluation import accuracy
+from prunevit.trainers.common.recipe import Recipe
 from prunevit.trainers.common.run import (
     COMMAND_ERRORS,
     RUNS,
     Record,
     RunFolder,
-    RunSettings,
     TrainingError,
     device_of,
     open_run,
 )
-from prunevit.trainers.common.settings import (
-    Count,
-    Decay,
-    JsonObject,
-    Positive,
-    Share,
-    Weight,
-    Workers,
-    parse_arguments,
-)
+from prunevit.trainers.common.settings import Decay, JsonObject, Weight, parse_arguments
 from prunevit.trainers.common.signals import ends_in_one_line
 
-OWN_OPTIONS = ("pretrained", "checkpoint", "num_classes", "untrained")  # not for model_kwargs
-PATCH_DROPOUTS = 4  # that take turns, from none to the most
+PATCH_DROPOUTS = 4  # shares of patches that steps leave out in turn, from none to the largest
 
 
 @dataclass
-class BackboneConfig(RunSettings):
-    """How a backbone is trained."""
+class BackboneConfig(Recipe):
+    """Which backbone is trained on what, and how."""
 
     LATER: ClassVar[Mapping[str, object]] = {
         "augmentation": {},
@@ -83,108 +66,71 @@ class BackboneConfig(RunSettings):
     backbone: str = "digits_vit"
     """digits_vit, or any timm model name."""
     model_kwargs: JsonObject = field(default_factory=dict)
-    """Arguments of the model, as {"img_size": 32, "patch_size": 4, "depth": 6, "embed_dim": 128,
-    "num_heads": 4}; "embed_layer": "conv_stem" or "deep_conv_stem" puts convolutions before the
-    blocks."""
+    """Arguments of the model, such as {"img_size": 32, "patch_size": 4, "depth": 6,
+    "embed_dim": 128, "num_heads": 4}. "embed_layer": "conv_stem" or "deep_conv_stem" puts
+    convolutions before the blocks."""
     pretrained: bool = False
-    """Begin with the weights that timm downloads."""
+    """Start from the weights that timm downloads."""
     checkpoint: Path | None = None
-    """Begin with the weights in this file."""
+    """Start from the weights in this file."""
     dataset: str = "digits"
-    """digits; folder:PATH with PATH/train/CLASS/*.jpg and PATH/test like it; or a name that
-    timm.data.create_dataset takes, as torch/cifar10:FOLDER or hfds/OWNER/NAME."""
-    augmentation: JsonObject = field(default_factory=dict)
-    """For photographs, arguments of timm.data.create_transform, as {"scale": [0.5, 1],
-    "color_jitter": 0.2, "auto_augment": "rand-m9-mstd0.5"}; the digits have their own."""
+    """digits; folder:PATH, which has PATH/train/CLASS/*.jpg and the same in PATH/test; or a name of
+    timm.data.create_dataset, such as torch/cifar10:FOLDER or hfds/OWNER/NAME."""
     mixup: Weight = 0.0
     """Alpha of mixup; 0 turns it off."""
     cutmix: Weight = 0.0
-    """Alpha of CutMix; 0 turns it off. With mixup as well, each batch gets one of them."""
+    """Alpha of CutMix; 0 turns it off. With mixup as well, each batch gets one of the two."""
     patch_dropout: Decay = 0.75
-    """Share of the patches that is left out of a step, at most: every fourth step sees all of them,
-    the others leave out a third, two thirds and all of this share. A ViT trained so stands pruning;
-    0 turns it off."""
-    epochs: Count = 10
-    """Passes over epoch_size images."""
-    epoch_size: Count = 30_000
-    """Images an epoch: as many digits are drawn anew; of photographs a new random part is taken,
-    or all of them where they are fewer."""
-    batch_size: Count = 128
-    """Images a step, of all ranks together."""
-    accumulate: Count = 1
-    """Parts of a rank's batch whose gradients are added up before the step, for less memory."""
-    precision: Precision = "float32"
-    """bfloat16 has the model compute in it (autocast); its weights, the loss and the optimizer stay
-    in float32."""
-    workers: Workers | None = None
-    """Processes a rank that read and vary photographs ahead; 0 reads them when they are needed, in
-    threads. If not given, 0 on a CPU, and beside a GPU as many as a rank has cores, up to 8."""
-    optimizer: str = "adamw"
-    """One of timm.optim.list_optimizers(). nmuon learns photographs in far fewer steps."""
-    lr: Positive = 2e-3
-    """Peak learning rate; linear warm-up, then a cosine to zero."""
-    warmup: Share = 0.05
-    """Share of all steps that warms up."""
-    weight_decay: Weight = 0.05
-    """The optimizer's, on weights only."""
+    """Largest share of the patches that a step leaves out. In turn, steps see all patches, or leave
+    out a third, two thirds or all of this share. The ViT then tolerates pruning. 0 turns it off."""
     label_smoothing: Decay = 0.05
     """Share of the target that is spread over all classes."""
-    ema_decay: Decay = 0.999
-    """Decay a step of the averaged weights, which are the ones evaluated and saved."""
-    seed: RecipeSeed = 0
-    """Seeds the weights, the order and the drawn images."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
     run_name: str = "backbone"
     """The run is written to runs/RUN_NAME."""
-    resume: Path | None = None
-    """A run folder to go on with, in its own configuration; no other option goes with it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_recipe(self)
         if not self.run_name:
             raise ValueError("run_name is empty")
-        if self.model_kwargs.keys() & {"name", *OWN_OPTIONS}:
-            raise ValueError(
-                f"model_kwargs={self.model_kwargs} can't set {', '.join(OWN_OPTIONS)} or name: "
-                "they have options of their own, or follow from the dataset"
-            )
+        check_model_kwargs(self.model_kwargs)
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"mixup and cutmix need an even batch_size, got {self.batch_size}")
 
     @property
     def folder(self) -> Path:
+        """Where a new run is written."""
         return RUNS / self.run_name
 
 
 def patch_dropout(config: BackboneConfig, step: int) -> float:
-    """Share of the patches that step number ``step`` leaves out."""
+    """Share of the patches that step number ``step`` (from 0) leaves out."""
     return config.patch_dropout * (step % PATCH_DROPOUTS) / (PATCH_DROPOUTS - 1)
 
 
 class CrossEntropy:
-    """The loss of a backbone whose patches are left out in turns.
+    """The cross entropy of a backbone that is trained with patch dropout.
 
     Args:
-        model: what shall learn; gets a place for patches to be left out.
-        config: how.
+        model: the backbone; its ``patch_drop`` is replaced.
+        config: the settings.
 
     Raises:
-        TrainingError: patches shall be left out, and the model has no place for it.
+        TrainingError: ``patch_dropout`` is set, and the model doesn't support it.
     """
 
     def __init__(self, model: nn.Module, config: BackboneConfig) -> None:
         if config.patch_dropout:
             if not isinstance(getattr(model, "patch_drop", None), nn.Identity | PatchDropout):
-                raise TrainingError(f"{config.backbone} has no patch dropout: give 0")
-            # arXiv 2208.07220; not among the model's arguments, which the weights are stored with
+                raise TrainingError(
+                    f"{config.backbone} has no patch dropout: give --patch-dropout 0"
+                )
+            # arXiv 2208.07220. Not an argument of the model: those are saved with the weights
             prefix: Any = model.num_prefix_tokens
             model.patch_drop = self._patch_drop = PatchDropout(num_prefix_tokens=prefix)
         self._config = config
 
     def __call__(self, model: nn.Module, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
-        """As ``Loss``; targets that were mixed are smoothed already."""
+        """A ``Loss``. Mixed targets are smoothed already."""
         if self._config.patch_dropout:
             self._patch_drop.prob = patch_dropout(self._config, step)
         smoothing = self._config.label_smoothing if targets.ndim == 1 else 0.0
@@ -192,7 +138,7 @@ class CrossEntropy:
 
 
 def build(config: BackboneConfig, num_classes: int, has_weights: bool) -> nn.Module:
-    """The backbone to train; untrained where the run already ``has_weights`` to restore."""
+    """Builds the backbone. With ``has_weights`` its weights will come from the run's checkpoint."""
     torch.manual_seed(config.seed)
     checkpoint = None if has_weights else config.checkpoint
     pretrained = config.pretrained and not has_weights
@@ -207,7 +153,7 @@ def build(config: BackboneConfig, num_classes: int, has_weights: bool) -> nn.Mod
 
 
 def make_mixup(config: BackboneConfig, num_classes: int) -> Mixup | None:
-    """timm's mixup and CutMix, where one of them is turned on."""
+    """timm's mixup and CutMix; None if both are turned off."""
     if not config.mixup and not config.cutmix:
         return None
     return Mixup(
@@ -218,22 +164,6 @@ def make_mixup(config: BackboneConfig, num_classes: int) -> Mixup | None:
     )
 
 
-def write_backbone(
-    folder: Path, weights: Mapping[str, Tensor], config: BackboneConfig, num_classes: int
-) -> Path:
-    """Writes the weights of a run in the form that is shipped; returns the file."""
-    path = folder / "backbone.safetensors"
-    write = partial(
-        write_weights,
-        weights=weights,
-        name=config.backbone,
-        num_classes=num_classes,
-        model_kwargs=config.model_kwargs,
-    )
-    write_atomically(path, write)
-    return path
-
-
 def finish(
     run: RunFolder,
     config: BackboneConfig,
@@ -242,7 +172,7 @@ def finish(
     device: torch.device,
     workers: int,
 ) -> dict[str, Any]:
-    """Measures ``model`` on the test split and writes its weights and what they are; returns the
+    """Evaluates ``model`` on the test split and writes weights, description and report. Returns the
     report.
     """
     facts = {
@@ -252,7 +182,9 @@ def finish(
         "config": config.to_json(),
         "versions": versions(),
     }
-    weights = write_backbone(run.path, model.state_dict(), config, test.num_classes)
+    weights = write_backbone(
+        run.path, model.state_dict(), config.backbone, test.num_classes, config.model_kwargs
+    )
     shipped = {
         "backbone": config.backbone,
         "model_kwargs": config.model_kwargs,
@@ -271,14 +203,14 @@ def finish(
 
 
 def train(config: BackboneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
-    """Trains one backbone in its run folder, and returns the report that was written there; nothing
-    on other ranks than the first.
+    """Trains a backbone in its run folder. Returns the report that it writes there; ranks other
+    than the first return an empty one.
 
     Raises:
         BackboneError: the backbone is unknown, or can't be built or loaded.
-        DatasetError: the dataset is unknown, damaged, or not what the backbone takes.
-        CheckpointError: the run to be resumed is missing or damaged.
-        TrainingError: the run can't begin for another reason, or diverged.
+        DatasetError: the dataset is unknown or damaged, or doesn't fit the backbone.
+        CheckpointError: the run to resume is missing or damaged.
+        TrainingError: the run can't begin for another reason, or the loss is not finite.
         OSError: the disk is full or not writable; the last epoch's files are left as they were.
         RanksError: another rank has ended.
     """
@@ -288,12 +220,11 @@ def train(config: BackboneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
     except ValueError as error:
         raise TrainingError(str(error)) from error
     num_classes = len(read_class_names(config.dataset))
-    goes_on = run.is_begun
-    if config.checkpoint is not None and not goes_on:
-        # what this run writes has to tell the model's arguments too
-        described = read_description(config.checkpoint, config.backbone).get("model_kwargs", {})
-        config = replace(config, model_kwargs=described | config.model_kwargs)
-    model = build(config, num_classes, has_weights=goes_on)
+    resumed = run.is_begun
+    if not resumed:
+        # the run's files must describe the whole model, whose arguments a checkpoint may hold
+        config = replace(config, model_kwargs=all_model_kwargs(config))
+    model = build(config, num_classes, has_weights=resumed)
     model = model.to(device).to(memory_format=torch.channels_last)
     data_config = resolve_model_data_config(model)
     validation, test = (
@@ -312,7 +243,9 @@ def train(config: BackboneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
 
     def write_weights_so_far() -> None:
         if ranks.is_first:
-            write_backbone(run.path, averaged.state_dict(), config, num_classes)
+            write_backbone(
+                run.path, averaged.state_dict(), config.backbone, num_classes, config.model_kwargs
+            )
 
     mixup = make_mixup(config, num_classes)
     train_epochs(run, config, learner, images, evaluate, mixup, after_epoch=write_weights_so_far)

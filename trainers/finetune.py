@@ -1,13 +1,13 @@
-"""Fine-tunes a pruned ViT under its policy: ``python -m trainers.finetune --run runs/NAME``.
+"""Fine-tunes a ViT under its pruning policy: ``python -m trainers.finetune --run runs/NAME``.
 
 The policy of a finished run of ``trainers.mappo`` stays as it is. The ViT's blocks learn to work
-with the tokens that the policy keeps, from the answers of the unpruned model with its original
-weights and from the labels. The result is evaluated on the validation split; the test split is
+with the tokens that the policy keeps: from the outputs of the unpruned model with its original
+weights, and from the labels. The result is evaluated on the validation split; the test split is
 never read.
 
-A run writes ``runs/NAME-finetuned``: ``config.json``, ``metrics.jsonl`` (a line before the first
-epoch and one after each), checkpoints, and at the end ``report.json`` and the folder ``model``,
-which ``PrunedViT.from_pretrained`` takes.
+A run writes to ``runs/NAME-finetuned``: ``config.json``, ``metrics.jsonl`` (one line before the
+first epoch and one after each), checkpoints, and at the end ``report.json`` and the folder
+``model``, which ``PrunedViT.from_pretrained`` loads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import copy
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -33,24 +33,16 @@ from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.devices import pick_device
 from prunevit.envs.vit.staged_vit import Execution
 from prunevit.trainers.common.checkpoint import write_json
-from prunevit.trainers.common.classification import (
-    Learner,
-    Precision,
-    RecipeSeed,
-    TrainingImages,
-    accuracy,
-    check_recipe,
-    versions,
-)
+from prunevit.trainers.common.classification import Learner, TrainingImages, versions
 from prunevit.trainers.common.distributed import ALONE, Ranks, join_ranks
 from prunevit.trainers.common.epochs import train_epochs
-from prunevit.trainers.common.evaluation import evaluate
+from prunevit.trainers.common.evaluation import accuracy, evaluate
+from prunevit.trainers.common.recipe import Recipe
 from prunevit.trainers.common.run import (
     COMMAND_ERRORS,
     RUNS,
     Record,
     RunFolder,
-    RunSettings,
     TrainingError,
     device_of,
     open_run,
@@ -58,12 +50,9 @@ from prunevit.trainers.common.run import (
 from prunevit.trainers.common.settings import (
     Count,
     Decay,
-    JsonObject,
     Positive,
-    Share,
     Threads,
     Weight,
-    Workers,
     parse_arguments,
 )
 from prunevit.trainers.common.signals import ends_in_one_line
@@ -74,7 +63,7 @@ AFTER_BLOCKS = ("norm", "fc_norm", "attn_pool", "head", "head_dist")  # of timm'
 
 
 @dataclass
-class FinetuneConfig(RunSettings):
+class FinetuneConfig(Recipe):
     """How the ViT of a finished run is fine-tuned under its policy."""
 
     LATER: ClassVar[Mapping[str, object]] = {
@@ -86,76 +75,49 @@ class FinetuneConfig(RunSettings):
         "optimizer": "adamw",
     }
 
-    run: Path | None = None
-    """The run of trainers.mappo, as runs/NAME: its policy, backbone and dataset."""
-    alpha: float | None = None
-    """Alpha that a policy trained for a range of alphas acts under; the geometric middle of the
-    range if not given."""
-    dither: bool = False
-    """Have the policy dither: photographs may want it, and the ViT learns what is left to it."""
-    frozen: Frozen = "before-first-stage"
-    """What of the ViT stays as it is: the stem and the blocks before the first stage, so that the
-    first decisions stay as they were; those before the last stage, so that all do, and GMACs with
-    them; or nothing."""
-    execution: Execution = "packed"
-    """How gradients are made: packed runs the surviving tokens alone; masked runs all of them, for
-    the same gradients at more than the cost of the unpruned model."""
-    distillation: Weight = 1.0
-    """Weight of the divergence from the answers of the unpruned model with its original weights."""
-    labels: Weight = 0.5
-    """Weight of the cross entropy with the labels; 0 learns without any."""
-    augmentation: JsonObject = field(default_factory=dict)
-    """For photographs, arguments of timm.data.create_transform, as {"scale": [0.5, 1],
-    "color_jitter": 0.2, "auto_augment": "rand-m9-mstd0.5"}; the digits have their own."""
     epochs: Count = 2
-    """Passes over epoch_size images."""
     epoch_size: Count = 10_000
-    """Images an epoch: as many digits are drawn anew; of photographs a new random part is taken,
-    or all of them where they are fewer."""
-    batch_size: Count = 128
-    """Images a step, of all ranks together."""
-    accumulate: Count = 1
-    """Parts of a rank's batch whose gradients are added up before the step, for less memory."""
-    precision: Precision = "float32"
-    """bfloat16 has the ViT compute in it (autocast); its weights, the policy, the losses and the
-    optimizer stay in float32."""
-    workers: Workers | None = None
-    """Processes a rank that read and vary photographs ahead; 0 reads them when they are needed, in
-    threads. If not given, 0 on a CPU, and beside a GPU as many as a rank has cores, up to 8."""
-    optimizer: str = "adamw"
-    """One of timm.optim.list_optimizers(). nmuon learns photographs in far fewer steps."""
     lr: Positive = 3e-4
-    """Peak learning rate; linear warm-up, then a cosine to zero."""
-    warmup: Share = 0.05
-    """Share of all steps that warms up."""
-    weight_decay: Weight = 0.05
-    """The optimizer's, on weights only."""
     ema_decay: Decay = 0.98
-    """Decay a step of the averaged weights, which are the ones evaluated and saved."""
+
+    run: Path | None = None
+    """The finished run of trainers.mappo, such as runs/NAME. Its policy, backbone and dataset are
+    used. Needed unless --resume is given."""
+    alpha: float | None = None
+    """Alpha under which a policy for a range of alphas acts. By default the geometric middle of its
+    range."""
+    dither: bool = False
+    """Let the policy dither: its threshold varies from patch to patch. This can help on
+    photographs."""
+    frozen: Frozen = "before-first-stage"
+    """Part of the ViT that isn't trained. before-first-stage: the stem and the blocks before the
+    first stage, so that the first decisions stay the same. before-last-stage: the blocks before the
+    last stage too, so that all decisions and the GMACs stay the same. nothing: all of it is
+    trained."""
+    execution: Execution = "packed"
+    """packed runs only the tokens that survive. masked runs all tokens: the same gradients, for
+    more compute than the unpruned model needs."""
+    distillation: Weight = 1.0
+    """Weight of the KL divergence from the unpruned model with its original weights."""
+    labels: Weight = 0.5
+    """Weight of the cross entropy with the labels; 0 learns without labels."""
     validation_size: Count = 4_000
-    """Validation images of an evaluation; all where there are fewer."""
-    seed: RecipeSeed = 0
-    """Seeds the order and the drawn images."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
+    """Validation images per evaluation, or all of them if there are fewer."""
     threads: Threads | None = None
-    """CPU threads; torch's own choice if not given."""
+    """CPU threads. By default torch's own choice."""
     run_name: str | None = None
-    """The run is written to runs/RUN_NAME; the name of the run to be fine-tuned with -finetuned
-    behind it if not given."""
-    resume: Path | None = None
-    """A run folder to go on with, in its own configuration; no other option goes with it."""
+    """The run is written to runs/RUN_NAME. By default NAME-finetuned."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_recipe(self)
         if self.run_name == "":
             raise ValueError("run_name is empty")
         if not self.distillation and not self.labels:
-            raise ValueError("give --distillation or --labels a weight: one is needed to learn")
+            raise ValueError("nothing to learn from: give --distillation or --labels a weight")
 
     @property
     def folder(self) -> Path:
+        """Where a new run is written; raises TrainingError if no run was given."""
         if self.run is None:
             raise TrainingError("nothing to fine-tune: give --run runs/NAME")
         return RUNS / (self.run_name or f"{self.run.resolve().name}-finetuned")
@@ -166,7 +128,7 @@ class Distillation:
 
     Args:
         teacher: timm's model with its original weights.
-        config: what counts how much.
+        config: the weights of both terms.
     """
 
     def __init__(self, teacher: nn.Module, config: FinetuneConfig) -> None:
@@ -174,12 +136,12 @@ class Distillation:
         self._config = config
 
     def __call__(self, student: nn.Module, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
-        """As ``Loss``; raises TrainingError where the student has diverged."""
+        """A ``Loss``; raises TrainingError if the student has diverged."""
         try:
             logits = student(inputs).float()
         # a policy refuses tokens that are not finite
         except ValueError as error:
-            raise TrainingError(f"{error}; or try a smaller lr") from error
+            raise TrainingError(f"{error}; or try a smaller --lr") from error
         loss = self._config.labels * F.cross_entropy(logits, targets)
         if self._config.distillation:
             with torch.no_grad():
@@ -192,7 +154,7 @@ class Distillation:
 
 
 def freeze(model: PrunedViT, frozen: Frozen) -> None:
-    """Leaves gradients to what of the ViT shall learn; the policy never does."""
+    """Turns gradients off for the policy and for the part of the ViT that ``frozen`` names."""
     backbone = model.backbone
     model.requires_grad_(False)
     if frozen == "nothing":
@@ -207,15 +169,14 @@ def freeze(model: PrunedViT, frozen: Frozen) -> None:
 
 
 def load_run(config: FinetuneConfig, device: torch.device) -> tuple[PrunedViT, str]:
-    """The pruned ViT that is to learn, and the dataset of its run.
+    """Loads the pruned ViT to fine-tune, and the name of its dataset.
 
-    In evaluation mode, in which it also learns: dropout, stochastic depth and a batch's own
-    statistics (of BatchNorm in a convolutional stem) would show the policy other tokens than those
-    that it was trained on and will decide on.
+    It also trains in evaluation mode. Dropout, stochastic depth and BatchNorm's batch statistics
+    would change the tokens that the policy sees, and it was trained and will be used without them.
 
     Raises:
-        ValueError: the folder holds no finished run of the token game, its backbone is gone, or its
-            policy takes no such alpha or can't dither.
+        ValueError: the folder holds no finished run of the token game, its backbone is missing, or
+            its policy doesn't take this alpha or can't dither.
     """
     assert config.run is not None
     model = PrunedViT.from_run(config.run)
@@ -238,8 +199,8 @@ def load_run(config: FinetuneConfig, device: torch.device) -> tuple[PrunedViT, s
 def evaluate_model(
     model: PrunedViT, validation: ImageSet, ranks: Ranks = ALONE, workers: int = 0
 ) -> Record:
-    """How ``model`` does on validation, by the names of records; ``ranks`` share the work, and
-    ``workers`` of each read the images.
+    """Evaluates ``model`` on the validation split; returns the fields of a record. The ranks share
+    the images, and each reads its own with so many ``workers``.
     """
     result = evaluate(model, validation, None, ranks, workers)
     return {
@@ -250,7 +211,7 @@ def evaluate_model(
 
 
 def write_model(model: PrunedViT, folder: Path) -> None:
-    """Writes ``model`` as ``save_pretrained`` does; there is no folder before it is whole."""
+    """Writes ``model`` as ``save_pretrained`` does; ``folder`` only exists once it is complete."""
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         written = Path(temporary) / folder.name
         model.save_pretrained(written)
@@ -266,7 +227,7 @@ def finish(
     validation: ImageSet,
     workers: int,
 ) -> dict[str, Any]:
-    """Writes the model and what it is worth; returns the report."""
+    """Writes the model and its report; returns the report."""
     backbone = model.backbone
     write_model(model, run.path / "model")
     dense_gmacs = backbone.dense_macs / 1e9
@@ -278,7 +239,7 @@ def finish(
             "dense": {"accuracy": run.records[0]["dense_accuracy"], "gmacs": dense_gmacs},
             "pruned": {name: run.records[0][f"validation_{name}"] for name in names},
             "fine-tuned": {name: run.records[-1][f"validation_{name}"] for name in names},
-            # what pruning it costs, and whether it became another model meanwhile
+            # shows what pruning costs after fine-tuning, and how far the ViT has changed
             "fine-tuned, unpruned": {"accuracy": unpruned, "gmacs": dense_gmacs},
         },
         "config": config.to_json(),
@@ -292,14 +253,14 @@ def finish(
 
 
 def train(config: FinetuneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
-    """Fine-tunes in a run folder of its own, and returns the report that was written there; nothing
-    on other ranks than the first.
+    """Fine-tunes in a run folder of its own. Returns the report that it writes there; ranks other
+    than the first return an empty one.
 
     Raises:
-        ValueError: the run holds no finished policy for token pruning, or its backbone or dataset
-            can't be had; there is no such device.
-        CheckpointError: the fine-tuning to be resumed is missing or damaged.
-        TrainingError: it can't begin for another reason, or diverged.
+        ValueError: the run holds no finished token-pruning policy, its backbone or dataset can't be
+            loaded, or there is no such device.
+        CheckpointError: the run to resume is missing or damaged.
+        TrainingError: the run can't begin for another reason, or the loss is not finite.
         OSError: the disk is full or not writable; the last epoch's files are left as they were.
         RanksError: another rank has ended.
     """
@@ -329,7 +290,7 @@ def train(config: FinetuneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report's models as text, compared with dense."""
+    """Formats the report's models as a table, compared with dense."""
     dense = report["models"]["dense"]
     lines = [f"{'validation':<22}{'accuracy':>9}{'below dense':>13}{'GMACs':>9}{'of dense':>10}"]
     for name, row in report["models"].items():

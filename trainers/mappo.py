@@ -427,7 +427,7 @@ def learn(run: RunFolder, config: MappoConfig) -> tuple[Experiment, Trainer]:
     run.restore(trainer)
     ranks.wait()  # until all have read the checkpoint
     run.create(config)
-    experiment.announce(trainer.seeds_to_come())
+    experiment.prefetch(trainer.seeds_to_come())
     evaluate = partial(experiment.evaluate, trainer.learner.actor)
     monitor = Monitor(evaluate, experiment.progress, experiment.activity)
     try:

@@ -26,8 +26,9 @@ from prunevit.trainers import backbone
 from prunevit.trainers.backbone import BackboneConfig, main, train
 from prunevit.trainers.common import classification, epochs
 from prunevit.trainers.common.checkpoint import CheckpointError
-from prunevit.trainers.common.classification import accuracy, batches, learning_rate
+from prunevit.trainers.common.classification import batches, learning_rate
 from prunevit.trainers.common.distributed import Ranks
+from prunevit.trainers.common.evaluation import accuracy
 from prunevit.trainers.common.run import RunFolder, TrainingError
 
 VIT = "vit_tiny_patch16_224"

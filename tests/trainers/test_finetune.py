@@ -23,7 +23,7 @@ from prunevit.trainers import finetune
 from prunevit.trainers.common import classification
 from prunevit.trainers.common.checkpoint import CheckpointError, load_checkpoint, write_json
 from prunevit.trainers.common.config import MappoConfig
-from prunevit.trainers.common.evaluation import evaluate
+from prunevit.trainers.common.evaluation import accuracy, evaluate
 from prunevit.trainers.common.run import TrainingError
 from prunevit.trainers.finetune import Distillation, FinetuneConfig, freeze, main, train
 
@@ -280,7 +280,7 @@ def test_a_run_tells_all_about_itself(config):
         (run.backbone.model, "dense"),
         (tuned.backbone.model, "fine-tuned, unpruned"),
     ):
-        expected = classification.accuracy(vit, validation, torch.device("cpu"))
+        expected = accuracy(vit, validation, torch.device("cpu"))
         assert models[name]["accuracy"] == expected
         assert models[name]["gmacs"] == run.backbone.dense_macs / 1e9
     assert report["config"]["run"] == str(config.run)
@@ -407,7 +407,7 @@ def test_a_run_is_not_overwritten(config):
 
 
 def test_other_options_do_not_go_with_resume(config):
-    with pytest.raises(TrainingError, match="leave out run, epochs, lr"):
+    with pytest.raises(TrainingError, match="leave out epochs, lr, run"):
         train(FinetuneConfig(run=config.run, resume=Path("runs/r"), lr=0.1, epochs=7))
 
 

@@ -7,10 +7,10 @@ import platform
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers, muon
+from timm.optim import create_optimizer_v2, muon
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -19,11 +19,10 @@ from prunevit.envs.data.image_set import ImageSet, Reseedable
 from prunevit.envs.data.prefetch import prefetch
 from prunevit.trainers.common.checkpoint import CheckpointError
 from prunevit.trainers.common.distributed import ALONE, Ranks
+from prunevit.trainers.common.recipe import Recipe
 from prunevit.trainers.common.run import TrainingError
-from prunevit.trainers.common.settings import Range
 from prunevit.versions import version_of
 
-EVALUATION_BATCH = 250
 MAX_GRAD_NORM = 1.0
 SEEDS_PER_RUN = 1_000  # a seed for each epoch, so that runs with other seeds draw other images
 PACKAGES = ("prunevit", "torch", "timm", "numpy")
@@ -31,40 +30,6 @@ PACKAGES = ("prunevit", "torch", "timm", "numpy")
 # the model to call; inputs float32 [B, C, H, W]; targets int64 [B], or float32 [B, classes] where
 # they were mixed; the number of the step, counted from 0 over all epochs -> a scalar, the mean
 Loss = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
-
-Precision = Literal["float32", "bfloat16"]
-# so that the seeds of its epochs stay below 2**32, as NumPy requires
-RecipeSeed = Annotated[int, Range(0, 4_000_000)]
-
-
-class Recipe(Protocol):
-    """The settings that trainings share; ``BackboneConfig`` says what each means."""
-
-    augmentation: dict[str, Any]
-    epochs: int
-    epoch_size: int
-    batch_size: int
-    accumulate: int
-    precision: Precision
-    workers: int | None
-    optimizer: str
-    lr: float
-    warmup: float
-    weight_decay: float
-    ema_decay: float
-    seed: int
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """Raises ValueError for settings that don't go together."""
-    if recipe.accumulate > recipe.batch_size:
-        raise ValueError(
-            f"accumulate={recipe.accumulate} must be at most batch_size={recipe.batch_size}"
-        )
-    if recipe.optimizer not in list_optimizers():
-        raise ValueError(
-            f"optimizer={recipe.optimizer!r} is unknown: choose from timm.optim.list_optimizers()"
-        )
 
 
 def versions() -> dict[str, str]:
@@ -81,25 +46,6 @@ def batches(size: int, batch_size: int, seed: int, ranks: Ranks = ALONE) -> Iter
     mine = batch_size // ranks.count
     for start in range(0, len(order) - batch_size + 1, batch_size):
         yield order[start + ranks.rank * mine :][:mine]
-
-
-@torch.no_grad()
-def accuracy(
-    model: nn.Module,
-    images: ImageSet,
-    device: torch.device,
-    ranks: Ranks = ALONE,
-    workers: int = 0,
-) -> float:
-    """Share of ``images`` that ``model``, in evaluation mode, classifies correctly. ``ranks`` share
-    the images, and ``workers`` processes of each rank read them.
-    """
-    correct = 0
-    starts = range(0, len(images), EVALUATION_BATCH)[ranks.rank :: ranks.count]
-    parts = (range(start, min(start + EVALUATION_BATCH, len(images))) for start in starts)
-    for inputs, labels in prefetch(images, parts, workers, device):
-        correct += int((model(inputs.to(device)).argmax(1).cpu() == labels).sum())
-    return ranks.total(correct) / len(images)
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:

@@ -1,13 +1,13 @@
-"""How accurate and how cheap a pruned ViT is on given images."""
+"""Accuracy and compute of a model on given images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunevit.agents.policies.heuristics import Score, TopK
 from prunevit.agents.pruned_vit import PrunedViT, Trace
@@ -17,18 +17,18 @@ from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common.distributed import ALONE, Ranks
 
 BATCH_SIZE = 250
-HALVINGS = 50  # of the scale of a schedule: far below what a single token makes
+HALVINGS = 50  # of the scale of a schedule, to far below what a single token makes
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model did on a set of images.
+    """Results of a pruned model on a set of images.
 
     Attributes:
-        accuracy: share of right answers.
-        gmacs: mean 1e9 multiply-accumulates an image, the policy's included.
-        kept: mean share of the patches that survived each stage.
-        left: how many images had 0, 1, ... N patches left at the end.
+        accuracy: share of images that were classified correctly.
+        gmacs: mean 1e9 multiply-accumulates per image, the policy's included.
+        kept: mean share of the patches that survive each stage.
+        left: how many images have 0, 1, ... N patches left at the end.
     """
 
     accuracy: float
@@ -38,7 +38,7 @@ class Evaluation:
 
 
 class Traced(Protocol):
-    """What is evaluated: a ``PrunedViT``, or what tells as much of itself."""
+    """What can be evaluated: a ``PrunedViT``, or another model with a trace."""
 
     backbone: StagedViT
 
@@ -52,8 +52,15 @@ def evaluate(
     ranks: Ranks = ALONE,
     workers: int = 0,
 ) -> Evaluation:
-    """Runs ``model`` over ``size`` images (all where None), evenly spread: a folder's are sorted by
-    class. ``ranks`` share them, and each gets the result of all; ``workers`` of each read them.
+    """Evaluates a pruned model.
+
+    Args:
+        model: the model.
+        images: the images.
+        size: how many of them, evenly spread because those of a folder are sorted by class; all if
+            None.
+        ranks: the processes that share the images; each returns the result of all.
+        workers: processes per rank that load the images.
     """
     return evaluate_traces(
         lambda pixels, _: model.trace(pixels), model.backbone, images, size, ranks, workers
@@ -69,23 +76,21 @@ def evaluate_traces(
     ranks: Ranks = ALONE,
     workers: int = 0,
 ) -> Evaluation:
-    """``evaluate`` of what may look at the labels.
+    """Does what ``evaluate`` does for a model that may use the labels, such as an oracle.
 
     Args:
-        trace_of: images [B, C, H, W] and labels [B], on the backbone's device -> what was done.
-        backbone: that is pruned.
-        images: of which ``size`` are taken (all where None).
-        ranks: who share them.
-        workers: processes of each that read them ahead.
+        trace_of: images [B, C, H, W] and labels [B], on the backbone's device -> the trace.
+        backbone: the ViT that is pruned.
+        images: as for ``evaluate``, likewise the rest.
+        size: how many of them.
+        ranks: the processes that share the images.
+        workers: processes per rank that load the images.
     """
     count = len(images) if size is None else min(size, len(images))
-    chosen = [i * len(images) // count for i in range(count)]
     device = backbone.device
     right, macs, kept = 0, 0, torch.zeros(backbone.num_stages)
     left = torch.zeros(backbone.num_patches + 1, dtype=torch.int64)
-    starts = range(0, count, BATCH_SIZE)[ranks.rank :: ranks.count]
-    batches = (chosen[start : start + BATCH_SIZE] for start in starts)
-    for pixels, labels in prefetch(images, batches, workers, device):
+    for pixels, labels in _batches(images, count, device, ranks, workers):
         trace = trace_of(pixels.to(device, backbone.dtype), labels.to(device))
         right += int((trace.logits.argmax(1).cpu() == labels).sum())
         macs += int(trace.macs.sum())
@@ -99,22 +104,55 @@ def evaluate_traces(
     )
 
 
+@torch.no_grad()
+def accuracy(
+    model: nn.Module,
+    images: ImageSet,
+    device: torch.device,
+    ranks: Ranks = ALONE,
+    workers: int = 0,
+) -> float:
+    """Share of ``images`` that a classifier, in evaluation mode, classifies correctly.
+
+    Args:
+        model: images [B, C, H, W] -> logits [B, classes].
+        images: as for ``evaluate``, likewise the rest.
+        device: where the model is.
+        ranks: the processes that share the images.
+        workers: processes per rank that load the images.
+    """
+    correct = 0
+    for pixels, labels in _batches(images, len(images), device, ranks, workers):
+        correct += int((model(pixels.to(device)).argmax(1).cpu() == labels).sum())
+    return ranks.total(correct) / len(images)
+
+
+def _batches(
+    images: ImageSet, count: int, device: torch.device, ranks: Ranks, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's batches of ``count`` evenly spread images, with labels [B]."""
+    chosen = [i * len(images) // count for i in range(count)]
+    starts = range(0, count, BATCH_SIZE)[ranks.rank :: ranks.count]
+    parts = (chosen[start : start + BATCH_SIZE] for start in starts)
+    yield from prefetch(images, parts, workers, device)
+
+
 def schedules_at(
     backbone: StagedViT, gmacs: float, kept: Sequence[float], with_attention: bool = True
 ) -> list[list[int]]:
-    """Ways to spend at least ``gmacs`` an image with the same number of tokens for every image.
+    """Finds schedules that cost at least ``gmacs`` and keep equally many tokens of every image.
 
-    Three kinds, each with as few tokens as reach the cost: the shape of ``kept`` scaled, a constant
-    share from stage to stage, and one cut at each stage after which nothing more is pruned.
+    There are three kinds: the shape of ``kept`` scaled, a constant share from stage to stage, and a
+    single cut, at each of the stages. Each has as few tokens as reach the cost.
 
     Args:
         backbone: the staged ViT.
-        gmacs: 1e9 multiply-accumulates.
-        kept: share of patches after each stage, of the policy to be matched.
-        with_attention: whether whoever follows the schedule observes attention, and pays for it.
+        gmacs: 1e9 multiply-accumulates per image.
+        kept: share of patches after each stage, of the policy to match.
+        with_attention: whether the cost of observing attention is included.
 
     Returns:
-        Tokens to keep at each stage, a list for each way.
+        Schedules, each a list of the number of tokens to keep at each stage.
     """
     patches, stages = backbone.num_patches, backbone.num_stages
 
@@ -139,17 +177,17 @@ def schedules_at(
         (geometric, 1.0),
         *((one_cut(first), 1.0) for first in range(stages)),
     ]:
-        # nor is it as much where the cost is higher even with nobody kept
+        # left out if it can't reach the cost, or costs more even with no token kept
         if not reaches(shape(most)) or reaches(shape(0.0)):
             continue
-        # the cost never falls as the scale grows: halve what lies around the least that reaches it
+        # bisection: the cost never falls as the scale grows
         low, high = 0.0, most
         for _ in range(HALVINGS):
             middle = (low + high) / 2
             low, high = (low, middle) if reaches(shape(middle)) else (middle, high)
         if (tokens := tokens_of(shape(high))) not in found:
             found.append(tokens)
-    # a policy whose own cost eats up all that it saves is matched by no pruning at all
+    # a policy that costs as much as it saves is only matched by no pruning at all
     return found or [[patches] * stages]
 
 
@@ -161,8 +199,8 @@ def best_topk(
     score: Score,
     size: int | None = None,
 ) -> list[int]:
-    """The schedule of ``schedules_at`` with which a top-k by ``score`` is most accurate on
-    ``images``.
+    """Returns the schedule of ``schedules_at`` with which top-k by ``score`` is most accurate on
+    ``size`` of the ``images`` (all if None).
     """
     candidates = schedules_at(backbone, gmacs, kept, with_attention=score == "attention")
     return max(

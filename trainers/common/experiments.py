@@ -19,30 +19,28 @@ from prunevit.envs.batched.make_pettingzoo import make_pettingzoo
 from prunevit.envs.batched.pettingzoo import BatchedPettingZoo
 from prunevit.envs.batched.protocol import BatchedEnv
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
-from prunevit.envs.data.datasets import DIGITS, find_bad_images, open_images, read_class_names
+from prunevit.envs.data.datasets import find_bad_images, open_images
 from prunevit.envs.devices import pick_device
 from prunevit.envs.game import TokenGame
 from prunevit.envs.rewards import make_reward
-from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.torch_compile import check_compiler
+from prunevit.trainers.common.backbones import load_backbone
 from prunevit.trainers.common.config import PETTINGZOO_PREFIX, MappoConfig
 from prunevit.trainers.common.distributed import ALONE, Ranks
 from prunevit.trainers.common.evaluation import evaluate
 from prunevit.trainers.common.report import draw_curve, report_pruning
 from prunevit.trainers.common.rollout import masked_log_probs, sample
 
-LONGEST_EPISODE = 2_000  # in an evaluation: some games have no end
+LONGEST_EPISODE = 2_000  # steps in an evaluation, as some games never end
 EVALUATION_SEED = 987_654_321
-# arguments of a backbone that are not the model's
-OTHER_SETTINGS = {"name", "pretrained", "checkpoint", "num_classes", "untrained"}
 
 
 class Experiment(Protocol):
     """A game to train on.
 
     Attributes:
-        env: what the trainer steps.
+        env: the game that the trainer steps.
     """
 
     @property
@@ -52,12 +50,12 @@ class Experiment(Protocol):
         """A fresh actor for the game."""
         ...
 
-    def announce(self, seeds: Iterable[int]) -> None:
-        """Tells the game the seeds of its next resets, so that it can read images ahead."""
+    def prefetch(self, seeds: Iterable[int]) -> None:
+        """Lets the game load images ahead of time, for resets with these seeds."""
         ...
 
     def evaluate(self, actor: nn.Module) -> dict[str, float]:
-        """Results of the greedy policy on validation, as ``Monitor.evaluate``."""
+        """Evaluates the greedy policy on validation, as ``Monitor.evaluate``."""
         ...
 
     def progress(self, record: dict[str, float]) -> str:
@@ -65,57 +63,20 @@ class Experiment(Protocol):
         ...
 
     def activity(self) -> str:
-        """What the last iteration did, for a message about what went wrong in it."""
+        """What the last iteration trained on, for the message of an error in it."""
         ...
 
     def report(self, actor: nn.Module, folder: Path) -> dict[str, Any]:
-        """Evaluates the trained actor for the report, and draws the pictures."""
+        """Evaluates the trained actor for the report, and draws the run's pictures."""
         ...
 
 
-class BackboneSettings(Protocol):
-    """Which backbone, for which dataset; ``MappoConfig`` says what each means."""
-
-    backbone: str
-    model_kwargs: dict[str, Any]
-    pretrained: bool
-    checkpoint: Path | None
-    dataset: str
-    device: str
-
-
-def load_backbone(config: BackboneSettings) -> nn.Module:
-    """The backbone, frozen, on its device; a random one has the dataset's classes.
-
-    Raises:
-        BackboneError: it can't be made.
-        ValueError: ``model_kwargs`` name what isn't theirs.
-    """
-    surplus = sorted(OTHER_SETTINGS & config.model_kwargs.keys())
-    if surplus:
-        raise ValueError(
-            f"model_kwargs can't set {', '.join(surplus)}: the dataset has its number of classes, "
-            "the rest are settings of their own"
-        )
-    fits_data = not config.pretrained and config.checkpoint is None and config.dataset != DIGITS
-    model = create_backbone(
-        config.backbone,
-        pretrained=config.pretrained,
-        checkpoint=config.checkpoint,
-        num_classes=len(read_class_names(config.dataset)) if fits_data else None,
-        **config.model_kwargs,
-    )
-    # convolutional stems run faster on this layout; nothing else depends on it
-    device = pick_device(config.device)
-    return model.to(device).to(memory_format=torch.channels_last).requires_grad_(False)
-
-
 def list_bad_images(dataset: str) -> Collection[str]:
-    """The damaged files of a folder, which the standard error output lists; raises what
+    """Returns a folder's damaged files and lists them on the standard error output; raises what
     ``find_bad_images`` raises.
     """
     bad = find_bad_images(dataset)
-    print(f"{len(bad)} bad images are skipped", *bad.values(), sep="\n", file=sys.stderr)
+    print(f"{len(bad)} damaged images are skipped", *bad.values(), sep="\n", file=sys.stderr)
     return bad.keys()
 
 
@@ -133,7 +94,7 @@ class TokenPruneExperiment:
             for name in ("alpha", "beta", "accuracy")
             if getattr(config, name) is not None
         }
-        # evaluations and the report go on without a compiler, as whoever loads the policy does
+        # evaluations and the report use no compiler, like anyone who loads the policy later
         played = self.backbone
         if config.compile:
             check_compiler(played.device)
@@ -182,13 +143,13 @@ class TokenPruneExperiment:
         )
 
     def pruned(self, actor: nn.Module) -> PrunedViT:
-        """The backbone pruned by ``actor``, greedily."""
+        """The backbone pruned by ``actor``'s greedy decisions."""
         config = self.config
         alpha = default_alpha(config.to_json())
         policy = LearnedPolicy(actor, config.observation, self.backbone.num_prefix, alpha)
         return PrunedViT(self.backbone, policy)
 
-    def announce(self, seeds: Iterable[int]) -> None:
+    def prefetch(self, seeds: Iterable[int]) -> None:
         self.env.prefetch(seeds)
 
     def evaluate(self, actor: nn.Module) -> dict[str, float]:
@@ -232,7 +193,7 @@ class PettingZooExperiment:
                 with_state=config.critic == "central",
                 first=ranks.rank * num_envs,
             )
-        # a module that is missing, arguments that the environment doesn't take, no ParallelEnv
+        # a missing module, arguments that the environment doesn't take, or no ParallelEnv
         except (ImportError, TypeError, AssertionError) as error:
             raise ValueError(f"{config.env} can't be made: {error}") from error
 
@@ -241,7 +202,7 @@ class PettingZooExperiment:
             self.env.observation_space.shape[0], int(self.env.action_space.n), self.config.hidden
         )
 
-    def announce(self, seeds: Iterable[int]) -> None:
+    def prefetch(self, seeds: Iterable[int]) -> None:
         del seeds
 
     @torch.no_grad()
@@ -257,14 +218,14 @@ class PettingZooExperiment:
             env.close()
 
     def _mean_return(self, env: BatchedEnv, actor: nn.Module, greedy: bool) -> float:
-        """Mean over the same number of episodes of every copy: otherwise short ones would count
-        more. An episode is cut after ``LONGEST_EPISODE`` steps, and what follows counts as another.
+        """Mean return over equally many episodes of each environment, since otherwise short ones
+        would count more. After ``LONGEST_EPISODE`` steps an episode is cut in two.
         """
         observed = env.reset(EVALUATION_SEED)
         generator = torch.Generator(env.device).manual_seed(EVALUATION_SEED)
         wanted = -(-self.config.eval_size // env.num_envs)
         returns: list[list[float]] = [[] for _ in range(env.num_envs)]
-        paid = torch.zeros(env.num_envs, device=env.device)
+        return_so_far = torch.zeros(env.num_envs, device=env.device)
         steps = torch.zeros(env.num_envs, dtype=torch.int64, device=env.device)
         while any(len(mine) < wanted for mine in returns):
             mask = observed.action_mask[observed.alive]
@@ -273,13 +234,13 @@ class PettingZooExperiment:
             chosen = log_probs.argmax(-1) if greedy else sample(log_probs, generator)
             actions[observed.alive] = chosen
             transition = env.step(actions)
-            paid += transition.reward.mean(1)
+            return_so_far += transition.reward.mean(1)
             steps += 1
             ended = transition.terminated | transition.truncated | (steps == LONGEST_EPISODE)
-            for copy in ended.nonzero().flatten().tolist():
-                if len(returns[copy]) < wanted:
-                    returns[copy].append(float(paid[copy]))
-            paid[ended], steps[ended] = 0, 0
+            for env_index in ended.nonzero().flatten().tolist():
+                if len(returns[env_index]) < wanted:
+                    returns[env_index].append(float(return_so_far[env_index]))
+            return_so_far[ended], steps[ended] = 0, 0
             observed = transition.observations
         return sum(map(sum, returns)) / (wanted * env.num_envs)
 
@@ -295,7 +256,7 @@ class PettingZooExperiment:
 
 
 def make_experiment(config: MappoConfig, ranks: Ranks = ALONE) -> Experiment:
-    """The experiment that ``config`` names, of which each of ``ranks`` has a share."""
+    """Makes the experiment that ``config`` describes, or a rank's share of it."""
     return (
         TokenPruneExperiment(config, ranks)
         if config.is_token_prune

@@ -23,9 +23,10 @@ from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.weights import write_weights
 from prunevit.trainers import mappo
 from prunevit.trainers.backbone import BackboneConfig, CrossEntropy
-from prunevit.trainers.common.classification import Learner, accuracy
+from prunevit.trainers.common.classification import Learner
 from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.common.distributed import ALONE, RanksError, join_ranks
+from prunevit.trainers.common.evaluation import accuracy
 from prunevit.trainers.common.experiments import TokenPruneExperiment
 from prunevit.trainers.common.signals import Stopped
 from prunevit.trainers.finetune import Distillation, FinetuneConfig, freeze

@@ -753,7 +753,7 @@ def test_bad_images_are_named_or_skipped(tokens, photographs, tmp_path, capsys):
     capsys.readouterr()
     run([*tokens("r", num_envs=30, critic_hidden=(8,), **changes), "--skip-bad-images"])
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "2 bad images are skipped"
+    assert lines[0] == "2 damaged images are skipped"
     assert {line.split(" ")[0] for line in lines[1:3]} == {
         f"{root}/train/dark/3.png", f"{root}/test/bright/0.png",
     }  # fmt: skip

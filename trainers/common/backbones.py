@@ -1,0 +1,105 @@
+"""The backbone that a training starts from, and the one it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from prunevit.envs.data.datasets import DIGITS, read_class_names
+from prunevit.envs.devices import pick_device
+from prunevit.envs.vit.create import create_backbone
+from prunevit.envs.vit.weights import read_description, write_weights
+from prunevit.trainers.common.checkpoint import write_atomically
+
+# arguments of create_backbone that are settings of their own, or follow from the dataset
+OWN_SETTINGS = ("name", "pretrained", "checkpoint", "num_classes", "untrained")
+
+
+class BackboneSettings(Protocol):
+    """Which backbone, for which dataset; ``MappoConfig`` describes each setting."""
+
+    backbone: str
+    model_kwargs: dict[str, Any]
+    pretrained: bool
+    checkpoint: Path | None
+    dataset: str
+    device: str
+
+
+def check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError if ``model_kwargs`` set what isn't an argument of the model."""
+    surplus = [name for name in OWN_SETTINGS if name in model_kwargs]
+    if surplus:
+        raise ValueError(
+            f"model_kwargs can't set {', '.join(surplus)}: num_classes follows from the dataset, "
+            "the others have options of their own"
+        )
+
+
+def load_backbone(config: BackboneSettings) -> nn.Module:
+    """Loads the backbone, frozen, on its device. A random one has the dataset's classes.
+
+    Raises:
+        BackboneError: it can't be built or loaded.
+        ValueError: ``model_kwargs`` set what isn't an argument of the model.
+    """
+    check_model_kwargs(config.model_kwargs)
+    fits_data = not config.pretrained and config.checkpoint is None and config.dataset != DIGITS
+    model = create_backbone(
+        config.backbone,
+        pretrained=config.pretrained,
+        checkpoint=config.checkpoint,
+        num_classes=len(read_class_names(config.dataset)) if fits_data else None,
+        **config.model_kwargs,
+    )
+    # convolutional stems run faster on this layout; nothing else depends on it
+    device = pick_device(config.device)
+    return model.to(device).to(memory_format=torch.channels_last).requires_grad_(False)
+
+
+def all_model_kwargs(config: BackboneSettings) -> dict[str, Any]:
+    """The model's arguments: those that its checkpoint describes, then those in the settings.
+
+    Raises:
+        BackboneError: the checkpoint is of another backbone, or can't be read.
+    """
+    described: dict[str, Any] = {}
+    if config.checkpoint is not None:
+        described = read_description(config.checkpoint, config.backbone).get("model_kwargs", {})
+    return described | config.model_kwargs
+
+
+def write_backbone(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    name: str,
+    num_classes: int,
+    model_kwargs: Mapping[str, Any],
+) -> Path:
+    """Writes trained weights with what describes their model, and returns the file.
+
+    Args:
+        folder: the run's folder.
+        weights: by the names that the model gives them.
+        name: ``digits_vit`` or a timm model name.
+        num_classes: number of classes.
+        model_kwargs: arguments of the model.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    path = folder / "backbone.safetensors"
+    write = partial(
+        write_weights,
+        weights=weights,
+        name=name,
+        num_classes=num_classes,
+        model_kwargs=model_kwargs,
+    )
+    write_atomically(path, write)
+    return path
