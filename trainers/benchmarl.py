@@ -1,7 +1,7 @@
-"""BenchMARL learns to prune: ``python -m trainers.benchmarl --algorithm mappo``.
+"""Trains a pruning policy with BenchMARL: ``python -m trainers.benchmarl --algorithm mappo``.
 
-One policy for all tokens, trained by BenchMARL's own algorithms with its logs and checkpoints in
-the run's folder, and judged at the end by what it does when it prunes for good.
+One policy serves all tokens. BenchMARL's own algorithms train it, with their logs and checkpoints
+in the run's folder. At the end it is evaluated in a ViT that really drops the pruned tokens.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ from prunevit.envs.devices import pick_device
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.extras import needs
 from prunevit.trainers.common.evaluation import Evaluation
-from prunevit.trainers.common.integrations import GAMMA, LibraryConfig, LibraryRun, table
-from prunevit.trainers.common.run import COMMAND_ERRORS
-from prunevit.trainers.common.settings import Positive, parse_arguments
-from prunevit.trainers.common.signals import ends_in_one_line
+from prunevit.trainers.common.integrations import GAMMA, LibraryConfig, LibraryRun, run_command
+from prunevit.trainers.common.settings import Positive
 
 with needs("benchmarl"):
     from benchmarl.algorithms import (
@@ -41,10 +39,10 @@ with needs("benchmarl"):
     from benchmarl.models.mlp import Mlp, MlpConfig
     from tensordict import TensorDictBase
 
-EPOCHS = MINIBATCHES = 4  # of on-policy algorithms, an iteration
-REPLAYED_ITERATIONS = 8  # a frame holds what all tokens of an image see: memory ends soon
-REPLAY_STEPS = 8  # gradient steps of off-policy algorithms, an iteration
-EXPLORING = 0.5  # share of the training in which random actions fade out
+EPOCHS = MINIBATCHES = 4  # per iteration of an on-policy algorithm
+REPLAYED_ITERATIONS = 8  # frames are large: each holds the observations of all tokens of an image
+REPLAY_STEPS = 8  # gradient steps per iteration of an off-policy algorithm
+EXPLORING = 0.5  # share of the training over which exploration is annealed
 
 ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
     "mappo": MappoConfig,
@@ -59,14 +57,14 @@ ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
 
 @dataclass
 class BenchmarlConfig(LibraryConfig):
-    """BenchMARL on the token-pruning game."""
+    """How BenchMARL trains on the token-pruning game."""
 
     library = "benchmarl"
 
     algorithm: Literal["mappo", "ippo", "qmix", "vdn", "iql", "masac", "isac"] = "mappo"
-    """Who learns."""
+    """The algorithm."""
     minutes: Positive | None = None
-    """Ends the training after so many minutes, even if iterations are left."""
+    """Time limit of the training in minutes. By default there is none."""
 
     @property
     def learner(self) -> str:
@@ -74,14 +72,14 @@ class BenchmarlConfig(LibraryConfig):
 
 
 class OutOfTime(KeyboardInterrupt):
-    """The only end before the last iteration that BenchMARL doesn't report as a failure."""
+    """Ends the training early. BenchMARL reports any other exception as a failure."""
 
 
 class Clock(Callback):
-    """Ends an experiment when its time is up.
+    """Ends an experiment at its time limit.
 
     Args:
-        seconds: from now on.
+        seconds: the limit, counted from now.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -94,31 +92,30 @@ class Clock(Callback):
 
 
 class SavedExperiment(Experiment):
-    """Leaves a checkpoint where it is interrupted, too, which BenchMARL can go on from."""
+    """An experiment that also saves a checkpoint, which BenchMARL can resume, when interrupted."""
 
     def _collection_loop(self) -> None:
         try:
             super()._collection_loop()
         except KeyboardInterrupt as stopped:
-            # later is too late: closing the experiment takes its collector apart
+            # save before the experiment is closed, which dismantles its collector
             self._save_experiment()
             stopped.add_note(f"{self._checkpointed_files[-1]} is saved")
             raise
 
 
 def algorithm_config(name: str) -> AlgorithmConfig:
-    """BenchMARL's own settings of an algorithm, with what the game asks of it."""
+    """BenchMARL's default settings of an algorithm, adapted to the game."""
     kind = ALGORITHMS[name]
     if name in ("mappo", "ippo"):
-        # returns to the end of the episode: values of pruned tokens tell images from each other
-        # no more, so nothing is bootstrapped from them
+        # lambda 1 doesn't bootstrap: the values of pruned tokens can't tell images apart
         return dataclasses.replace(kind.get_from_yaml(), lmbda=1.0, entropy_coef=3e-4)
     return kind.get_from_yaml()
 
 
 def experiment_config(config: BenchmarlConfig, stages: int, folder: Path) -> ExperimentConfig:
-    """BenchMARL's own settings of an experiment, with what the game asks of it: rounds of whole
-    episodes, and memory for a few of them.
+    """BenchMARL's default settings of an experiment, adapted to the game: iterations of whole
+    episodes, and a replay buffer for a few iterations.
     """
     frames = config.images * stages
     device = str(pick_device(config.device))
@@ -142,7 +139,7 @@ def experiment_config(config: BenchmarlConfig, stages: int, folder: Path) -> Exp
         off_policy_n_optimizer_steps=REPLAY_STEPS,
         off_policy_train_batch_size=frames,
         off_policy_memory_size=REPLAYED_ITERATIONS * frames,
-        # the policy is judged once, by what it does on the test images
+        # the policy is evaluated once, on the test images
         evaluation=False,
         render=False,
         loggers=["csv"],
@@ -154,12 +151,12 @@ def experiment_config(config: BenchmarlConfig, stages: int, folder: Path) -> Exp
 
 
 def make_experiment(config: BenchmarlConfig, task: TokenPruneTask, folder: Path) -> Experiment:
-    """BenchMARL's experiment, ready to run.
+    """Makes BenchMARL's experiment, ready to run.
 
     Args:
         config: the settings.
-        task: what is played.
-        folder: where BenchMARL writes, which is there.
+        task: the game.
+        folder: an existing folder, where BenchMARL writes.
     """
     stages = StagedViT(task.config["backbone"], task.config["prune_before"]).num_stages
     return SavedExperiment(
@@ -175,27 +172,28 @@ def make_experiment(config: BenchmarlConfig, task: TokenPruneTask, folder: Path)
 
 
 def run(experiment: Experiment) -> None:
-    """Trains to the last iteration, or until the time is up."""
+    """Trains to the last iteration or to the time limit."""
     with contextlib.suppress(OutOfTime):
         experiment.run()
 
 
 def actor_of(experiment: Experiment) -> nn.Module:
-    """The part of an experiment's policy that decides: observations as the game shows them [R,
-    D_obs] -> scores [R, 2] of prune and keep, of which the higher wins.
+    """Extracts the policy's actor: the game's observations [R, D_obs] -> scores [R, 2] of prune and
+    keep, of which the higher wins.
     """
     shared = next(part for part in experiment.policy.modules() if isinstance(part, Mlp))
-    # what the task's transform does before the network sees anything
+    # the task's transform does this before the network
     norm = nn.LayerNorm(shared.input_features, elementwise_affine=False)
     return nn.Sequential(norm, shared.mlp.get_stateful_net())
 
 
 def train(config: BenchmarlConfig) -> dict[str, Evaluation]:
-    """Trains, writes the run's folder, and judges the policy on the test images.
+    """Trains, writes the run's folder, and evaluates the policy on the test images.
 
     Raises:
-        ValueError: an unknown name or a wrong value; the message says which would be right.
-        OSError: the run's folder can't be written.
+        ValueError: a name is unknown or a value is wrong.
+        TrainingError: the run's folder exists.
+        OSError: the run's folder isn't writable.
     """
     begun = LibraryRun(config)
     begun.create()
@@ -207,10 +205,7 @@ def train(config: BenchmarlConfig) -> dict[str, Evaluation]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m trainers.benchmarl``."""
-    with ends_in_one_line(*COMMAND_ERRORS, ImportError):
-        config = parse_arguments(BenchmarlConfig, arguments, "benchmarl")
-        results = train(config)
-        print(table(results))
+    run_command(BenchmarlConfig, train, arguments, __doc__)
 
 
 if __name__ == "__main__":

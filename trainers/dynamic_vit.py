@@ -1,7 +1,7 @@
-"""DynamicViT's training (arXiv 2106.02034): ``python -m trainers.dynamic_vit``.
+"""Trains DynamicViT's predictors (arXiv 2106.02034): ``python -m trainers.dynamic_vit``.
 
-It trains predictors of which patches to keep through Gumbel-softmax masks. The run is evaluated on
-the validation split; it never reads the test split.
+The predictors learn which patches to keep, through Gumbel-softmax masks. The result is evaluated on
+the validation split; the test split is never read.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,26 +26,28 @@ from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.envs.data.datasets import open_images
 from prunevit.envs.data.image_set import ImageSet, Reseedable
 from prunevit.envs.vit.staged_vit import StagedViT
-from prunevit.envs.vit.weights import read_description, write_weights
 from prunevit.trainers.common import loop
-from prunevit.trainers.common.checkpoint import write_atomically, write_json
+from prunevit.trainers.common.backbones import (
+    StagedViTSettings,
+    all_model_kwargs,
+    load_backbone,
+    write_backbone,
+)
+from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.classification import versions
 from prunevit.trainers.common.evaluation import evaluate
-from prunevit.trainers.common.experiments import load_backbone
 from prunevit.trainers.common.loop import Monitor, NotFiniteError
 from prunevit.trainers.common.masked_vit import Outputs, run_dense, run_masked
 from prunevit.trainers.common.run import (
     COMMAND_ERRORS,
     RUNS,
     RunFolder,
-    RunSettings,
     TrainingError,
     iteration_seed,
     open_run,
 )
 from prunevit.trainers.common.settings import (
     Count,
-    JsonObject,
     Positive,
     Range,
     Seed,
@@ -56,52 +57,42 @@ from prunevit.trainers.common.settings import (
 )
 from prunevit.trainers.common.signals import ends_in_one_line, says_how_to_go_on
 
-# the paper's: of the answers' distance to the dense model's, and of the tokens'
+# the paper's weights of the distances to the dense model, of logits and of tokens
 KL_WEIGHT, TOKEN_WEIGHT = 0.5, 0.5
-# the paper's: the backbone learns so much slower than the predictors, and after so much of the run
+# the paper's: factor of the backbone's learning rate, and share of the run before it starts
 BACKBONE_LR, BACKBONE_START = 0.01, 5 / 30
 WEIGHT_DECAY = 0.05  # AdamW's, as in DeiT
 
 
 @dataclass
-class DynamicViTConfig(RunSettings):
-    """DynamicViT: predictors of who is kept, trained through Gumbel-softmax masks."""
+class DynamicViTConfig(StagedViTSettings):
+    """How DynamicViT's predictors are trained."""
 
     policy: Annotated[Literal["dynamic-vit"], tyro.conf.Suppress] = "dynamic-vit"
-    """What the run's config.json is told apart by."""
-    backbone: str = "digits_vit"
-    """digits_vit (trained, comes with the package) or any timm model name."""
-    model_kwargs: JsonObject = field(default_factory=dict)
-    """Arguments of the backbone, as {"img_size": 32, "patch_size": 4}."""
+    """Marks the run's config.json as one of DynamicViT."""
     pretrained: bool = False
     """Download the timm model's weights."""
-    checkpoint: Path | None = None
-    """A file with the backbone's weights (safetensors, or a state dict of torch.save)."""
-    dataset: str = "digits"
-    """digits, folder:PATH, or a name that timm.data.create_dataset takes."""
     augment: bool = True
-    """Vary training images each time they are seen (photographs: timm's training transform)."""
-    prune_before: tuple[int, ...] | None = (1, 3)
-    """Blocks, 0-based, before which tokens are pruned; None: all but the first."""
+    """Augment training images (photographs: with timm's training transform)."""
     keep: Annotated[float, Range(0, 1, open_low=True)] = 0.5
-    """Share of the patches that is kept from stage to stage."""
+    """Share of the remaining patches that each stage keeps."""
     hidden: Count = 32
-    """Width of the predictors, a multiple of 4; in the paper the backbone's own."""
+    """Width of the predictors, a multiple of 4. The paper uses the backbone's width."""
     ratio_weight: Weight = 2.0
-    """Weight of the kept shares' distance from what is asked for; 2 in the paper."""
+    """Weight of the loss that brings the share of kept patches to --keep. The paper uses 2."""
     fine_tune: bool = False
-    """Train the backbone too, as in the paper; otherwise it is frozen."""
+    """Train the backbone too, as in the paper. By default it is frozen."""
     iterations: Count = 480
-    """Steps of the optimizer."""
+    """Steps of the optimizer, one batch each."""
     batch_size: Count = 16
-    """Images a step."""
+    """Images per step."""
     lr: Positive = 3e-3
-    """Peak learning rate of the predictors; a cosine to zero. A backbone that is trained gets a
-    hundredth of it."""
+    """Initial learning rate of the predictors. It falls to zero along a cosine. The backbone, if it
+    is trained, has a hundredth of it."""
     eval_every: Count = 120
-    """Iterations between two evaluations on validation."""
+    """Iterations between two evaluations on the validation split."""
     eval_size: Count = 1_000
-    """Validation images of each such evaluation."""
+    """Validation images per evaluation during the training."""
     checkpoint_every: Count = 50
     """Iterations between two checkpoints."""
     seed: Seed = 0
@@ -109,11 +100,12 @@ class DynamicViTConfig(RunSettings):
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     threads: Threads | None = None
-    """CPU threads; torch's own choice if not given."""
+    """CPU threads. By default torch's own choice."""
     run_name: str = "dynamic-vit"
     """The run is written to runs/RUN_NAME."""
     resume: Path | None = None
-    """A run folder to go on with, in its own configuration; no other option goes with it."""
+    """Run folder to continue, with the settings it was started with. No other option goes with
+    it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,14 +123,14 @@ class DynamicViTConfig(RunSettings):
 def losses(
     student: Outputs, teacher: Outputs, labels: Tensor, shares: Sequence[float], ratio_weight: float
 ) -> dict[str, Tensor]:
-    """The paper's four losses and their weighted sum, "loss" (section 3.3).
+    """The paper's four losses and their weighted sum, named "loss" (section 3.3).
 
     Args:
-        student: the model with masks.
-        teacher: the dense one.
+        student: outputs of the masked model.
+        teacher: outputs of the dense model.
         labels: int64 [B].
-        shares: of the patches that each stage shall keep.
-        ratio_weight: of the distance from these.
+        shares: target share of kept patches after each stage.
+        ratio_weight: weight of the squared distance from these.
     """
     last = student.kept[-1]
     distance = (student.patches - teacher.patches).square().mean(2)
@@ -164,20 +156,19 @@ def losses(
 
 
 class Trainer:
-    """Steps of the optimizer; what a resumed run must know stands in ``state_dict``.
+    """Trains the predictors, and with ``fine_tune`` the backbone, one step per iteration.
 
-    The backbone runs in evaluation mode, trained or not: its statistics and its regularisers are
-    those of the model that is pruned.
+    The backbone always runs in evaluation mode, as it will when it is pruned.
 
     Args:
-        backbone: whose tokens are pruned; trained in place where the settings say so.
-        policy: what learns.
-        images: to learn from.
+        backbone: the ViT whose tokens are pruned; trained in place with ``fine_tune``.
+        policy: the predictors.
+        images: the training images.
         config: the settings.
 
     Raises:
-        TrainingError: there are fewer images than a step needs, or more classes than the backbone
-            tells apart.
+        TrainingError: there are fewer images than a batch holds, or more classes than the backbone
+            has.
     """
 
     def __init__(
@@ -210,7 +201,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=WEIGHT_DECAY)
 
     def iterate(self) -> dict[str, float]:
-        """Takes a step; returns what there is to log."""
+        """Takes a step; returns its losses and metrics."""
         seed = iteration_seed(self.config.seed, self.iteration)
         device = self.backbone.device
         pixels, labels = (part.to(device) for part in self._draw(seed))
@@ -239,7 +230,7 @@ class Trainer:
         }
 
     def _draw(self, seed: int) -> tuple[Tensor, Tensor]:
-        """A step's images and labels, drawn without repeats."""
+        """Draws a step's images [B, C, H, W] and labels [B], without repeats."""
         if isinstance(self.images, Reseedable):
             self.images.reseed(seed)
         order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(seed))
@@ -257,7 +248,7 @@ class Trainer:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next iteration depends on."""
+        """Everything that the next iteration depends on."""
         trained = {"backbone": self.backbone.model.state_dict()} if self.config.fine_tune else {}
         return {
             "iteration": self.iteration,
@@ -267,7 +258,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where ``state`` was taken."""
+        """Restores what ``state_dict`` returned."""
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.config.fine_tune:
@@ -276,12 +267,12 @@ class Trainer:
 
 
 def train(config: DynamicViTConfig) -> dict[str, Any]:
-    """Trains in the run's folder, and returns the report that was written there.
+    """Trains in the run's folder. Returns the report that it writes there.
 
     Raises:
-        CheckpointError: the run to be resumed is missing or damaged.
-        TrainingError: the run can't begin, or diverged.
-        ValueError: a backbone, a dataset or stages that are unknown or don't go together.
+        CheckpointError: the run to resume is missing or damaged.
+        TrainingError: the run can't begin, or the loss is not finite.
+        ValueError: backbone, dataset or stages are unknown or don't fit each other.
         OSError: the disk is full or not writable; the last checkpoint is left as it was.
     """
     run, config = open_run(config)
@@ -323,7 +314,7 @@ def train(config: DynamicViTConfig) -> dict[str, Any]:
 
 
 def make_monitor(trainer: Trainer, validation: ImageSet) -> Monitor:
-    """Evaluates the pruned model as it is at that moment."""
+    """Makes what the loop evaluates and shows."""
 
     def evaluate_now() -> dict[str, float]:
         pruned = PrunedViT(trainer.backbone, trainer.policy)
@@ -338,25 +329,16 @@ def make_monitor(trainer: Trainer, validation: ImageSet) -> Monitor:
 
 
 def write_networks(run: RunFolder, trainer: Trainer) -> None:
-    """Writes the predictors, and the backbone where it was trained."""
+    """Writes the predictors, and with ``fine_tune`` the backbone."""
     policy, config, model = trainer.policy, trainer.config, trainer.backbone.model
     run.write_networks(policy=policy)
     if config.fine_tune:
-        described: dict[str, Any] = {}
-        if config.checkpoint is not None:
-            described = read_description(config.checkpoint, config.backbone)
-        write = partial(
-            write_weights,
-            weights=model.state_dict(),
-            name=config.backbone,
-            num_classes=model.num_classes,
-            model_kwargs=described.get("model_kwargs", {}) | config.model_kwargs,
-        )
-        write_atomically(run.path / "backbone.safetensors", write)
+        weights, num_classes = model.state_dict(), model.num_classes
+        write_backbone(run.path, weights, config.backbone, num_classes, all_model_kwargs(config))
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """What the end of a run prints."""
+    """Formats the report as text."""
     dense, pruned = report["policies"]["dense"], report["policies"]["dynamic-vit"]
     kept = " ".join(f"{100 * share:.0f}" for share in pruned["kept"])
     return (
@@ -372,7 +354,7 @@ def format_report(report: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m trainers.dynamic_vit``."""
     with ends_in_one_line(*COMMAND_ERRORS):
-        config = parse_arguments(DynamicViTConfig, arguments, "dynamic_vit")
+        config = parse_arguments(DynamicViTConfig, arguments, "dynamic_vit", __doc__)
         print(format_report(train(config)))
 
 

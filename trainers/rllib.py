@@ -1,7 +1,7 @@
-"""RLlib learns to prune: ``python -m trainers.rllib --num-env-runners 2``.
+"""Trains a pruning policy with RLlib: ``python -m trainers.rllib --num-env-runners 2``.
 
-One policy for all tokens, trained by RLlib's PPO (current API stack) with the environments in
-processes of their own, and judged at the end by what it does when it prunes for good.
+One policy serves all tokens. RLlib's PPO (on its current API stack) trains it, with environments in
+processes of their own. At the end it is evaluated in a ViT that really drops the pruned tokens.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ from prunevit.agents.policies.actor_critic import Actor, Critic
 from prunevit.envs.adapters.rllib import TokenEnvRunner, TokenPruneMulti
 from prunevit.extras import needs
 from prunevit.trainers.common.evaluation import Evaluation
-from prunevit.trainers.common.integrations import GAMMA, LibraryConfig, LibraryRun, table
-from prunevit.trainers.common.run import COMMAND_ERRORS
-from prunevit.trainers.common.settings import Workers, parse_arguments
-from prunevit.trainers.common.signals import ends_in_one_line
+from prunevit.trainers.common.integrations import GAMMA, LibraryConfig, LibraryRun, run_command
+from prunevit.trainers.common.settings import Count, Workers
 
 with needs("rllib"):
     import ray
@@ -37,16 +35,15 @@ POLICY = "token"
 
 @dataclass
 class RllibConfig(LibraryConfig):
-    """RLlib's PPO on the token-pruning game."""
+    """How RLlib's PPO trains on the token-pruning game."""
 
     library = "rllib"
 
     num_env_runners: Workers = 0
-    """Processes that play, on CPUs; 0 plays in the learner's own."""
-    images: int = 64
-    """Images that are played in an iteration, shared out among the processes."""
-    iterations: int = 60
-    """Rounds in which all images are played to the end."""
+    """Processes that play the game, on CPUs. 0 plays it in the learner's process."""
+    images: Count = 64
+    """Images per iteration, one episode each. The processes share them evenly."""
+    iterations: Count = 60
 
     @property
     def learner(self) -> str:
@@ -54,7 +51,7 @@ class RllibConfig(LibraryConfig):
 
 
 class TokenModule(TorchRLModule, ValueFunctionAPI, InferenceOnlyAPI):
-    """The actor and critic of this project's own trainer as an ``RLModule``."""
+    """The networks of ``trainers.mappo`` as an ``RLModule``."""
 
     def setup(self) -> None:
         (size,) = self.observation_space.shape
@@ -73,15 +70,21 @@ class TokenModule(TorchRLModule, ValueFunctionAPI, InferenceOnlyAPI):
 
 
 def policy_of(agent: str, episode: Any, **kwargs: Any) -> str:
-    """RLlib's mapping of agents to policies: there is one."""
+    """Maps every agent to the one policy, as RLlib asks for it."""
     return POLICY
 
 
 def make_algorithm(config: RllibConfig, game: dict[str, Any], tokens: int, stages: int) -> PPO:
-    """RLlib's PPO with what the game asks of it: whole episodes, in batches on the tensor game.
+    """Makes RLlib's PPO, set up for the game: whole episodes, in batches on the tensor game.
+
+    Args:
+        config: the settings.
+        game: arguments of the environment.
+        tokens: number of patch tokens.
+        stages: number of stages, the steps of an episode.
 
     Raises:
-        ValueError: the images can't be shared out among the processes.
+        ValueError: the processes can't share the images evenly.
     """
     runners = max(config.num_env_runners, 1)
     if config.images % runners:
@@ -97,16 +100,16 @@ def make_algorithm(config: RllibConfig, game: dict[str, Any], tokens: int, stage
             env_runner_cls=TokenEnvRunner,
             num_env_runners=config.num_env_runners,
             num_envs_per_env_runner=config.images // runners,
-            # what a pruned token is paid is known when its episode ends
+            # a pruned token's reward is only complete when the episode ends
             batch_mode="complete_episodes",
-            # on a busy machine a round can take longer than RLlib's minute; it would be lost
+            # RLlib drops a sample that takes longer than a minute, as it can on a busy machine
             sample_timeout_s=None,
         )
         .multi_agent(policies={POLICY}, policy_mapping_fn=policy_of, count_steps_by="agent_steps")
         .rl_module(rl_module_spec=MultiRLModuleSpec(rl_module_specs={POLICY: module}))
         .learners(num_learners=0)
         .training(
-            # RLlib plays on until it has so many; pruned tokens count, so this is one round
+            # RLlib samples until it has so many steps; pruned tokens count: one round of images
             train_batch_size_per_learner=decisions * stages,
             minibatch_size=max(decisions // 4, 1),
             num_epochs=4,
@@ -124,16 +127,17 @@ def make_algorithm(config: RllibConfig, game: dict[str, Any], tokens: int, stage
 
 
 def train(config: RllibConfig) -> dict[str, Evaluation]:
-    """Trains, writes the run's folder, and judges the policy on the test images.
+    """Trains, writes the run's folder, and evaluates the policy on the test images.
 
     Raises:
-        ValueError: an unknown name or a wrong value; the message says which would be right.
-        OSError: the run's folder can't be written.
+        ValueError: a name is unknown or a value is wrong.
+        TrainingError: the run's folder exists.
+        OSError: the run's folder isn't writable.
     """
     run = LibraryRun(config)
     game = run.game
     if config.num_env_runners:
-        game["device"] = "cpu"  # whoever plays in processes of their own gets no GPU from Ray
+        game["device"] = "cpu"  # Ray gives these processes no GPU
     started_here = not ray.is_initialized()
     algorithm = make_algorithm(config, game, run.staged.num_patches, run.staged.num_stages)
     try:
@@ -164,10 +168,7 @@ def train(config: RllibConfig) -> dict[str, Evaluation]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m trainers.rllib``."""
-    with ends_in_one_line(*COMMAND_ERRORS, ImportError):
-        config = parse_arguments(RllibConfig, arguments, "rllib")
-        results = train(config)
-        print(table(results))
+    run_command(RllibConfig, train, arguments, __doc__)
 
 
 if __name__ == "__main__":

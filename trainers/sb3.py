@@ -1,7 +1,7 @@
-"""Stable-Baselines3 learns to prune: ``python -m trainers.sb3 --algo ppo``.
+"""Trains a pruning policy with Stable-Baselines3: ``python -m trainers.sb3 --algo ppo``.
 
-One policy for all tokens, trained by SB3's own PPO, A2C or DQN, or by sb3-contrib's MaskablePPO,
-and judged at the end by what it does when it prunes for good.
+One policy serves all tokens. SB3's own PPO, A2C or DQN trains it, or sb3-contrib's MaskablePPO. At
+the end it is evaluated in a ViT that really drops the pruned tokens.
 """
 
 from __future__ import annotations
@@ -22,20 +22,17 @@ from torch import Tensor, nn
 from prunevit.envs.adapters.sb3 import TokenDQN, TokenRolloutBuffer, TokenVecEnv
 from prunevit.extras import needs
 from prunevit.trainers.common.evaluation import Evaluation
-from prunevit.trainers.common.integrations import GAMMA, LibraryConfig, LibraryRun, table
-from prunevit.trainers.common.run import COMMAND_ERRORS
-from prunevit.trainers.common.settings import parse_arguments
-from prunevit.trainers.common.signals import ends_in_one_line
+from prunevit.trainers.common.integrations import GAMMA, LibraryConfig, LibraryRun, run_command
 
 
 @dataclass
 class Sb3Config(LibraryConfig):
-    """Stable-Baselines3 on the token-pruning game."""
+    """How Stable-Baselines3 trains on the token-pruning game."""
 
     library = "sb3"
 
     algo: Literal["ppo", "a2c", "dqn", "maskable-ppo"] = "ppo"
-    """Who learns; maskable-ppo needs pip install -e '.[sb3]'."""
+    """The algorithm. maskable-ppo needs pip install -e '.[sb3]'."""
 
     @property
     def learner(self) -> str:
@@ -43,7 +40,7 @@ class Sb3Config(LibraryConfig):
 
 
 class Normalised(BaseFeaturesExtractor):
-    """A LayerNorm before SB3's networks: the embeddings of a ViT are far from unit size."""
+    """A LayerNorm before SB3's networks, since a ViT's embeddings are far from unit variance."""
 
     def __init__(self, observation_space: Box) -> None:
         (size,) = observation_space.shape
@@ -55,7 +52,7 @@ class Normalised(BaseFeaturesExtractor):
 
 
 def tensorboard_folder(folder: Path) -> str | None:
-    """Where SB3 writes its log; None where TensorBoard is missing, which SB3 would refuse."""
+    """Where SB3 writes its TensorBoard log; None if TensorBoard is missing, as SB3 would fail."""
     try:
         with needs("train"):
             importlib.import_module("tensorboard")
@@ -65,8 +62,14 @@ def tensorboard_folder(folder: Path) -> str | None:
 
 
 def make_algorithm(config: Sb3Config, env: TokenVecEnv, stages: int, folder: Path) -> BaseAlgorithm:
-    """SB3's algorithm with what the game asks of it: rollouts of whole episodes, and the buffers
-    that know of pruned tokens.
+    """Makes SB3's algorithm, set up for the game: rollouts of whole episodes, and buffers that
+    leave out the steps of pruned tokens.
+
+    Args:
+        config: the settings.
+        env: the game, one environment per token.
+        stages: number of stages, the steps of an episode.
+        folder: the run's folder.
 
     Raises:
         ImportError: sb3-contrib is needed and missing.
@@ -85,7 +88,7 @@ def make_algorithm(config: Sb3Config, env: TokenVecEnv, stages: int, folder: Pat
         "device": env.device,
     }
     on_policy: dict[str, Any] = {"n_steps": stages, "ent_coef": 0.003}
-    # an iteration's decisions in four parts
+    # an iteration has four minibatches
     minibatch = max(env.num_envs * stages // 4, 1)
     if config.algo == "ppo":
         return PPO(
@@ -100,7 +103,7 @@ def make_algorithm(config: Sb3Config, env: TokenVecEnv, stages: int, folder: Pat
             train_freq=stages, gradient_steps=8, batch_size=2048,
             target_update_interval=10 * env.num_envs, exploration_fraction=0.5, **shared,
         )  # fmt: skip
-    # our adapter first: without sb3-contrib its error names the extra
+    # our adapter comes first: without sb3-contrib, its error names the extra
     from prunevit.envs.adapters.sb3_contrib import MaskableTokenRolloutBuffer
 
     with needs("sb3"):
@@ -113,8 +116,8 @@ def make_algorithm(config: Sb3Config, env: TokenVecEnv, stages: int, folder: Pat
 
 
 def actor_of(model: BaseAlgorithm) -> nn.Module:
-    """The part of an SB3 model that decides: observations [R, D_obs] -> scores [R, 2] of prune and
-    keep, of which the higher wins.
+    """Extracts a model's actor: observations [R, D_obs] -> scores [R, 2] of prune and keep, of
+    which the higher wins.
     """
     policy: Any = model.policy
     if isinstance(policy, ActorCriticPolicy) or hasattr(policy, "mlp_extractor"):
@@ -125,11 +128,12 @@ def actor_of(model: BaseAlgorithm) -> nn.Module:
 
 
 def train(config: Sb3Config) -> dict[str, Evaluation]:
-    """Trains, writes the run's folder, and judges the policy on the test images.
+    """Trains, writes the run's folder, and evaluates the policy on the test images.
 
     Raises:
-        ValueError: an unknown name or a wrong value; the message says which would be right.
-        OSError: the run's folder can't be written.
+        ValueError: a name is unknown or a value is wrong.
+        TrainingError: the run's folder exists.
+        OSError: the run's folder isn't writable.
     """
     run = LibraryRun(config)
     env = TokenVecEnv(config.images, **run.game)
@@ -144,10 +148,7 @@ def train(config: Sb3Config) -> dict[str, Evaluation]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m trainers.sb3``."""
-    with ends_in_one_line(*COMMAND_ERRORS, ImportError):
-        config = parse_arguments(Sb3Config, arguments, "sb3")
-        results = train(config)
-        print(table(results))
+    run_command(Sb3Config, train, arguments, __doc__)
 
 
 if __name__ == "__main__":

@@ -340,7 +340,7 @@ def test_many_ranks_can_not_go_on_from_within_an_epoch_of_one(tmp_path):
 
     RunFolder(tmp_path).save({"epoch": 0, "place": {"losses": torch.ones(3)}})
     assert RunFolder(tmp_path).load()["epoch"] == 0
-    with pytest.raises(CheckpointError, match="only a single one can go on"):
+    with pytest.raises(CheckpointError, match="only a single process can continue it"):
         RunFolder(tmp_path, Two()).load()
 
 
@@ -507,7 +507,7 @@ def run_main(monkeypatch, *arguments):
         (["--dataset", "nope"], "error: unknown dataset 'nope'"),
         (["--backbone", "nope"], "error: unknown backbone 'nope'"),
         (["--resume", "runs/nope"], "error: runs/nope is no run"),
-        (["--resume", "runs/nope", "--epochs", "3"], "error: --resume goes on"),
+        (["--resume", "runs/nope", "--epochs", "3"], "error: --resume continues"),
     ],
 )
 def test_the_command_line_says_what_is_wrong_in_a_line(config, monkeypatch, arguments, message):

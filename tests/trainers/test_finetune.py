@@ -15,7 +15,7 @@ from prunevit.envs.data.cluttered_digits import ClutteredDigits
 from prunevit.envs.data.datasets import open_images
 from prunevit.envs.data.image_sources import DatasetError
 from prunevit.envs.observations import View
-from prunevit.envs.vit import staged_vit
+from prunevit.envs.vit import execution
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.weights import write_weights
@@ -230,9 +230,9 @@ def test_decisions_stay_as_they_were_where_all_before_the_last_stage_is_frozen(c
 def test_packed_and_masked_execution_learn_the_same(config, monkeypatch):
     """Weights may differ where they don't matter: Adam steps as far on a gradient of mere noise."""
     config = replace(config, frozen="nothing")
-    masked_block, calls = staged_vit.masked_block, []
+    masked_block, calls = execution.masked_block, []
     monkeypatch.setattr(
-        staged_vit, "masked_block", lambda *args: calls.append(1) or masked_block(*args)
+        execution, "masked_block", lambda *args: calls.append(1) or masked_block(*args)
     )
     train(config)
     assert not calls
@@ -472,7 +472,7 @@ def test_runs_that_can_not_be_tuned_are_named_at_once(config, run, tmp_path, set
             "'cuda' can't be used here",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here"),
         ),
-        ({"lr": 1e12, "epochs": 1}, TrainingError, "not finite.*try a smaller lr"),
+        ({"lr": 1e12, "epochs": 1}, TrainingError, "not finite.*try a smaller --lr"),
     ],
 )
 def test_bad_input_is_named_at_once(config, change, error, message):
@@ -516,7 +516,7 @@ def run_main(monkeypatch, *arguments):
         ([], "error: nothing to fine-tune: give --run runs/NAME"),
         (["--run", "runs/nope"], "error: runs/nope holds no finished run"),
         (["--resume", "runs/nope"], "error: runs/nope is no run"),
-        (["--resume", "runs/nope", "--epochs", "3"], "error: --resume goes on"),
+        (["--resume", "runs/nope", "--epochs", "3"], "error: --resume continues"),
     ],
 )
 def test_the_command_line_says_what_is_wrong_in_a_line(config, monkeypatch, arguments, message):

@@ -100,7 +100,7 @@ def test_a_training_that_is_stopped_leaves_a_checkpoint(rllib, tmp_path, monkeyp
     assert ended.value.code == 128 + signal.SIGTERM
     checkpoint = tmp_path / "one" / "checkpoint"
     assert done == [checkpoint, "stopped"]
-    said = f"stopped by SIGTERM; {checkpoint} holds what was learned until then"
+    said = f"stopped by SIGTERM; {checkpoint} holds the model at that point"
     assert said in capsys.readouterr().err
 
 

@@ -71,7 +71,7 @@ def test_a_training_that_is_stopped_leaves_its_model(tmp_path, monkeypatch, caps
     assert ended.value.code == 128 + signal.SIGTERM
     saved = tmp_path / "one" / "model.zip"
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said == f"stopped by SIGTERM; {saved} holds what was learned until then"
+    assert said == f"stopped by SIGTERM; {saved} holds the model at that point"
     model = PPO.load(saved, device="cpu")
     assert model.num_timesteps == 2 * 2 * 64 * len(STAGES)
     assert len(seen) == 5

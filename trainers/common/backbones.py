@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,8 @@ from prunevit.envs.devices import pick_device
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.weights import read_description, write_weights
 from prunevit.trainers.common.checkpoint import write_atomically
+from prunevit.trainers.common.run import RunSettings
+from prunevit.trainers.common.settings import JsonObject
 
 # arguments of create_backbone that are settings of their own, or follow from the dataset
 OWN_SETTINGS = ("name", "pretrained", "checkpoint", "num_classes", "untrained")
@@ -29,6 +32,22 @@ class BackboneSettings(Protocol):
     checkpoint: Path | None
     dataset: str
     device: str
+
+
+@dataclass
+class StagedViTSettings(RunSettings):
+    """Which ViT is pruned before which blocks, and on which images."""
+
+    backbone: str = "digits_vit"
+    """digits_vit (trained, comes with the package) or any timm model name."""
+    model_kwargs: JsonObject = field(default_factory=dict)
+    """Arguments of the backbone, such as {"img_size": 32, "patch_size": 4}."""
+    checkpoint: Path | None = None
+    """File with the backbone's weights (safetensors, or a state dict of torch.save)."""
+    dataset: str = "digits"
+    """digits, folder:PATH, or a name that timm.data.create_dataset takes."""
+    prune_before: tuple[int, ...] | None = (1, 3)
+    """Blocks, counted from 0, before which tokens can be pruned. None: all but the first."""
 
 
 def check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""Checkpoints without pickle: tensors as safetensors, the rest as JSON, written atomically.
+"""Checkpoints without pickle, written atomically: tensors as safetensors, the rest as JSON.
 
-A checkpoint is a tree of dicts and lists whose leaves are tensors or JSON values. It is one
-safetensors file; the tree's skeleton and a checksum stand in the file's metadata. The ones written
-before it are kept for a while: should the newest be damaged, a run goes on from there.
+A checkpoint is a tree of dicts and lists whose leaves are tensors or JSON values. It is saved as
+one safetensors file, with the tree's skeleton and a checksum in the file's metadata. The previous
+checkpoints are kept: if the newest is damaged, the run continues from the one before.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ KEPT = 3  # checkpoints of a run, the newest included
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, damaged, or of another run, model or version."""
+    """A checkpoint is missing, damaged, or of another run, model or version."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls ``write`` with a path beside ``path``, then moves it there: readers see all or nothing.
+    """Calls ``write`` with a temporary path and moves the result to ``path``: readers see all of it
+    or nothing.
 
     A file that a killed process left half-written is overwritten by the next write to ``path``.
 
@@ -71,11 +72,11 @@ def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_records(path: Path, count: int) -> list[dict[str, Any]]:
-    """The first ``count`` records of what ``write_records`` wrote. There are more where a run was
-    killed between its records and its checkpoint, or goes on from an older one.
+    """Reads the first ``count`` records that ``write_records`` wrote. The file has more if the run
+    was killed before it saved their checkpoint, or continues from an older checkpoint.
 
     Raises:
-        CheckpointError: the file can't be read, or has fewer.
+        CheckpointError: the file can't be read, or has fewer records.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()[:count]
@@ -121,7 +122,7 @@ def _join(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _checksum(skeleton: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of all that a checkpoint says, in hexadecimal digits."""
+    """SHA-256 of a checkpoint's content, in hexadecimal digits."""
     digest = hashlib.sha256(skeleton.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -134,17 +135,17 @@ def _names(path: Path) -> list[Path]:
 
 
 def existing(path: Path) -> list[Path]:
-    """``path`` and what ``save_checkpoint`` kept of it, the newest first; what there is of them."""
+    """The checkpoints at ``path`` that exist, the newest first."""
     return [file for file in _names(path) if file.exists()]
 
 
 def _keep(path: Path) -> None:
-    """Gives the checkpoint at ``path`` a second name; at no time there is none of its first."""
+    """Keeps the checkpoint at ``path`` under a second name, without ever removing the first."""
     files = _names(path)
     for age in range(KEPT - 1, 1, -1):
         if files[age - 1].exists():
             files[age - 1].replace(files[age])
-    # two names of one file are not moved onto each other
+    # renaming a hard link onto its own file would do nothing
     files[1].unlink(missing_ok=True)
     if path.exists():
         try:
@@ -155,7 +156,7 @@ def _keep(path: Path) -> None:
 
 
 def save_checkpoint(path: Path, tree: Mapping[str, Any]) -> None:
-    """Writes ``tree`` to ``path``, atomically; ``existing`` finds the ones before it.
+    """Writes ``tree`` to ``path`` atomically, and keeps the checkpoints before it.
 
     Args:
         path: the file to write.
@@ -168,7 +169,7 @@ def save_checkpoint(path: Path, tree: Mapping[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     skeleton = json.dumps(_split(tree, tensors))
     checksum = _checksum(skeleton, tensors)
-    # safetensors' own save_file leaves a file of another name behind when it is killed
+    # safetensors' save_file leaves a temporary file behind when it is killed
     content = save(tensors, {"format": FORMAT, "skeleton": skeleton, "sha256": checksum})
 
     def write(temporary: Path) -> None:
@@ -179,11 +180,11 @@ def save_checkpoint(path: Path, tree: Mapping[str, Any]) -> None:
 
 
 def load_newest(path: Path) -> dict[str, Any]:
-    """The newest sound checkpoint of those that ``existing`` finds; damaged ones before it are
-    named on the standard error output.
+    """Loads the newest intact checkpoint of ``path``. Damaged ones are named on the standard error
+    output.
 
     Raises:
-        CheckpointError: none of them is sound; the newest one's damage.
+        CheckpointError: none of them is intact; the message is about the newest.
     """
     damaged: list[CheckpointError] = []
     for file in existing(path) or [path]:
@@ -219,7 +220,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         skeleton = metadata["skeleton"]
         if metadata["format"] == FORMAT and metadata["sha256"] != _checksum(skeleton, tensors):
-            raise CheckpointError(f"{path} is damaged: its checksum is another one")
+            raise CheckpointError(f"{path} is damaged: its checksum doesn't match")
         return rename_parameters(_join(json.loads(skeleton), tensors))
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: its tensors and its index differ") from error
+        raise CheckpointError(f"{path} is damaged: its tensors don't match its index") from error

@@ -1,4 +1,4 @@
-"""Trainings on labelled images: the images of an epoch, and a learner that takes steps."""
+"""Parts of a training on labelled images: an epoch's images, and a learner that takes steps."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from prunevit.trainers.common.run import TrainingError
 from prunevit.versions import version_of
 
 MAX_GRAD_NORM = 1.0
-SEEDS_PER_RUN = 1_000  # a seed for each epoch, so that runs with other seeds draw other images
+SEEDS_PER_RUN = 1_000  # seeds of a run's epochs; runs with other seeds draw other images
 PACKAGES = ("prunevit", "torch", "timm", "numpy")
 
-# the model to call; inputs float32 [B, C, H, W]; targets int64 [B], or float32 [B, classes] where
-# they were mixed; the number of the step, counted from 0 over all epochs -> a scalar, the mean
+# model, inputs float32 [B, C, H, W], targets int64 [B] (float32 [B, classes] if mixed), number of
+# the step from 0 over all epochs -> mean loss, a scalar
 Loss = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a training's result depends on."""
+    """Versions of Python and of the packages that affect a training's result."""
     packages = {package: version_of(package) for package in PACKAGES}
     return {"python": platform.python_version()} | packages
 
 
 def batches(size: int, batch_size: int, seed: int, ranks: Ranks = ALONE) -> Iterator[Tensor]:
-    """This rank's share of each batch, as image indices int64 [batch_size / ranks]. ``seed`` draws
-    the order; an incomplete last batch is left out.
+    """Yields this rank's share of each batch, as image indices int64 [batch_size / ranks]. ``seed``
+    draws the order; an incomplete last batch is dropped.
     """
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
     mine = batch_size // ranks.count
@@ -49,7 +49,7 @@ def batches(size: int, batch_size: int, seed: int, ranks: Ranks = ALONE) -> Iter
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine to zero."""
+    """Learning rate of a step: a linear warm-up, then a cosine to zero."""
     warmup = max(1, int(recipe.warmup * steps))
     if step < warmup:
         return recipe.lr * (step + 1) / warmup
@@ -60,10 +60,10 @@ class TrainingImages:
     """The training split of a dataset, an epoch at a time.
 
     Args:
-        dataset: as ``open_images`` takes it.
-        recipe: how many images an epoch and a batch have, and how they are augmented.
-        data_config: timm's, of the backbone.
-        device: where the backbone is.
+        dataset: its name, as ``open_images`` takes it.
+        recipe: the settings.
+        data_config: the backbone's, from timm.
+        device: the backbone's device.
         ranks: the processes that share each batch.
 
     Raises:
@@ -107,7 +107,7 @@ class TrainingImages:
 
     def epoch(self, seed: int) -> Generator[tuple[Tensor, Tensor]]:
         """The batches of an epoch: images [B, C, H, W] and labels int64 [B]. ``seed`` draws the
-        images, their order and the augmentation. Close it if you leave it before its end.
+        images, their order and the augmentation. Close the generator if you stop early.
         """
         images = self._open(seed)
         if isinstance(images, Reseedable):
@@ -119,8 +119,8 @@ class TrainingImages:
 
 @contextmanager
 def orthogonalise_in(dtype: torch.dtype) -> Iterator[None]:
-    """Makes timm's Muon compute in ``dtype``, for which it has no option. On many CPUs its bfloat16
-    is so slow that the optimizer takes longer than the model.
+    """A context in which timm's Muon computes in ``dtype``, for which it has no option. On many
+    CPUs its bfloat16 is so slow that the optimizer takes longer than the model.
     """
     original = muon.zeropower_via_newtonschulz
     muon.zeropower_via_newtonschulz = partial(original, dtype=dtype)
@@ -131,15 +131,15 @@ def orthogonalise_in(dtype: torch.dtype) -> Iterator[None]:
 
 
 class Learner:
-    """A model with its optimizer and its averaged weights.
+    """A model with its optimizer and the moving average of its weights.
 
     Args:
-        model: what to train, on its device and in the mode it learns in; parameters with
-            ``requires_grad=False`` stay as they are.
+        model: the model, on its device and in the mode (train or eval) it is trained in. Parameters
+            with ``requires_grad=False`` aren't trained.
         loss: the loss of a batch.
         recipe: the settings.
         steps: number of steps of the whole training.
-        ranks: the processes that learn together.
+        ranks: the processes that train together.
     """
 
     def __init__(
@@ -162,10 +162,10 @@ class Learner:
         self._wrapped = ranks.wrap(model)
 
     def learn(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
-        """Takes step number ``step`` on this rank's share of a batch; arguments as of ``Loss``.
+        """Takes a step on this rank's share of a batch. The arguments are those of ``Loss``.
 
         Returns:
-            the mean loss of all ranks, a scalar without gradient.
+            The mean loss over all ranks, a scalar without gradient.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, step, self.steps)
@@ -197,7 +197,7 @@ class Learner:
         return total
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next epoch depends on, as a tree that ``save_checkpoint`` takes."""
+        """Everything that the next epoch depends on, for ``save_checkpoint``."""
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict(),
@@ -205,7 +205,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes back to what ``state_dict`` gave.
+        """Restores what ``state_dict`` returned.
 
         Raises:
             CheckpointError: the state is of another model or version.

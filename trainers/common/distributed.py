@@ -1,8 +1,8 @@
-"""One training on many devices: every rank is a process that has its part of each batch.
+"""One training on many devices: each rank is a process with its share of every batch.
 
-``torchrun`` or ``fabric run`` starts the processes, Lightning Fabric joins them. All ranks hold the
-same weights and take the same steps: what is a mean over a batch, is one over the parts of all
-ranks, and each counts for as much as it has. Rank zero alone writes files and prints.
+``torchrun`` or ``fabric run`` starts the processes, and Lightning Fabric connects them. All ranks
+hold the same weights and take the same steps. A mean over a batch is a mean over the shares of all
+ranks, weighted by their sizes. Only rank 0 writes files and prints.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from prunevit.trainers.common.signals import signals_are_noted, stop
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-SEED_STRIDE = 2_654_435_769  # between ranks; odd, so that no two of them draw alike
-SEED_LIMIT = 2**32  # of which torch's CPU generator reads no more
-MOST_WORKERS = 8  # that nobody asked for
-LONGEST_TEXT = 4096  # bytes: more than a path may have
-TIMEOUT = timedelta(minutes=30)  # that one rank may be ahead of another
+SEED_STRIDE = 2_654_435_769  # between ranks; odd, so that no two ranks get the same seed
+SEED_LIMIT = 2**32  # torch's CPU generator uses 32 bits of a seed
+MOST_WORKERS = 8  # by default
+LONGEST_TEXT = 4096  # bytes, more than a path can have
+TIMEOUT = timedelta(minutes=30)  # how long a rank waits for another
 
 
 class RanksError(RuntimeError):
-    """Ranks that can't be joined, or one that others wait for and that has ended."""
+    """The ranks can't connect, or one of them has ended."""
 
 
 class Ranks:
-    """A process that trains alone; ``ManyRanks`` is one of many.
+    """This process among those that train together. Here it is the only one; see ``ManyRanks``.
 
     Attributes:
-        rank: which one this is, from 0.
-        count: how many there are.
-        on_machine: how many of them share this one's machine.
+        rank: number of this process, from 0.
+        count: number of processes.
+        on_machine: number of processes on this machine.
     """
 
     rank = 0
@@ -50,55 +50,60 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this one writes and prints."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def share_of(self, name: str, size: int) -> int:
-        """What each rank has of ``size``; raises ValueError where that is no whole number."""
+        """Each rank's share of ``size``; raises ValueError if it isn't a whole number."""
         if size % self.count:
             raise ValueError(f"{name}={size} must be a multiple of the {self.count} ranks")
         return size // self.count
 
     def workers(self, wanted: int | None, device: torch.device) -> int:
-        """How many processes read this rank's images: ``wanted``, where that is not None. Otherwise
-        none where the cores compute, and beside a GPU as many as it has cores, up to
-        ``MOST_WORKERS``.
+        """Number of processes that load this rank's images.
+
+        Args:
+            wanted: the setting. If None, 0 on a CPU, whose cores are busy, and with a GPU one for
+                each core of the rank, up to ``MOST_WORKERS``.
+            device: where the rank computes.
         """
         if wanted is not None:
             return wanted
         if device.type == "cpu":
             return 0
-        has_affinity = hasattr(os, "sched_getaffinity")  # what a scheduler leaves to us
+        has_affinity = hasattr(os, "sched_getaffinity")  # the cores that a scheduler gave us
         cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
         return min(MOST_WORKERS, max(1, cores // self.on_machine))
 
     def own_seed(self, seed: int) -> int:
-        """A seed that no other rank draws from."""
+        """A seed of this rank's own, made from one that all ranks share."""
         return seed
 
     def total(self, number: int) -> int:
-        """The sum over all ranks."""
+        """Sum over all ranks."""
         return number
 
     def total_of(self, numbers: Tensor) -> Tensor:
-        """The sums over all ranks, element by element; on the CPU."""
+        """Elementwise sum over all ranks, of a tensor on the CPU."""
         return numbers
 
     def most(self, number: int) -> int:
-        """The largest of all ranks."""
+        """Maximum over all ranks."""
         return number
 
     def agreed(self, text: str) -> str:
-        """What rank zero says."""
+        """The ``text`` of rank 0."""
         return text
 
     def wait(self) -> None:
-        """Returns when all ranks are here."""
+        """Waits until all ranks call this."""
         self.total(0)
 
     def mean_count(self, number: int) -> float:
-        """The mean over the ranks, as if there was one at least: a sum of losses divided by it,
-        averaged over the ranks as DDP averages gradients, is the mean over all ranks' rows.
+        """Mean count per rank, as if there was at least one row in total.
+
+        DDP averages gradients over the ranks. If each rank divides its sum of losses by this, the
+        result is the mean over the rows of all ranks.
         """
         return max(self.total(number), 1) / self.count
 
@@ -107,33 +112,33 @@ class Ranks:
         return rows.mean()
 
     def nanmean(self, rows: Tensor) -> Tensor:
-        """Mean over those numbers of all ranks that are numbers."""
+        """Mean over the rows [R] of all ranks that are not NaN."""
         return rows.nanmean()
 
     def mean_and_spread(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation over the rows [R] of all ranks, two of them at least."""
+        """Mean and standard deviation over the rows [R] of all ranks, at least two in total."""
         return rows.mean(), rows.std()
 
     def average(self, tensor: Tensor) -> Tensor:
-        """``tensor`` averaged over the ranks, element by element."""
+        """Elementwise mean of ``tensor`` over the ranks."""
         return tensor
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """What to call in the place of ``model`` so that ``backward`` averages its gradients over
-        the ranks; weights begin as those of rank zero.
+        """Wraps ``model`` in DDP: ``backward`` averages its gradients over the ranks, and all ranks
+        start with the weights of rank 0.
         """
         return model
 
     def averages_gradients(self, model: nn.Module, when: bool) -> AbstractContextManager[None]:
-        """Whether calls of a wrapped model, and ``backward``, do so in this context."""
+        """A context in which a wrapped model's ``backward`` averages gradients only if ``when``."""
         return nullcontext()
 
     def stop_together(self) -> AbstractContextManager[None]:
-        """A signal to any rank takes effect in all of them, at the next ``stop_if_asked``."""
+        """A context in which a signal to one rank stops all, at their next ``stop_if_asked``."""
         return nullcontext()
 
     def stop_if_asked(self) -> None:
-        """Raises ``Stopped`` on all ranks where one of them got a signal."""
+        """Raises ``Stopped`` on all ranks if one of them got a signal."""
 
 
 ALONE = Ranks()
@@ -142,11 +147,11 @@ ALONE = Ranks()
 class ManyRanks(Ranks):
     """One rank of several.
 
-    Whole numbers go through the hosts' memory and not through the devices: nobody waits for a
-    device to tell them, and a rank that has to wait long does it there.
+    Counts are exchanged through the hosts (gloo), not through the devices. This needs no device
+    synchronisation, and a rank that waits long for another waits there.
 
     Args:
-        fabric: launched.
+        fabric: a launched Fabric.
     """
 
     def __init__(self, fabric: Fabric) -> None:
@@ -155,7 +160,7 @@ class ManyRanks(Ranks):
         self.on_machine = int(os.environ["LOCAL_WORLD_SIZE"])
         self._fabric = fabric
         hosts = distributed.new_group(backend="gloo", timeout=TIMEOUT)
-        assert isinstance(hosts, distributed.ProcessGroup)  # as this rank is one of them
+        assert isinstance(hosts, distributed.ProcessGroup)  # this rank is a member
         self._hosts = hosts
         self._signals: list[int] = []
 
@@ -217,7 +222,7 @@ class ManyRanks(Ranks):
 
     def _sum(self, tensor: Tensor) -> Tensor:
         with _others_are_there():
-            # it is summed up in place
+            # all_reduce works in place
             return self._fabric.all_reduce(tensor.clone(), reduce_op="sum")
 
     def _on_hosts(self, numbers: Tensor, operation: distributed.ReduceOp.RedOpType) -> Tensor:
@@ -231,19 +236,19 @@ class ManyRanks(Ranks):
 def _others_are_there() -> Iterator[None]:
     try:
         yield
-    # of whatever kind the backend's errors are
+    # backends raise different subclasses
     except RuntimeError as error:
         raise RanksError(f"another rank has ended: {error}") from error
 
 
 def join_ranks(device: str) -> Ranks:
-    """The ranks that ``torchrun`` or ``fabric run`` started; ``ALONE`` where there is but one.
+    """Connects the ranks that ``torchrun`` or ``fabric run`` started; ``ALONE`` if there is one.
 
     Args:
-        device: "auto", "cpu" or "cuda", of which each rank of a machine gets its own.
+        device: "auto", "cpu" or "cuda"; each rank of a machine gets a GPU of its own.
 
     Raises:
-        RanksError: Lightning Fabric is not installed, or the ranks don't find each other.
+        RanksError: Lightning Fabric is not installed, or the ranks can't connect.
     """
     launched = distributed.is_available() and distributed.is_torchelastic_launched()
     if not launched or int(os.environ["WORLD_SIZE"]) == 1:
@@ -253,14 +258,14 @@ def join_ranks(device: str) -> Ranks:
         from lightning_fabric.strategies import DDPStrategy
     except ImportError as error:
         raise RanksError(
-            f"many ranks are joined by Lightning Fabric: {install_command('distributed')}"
+            f"training on many ranks needs Lightning Fabric: {install_command('distributed')}"
         ) from error
     kind = pick_device(device).type
     on_machine = int(os.environ["LOCAL_WORLD_SIZE"])
     machines = int(os.environ["WORLD_SIZE"]) // on_machine
     try:
         strategy = DDPStrategy(timeout=TIMEOUT)
-        if "LT_CLI_USED" in os.environ:  # fabric run: it has told Fabric how many there are
+        if "LT_CLI_USED" in os.environ:  # fabric run has already set the number of ranks
             fabric = Fabric(accelerator=kind, strategy=strategy)
         else:
             fabric = Fabric(
@@ -269,4 +274,4 @@ def join_ranks(device: str) -> Ranks:
             fabric.launch()
         return ManyRanks(fabric)
     except (RuntimeError, ValueError) as error:
-        raise RanksError(f"the ranks don't find each other: {error}") from error
+        raise RanksError(f"the ranks can't connect: {error}") from error

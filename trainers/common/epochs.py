@@ -1,4 +1,4 @@
-"""Trainings in epochs of labelled images: the loop over epochs and steps, and saving."""
+"""The loop over epochs and steps of a training on labelled images, with its checkpoints."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ from prunevit.trainers.common.run import Record, RunFolder, TrainingError
 from prunevit.trainers.common.settings import Settings
 from prunevit.trainers.common.signals import finishing_first, says_how_to_go_on
 
-SAVE_SECONDS = 300.0  # between two saves within an epoch: what a kill may cost
+SAVE_SECONDS = 300.0  # between two checkpoints within an epoch: the most that a kill can cost
 
-# how far an epoch is: its losses, and the states of the global generators; as a tree that
-# save_checkpoint takes
+# position within an epoch, for save_checkpoint: losses so far, states of the global generators
 Place = dict[str, Any]
 
 
@@ -38,17 +37,17 @@ def train_epochs(
     evaluate_first: Callable[[], Record] | None = None,
     after_epoch: Callable[[], object] = lambda: None,
 ) -> None:
-    """Trains to the last epoch, from where the run's checkpoint stands.
+    """Trains to the last epoch, starting from the run's checkpoint if it has one.
 
     Args:
-        run: the folder, which gets the settings, and a record and a checkpoint for each epoch.
-        settings: what to write there.
-        learner: what learns.
-        images: what it learns from.
-        evaluate: gives the results for an epoch's record.
-        mixup: mixes the images of a batch, if given.
-        evaluate_first: gives the results for a record before the first epoch, if given.
-        after_epoch: called after each epoch, when its checkpoint is written.
+        run: the run's folder. Each epoch adds a record and a checkpoint.
+        settings: the settings, which a new run writes to the folder.
+        learner: the model with its optimizer.
+        images: the training images.
+        evaluate: returns the results for an epoch's record.
+        mixup: mixes the images of each batch, if given.
+        evaluate_first: returns the results for a record before the first epoch, if given.
+        after_epoch: called after each epoch's checkpoint.
 
     Raises:
         CheckpointError: the run's checkpoint is damaged, or of another model.
@@ -71,12 +70,12 @@ def train_epochs(
         state = run.load()
         learner.load_state_dict(state)
         place = state.get("place")
-        ranks.wait()  # until all have read the checkpoint
+        ranks.wait()  # all must have read the checkpoint before the first overwrites it
     else:
         run.create(settings)
         if evaluate_first is not None:
             record(evaluate_first())
-    # within an epoch the ranks' generators differ, and only those of the first could be saved
+    # within an epoch the ranks' generators differ, and only the first rank saves its own
     saver = save if ranks.count == 1 else None
     done = len(run.records) - (evaluate_first is not None)
     with says_how_to_go_on(run.path), ranks.stop_together():
@@ -97,20 +96,20 @@ def train_epoch(
     """Takes one step for each batch of an epoch; returns the mean loss.
 
     Args:
-        learner: what learns.
-        images: what it learns from.
+        learner: the model with its optimizer.
+        images: the training images.
         epoch: number of the epoch, from 0.
-        mixup: mixes the images of a batch, if given.
-        place: where to go on within the epoch, as ``save`` got it. The images of the steps before
-            are read again, so that the augmentation draws the same numbers.
-        save: called from time to time, and when the training is stopped, with the place that has
-            been reached; None where a run can't go on within an epoch.
+        mixup: mixes the images of each batch, if given.
+        place: where to continue within the epoch, as it was passed to ``save``. Images of earlier
+            steps are loaded again, so that the augmentation draws the same numbers.
+        save: called with the place reached, from time to time and when the training is stopped.
+            None if the run can't continue within an epoch.
 
     Raises:
         TrainingError: the loss is not finite.
     """
     recipe, ranks, device = learner.recipe, learner.ranks, images.device
-    # never 0: that is the draw of images that the policies are trained on
+    # never 0: policies are trained on the digits drawn with that seed
     seed = recipe.seed * SEEDS_PER_RUN + epoch + 1
     seed_global_generators(ranks.own_seed(seed))
     losses: list[Tensor] = []
@@ -148,27 +147,27 @@ def train_epoch(
 
 
 def _place(losses: list[Tensor]) -> Place:
-    _mean(losses)  # what has diverged is not worth going on from
+    _mean(losses)  # raises if the training has diverged: don't save that
     return {"losses": torch.stack(losses), "generators": global_generators()}
 
 
 def _mean(losses: list[Tensor]) -> float:
     loss = float(torch.stack(losses).mean())
     if not math.isfinite(loss):
-        raise TrainingError("the loss is not finite: try a smaller lr")
+        raise TrainingError("the loss is not finite: try a smaller --lr")
     return loss
 
 
 def seed_global_generators(seed: int) -> None:
-    """Seeds what models (dropout, stochastic depth) and timm's mixup draw from."""
+    """Seeds the generators of dropout, stochastic depth and timm's mixup."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def global_generators() -> dict[str, Any]:
-    """The states of what ``seed_global_generators`` seeds, except on CUDA, where runs don't repeat
-    bit for bit anyway.
+    """States of the generators that ``seed_global_generators`` seeds. CUDA's is left out, as runs
+    there aren't repeatable bit for bit anyway.
     """
     kind, key, *rest = np.random.get_state(legacy=True)
     return {
@@ -179,7 +178,7 @@ def global_generators() -> dict[str, Any]:
 
 
 def restore_global_generators(states: Mapping[str, Any]) -> None:
-    """Goes back to what ``global_generators`` gave."""
+    """Restores what ``global_generators`` returned."""
     edition, key, gauss = states["python"]
     random.setstate((edition, tuple(key), gauss))
     np.random.set_state(tuple(states["numpy"]))

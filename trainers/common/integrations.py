@@ -1,16 +1,16 @@
-"""A training by another library, from its settings to its report: what the runners share.
+"""What the runners of other libraries share, from their settings to their reports.
 
-The actor that comes of it is written as this project's own: ``PrunedViT.from_run`` reads the run.
+The trained actor is written as this project's own, so ``PrunedViT.from_run`` reads the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from timm.data import resolve_model_data_config
@@ -25,54 +25,51 @@ from prunevit.envs.devices import pick_device
 from prunevit.envs.rewards import make_reward
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.trainers.common.backbones import StagedViTSettings
 from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.evaluation import Evaluation, evaluate
-from prunevit.trainers.common.run import RUNS, RunSettings, open_run
-from prunevit.trainers.common.settings import Count, JsonObject, Positive, Seed, Threads, Widths
+from prunevit.trainers.common.run import COMMAND_ERRORS, RUNS, open_run
+from prunevit.trainers.common.settings import (
+    Count,
+    Positive,
+    Seed,
+    Threads,
+    Widths,
+    parse_arguments,
+)
+from prunevit.trainers.common.signals import ends_in_one_line
 
-GAMMA = 1.0  # an episode has as many steps as there are stages: nothing is far away
+GAMMA = 1.0  # no discount: an episode is only as long as there are stages
 
 
 @dataclass
-class LibraryConfig(RunSettings):
-    """Another library on the token-pruning game."""
+class LibraryConfig(StagedViTSettings):
+    """How another library trains on the token-pruning game."""
 
     library: ClassVar[str]
 
-    backbone: str = "digits_vit"
-    """digits_vit (trained, comes with the package) or any timm model name."""
-    model_kwargs: JsonObject = field(default_factory=dict)
-    """Given to timm.create_model, as JSON."""
-    checkpoint: Path | None = None
-    """A file with the backbone's weights."""
-    dataset: str = "digits"
-    """digits, folder:PATH, or a name that timm.data.create_dataset takes."""
-    prune_before: tuple[int, ...] | None = (1, 3)
-    """Blocks, 0-based, before which tokens can be pruned; None: all but the first."""
     observation: tuple[str, ...] = ("token", "cls", "stage", "cls_attention")
-    """What a token sees: token cls stage position cls_attention alive_fraction."""
+    """Fields that an agent observes: token cls stage position cls_attention alive_fraction."""
     reward: str = "team"
     """team, markov-game (the paper's) or released-code (what its code computes)."""
     alpha: float | None = None
-    """The reward's weight of compute; the reward's own default if not given."""
+    """The reward's weight of compute. Each reward has its own default."""
     images: Count = 128
-    """Images that are played at once."""
+    """Images that are played at once, one episode each."""
     iterations: Count = 300
-    """Rounds in which all images are played to the end."""
+    """Iterations. In each, all images are played to the end."""
     lr: Positive = 1e-3
-    """Adam's learning rate."""
+    """Learning rate of Adam."""
     hidden: Widths = (64,)
-    """Widths of the hidden layers."""
+    """Widths of the networks' hidden layers."""
     seed: Seed = 0
     """Seeds weights, images and actions."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     threads: Threads | None = None
-    """CPU threads; torch's own choice if not given."""
+    """CPU threads. By default torch's own choice."""
     run_name: str | None = None
-    """The run is written to runs/RUN_NAME; a name made of library, algorithm, seed and time if not
-    given.
-    """
+    """The run is written to runs/RUN_NAME. By default LIBRARY-ALGORITHM-seedSEED-TIME."""
 
     @property
     def learner(self) -> str:
@@ -93,25 +90,28 @@ class LibraryConfig(RunSettings):
 
 
 class LibraryRun:
-    """A run on its way.
+    """A run of another library: its folder, its game and its report.
 
     Args:
         config: the settings.
 
     Attributes:
         config: the settings.
-        folder: where everything is written.
+        folder: the run's folder.
         staged: the backbone.
-        game: arguments of the environment, or of the adapter in its place.
+        game: arguments for the library's environment.
 
     Raises:
-        ValueError: an unknown name or a wrong value; the message says which would be right.
+        ValueError: a name is unknown or a value is wrong.
         TrainingError: the folder exists.
     """
 
     def __init__(self, config: LibraryConfig) -> None:
         if "alpha" in config.observation:
-            raise ValueError("observation=alpha: here alpha is the same for all images")
+            raise ValueError(
+                "observation=alpha is for trainers.mappo --alpha-range: here all images have the "
+                "same alpha"
+            )
         self._run, self.config = open_run(config)
         self.folder = self._run.path
         if config.threads is not None:
@@ -132,36 +132,38 @@ class LibraryRun:
         }
 
     def create(self) -> None:
-        """Writes the settings.
-
-        Raises:
-            OSError: the folder can't be written.
-        """
+        """Writes the settings to the run's folder; raises OSError if it isn't writable."""
         self._run.create(self.config)
 
     @contextmanager
     def keeping(self, save: Callable[[Path], object], name: str) -> Iterator[None]:
-        """Surrounds the learning: ``save`` is given the path of ``name`` in the folder when it is
-        done, and when it is stopped.
+        """A context for the training: saves the library's model at the end, or on an interruption.
+
+        Args:
+            save: writes the model to a path.
+            name: the model's file name in the run's folder.
         """
         path = self.folder / name
         try:
             yield
         except KeyboardInterrupt as stopped:
             save(path)
-            stopped.add_note(f"{path} holds what was learned until then")
+            stopped.add_note(f"{path} holds the model at that point")
             raise
         save(path)
 
     def conclude(self, actor: nn.Module, **facts: Any) -> dict[str, Evaluation]:
-        """Writes what was learned, and how it and the dense model do on the test images.
+        """Writes the policy, and a report that compares it with the dense model on the test images.
 
         Args:
-            actor: what ``token_actor`` takes.
-            facts: for the report.
+            actor: the trained actor, as ``token_actor`` takes it.
+            facts: more entries for the report.
+
+        Returns:
+            The evaluations of "dense" and of the learner.
 
         Raises:
-            OSError: the folder can't be written.
+            OSError: the folder isn't writable.
         """
         own = token_actor(actor)
         self._run.write_networks(policy=own)
@@ -185,18 +187,23 @@ class LibraryRun:
 
 
 def token_actor(actor: nn.Module) -> TokenActor:
-    """``actor`` as this project's own.
+    """Converts a library's actor to this project's own.
 
     Args:
-        actor: observations [R, D_obs] -> scores [R, 2] of prune and keep, of which the higher wins:
+        actor: observations [R, D_obs] -> scores [R, 2] of prune and keep, of which the higher wins;
             a LayerNorm, then linear layers with GELU between them.
+
+    Raises:
+        TypeError: the actor has other layers.
     """
     parts = [part for part in actor.modules() if not list(part.children())]
     norm, *rest = (part for part in parts if not isinstance(part, nn.Identity))
     layers = [part for part in rest if isinstance(part, nn.Linear)]
     form = [nn.Linear, *[nn.GELU, nn.Linear] * (len(layers) - 1)]
     if not isinstance(norm, nn.LayerNorm) or list(map(type, rest)) != form:
-        raise TypeError(f"no LayerNorm and linear layers with GELU between them: {actor}")
+        raise TypeError(
+            f"expected a LayerNorm, then linear layers with GELU between them, got {actor}"
+        )
     own = TokenActor(layers[0].in_features, [layer.out_features for layer in layers[:-1]], None)
     own = own.requires_grad_(False).eval()
     first = own.net[0]
@@ -210,8 +217,30 @@ def token_actor(actor: nn.Module) -> TokenActor:
     return own
 
 
+C = TypeVar("C", bound=LibraryConfig)
+
+
+def run_command(
+    kind: type[C],
+    train: Callable[[C], Mapping[str, Evaluation]],
+    arguments: Sequence[str] | None,
+    description: str | None,
+) -> None:
+    """Runs ``python -m trainers.LIBRARY`` and prints its results.
+
+    Args:
+        kind: the command's settings.
+        train: trains and evaluates.
+        arguments: the command's arguments; the process's own if None.
+        description: for the help.
+    """
+    with ends_in_one_line(*COMMAND_ERRORS, ImportError):
+        config = parse_arguments(kind, arguments, kind.library, description)
+        print(table(train(config)))
+
+
 def table(results: Mapping[str, Evaluation]) -> str:
-    """Accuracy and cost of each policy as text."""
+    """Formats accuracy and compute of each policy as a table."""
     dense = results["dense"].gmacs
     lines = [f"{'policy':<14}{'test accuracy':>14}{'GMACs':>9}{'of dense':>9}  patches kept, %"]
     for name, result in results.items():

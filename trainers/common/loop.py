@@ -1,6 +1,4 @@
-"""The loop of trainers that learn in iterations: logging, evaluation, checkpoints, and what happens
-when a run is stopped.
-"""
+"""The loop of a training in iterations: logging, evaluation, checkpoints and interruptions."""
 
 from __future__ import annotations
 
@@ -25,45 +23,45 @@ if TYPE_CHECKING:
 
 
 class NotFiniteError(ArithmeticError):
-    """A reward, a loss or a gradient that is not finite; the message is its name."""
+    """A reward, a loss or a gradient is not finite; the message is its name."""
 
 
 class Trainer(Protocol):
-    """What learns in iterations.
+    """A training in iterations.
 
     Attributes:
-        iteration: how many are done.
+        iteration: number of finished iterations.
     """
 
     iteration: int
 
     @property
     def is_resumable(self) -> bool:
-        """Whether a run that goes on from here ends as if it had never stopped."""
+        """Whether a run resumed from here ends as if it had never stopped."""
         ...
 
     def iterate(self) -> dict[str, float]:
-        """Learns once; returns what to log. Raises NotFiniteError if it diverged."""
+        """Trains for one iteration; returns what to log. Raises NotFiniteError if it diverged."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next iteration depends on, ``iteration`` included."""
+        """Everything that the next iteration depends on, including ``iteration``."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where ``state`` was taken."""
+        """Restores what ``state_dict`` returned."""
         ...
 
 
 @dataclass(frozen=True)
 class Monitor:
-    """What the loop asks about a training.
+    """What the loop evaluates and shows.
 
     Attributes:
-        evaluate: gives results on the validation split by name; every name begins with
-            ``validation_``. All ranks call it, and get the same.
-        progress: what the progress bar shows of an iteration's record.
-        activity: what the last iteration did, for a message about what went wrong in it.
+        evaluate: returns results on the validation split, whose names begin with ``validation_``.
+            All ranks call it and get the same.
+        progress: returns what the progress bar shows of an iteration's record.
+        activity: returns what the last iteration trained on, for the message of an error in it.
     """
 
     evaluate: Callable[[], dict[str, float]]
@@ -72,7 +70,7 @@ class Monitor:
 
 
 class LoopSettings(Protocol):
-    """Settings of the loop; ``MappoConfig`` says what each means."""
+    """Settings of the loop; ``MappoConfig`` describes each."""
 
     iterations: int
     eval_every: int
@@ -86,14 +84,14 @@ def train(
     settings: LoopSettings,
     profile: bool = False,
 ) -> None:
-    """Iterates to the end. If the run is stopped or fails, it saves the last whole iteration.
+    """Runs all iterations. If the run is stopped or fails, saves the last complete iteration.
 
     Args:
-        run: the folder.
-        trainer: what learns.
-        monitor: evaluates it.
-        settings: how long and how often.
-        profile: trace two iterations.
+        run: the run's folder.
+        trainer: the training.
+        monitor: what to evaluate and show.
+        settings: how many iterations, and how often to evaluate and save.
+        profile: whether to trace two iterations.
 
     Raises:
         TrainingError: a reward, a loss or a gradient is not finite.
@@ -109,7 +107,7 @@ def train(
     tracing: AbstractContextManager[Callable[[], object]] = nullcontext(lambda: None)
     if profile and ranks.is_first:
         tracing = profiled(run.path)
-    # an iteration that is stopped half-way leaves changes that must not be saved
+    # a half-finished iteration must not be saved
     whole = copy.deepcopy(trainer.state_dict())
     try:
         with board or nullcontext(), bar, tracing as after_iteration:
@@ -136,7 +134,7 @@ def train(
 
 
 def _open_board(run: RunFolder, step: int) -> SummaryWriter | None:
-    """TensorBoard's log from iteration ``step`` on; None on ranks that write nothing, and where
+    """Opens TensorBoard's log from iteration ``step`` on. None on ranks other than the first, or if
     TensorBoard is missing.
     """
     if not run.ranks.is_first:
@@ -145,7 +143,7 @@ def _open_board(run: RunFolder, step: int) -> SummaryWriter | None:
         with needs("train"):
             from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        print(f"There will be no TensorBoard log: {error}", file=sys.stderr)
+        print(f"No TensorBoard log is written: {error}", file=sys.stderr)
         return None
     return SummaryWriter(str(run.path), purge_step=step)
 
@@ -159,7 +157,7 @@ def _iterate(trainer: Trainer, monitor: Monitor, bar: tqdm) -> Record:
             f"the {error} of iteration {trainer.iteration + 1} is not finite, "
             f"{monitor.activity()}: try a smaller --lr, or look at them"
         ) from error
-    # a mean over the episodes that ended is NaN where none did
+    # a mean over finished episodes is NaN if there were none
     record = {name: value for name, value in record.items() if not math.isnan(value)}
     bar.update()
     bar.set_postfix_str(monitor.progress(record))

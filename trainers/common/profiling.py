@@ -1,4 +1,4 @@
-"""Where an iteration goes: a trace of torch.profiler, and a table of its parts."""
+"""Profiles iterations: a trace of torch.profiler, and a table of where the time goes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from prunevit.trainers.common.checkpoint import write_atomically
 
-ITERATIONS = 2  # that are traced
-BEFORE = 2  # that are not: the first is like no other, in the next the profiler begins
+ITERATIONS = 2  # traced
+BEFORE = 2  # not traced: the first is untypical, and in the second the profiler starts
 TRACE = "trace.json"
 WHOLE = "iteration"
-# what is marked by ``record_function``; none of them is inside another
+# ranges that ``record_function`` marks; none contains another
 PARTS = (
     "load images",
     "blocks before the first stage",
@@ -29,8 +29,10 @@ PARTS = (
 
 @contextmanager
 def profiled(folder: Path) -> Iterator[Callable[[], None]]:
-    """Traces some iterations to ``folder`` and prints their table; what it gives is to be called
-    after each iteration.
+    """A context that traces ``ITERATIONS`` iterations to ``folder`` and prints their table.
+
+    Yields:
+        A function to call after each iteration.
     """
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
@@ -49,8 +51,8 @@ def _report(folder: Path, profiler: profile) -> None:
 
 
 def table(profiler: profile) -> str:
-    """Milliseconds of an iteration and of its parts, on the host and, where there is one, on the
-    GPU.
+    """Formats the milliseconds of an iteration and of its parts, on the host and on a GPU if there
+    is one.
     """
     events = {event.key: event for event in profiler.key_averages()}
     on_gpu = ProfilerActivity.CUDA in profiler.activities

@@ -1,4 +1,4 @@
-"""The end of a token-pruning run: the table of policies, and the pictures."""
+"""The report of a token-pruning run: a table of policies, and pictures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PICTURES = 6
 
 
 class PruningExperiment(Protocol):
-    """What is reported on; ``TokenPruneExperiment`` says what each is."""
+    """What a report needs of ``TokenPruneExperiment``."""
 
     config: MappoConfig
     model: nn.Module
@@ -48,8 +48,8 @@ class PruningExperiment(Protocol):
 def report_pruning(experiment: PruningExperiment, actor: nn.Module, folder: Path) -> dict[str, Any]:
     """Compares the learned policy with dense, random and attention top-k on the test images.
 
-    The top-k policies spend at least the learned policy's GMACs, with whichever way to spread
-    tokens over the stages is best on validation.
+    The top-k policies have at least the learned policy's GMACs. Their tokens are spread over the
+    stages in the way that is best on validation.
     """
     backbone, validation = experiment.backbone, experiment.validation
     learned, config = experiment.pruned(actor), experiment.config
@@ -63,7 +63,7 @@ def report_pruning(experiment: PruningExperiment, actor: nn.Module, folder: Path
 
     count = max(min(SPEED_IMAGES, len(test)) // SPEED_BATCH, 1) * SPEED_BATCH
     pixels, _ = test.load([i % len(test) for i in range(count)])
-    # dense is timm's own model, not ours with nothing pruned
+    # timed as timm runs it, not as our runtime with nothing pruned
     timed = models | {"dense": experiment.model}
     speeds = images_per_second(
         timed, pixels.to(experiment.backbone.device, experiment.backbone.dtype), SPEED_BATCH
@@ -85,7 +85,7 @@ def report_pruning(experiment: PruningExperiment, actor: nn.Module, folder: Path
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report's policies as text, compared with dense."""
+    """Formats the report's policies as a table, compared with dense."""
     dense = report["policies"]["dense"]
     lines = [
         f"{'policy':<11}{'test accuracy':>14}{'GMACs':>9}{'of dense':>9}"
@@ -102,7 +102,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """What the end of a run of ``trainers.mappo`` prints."""
+    """Formats what a run of ``trainers.mappo`` prints at its end."""
     if "dense" in report["policies"]:
         text = table(report)
     else:
@@ -114,22 +114,22 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 def new_figure(path: Path, size: tuple[float, float]) -> Figure | None:
-    """A figure of ``size`` in inches; None where matplotlib is missing, and a line that says that
-    ``path`` is not written.
+    """Makes a figure of ``size`` in inches. If matplotlib is missing, says that ``path`` isn't
+    written and returns None.
     """
     try:
         with needs("train"):
             from matplotlib.figure import Figure
     except ImportError as error:
-        print(f"There is no {path.name}: {error}", file=sys.stderr)
+        print(f"{path.name} is not drawn: {error}", file=sys.stderr)
         return None
     return Figure(figsize=size, layout="constrained")
 
 
 @torch.inference_mode()
 def draw_pruned(experiment: PruningExperiment, model: PrunedViT, images: Any, path: Path) -> None:
-    """A few images stage by stage, pruned patches whited out, with label, answer and what it
-    cost.
+    """Draws a few images stage by stage, pruned patches whited out, with label, prediction and
+    compute.
     """
     indices = np.linspace(0, len(images) - 1, PICTURES).astype(int).tolist()
     pixels, labels = images.load(indices)
@@ -159,7 +159,7 @@ def draw_pruned(experiment: PruningExperiment, model: PrunedViT, images: Any, pa
 
 
 def draw_curve(folder: Path) -> None:
-    """Draws what ``metrics.jsonl`` says of the training to ``curve.png``."""
+    """Draws the training curves of ``metrics.jsonl`` to ``curve.png``."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     wanted = [

@@ -1,4 +1,4 @@
-"""A run: the folder with its settings, metrics and checkpoints, and how it is begun or resumed."""
+"""A run's folder, with its settings, metrics and checkpoints: how a run begins and is resumed."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from prunevit.trainers.common.settings import Settings
 from prunevit.versions import __version__
 
 RUNS = Path("runs")
-COUNTERS = ("iteration", "epoch")  # either says in a checkpoint how many records belong to it
+COUNTERS = ("iteration", "epoch")  # a checkpoint has one of them: its number of records
 
 Record = dict[str, Any]
 
 
 class TrainingError(RuntimeError):
-    """A training that can't begin or can't go on; the message says why."""
+    """A training can't begin or continue; the message says why."""
 
 
-# what a command ends with in one line
+# reported in one line, without a traceback
 COMMAND_ERRORS = (ValueError, OSError, CheckpointError, TrainingError, RanksError)
 
 
@@ -62,7 +62,7 @@ S = TypeVar("S", bound=RunSettings)
 
 
 class Stateful(Protocol):
-    """What goes on where its ``state_dict`` was taken."""
+    """What can be restored from a checkpoint."""
 
     def load_state_dict(self, state: dict[str, Any]) -> object: ...
 
@@ -72,10 +72,10 @@ class RunFolder:
 
     Args:
         path: the folder; ``create`` makes it.
-        ranks: who trains; all of them read the folder, only the first writes there.
+        ranks: the processes that train together. All read the folder, only the first writes to it.
 
     Attributes:
-        records: a line of ``metrics.jsonl`` each.
+        records: the lines of ``metrics.jsonl``.
     """
 
     def __init__(self, path: Path, ranks: Ranks = ALONE) -> None:
@@ -89,20 +89,20 @@ class RunFolder:
 
     @property
     def seconds(self) -> float:
-        """How long the run has taken, the time before it was resumed included."""
+        """Duration of the run, including the time before it was resumed."""
         return time.monotonic() - self._start
 
     def create(self, settings: Settings) -> None:
-        """Writes the settings, unless the run has some already."""
+        """Writes the settings; does nothing if the run already has a file of them."""
         if self.ranks.is_first and not self.config.exists():
             write_json(self.config, {"version": __version__} | settings.to_json())
 
     def read_settings(self, kind: type[S]) -> S:
-        """What ``create`` wrote.
+        """Reads the settings that ``create`` wrote.
 
         Raises:
-            CheckpointError: there is no such file, it is damaged, or a version wrote it that has
-                other settings than this one.
+            CheckpointError: there is no such file, it is damaged, or it was written by a version
+                with other settings.
         """
         if not self.config.is_file():
             raise CheckpointError(f"{self.path} is no run: it has no config.json")
@@ -130,38 +130,38 @@ class RunFolder:
 
     @property
     def is_begun(self) -> bool:
-        """Whether there is a checkpoint to go on from."""
+        """Whether there is a checkpoint to continue from."""
         return bool(existing(self.checkpoint))
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Writes metrics and a checkpoint. If the process is killed in between, the records beyond
-        the checkpoint are dropped when the run is resumed.
+        """Writes metrics and a checkpoint. If the process is killed between the two, resuming drops
+        the records that have no checkpoint.
 
         Args:
-            state: all that the run goes on from; its ``iteration`` or ``epoch`` is the number of
-                records that belong to it.
+            state: everything that the run needs to continue. Its ``iteration`` or ``epoch`` is the
+                number of records that belong to it.
         """
         if self.ranks.is_first:
             write_records(self.metrics, self.records[: _count(state)])
             save_checkpoint(self.checkpoint, {"seconds": self.seconds, **state})
 
     def load(self) -> dict[str, Any]:
-        """The state of the newest checkpoint; sets ``records`` and ``seconds`` to what they were.
+        """Loads the newest checkpoint, and restores ``records`` and ``seconds``.
 
         Raises:
-            CheckpointError: the files are damaged, don't belong together, or were written by a
-                single process within an epoch, and here are many.
+            CheckpointError: the files are damaged or don't belong together, or a single process
+                wrote them within an epoch and this run has many.
         """
         state = load_newest(self.checkpoint)
         if state.get("place") and self.ranks.count > 1:
             raise CheckpointError(
-                f"{self.path} was stopped in the course of an epoch of a single process: "
-                "only a single one can go on from there"
+                f"{self.path} was stopped by a single process within an epoch: only a single "
+                "process can continue it"
             )
         try:
             count = _count(state)
             self.records = read_records(self.metrics, count)
-            # checkpoints after whole epochs did not hold it before 0.2
+            # before 0.2, checkpoints after whole epochs had no "seconds"
             last: float = self.records[-1]["seconds"] if self.records else 0.0
             self._start -= float(state.get("seconds", last) or 0.0)
         except (KeyError, ValueError, TypeError) as error:
@@ -169,7 +169,7 @@ class RunFolder:
         return state
 
     def restore(self, trainer: Stateful) -> None:
-        """Puts ``trainer`` where the checkpoint stands, if there is one.
+        """Restores ``trainer`` from the checkpoint, if there is one.
 
         Raises:
             CheckpointError: as of ``load``; or the checkpoint is of another model.
@@ -186,14 +186,14 @@ class RunFolder:
             ) from error
 
     def write_networks(self, **networks: nn.Module | None) -> None:
-        """Writes each network to NAME.safetensors, those that are not None."""
+        """Writes each network that isn't None to NAME.safetensors."""
         for name, network in networks.items():
             if network is not None and self.ranks.is_first:
                 write_network(self.path / f"{name}.safetensors", network)
 
 
 def _count(state: Mapping[str, Any]) -> int:
-    """Raises KeyError where ``state`` has no counter."""
+    """The number of records of ``state``; raises KeyError if it has no counter."""
     name = next((name for name in COUNTERS if name in state), COUNTERS[0])
     return int(state[name])
 
@@ -203,8 +203,8 @@ def _version(text: object) -> tuple[int, ...]:
 
 
 def device_of(settings: RunSettings) -> str:
-    """Where the run trains that ``settings`` begin or resume. If it can't be resumed, ``open_run``
-    says why.
+    """The device of the run that ``settings`` begin or resume. If it can't be resumed, ``open_run``
+    will raise the error.
     """
     if settings.resume is not None:
         with suppress(CheckpointError):
@@ -213,11 +213,11 @@ def device_of(settings: RunSettings) -> str:
 
 
 def open_run(settings: S, ranks: Ranks = ALONE) -> tuple[RunFolder, S]:
-    """The folder of a run, new or to be resumed, and the settings that hold there.
+    """Opens the folder of a run, new or resumed, and returns it with the run's settings.
 
     Raises:
-        TrainingError: the folder exists and is not to be resumed, or options go with ``resume``.
-        CheckpointError: there is nothing to resume, or its settings can't be read.
+        TrainingError: a new run's folder exists, or other settings were given with ``resume``.
+        CheckpointError: there is no run to resume, or its settings can't be read.
     """
     if settings.resume is None:
         folder = Path(ranks.agreed(str(settings.folder)))
@@ -230,17 +230,17 @@ def open_run(settings: S, ranks: Ranks = ALONE) -> tuple[RunFolder, S]:
     given, default = settings.to_json(), settings.defaults()
     changed = [name for name in given if given[name] != default[name]]
     if changed:
-        # to repeat the run's own settings is no change
+        # settings that equal the run's own are fine
         with suppress(CheckpointError):
             saved = run.read_settings(type(settings)).to_json()
             changed = [name for name in changed if given[name] != saved[name]]
     if changed:
         raise TrainingError(
-            f"--resume goes on with the run's own settings: leave out {', '.join(changed)}"
+            f"--resume continues with the run's own settings: leave out {', '.join(changed)}"
         )
     return run, run.read_settings(type(settings))
 
 
 def iteration_seed(seed: int, iteration: int) -> int:
-    """A seed of its own for every iteration, so that a resumed run needs no generator's state."""
+    """A seed for each iteration, so that resuming a run needs no generator's state."""
     return seed * 1_000_003 + iteration

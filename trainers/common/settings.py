@@ -1,5 +1,5 @@
-"""Settings of a command: read from its command line and from a run's ``config.json``, checked the
-same way in both cases.
+"""Settings of a command, read from its command line or from a run's ``config.json``. Both are
+checked in the same way.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import tyro
 from prunevit.envs.old_names import TRAINER_FLAGS, rename_flags, rename_observation
 from prunevit.envs.rewards import LARGEST_NUMBER
 
-# counters and what is computed from them stay within 64 bits
+# keeps counters, and numbers computed from them, within 64 bits
 LARGEST_COUNT = 1_000_000_000
 LARGEST_WIDTH = 65_536
 LARGEST_SEED = 2**32 - 1
-# where the system refuses more, the process dies without a message
+# if the system refuses more, the process dies without a message
 MOST_THREADS = 1_024
 MOST_WORKERS = 256
-# of one process only: not written to config.json
+# settings of one process, not of the run: not written to config.json
 NOT_SAVED = ("resume",)
 
 
@@ -35,7 +35,7 @@ def _parse_json_object(arguments: list[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object such as {{}}, got {arguments[0]}")
     try:
-        # Python reads NaN, which is not JSON, and a game of NaN steps never ends
+        # Python reads NaN, which isn't JSON; a game of NaN steps would never end
         json.dumps(value, allow_nan=False)
     except ValueError:
         raise ValueError(f"expected finite numbers, got {arguments[0]}") from None
@@ -56,7 +56,7 @@ JsonObject = Annotated[
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The values that a number may take; an annotation of the setting's type.
+    """The range of a number, as an annotation of a setting's type.
 
     Args:
         low: smallest value.
@@ -94,13 +94,13 @@ Decay = Annotated[float, Range(0, 1, open_high=True)]
 
 
 class Settings:
-    """Base class of the dataclasses that hold a command's settings, all of which have defaults.
+    """Base class of a command's settings: a dataclass whose fields all have defaults.
 
     ``to_json`` and ``from_json`` convert to and from what ``config.json`` holds.
 
     Attributes:
-        LATER: settings that were added after the first version, with the values that make a run
-            behave as it did before they existed.
+        LATER: settings that were added after the first version, with values that keep the
+            behaviour of older runs.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -121,7 +121,7 @@ class Settings:
         }
 
     def defaults(self) -> dict[str, Any]:
-        """What ``to_json`` gives where nothing is set."""
+        """What ``to_json`` returns for the default settings."""
         return type(self)().to_json()
 
     @classmethod
@@ -160,7 +160,7 @@ def _from_json(value: Any, hint: Any) -> Any:
 
 
 def _problem(value: Any, hint: Any) -> str | None:
-    """Why ``value`` isn't what the annotation ``hint`` wants, to stand behind it in a message."""
+    """What is wrong with ``value`` for the annotation ``hint``, to follow it in a message."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         ranges = [extra for extra in parts[1:] if isinstance(extra, Range)]
@@ -198,10 +198,10 @@ def parse_arguments(
 
     Args:
         kind: the settings.
-        arguments: what follows the command; the process's own where None.
-        command: its name.
-        description: for the help; the docstring of ``kind`` where None.
-        default: the settings where nothing is given.
+        arguments: the arguments; the process's own if None.
+        command: the command's name.
+        description: for the help; the docstring of ``kind`` if None.
+        default: the settings if no arguments are given.
     """
     arguments = rename_flags(sys.argv[1:] if arguments is None else arguments, TRAINER_FLAGS)
     return tyro.cli(

@@ -1,4 +1,4 @@
-"""How a training ends before its time: SIGTERM, Ctrl-C and errors, each in one line."""
+"""How a command ends early: SIGTERM, Ctrl-C and errors, each reported in one line."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from types import FrameType
 from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-EXIT_CODE = 128  # what shells add a signal's number to
-# what PyTorch says of memory that it doesn't get, on a CPU and on other devices
+EXIT_CODE = 128  # plus the signal's number, as shells report it
+# parts of PyTorch's out-of-memory messages, on a CPU and on other devices
 MEMORY_MESSAGES = ("not enough memory", "can't allocate memory", "out of memory")
-MEMORY_REASON = 200  # characters of it that are shown
+MEMORY_REASON = 200  # characters shown of such a message
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM or Ctrl-C; its notes say what is left. No ``Exception``, as nothing is to go on.
+    """Raised on SIGTERM and Ctrl-C; its notes say what was saved and how to resume.
+
+    It is no ``Exception``, so that handlers of ordinary errors don't catch it.
 
     Args:
-        number: of the signal.
-        is_told: whether this process is to say so; of those that stop together one does.
+        number: the signal's number.
+        is_told: whether this process reports it; of ranks that stop together only one does.
     """
 
     def __init__(self, number: int, is_told: bool = True) -> None:
@@ -33,8 +35,8 @@ class Stopped(KeyboardInterrupt):
 
 
 def stop(number: int, is_told: bool = True) -> NoReturn:
-    """Raises ``Stopped``, and lets no signal disturb what then remains to be done."""
-    # a process group may get the signal twice: the second must not stop the last checkpoint
+    """Raises ``Stopped``, and ignores signals from then on so that they can't disturb saving."""
+    # a process group can get the signal twice; the second must not stop the last checkpoint
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     raise Stopped(number, is_told)
@@ -46,7 +48,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def signals_are_noted(numbers: list[int]) -> Iterator[None]:
-    """Appends signals to ``numbers``, for whoever looks there, in the place of raising them."""
+    """A context in which signals are appended to ``numbers`` instead of raised."""
     before = {
         each: signal.signal(each, lambda number, _: numbers.append(number)) for each in SIGNALS
     }
@@ -68,11 +70,11 @@ def _is_lack_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def ends_in_one_line(*errors: type[Exception]) -> Iterator[None]:
-    """Surrounds a command: ``errors``, and memory that doesn't suffice, exit with code 1, signals
-    with 128 and their number.
+    """The context of a command. ``errors`` and a lack of memory print a line and exit with code 1;
+    signals exit with 128 plus their number.
 
-    Signals raise ``Stopped`` wherever the main thread is, in the middle of an iteration too: one
-    may take longer than whoever asked us to stop is going to wait.
+    A signal raises ``Stopped`` wherever the main thread is, even in the middle of an iteration: a
+    scheduler may not wait for the end of a long one.
     """
     before = {each: signal.signal(each, _stop) for each in SIGNALS}
     try:
@@ -84,7 +86,7 @@ def ends_in_one_line(*errors: type[Exception]) -> Iterator[None]:
         if not _is_lack_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:MEMORY_REASON]
-        sys.exit(f"error: the memory doesn't suffice, make something smaller: {reason}")
+        sys.exit(f"error: out of memory, try smaller batches or a smaller model: {reason}")
     except Stopped as stopped:
         if stopped.is_told:
             print("; ".join([str(stopped), *getattr(stopped, "__notes__", ())]), file=sys.stderr)
@@ -95,11 +97,9 @@ def ends_in_one_line(*errors: type[Exception]) -> Iterator[None]:
 
 @contextmanager
 def finishing_first() -> Iterator[None]:
-    """Holds signals back until what is inside is done: for steps that nobody could go on from
-    half-way, and that are short.
-    """
+    """A context that delays signals to its end, for short steps that can't be resumed half-way."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
+        yield  # only the main thread gets signals
         return
     held: list[int] = []
     before = {each: signal.signal(each, lambda number, _: held.append(number)) for each in SIGNALS}
@@ -114,12 +114,10 @@ def finishing_first() -> Iterator[None]:
 
 @contextmanager
 def says_how_to_go_on(folder: Path) -> Iterator[None]:
-    """Adds to an interruption, or a disk that is full, how the run in ``folder`` is resumed, if it
-    has been begun.
-    """
+    """A context that adds to an interruption or a disk error how to resume ``folder``."""
     try:
         yield
     except (KeyboardInterrupt, OSError) as stopped:
         if (folder / "config.json").is_file():
-            stopped.add_note(f"go on by --resume {folder}")
+            stopped.add_note(f"continue with --resume {folder}")
         raise

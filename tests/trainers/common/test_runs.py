@@ -265,7 +265,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(name, stopped, whole, whol
     numbers, iteration, _ = STOPS[name]
     assert (
         f"stopped by {numbers[0].name}; iteration {iteration} is saved; "
-        f"go on by --resume runs/{name}\n"
+        f"continue with --resume runs/{name}\n"
     ) in said
     assert iteration_of(folder) == len(metrics(folder)) == iteration
     kind = ["--env", walk] if name.startswith("walk") else []
@@ -583,7 +583,7 @@ def test_a_full_disk_leaves_what_was_there(name, count, tokens, whole, monkeypat
         context.setattr(Path, "replace", fail)
         message = error_of(tokens("r"))
     folder = Path("runs/r")
-    begun = "" if name == "config.json" else f"; go on by --resume {folder}"
+    begun = "" if name == "config.json" else f"; continue with --resume {folder}"
     full = f"error: [Errno 28] could not write {folder / name}: No space left on device"
     assert message == full + begun
     assert not list(folder.glob(".*"))
@@ -608,7 +608,7 @@ def test_a_disk_that_is_full_for_tensorboard_is_one_line_too(tokens, whole, monk
     with monkeypatch.context() as context:
         context.setattr(RecordWriter, "write", fail)
         message = error_of(tokens("r"))
-    assert message == "error: [Errno 28] No space left on device; go on by --resume runs/r"
+    assert message == "error: [Errno 28] No space left on device; continue with --resume runs/r"
     assert iteration_of(Path("runs/r")) == 2
     run(["--resume", "runs/r"])
     check_same(Path("runs/r"), whole)
@@ -660,7 +660,7 @@ def test_a_disk_that_fills_up_is_one_line_and_the_last_checkpoint_is_intact(toke
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1] == (
         "error: [Errno 28] could not write runs/r/metrics.jsonl: No space left on device; "
-        "go on by --resume runs/r"
+        "continue with --resume runs/r"
     )
     assert "Traceback" not in ended.stderr
     assert iteration_of(Path("r")) == 2

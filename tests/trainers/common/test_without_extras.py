@@ -28,8 +28,8 @@ def test_a_run_goes_on_without_its_log_and_pictures(tmp_path):
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     picture, log = ended.stderr.splitlines()
-    assert picture.startswith("There is no curve.png: matplotlib")
-    assert log.startswith("There will be no TensorBoard log: tensorboard is missing")
+    assert picture.startswith("curve.png is not drawn: matplotlib")
+    assert log.startswith("No TensorBoard log is written: tensorboard is missing")
     for line in (picture, log):
         assert line.endswith("pip install -e '.[train]'")
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
