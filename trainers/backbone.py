@@ -182,9 +182,7 @@ def finish(
         "config": config.to_json(),
         "versions": versions(),
     }
-    weights = write_backbone(
-        run.path, model.state_dict(), config.backbone, test.num_classes, config.model_kwargs
-    )
+    weights = write_backbone(run.path, model.state_dict(), config, test.num_classes)
     shipped = {
         "backbone": config.backbone,
         "model_kwargs": config.model_kwargs,
@@ -243,9 +241,7 @@ def train(config: BackboneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
 
     def write_weights_so_far() -> None:
         if ranks.is_first:
-            write_backbone(
-                run.path, averaged.state_dict(), config.backbone, num_classes, config.model_kwargs
-            )
+            write_backbone(run.path, averaged.state_dict(), config, num_classes)
 
     mixup = make_mixup(config, num_classes)
     train_epochs(run, config, learner, images, evaluate, mixup, after_epoch=write_weights_so_far)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,6 @@ import torch
 import tyro
 from timm.data import resolve_model_data_config
 from torch import Tensor
-from torch.nn import functional as F
 
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.agents.policies.heuristics import KeepAll
@@ -37,7 +36,8 @@ from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.classification import versions
 from prunevit.trainers.common.evaluation import evaluate
 from prunevit.trainers.common.loop import Monitor, NotFiniteError
-from prunevit.trainers.common.masked_vit import Outputs, run_dense, run_masked
+from prunevit.trainers.common.masked_vit import losses, run_dense, run_masked
+from prunevit.trainers.common.report import table
 from prunevit.trainers.common.run import (
     COMMAND_ERRORS,
     RUNS,
@@ -57,8 +57,6 @@ from prunevit.trainers.common.settings import (
 )
 from prunevit.trainers.common.signals import ends_in_one_line, says_how_to_go_on
 
-# the paper's weights of the distances to the dense model, of logits and of tokens
-KL_WEIGHT, TOKEN_WEIGHT = 0.5, 0.5
 # the paper's: factor of the backbone's learning rate, and share of the run before it starts
 BACKBONE_LR, BACKBONE_START = 0.01, 5 / 30
 WEIGHT_DECAY = 0.05  # AdamW's, as in DeiT
@@ -118,41 +116,6 @@ class DynamicViTConfig(StagedViTSettings):
     def folder(self) -> Path:
         """Where a new run is written."""
         return RUNS / self.run_name
-
-
-def losses(
-    student: Outputs, teacher: Outputs, labels: Tensor, shares: Sequence[float], ratio_weight: float
-) -> dict[str, Tensor]:
-    """The paper's four losses and their weighted sum, named "loss" (section 3.3).
-
-    Args:
-        student: outputs of the masked model.
-        teacher: outputs of the dense model.
-        labels: int64 [B].
-        shares: target share of kept patches after each stage.
-        ratio_weight: weight of the squared distance from these.
-    """
-    last = student.kept[-1]
-    distance = (student.patches - teacher.patches).square().mean(2)
-    wanted = torch.tensor(shares, device=labels.device)[:, None]
-    terms = {
-        "classification": F.cross_entropy(student.logits, labels),
-        "kl": F.kl_div(
-            student.logits.log_softmax(-1),
-            teacher.logits.log_softmax(-1),
-            reduction="batchmean",
-            log_target=True,
-        ),
-        "tokens": (distance * last).sum() / last.sum().clamp(min=1),
-        "ratio": (student.kept.mean(2) - wanted).square().mean(),
-    }
-    loss = (
-        terms["classification"]
-        + KL_WEIGHT * terms["kl"]
-        + TOKEN_WEIGHT * terms["tokens"]
-        + ratio_weight * terms["ratio"]
-    )
-    return {"loss": loss, **terms}
 
 
 class Trainer:
@@ -333,29 +296,17 @@ def write_networks(run: RunFolder, trainer: Trainer) -> None:
     policy, config, model = trainer.policy, trainer.config, trainer.backbone.model
     run.write_networks(policy=policy)
     if config.fine_tune:
-        weights, num_classes = model.state_dict(), model.num_classes
-        write_backbone(run.path, weights, config.backbone, num_classes, all_model_kwargs(config))
-
-
-def format_report(report: dict[str, Any]) -> str:
-    """Formats the report as text."""
-    dense, pruned = report["policies"]["dense"], report["policies"]["dynamic-vit"]
-    kept = " ".join(f"{100 * share:.0f}" for share in pruned["kept"])
-    return (
-        f"validation: dense {100 * dense['accuracy']:.2f}% at {dense['gmacs']:.4f} GMACs, "
-        f"pruned {100 * pruned['accuracy']:.2f}% at {pruned['gmacs']:.4f}\n"
-        f"of dense: {pruned['gmacs'] / dense['gmacs']:.1%} of the GMACs, "
-        f"{pruned['policy_gmacs'] / dense['gmacs']:.1%} of them the policy's own; "
-        f"patches kept, % after each stage: {kept}\n"
-        f"{report['seconds']:.0f} s, seed {report['seed']}"
-    )
+        described = replace(config, model_kwargs=all_model_kwargs(config))
+        write_backbone(run.path, model.state_dict(), described, model.num_classes)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m trainers.dynamic_vit``."""
     with ends_in_one_line(*COMMAND_ERRORS):
         config = parse_arguments(DynamicViTConfig, arguments, "dynamic_vit", __doc__)
-        print(format_report(train(config)))
+        report = train(config)
+        print(table(report["policies"], "validation"))
+        print(f"{report['seconds']:.0f} s, seed {report['seed']}")
 
 
 if __name__ == "__main__":

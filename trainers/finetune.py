@@ -38,6 +38,7 @@ from prunevit.trainers.common.distributed import ALONE, Ranks, join_ranks
 from prunevit.trainers.common.epochs import train_epochs
 from prunevit.trainers.common.evaluation import accuracy, evaluate
 from prunevit.trainers.common.recipe import Recipe
+from prunevit.trainers.common.report import table
 from prunevit.trainers.common.run import (
     COMMAND_ERRORS,
     RUNS,
@@ -199,9 +200,7 @@ def load_run(config: FinetuneConfig, device: torch.device) -> tuple[PrunedViT, s
 def evaluate_model(
     model: PrunedViT, validation: ImageSet, ranks: Ranks = ALONE, workers: int = 0
 ) -> Record:
-    """Evaluates ``model`` on the validation split; returns the fields of a record. The ranks share
-    the images, and each reads its own with so many ``workers``.
-    """
+    """Evaluates ``model`` on the validation split; returns the fields of a record."""
     result = evaluate(model, validation, None, ranks, workers)
     return {
         "validation_accuracy": result.accuracy,
@@ -289,27 +288,14 @@ def train(config: FinetuneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
     return finish(run, config, averaged, validation, workers) if ranks.is_first else {}
 
 
-def table(report: dict[str, Any]) -> str:
-    """Formats the report's models as a table, compared with dense."""
-    dense = report["models"]["dense"]
-    lines = [f"{'validation':<22}{'accuracy':>9}{'below dense':>13}{'GMACs':>9}{'of dense':>10}"]
-    for name, row in report["models"].items():
-        lines.append(
-            f"{name:<22}{100 * row['accuracy']:>8.2f}%"
-            f"{100 * (dense['accuracy'] - row['accuracy']):>13.2f}"
-            f"{row['gmacs']:>9.4f}{100 * row['gmacs'] / dense['gmacs']:>9.1f}%"
-        )
-    return "\n".join(lines)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m trainers.finetune``."""
     with ends_in_one_line(*COMMAND_ERRORS):
         config = parse_arguments(FinetuneConfig, arguments, "finetune", __doc__)
         report = train(config, join_ranks(device_of(config)))
         if report:
-            size = report["validation_images"]
-            print(f"{table(report)}\n{report['seconds']:.0f} s, {size} images")
+            print(table(report["models"], "validation"))
+            print(f"{report['seconds']:.0f} s, {report['validation_images']} images")
 
 
 if __name__ == "__main__":

@@ -127,39 +127,3 @@ def test_mappo_learns_to_prune_the_digits(benchmarl, tmp_path, monkeypatch, caps
     assert policies["mappo"]["accuracy"] > policies["dense"]["accuracy"] - 0.15
     shown = capsys.readouterr().out.splitlines()
     assert shown[-1].split()[:2] == ["mappo", f"{100 * policies['mappo']['accuracy']:.2f}%"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--images", "0"], "images=0 must be at least 1"),
-        (["--minutes", "-1"], "minutes=-1.0 must be greater than 0"),
-    ],
-)
-def test_values_out_of_range_are_refused(benchmarl, capsys, arguments, message):
-    with pytest.raises(SystemExit) as ended:
-        benchmarl.main(arguments)
-    assert ended.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--reward", "fame"], "fame"),
-        (["--prune-before", "99"], "99"),
-    ],
-)
-def test_wrong_settings_end_in_one_line(benchmarl, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr(integrations, "RUNS", tmp_path)
-    with pytest.raises(SystemExit, match=message) as ended:
-        benchmarl.main(arguments)
-    assert str(ended.value).startswith("error: ")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_runs_folder_is_not_overwritten(benchmarl, tmp_path, monkeypatch):
-    monkeypatch.setattr(integrations, "RUNS", tmp_path)
-    (tmp_path / "mine").mkdir()
-    with pytest.raises(SystemExit, match="give another --run-name"):
-        benchmarl.main(["--run-name", "mine"])

@@ -102,33 +102,3 @@ def test_a_training_that_is_stopped_leaves_a_checkpoint(rllib, tmp_path, monkeyp
     assert done == [checkpoint, "stopped"]
     said = f"stopped by SIGTERM; {checkpoint} holds the model at that point"
     assert said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--images", "0"], "images=0 must be at least 1"),
-        (["--num-env-runners", "-1"], "num_env_runners=-1 must be at least 0"),
-    ],
-)
-def test_values_out_of_range_are_refused(capsys, arguments, message):
-    with pytest.raises(SystemExit) as ended:
-        rllib.main(arguments)
-    assert ended.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--images", "7", "--num-env-runners", "2"], "images=7 must be a multiple"),
-        (["--reward", "fame"], "fame"),
-        (["--prune-before", "99"], "99"),
-    ],
-)
-def test_wrong_settings_end_in_one_line(rllib, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr(integrations, "RUNS", tmp_path)
-    with pytest.raises(SystemExit, match=message) as ended:
-        rllib.main(arguments)
-    assert str(ended.value).startswith("error: ")
-    assert not list(tmp_path.iterdir())

@@ -87,39 +87,3 @@ def test_ppo_learns_to_prune_the_digits(tmp_path, monkeypatch, capsys):
     assert report["ppo"]["accuracy"] > report["dense"]["accuracy"] - 0.1
     shown = capsys.readouterr().out.splitlines()
     assert shown[-1].split()[:2] == ["ppo", f"{100 * report['ppo']['accuracy']:.2f}%"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--images", "0"], "images=0 must be at least 1"),
-    ],
-)
-def test_values_out_of_range_are_refused(capsys, arguments, message):
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--reward", "fame"], "fame"),
-        (["--prune-before", "99"], "99"),
-    ],
-)
-def test_wrong_settings_end_in_one_line(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr(integrations, "RUNS", tmp_path)
-    with pytest.raises(SystemExit, match=message) as ended:
-        main(arguments)
-    assert str(ended.value).startswith("error: ")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_runs_folder_is_not_overwritten(tmp_path, monkeypatch):
-    monkeypatch.setattr(integrations, "RUNS", tmp_path)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").touch()
-    with pytest.raises(SystemExit, match="give another --run-name"):
-        main(["--run-name", "mine"])

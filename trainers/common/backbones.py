@@ -94,20 +94,9 @@ def all_model_kwargs(config: BackboneSettings) -> dict[str, Any]:
 
 
 def write_backbone(
-    folder: Path,
-    weights: Mapping[str, Tensor],
-    name: str,
-    num_classes: int,
-    model_kwargs: Mapping[str, Any],
+    folder: Path, weights: Mapping[str, Tensor], config: BackboneSettings, num_classes: int
 ) -> Path:
-    """Writes trained weights with what describes their model, and returns the file.
-
-    Args:
-        folder: the run's folder.
-        weights: by the names that the model gives them.
-        name: ``digits_vit`` or a timm model name.
-        num_classes: number of classes.
-        model_kwargs: arguments of the model.
+    """Writes trained weights with the description of their model; returns the file.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -116,9 +105,9 @@ def write_backbone(
     write = partial(
         write_weights,
         weights=weights,
-        name=name,
+        name=config.backbone,
         num_classes=num_classes,
-        model_kwargs=model_kwargs,
+        model_kwargs=config.model_kwargs,
     )
     write_atomically(path, write)
     return path

@@ -77,14 +77,7 @@ def evaluate_traces(
     workers: int = 0,
 ) -> Evaluation:
     """Does what ``evaluate`` does for a model that may use the labels, such as an oracle.
-
-    Args:
-        trace_of: images [B, C, H, W] and labels [B], on the backbone's device -> the trace.
-        backbone: the ViT that is pruned.
-        images: as for ``evaluate``, likewise the rest.
-        size: how many of them.
-        ranks: the processes that share the images.
-        workers: processes per rank that load the images.
+    Its ``trace_of`` takes images [B, C, H, W] and labels [B] on the device of ``backbone``.
     """
     count = len(images) if size is None else min(size, len(images))
     device = backbone.device
@@ -112,14 +105,8 @@ def accuracy(
     ranks: Ranks = ALONE,
     workers: int = 0,
 ) -> float:
-    """Share of ``images`` that a classifier, in evaluation mode, classifies correctly.
-
-    Args:
-        model: images [B, C, H, W] -> logits [B, classes].
-        images: as for ``evaluate``, likewise the rest.
-        device: where the model is.
-        ranks: the processes that share the images.
-        workers: processes per rank that load the images.
+    """Share of ``images`` that ``model``, in evaluation mode on ``device``, classifies correctly;
+    ``ranks`` and ``workers`` as in ``evaluate``.
     """
     correct = 0
     for pixels, labels in _batches(images, len(images), device, ranks, workers):

@@ -28,6 +28,7 @@ from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common.backbones import StagedViTSettings
 from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.evaluation import Evaluation, evaluate
+from prunevit.trainers.common.report import table
 from prunevit.trainers.common.run import COMMAND_ERRORS, RUNS, open_run
 from prunevit.trainers.common.settings import (
     Count,
@@ -236,17 +237,5 @@ def run_command(
     """
     with ends_in_one_line(*COMMAND_ERRORS, ImportError):
         config = parse_arguments(kind, arguments, kind.library, description)
-        print(table(train(config)))
-
-
-def table(results: Mapping[str, Evaluation]) -> str:
-    """Formats accuracy and compute of each policy as a table."""
-    dense = results["dense"].gmacs
-    lines = [f"{'policy':<14}{'test accuracy':>14}{'GMACs':>9}{'of dense':>9}  patches kept, %"]
-    for name, result in results.items():
-        kept = " ".join(f"{100 * share:.0f}" for share in result.kept)
-        lines.append(
-            f"{name:<14}{100 * result.accuracy:>13.2f}%{result.gmacs:>9.4f}"
-            f"{100 * result.gmacs / dense:>8.1f}%  {kept}"
-        )
-    return "\n".join(lines)
+        results = train(config)
+        print(table({name: asdict(result) for name, result in results.items()}))

@@ -1,9 +1,10 @@
-"""A ViT with DynamicViT's differentiable keep masks (arXiv 2106.02034): all tokens run, and those
-that are pruned are hidden by an attention bias.
+"""DynamicViT's differentiable keep masks and its losses (arXiv 2106.02034): all tokens run, and an
+attention bias hides those that are pruned.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,8 +16,10 @@ from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.tokens import Tokens
 
-# what a pruned token's key counts for, instead of nothing: its logarithm must be finite
+# weight of a pruned token's key, instead of 0: its logarithm must be finite
 FLOOR = 1e-12
+# the paper's weights of the distances to the dense model, of logits and of tokens
+KL_WEIGHT, TOKEN_WEIGHT = 0.5, 0.5
 # Largest gradient of an image's loss to a keep mask. Not in the paper: the gradient to a pruned key
 # is linear in exp(score), while its effect saturates. Where attention is sharp that gradient
 # reached 1e7 here, and no predictor learned from it.
@@ -28,10 +31,10 @@ def gumbel_keep(logits: Tensor, generator: torch.Generator) -> Tensor:
 
     Args:
         logits: of prune and keep, [..., 2].
-        generator: of the noise, on the logits' device.
+        generator: draws the noise, on the logits' device.
 
     Returns:
-        [...].
+        The mask, [...].
     """
     uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
     noise = -(-uniform.clamp(min=1e-10).log()).log()
@@ -48,10 +51,10 @@ def attention_bias(kept: Tensor, num_prefix: int) -> Tensor:
 
     Args:
         kept: D of the patches, 1 or 0, [B, N].
-        num_prefix: tokens before them that are always kept.
+        num_prefix: number of tokens before them that are always kept.
 
     Returns:
-        [B, 1, L, L].
+        The bias, [B, 1, L, L].
     """
     seen = F.pad(kept, (num_prefix, 0), value=1.0)[:, None, None, :]
     own = torch.eye(seen.shape[-1], dtype=seen.dtype, device=seen.device)
@@ -74,7 +77,7 @@ class Outputs:
 
 
 def run_dense(backbone: StagedViT, begun: Tokens) -> Outputs:
-    """Runs the unpruned model, from ``begun``, its tokens before the first stage."""
+    """Runs the dense model from ``begun``, the tokens before the first stage."""
     x = begun.x.unflatten(0, begun.alive.shape)
     x = _blocks(backbone, x, backbone.prune_before[0], backbone.depth, None, begun)
     everyone = x.new_ones(backbone.num_stages, len(x), backbone.num_patches)
@@ -116,10 +119,45 @@ def _blocks(
 
 
 def _finished(backbone: StagedViT, begun: Tokens, x: Tensor, kept: Tensor) -> Outputs:
-    """Norm and head; where the head pools over patches, over those that are kept."""
+    """Norm and head. A head that pools over patches pools over the kept ones."""
     ended = backbone.prune(replace(begun, x=x.flatten(0, 1)), kept[-1] > 0)
     return Outputs(
         logits=backbone.finish(ended),
         patches=backbone.model.norm(x)[:, backbone.num_prefix :],
         kept=kept,
     )
+
+
+def losses(
+    student: Outputs, teacher: Outputs, labels: Tensor, shares: Sequence[float], ratio_weight: float
+) -> dict[str, Tensor]:
+    """The paper's four losses and their weighted sum, named "loss" (section 3.3).
+
+    Args:
+        student: outputs of the masked model.
+        teacher: outputs of the dense model.
+        labels: int64 [B].
+        shares: target share of kept patches after each stage.
+        ratio_weight: weight of the squared distance from these.
+    """
+    last = student.kept[-1]
+    distance = (student.patches - teacher.patches).square().mean(2)
+    wanted = torch.tensor(shares, device=labels.device)[:, None]
+    terms = {
+        "classification": F.cross_entropy(student.logits, labels),
+        "kl": F.kl_div(
+            student.logits.log_softmax(-1),
+            teacher.logits.log_softmax(-1),
+            reduction="batchmean",
+            log_target=True,
+        ),
+        "tokens": (distance * last).sum() / last.sum().clamp(min=1),
+        "ratio": (student.kept.mean(2) - wanted).square().mean(),
+    }
+    loss = (
+        terms["classification"]
+        + KL_WEIGHT * terms["kl"]
+        + TOKEN_WEIGHT * terms["tokens"]
+        + ratio_weight * terms["ratio"]
+    )
+    return {"loss": loss, **terms}

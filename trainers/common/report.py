@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -84,27 +84,38 @@ def report_pruning(experiment: PruningExperiment, actor: nn.Module, folder: Path
     }
 
 
-def table(report: dict[str, Any]) -> str:
-    """Formats the report's policies as a table, compared with dense."""
-    dense = report["policies"]["dense"]
+def table(policies: Mapping[str, Mapping[str, Any]], split: str = "test") -> str:
+    """Formats results of policies by name as a table, compared with those of "dense".
+
+    Args:
+        policies: each has an ``accuracy`` and ``gmacs``, and may have ``images_per_second`` and the
+            shares ``kept`` after each stage.
+        split: whose accuracy it is.
+    """
+    dense = policies["dense"]
+    timed = "images_per_second" in dense
+    width = max(map(len, policies)) + 2
     lines = [
-        f"{'policy':<11}{'test accuracy':>14}{'GMACs':>9}{'of dense':>9}"
-        f"{'images/s':>10}{'speed-up':>9}  patches kept, % after each stage"
+        f"{'policy':<{width}}{f'{split} accuracy':>20}{'GMACs':>9}{'of dense':>9}"
+        + f"{'images/s':>10}{'speed-up':>9}" * timed
+        + "  patches kept, % after each stage"
     ]
-    for name, row in report["policies"].items():
-        kept = " ".join(f"{100 * share:.0f}" for share in row["kept"])
+    for name, row in policies.items():
+        speed = row["images_per_second"] if timed else 0.0
         lines.append(
-            f"{name:<11}{100 * row['accuracy']:>13.2f}%{row['gmacs']:>9.4f}"
-            f"{100 * row['gmacs'] / dense['gmacs']:>8.1f}%{row['images_per_second']:>10.0f}"
-            f"{row['images_per_second'] / dense['images_per_second']:>8.2f}x  {kept}"
+            f"{name:<{width}}{100 * row['accuracy']:>19.2f}%{row['gmacs']:>9.4f}"
+            f"{100 * row['gmacs'] / dense['gmacs']:>8.1f}%"
+            + (f"{speed:>10.0f}{speed / dense['images_per_second']:>8.2f}x" if timed else "")
+            + "  "
+            + " ".join(f"{100 * share:.0f}" for share in row.get("kept", ()))
         )
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def format_report(report: dict[str, Any]) -> str:
     """Formats what a run of ``trainers.mappo`` prints at its end."""
     if "dense" in report["policies"]:
-        text = table(report)
+        text = table(report["policies"])
     else:
         text = "\n".join(
             f"{name}: " + " ".join(f"{k} {v:.3f}" for k, v in row.items())

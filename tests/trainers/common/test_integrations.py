@@ -1,7 +1,10 @@
-"""What the runners of other libraries share: their actors as ours, their runs as pruned ViTs."""
+"""What the runners of other libraries share: their actors as ours, their runs as pruned ViTs, and
+how their commands refuse wrong settings.
+"""
 
 import json
 from dataclasses import dataclass
+from importlib import import_module
 
 import pytest
 import torch
@@ -91,3 +94,64 @@ def test_wrong_settings_are_refused(settings, message, tmp_path, monkeypatch):
     (tmp_path / "mine.txt").touch()
     with pytest.raises((ValueError, TrainingError), match=message):
         LibraryRun(Config(**settings))
+
+
+MARKS = {
+    "sb3": (),
+    "rllib": (pytest.mark.integration("rllib"),),
+    "benchmarl": (
+        pytest.mark.integration("benchmarl"),
+        pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),
+    ),
+}
+
+
+def for_libraries(*rows):
+    """Parametrises a test by rows that begin with the library."""
+    return [pytest.param(*row, marks=MARKS[row[0]]) for row in rows]
+
+
+def run(library, *arguments):
+    """Runs a library's command until it refuses; returns what it exits with."""
+    with pytest.raises(SystemExit) as ended:
+        import_module(f"prunevit.trainers.{library}").main(arguments)
+    return ended.value.code
+
+
+@pytest.mark.parametrize(
+    ("library", "flag", "value", "message"),
+    for_libraries(
+        *((library, "--images", "0", "images=0 must be at least 1") for library in MARKS),
+        ("rllib", "--num-env-runners", "-1", "num_env_runners=-1 must be at least 0"),
+        ("benchmarl", "--minutes", "-1", "minutes=-1.0 must be greater than 0"),
+    ),
+)
+def test_a_command_refuses_values_out_of_range(capsys, library, flag, value, message):
+    assert run(library, flag, value) == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("library", "arguments", "message"),
+    for_libraries(
+        *((library, ["--reward", "fame"], "fame") for library in MARKS),
+        *((library, ["--prune-before", "99"], "99") for library in MARKS),
+        ("rllib", ["--images", "7", "--num-env-runners", "2"], "images=7 must be a multiple"),
+    ),
+)
+def test_a_command_ends_in_one_line(tmp_path, monkeypatch, library, arguments, message):
+    monkeypatch.setattr(integrations, "RUNS", tmp_path)
+    said = run(library, *arguments)
+    assert said.startswith("error: ")
+    assert message in said
+    assert "\n" not in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("library", for_libraries(*((library,) for library in MARKS)))
+def test_a_command_does_not_overwrite_a_runs_folder(tmp_path, monkeypatch, library):
+    monkeypatch.setattr(integrations, "RUNS", tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    assert "give another --run-name" in run(library, "--run-name", "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]

@@ -156,7 +156,7 @@ ROWS = {
 
 
 def test_the_table_compares_with_dense():
-    header, dense, learned = table({"policies": ROWS}).splitlines()
+    header, dense, learned = table(ROWS).splitlines()
     assert header.split()[:3] == ["policy", "test", "accuracy"]
     assert dense.split() == ["dense", "90.00%", "2.0000", "100.0%", "100", "1.00x", "100", "100"]
     assert learned.split() == ["learned", "87.65%", "0.5000", "25.0%", "250", "2.50x", "50", "13"]
