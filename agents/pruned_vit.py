@@ -96,6 +96,9 @@ class PrunedViT(
     def forward(self, images: Tensor, return_keep: Literal[False] = ...) -> Tensor: ...
     @overload
     def forward(self, images: Tensor, return_keep: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    # torch.compile compiles only the blocks, which take most of the time: what happens between them
+    # has different shapes and branches each time
+    @torch.compiler.disable(recursive=False)
     def forward(self, images: Tensor, return_keep: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Classifies images.
 
@@ -136,8 +139,6 @@ class PrunedViT(
             + decisions * getattr(self.policy, "macs_per_decision", 0),
         )
 
-    # torch.compile compiles only the blocks, which take most of the time: what happens between them
-    # has different shapes and branches each time
     @torch.compiler.disable(recursive=False)
     def _run(self, images: Tensor) -> tuple[Tokens, Tensor]:
         """Runs all blocks; returns the last tokens and the survivors of each stage [B, T, N]."""
@@ -145,22 +146,24 @@ class PrunedViT(
         execution = "masked" if self.training else backbone.execution
         needs_attention = getattr(policy, "needs_attention", True)
         tokens = backbone.begin(images, needs_attention, execution)
-        alpha = torch.zeros(len(images), device=images.device)
         alive = []
         for stage in range(backbone.num_stages):
-            view = View(backbone, tokens, stage, alpha, images=images)
-            tokens = backbone.advance(tokens, self._decide(view), stage, needs_attention)
+            keep = self._decide(images, tokens, stage)
+            tokens = backbone.advance(tokens, keep, stage, needs_attention)
             alive.append(tokens.alive[:, backbone.num_prefix :])
         return tokens, torch.stack(alive, dim=1)
 
     @torch.compiler.disable
     @torch.no_grad()
-    def _decide(self, view: View) -> Tensor:
-        device = view.alive.device.type
+    def _decide(self, images: Tensor, tokens: Tokens, stage: int) -> Tensor:
+        """Which patches the policy keeps at a stage, bool [B, N]."""
+        device = images.device.type
         if torch.is_autocast_enabled(device):
             # autocast is for the blocks: rounding would change the decisions of the policy
             with torch.autocast(device, enabled=False):
-                return self._decide(view)
+                return self._decide(images, tokens, stage)
+        alpha = torch.zeros(len(images), device=images.device)
+        view = View(self.backbone, tokens, stage, alpha, images=images)
         keep = self.policy(view)
         if not isinstance(keep, Tensor):
             raise ValueError(

@@ -104,6 +104,7 @@ def find_class(module: Any, classes: Iterable[type]) -> Any:
     return None
 
 
+@torch.compiler.disable
 def why_bypassed(model: Any) -> str | None:
     """What of the model as a whole would never run, since its parts are called one by one.
 

@@ -44,15 +44,14 @@ def fresh_compiler():
 @torch.no_grad()
 def test_new_numbers_of_tokens_compile_nothing_anew(vit):
     """A block has graphs with and without padding, with and without attention observed, and for
-    images of one length: so many, and the embedding's, are all that a hundred layouts ask for.
+    images of one length: five, and the embedding's, are all that a hundred layouts ask for.
     """
     model = prune(vit, Draw(), STAGES)
     compiled = torch.compile(model, dynamic=True, backend="eager")
     for images in batches([4, 5, 6, 12, 16, 3, 7, 9, 12, 5, 16, 11] * 3):
         compiled(images)
-    assert counters["stats"]["unique_graphs"] <= 8
-    # around what happens between the blocks, and around the head
-    assert sum(counters["graph_break"].values()) <= 2
+    assert counters["stats"]["unique_graphs"] <= 6
+    assert not counters["graph_break"]
 
 
 @torch.no_grad()
@@ -64,7 +63,7 @@ def test_chunks_compile_nothing_anew(vit, monkeypatch):
     compiled = torch.compile(model, dynamic=True, backend="eager")
     for images in batches([7, 8, 9, 10, 11, 12, 7, 13, 14, 15]):
         compiled(images)
-    assert counters["stats"]["unique_graphs"] <= 8
+    assert counters["stats"]["unique_graphs"] <= 3
 
 
 @torch.no_grad()
