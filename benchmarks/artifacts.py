@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from timm.data import resolve_model_data_config
 
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.benchmarks.methods.registry import METHODS, rebuild
 from prunevit.benchmarks.protocol import Benchmark
 from prunevit.benchmarks.records import Records
 from prunevit.envs.data.image_set import ImageSet
+from prunevit.envs.data_config import model_data_config
 from prunevit.envs.rendering import denormalise
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common.checkpoint import write_atomically
@@ -110,7 +110,7 @@ def take_pictures(
     """
     indices = np.linspace(0, len(images) - 1, IMAGES).astype(int).tolist()
     pixels, labels = images.load(indices)
-    data_config = resolve_model_data_config(backbone.model)
+    data_config = model_data_config(backbone.model)
     shown = denormalise(pixels, tuple(data_config["mean"]), tuple(data_config["std"]))
     colours = (shown.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
     before = read_pictures(folder)

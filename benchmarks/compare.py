@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from timm.data import resolve_model_data_config
 
 from prunevit.benchmarks.artifacts import leave_curves, leave_pictures
 from prunevit.benchmarks.markdown import markdown_table, mean_and_interval
@@ -41,6 +40,7 @@ from prunevit.benchmarks.records import FILE, Record, Records, command
 from prunevit.benchmarks.tasks import TASKS
 from prunevit.envs.data.datasets import open_images
 from prunevit.envs.data.image_set import ImageSet
+from prunevit.envs.data_config import model_data_config
 from prunevit.envs.devices import pick_device
 from prunevit.envs.old_names import COMPARE_FLAGS, rename_flags
 from prunevit.envs.vit.create import create_backbone
@@ -125,7 +125,7 @@ def open_benchmark(config: CompareConfig) -> tuple[Benchmark, ImageSet]:
         base.backbone, pretrained=base.pretrained, checkpoint=base.checkpoint, **base.model_kwargs
     )
     model = model.to(pick_device(config.device)).to(memory_format=torch.channels_last)
-    data_config = resolve_model_data_config(model)
+    data_config = model_data_config(model)
     bench = Benchmark(
         task=task,
         base=base,

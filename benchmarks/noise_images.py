@@ -14,12 +14,12 @@ class NoiseImages:
     Args:
         shape: (C, H, W).
         size: number of images.
+        num_classes: of the backbone; all images are of the first.
     """
 
-    num_classes = 1
-    class_names: tuple[str, ...] = ("noise",)
-
-    def __init__(self, shape: tuple[int, ...], size: int = 256) -> None:
+    def __init__(self, shape: tuple[int, ...], size: int = 256, num_classes: int = 10) -> None:
+        self.num_classes = num_classes
+        self.class_names = tuple(map(str, range(num_classes)))
         self._pixels = torch.randn(size, *shape, generator=torch.Generator().manual_seed(0))
 
     def __len__(self) -> int:

@@ -13,7 +13,6 @@ from gymnasium.spaces import Space
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from pettingzoo import ParallelEnv
-from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from prunevit.envs.batched.inputs import KEEP, PRUNE, image_indices, to_actions
@@ -22,6 +21,7 @@ from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.data.datasets import DIGITS, open_images
 from prunevit.envs.data.digits import Split
 from prunevit.envs.data.image_set import ImageSet
+from prunevit.envs.data_config import model_data_config
 from prunevit.envs.devices import pick_device
 from prunevit.envs.fields import DEFAULT_FIELDS
 from prunevit.envs.game import GameError, Outcome, TokenGame
@@ -136,7 +136,7 @@ class TokenPruneEnv(ParallelEnv):
             model = create_backbone(backbone).to(played_on).eval()
         else:
             model = _as_played(backbone, played_on)
-        config = resolve_model_data_config(model)
+        config = model_data_config(model)
         images = open_images(dataset, split, config) if isinstance(dataset, str) else dataset
         game = TokenGame(StagedViT(model, prune_before, execution), paid)
         episodes = 1 if num_envs is None else num_envs

@@ -182,7 +182,8 @@ def finish(
         "config": config.to_json(),
         "versions": versions(),
     }
-    weights = write_backbone(run.path, model.state_dict(), config, test.num_classes)
+    names = test.class_names
+    weights = write_backbone(run.path, model.state_dict(), config, len(names), names)
     shipped = {
         "backbone": config.backbone,
         "model_kwargs": config.model_kwargs,
@@ -241,7 +242,8 @@ def train(config: BackboneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
 
     def write_weights_so_far() -> None:
         if ranks.is_first:
-            write_backbone(run.path, averaged.state_dict(), config, num_classes)
+            names = test.class_names
+            write_backbone(run.path, averaged.state_dict(), config, len(names), names)
 
     mixup = make_mixup(config, num_classes)
     train_epochs(run, config, learner, images, evaluate, mixup, after_epoch=write_weights_so_far)

@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
@@ -24,6 +23,7 @@ from prunevit.agents.policies.serialization import dynamic_vit_policy
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.envs.data.datasets import open_images
 from prunevit.envs.data.image_set import ImageSet, Reseedable
+from prunevit.envs.data_config import model_data_config
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common import loop
 from prunevit.trainers.common.backbones import (
@@ -242,7 +242,7 @@ def train(config: DynamicViTConfig) -> dict[str, Any]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model = load_backbone(config)
-    data_config = resolve_model_data_config(model)
+    data_config = model_data_config(model)
     backbone = StagedViT(model, config.prune_before)
     policy = dynamic_vit_policy(backbone, config.keep, config.hidden, config.seed)
     images = open_images(config.dataset, "train", data_config, augment=config.augment)
@@ -297,7 +297,8 @@ def write_networks(run: RunFolder, trainer: Trainer) -> None:
     run.write_networks(policy=policy)
     if config.fine_tune:
         described = replace(config, model_kwargs=all_model_kwargs(config))
-        write_backbone(run.path, model.state_dict(), described, model.num_classes)
+        names: Any = model.pretrained_cfg.get("label_names")
+        write_backbone(run.path, model.state_dict(), described, model.num_classes, names)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,6 +29,7 @@ from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.envs.data.datasets import open_images
 from prunevit.envs.data.image_set import ImageSet
+from prunevit.envs.data_config import model_data_config
 from prunevit.envs.devices import pick_device
 from prunevit.envs.vit.staged_vit import Execution
 from prunevit.trainers.common.checkpoint import write_json
@@ -269,7 +269,7 @@ def train(config: FinetuneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
     device = pick_device(config.device)
     model, dataset = load_run(config, device)
     teacher = copy.deepcopy(model.backbone.model).requires_grad_(False)
-    data_config = resolve_model_data_config(teacher)
+    data_config = model_data_config(teacher)
     workers = ranks.workers(config.workers, device)
     images = TrainingImages(dataset, config, data_config, device, ranks)
     validation = open_images(dataset, "validation", data_config, size=config.validation_size)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import tyro
-from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from prunevit.agents.policies.actor_critic import TokenActor
@@ -28,6 +27,7 @@ from prunevit.envs.batched.protocol import Observations
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.data.datasets import open_images
 from prunevit.envs.data.image_set import ImageSet
+from prunevit.envs.data_config import model_data_config
 from prunevit.envs.devices import pick_device
 from prunevit.envs.game import TokenGame
 from prunevit.envs.token_prune import TokenPruneEnv
@@ -111,9 +111,9 @@ def measure(config: EnvSpeedConfig) -> dict[str, Any]:
     on_digits = config.backbone == settings.backbone
     model = create_backbone(config.backbone, untrained=not on_digits).to(device)
     staged = StagedViT(model, config.prune_before)
-    images: ImageSet = NoiseImages(staged.image_shape)
+    images: ImageSet = NoiseImages(staged.image_shape, num_classes=staged.num_classes)
     if on_digits:
-        images = open_images(settings.dataset, "train", resolve_model_data_config(model))
+        images = open_images(settings.dataset, "train", model_data_config(model))
     game = TokenGame(staged, rollouts_per_image=settings.rollouts_per_image)
     episodes = config.images * settings.rollouts_per_image
     env = BatchedTokenPrune(game, images, episodes, settings.observation)

@@ -31,7 +31,6 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from timm.data import resolve_model_data_config
 from torch import nn
 
 from prunevit.benchmarks.machine import MIB, peak_memory
@@ -40,6 +39,7 @@ from prunevit.benchmarks.noise_images import NoiseImages
 from prunevit.benchmarks.speed.timed_trainer import Figures, TimedTrainer
 from prunevit.envs.data.datasets import open_images
 from prunevit.envs.data.image_set import ImageSet
+from prunevit.envs.data_config import model_data_config
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.digits_vit import DIGITS_VIT
 from prunevit.trainers.common.checkpoint import write_json
@@ -112,7 +112,7 @@ def set_up(config: TrainSpeedConfig) -> tuple[MappoConfig, nn.Module, ImageSet]:
     )
     if config.tokens is None:
         model = load_backbone(settings)
-        data_config = resolve_model_data_config(model)
+        data_config = model_data_config(model)
         augment = settings.augment
         return settings, model, open_images(settings.dataset, "train", data_config, augment=augment)
     keep = SURVIVORS ** (1 / len(config.prune_before))

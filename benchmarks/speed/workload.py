@@ -15,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from prunevit.agents.policies.actor_critic import TokenActor
@@ -23,6 +22,7 @@ from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.policies.policy import Policy
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.envs.data.datasets import open_images
+from prunevit.envs.data_config import model_data_config
 from prunevit.envs.fields import DEFAULT_FIELDS, field_slices
 from prunevit.envs.observations import View
 from prunevit.envs.vit.create import create_backbone
@@ -142,7 +142,7 @@ def _from_run(spec: Spec, run: Path) -> Workload:
     pruned = PrunedViT.from_run(run).to(spec.device)
     pruned.backbone.model.to(spec.dtype)
     settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    data_config = resolve_model_data_config(pruned.backbone.model)
+    data_config = model_data_config(pruned.backbone.model)
     test = open_images(settings["dataset"], "test", data_config)
     images, _ = test.load([i % len(test) for i in range(spec.images)])
     return _workload(spec, pruned.backbone, pruned.policy, images, None)

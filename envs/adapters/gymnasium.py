@@ -17,7 +17,6 @@ from gymnasium.spaces import Box, MultiBinary
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
-from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from prunevit.envs.adapters.common import (
@@ -29,6 +28,7 @@ from prunevit.envs.batched.inputs import image_indices, to_actions
 from prunevit.envs.batched.lazy_observations import action_mask
 from prunevit.envs.batched.protocol import Observations
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
+from prunevit.envs.data_config import model_data_config
 from prunevit.envs.game import GameError
 from prunevit.envs.rendering import denormalise, strip_of_episode
 
@@ -95,7 +95,7 @@ class Pictures:
             return None
         if not self._history:
             raise GameError("nothing to render before reset")
-        config = resolve_model_data_config(env.game.backbone.model)
+        config = model_data_config(env.game.backbone.model)
         shown = denormalise(env.pixels.float().cpu(), tuple(config["mean"]), tuple(config["std"]))
         alive = torch.stack(self._history, dim=1).cpu()  # [B, stages so far + 1, N]
         grid, pictures = env.game.backbone.grid_size, env.game.num_stages + 1

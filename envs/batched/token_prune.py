@@ -81,10 +81,10 @@ class BatchedTokenPrune:
                 f"num_envs={num_shards * num_envs} with rollouts_per_image={rollouts} needs "
                 f"{needed} different images, the dataset has {len(images)}"
             )
-        if images.num_classes > game.backbone.num_classes:
+        if images.num_classes != game.backbone.num_classes:
             raise ValueError(
-                f"the dataset has {images.num_classes} classes, "
-                f"the backbone tells {game.backbone.num_classes} apart"
+                f"the dataset has {images.num_classes} classes, the backbone distinguishes "
+                f"{game.backbone.num_classes}: labels must be outputs of the backbone"
             )
         if alpha_range is not None and not 0 < alpha_range[0] <= alpha_range[1] <= LARGEST_NUMBER:
             raise ValueError(

@@ -9,11 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunevit.envs.data import digits
+from prunevit.envs.data.classes import with_labels_of
 from prunevit.envs.data.cluttered_digits import ClutteredDigits
 from prunevit.envs.data.digits import Split
 from prunevit.envs.data.image_dataset import ImageDataset
 from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.data.image_sources import (
+    SPLIT_NAMES,
     DatasetError,
     FolderSource,
     ImageSource,
@@ -24,6 +26,7 @@ from prunevit.envs.data.timm_sources import TIMM_PREFIXES, timm_openers
 
 DIGITS = "digits"
 FOLDER_PREFIX = "folder:"
+HELD_OUT_NAMES = (SPLIT_NAMES["validation"], SPLIT_NAMES["test"])
 VALIDATION_SHARE = 0.1  # of the training images, if a data set has no validation split
 
 
@@ -48,11 +51,13 @@ def open_images(
 
             - "digits";
             - "folder:PATH", with images in PATH/train/CLASS and in at least one of
-              PATH/validation/CLASS (or val) and PATH/test/CLASS;
+              PATH/validation/CLASS (or val, valid) and PATH/test/CLASS. PATH/classes.txt may list
+              the classes in the order of their labels, one a line;
             - a name of ``timm.data.create_dataset``, followed by a colon and its folder if it
               needs one: "torch/cifar10:FOLDER", "hfds/OWNER/NAME", "wds/:FOLDER".
         split: "train", "validation" or "test".
-        data_config: ``timm.data.resolve_model_data_config(backbone)``.
+        data_config: ``model_data_config(backbone)``, or timm's ``resolve_model_data_config``, which
+            doesn't say what classes the backbone has: then labels are in the dataset's order.
         size: for digits, the number of images to draw (``DEFAULT_SIZES`` if None). For others, the
             size of a random subset (all images if None or if there are no more).
         seed: seed of the draw, of the subset and of the augmentation.
@@ -62,7 +67,7 @@ def open_images(
 
     Raises:
         DatasetError: the dataset is unknown, missing, empty or has no such split, its splits have
-            different classes, or the backbone takes other images.
+            different classes, or the backbone takes other images or has other classes.
     """
     if split not in get_args(Split):
         raise DatasetError(f"unknown split {split!r}: choose from {', '.join(get_args(Split))}")
@@ -74,6 +79,8 @@ def open_images(
         _check_takes_digits(data_config)
         return ClutteredDigits(split, size, seed, augment)
     source, indices = _open_split(dataset, split, skip)
+    if "classes" in data_config:
+        source = with_labels_of(data_config["classes"], dataset, source)
     if size is not None and size < len(indices):
         indices = np.random.RandomState(seed).permutation(indices)[:size]
     augmentation = None if augment is False else {} if augment is True else augment
@@ -141,7 +148,11 @@ def _open_split(
     held_out: list[Split] = [name for name in ("validation", "test") if name in openers]
     train = openers["train"]()
     if split == "test" and not held_out:
-        raise DatasetError(f"{dataset} has nothing but training images: it needs a test split")
+        looked_for = ", ".join(name for names in HELD_OUT_NAMES for name in names)
+        raise DatasetError(
+            f"{dataset} has nothing but training images: it needs another split (named one of "
+            f"{looked_for})"
+        )
     if split == "test" or (split == "validation" and len(held_out) == 2):
         stored_as = held_out[-1] if split == "test" else split
         source = openers[stored_as]()

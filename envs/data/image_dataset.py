@@ -53,9 +53,10 @@ class ImageDataset:
         self._mode = COLOUR_MODES[channels]
         self._source = source
         self._indices = indices
+        timms = {key: value for key, value in data_config.items() if key != "classes"}
         try:
             self._transform = create_transform(
-                **(dict(data_config) | dict(augmentation or {})),
+                **(timms | dict(augmentation or {})),
                 is_training=augmentation is not None,
             )
         except (TypeError, ValueError, AssertionError) as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,10 +21,15 @@ from prunevit.envs.data.digits import Split
 
 # names that a dataset may use for each split, the preferred one first
 SPLIT_NAMES: Mapping[Split, Sequence[str]] = {
-    "train": ("train",),
-    "validation": ("validation", "val"),
-    "test": ("test",),
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid"),
+    "test": ("test", "testing"),
 }
+CLASS_LIST = "classes.txt"  # of a folder: its classes in the order of their labels, one a line
+# those that torchvision looks for in folders; timm's, which can be added to, come on top
+IMAGE_EXTENSIONS = (
+    ".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 DECODING_THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -87,44 +94,81 @@ def folder_openers(path: str, skip: Collection[str] = ()) -> Openers:
     if not root.is_dir():
         raise DatasetError(f"no folder {root}")
     openers: Openers = {}
+    listed = _listed_classes(root / CLASS_LIST)
     for split, names in SPLIT_NAMES.items():
         found = [root / name for name in names if (root / name).is_dir()]
         if len(found) > 1:
             raise DatasetError(f"{found[0]} and {found[1]} both exist: keep one of them")
         if found:
-            openers[split] = partial(FolderSource, found[0], skip)
+            openers[split] = partial(FolderSource, found[0], skip, listed)
     if "train" not in openers:
         raise DatasetError(f"no folder {root / 'train'}: images are expected in PATH/train/CLASS")
     return openers
 
 
+def _listed_classes(file: Path) -> tuple[str, ...] | None:
+    if not file.is_file():
+        return None
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{file} can't be read: {error}") from error
+    names = tuple(line.strip() for line in lines if line.strip())
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DatasetError(f"{file} lists {', '.join(twice)} more than once")
+    return names
+
+
 class FolderSource:
-    """Image files in ROOT/CLASS, of every type that timm knows, with classes in natural order.
+    """Image files in ROOT/CLASS and its folders, with classes in natural order.
+
+    Files and folders whose names begin with a dot are left out.
 
     Args:
         root: the folder of one split.
         skip: files to leave out.
+        classes: all classes in the order of their labels, where somebody listed them; not each
+            needs a folder.
+
+    Attributes:
+        is_listed: whether somebody did.
 
     Raises:
-        DatasetError: there are no classes, or a class has no images.
+        DatasetError: there are no classes, one is not listed, or a class has no images.
     """
 
-    def __init__(self, root: Path, skip: Collection[str] = ()) -> None:
+    def __init__(
+        self, root: Path, skip: Collection[str] = (), classes: tuple[str, ...] | None = None
+    ) -> None:
         folders = [
             entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != "."
         ]
         if not folders:
             raise DatasetError(f"{root} is empty: images are expected in {root}/CLASS")
         # natural order takes "a" and "A" for equal: the name itself decides
-        self.class_names = tuple(sorted(folders, key=lambda name: (natural_key(name), name)))
+        folders.sort(key=lambda name: (natural_key(name), name))
+        self.is_listed = classes is not None
+        self.class_names = tuple(folders) if classes is None else classes
+        places = {name: label for label, name in enumerate(self.class_names)}
+        unlisted = [name for name in folders if name not in places]
+        if unlisted:
+            raise DatasetError(
+                f"{root} has class folders that {CLASS_LIST} doesn't list: {', '.join(unlisted)}"
+            )
         self._files: list[str] = []
         self._labels: list[int] = []
-        for label, name in enumerate(self.class_names):
-            files = [file for file in _image_files(root / name) if file not in skip]
+        others: Counter[str] = Counter()
+        for name in sorted(folders, key=places.__getitem__):
+            label = places[name]
+            files = [file for file in _image_files(root / name, others) if file not in skip]
             if not files:
                 raise DatasetError(f"every image of the class folder {root / name} is skipped")
             self._files += files
             self._labels += [label] * len(files)
+        if others:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
+            warnings.warn(f"{root}: files of other types are left out ({kinds})", stacklevel=2)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -151,16 +195,31 @@ def _damage(file: str) -> str | None:
     return None
 
 
-def _image_files(folder: Path) -> list[str]:
-    extensions = get_img_extensions(as_set=True)
-    files = sorted(
-        os.path.join(inside, name)
-        for inside, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if os.path.splitext(name)[1].lower() in extensions and name[0] != "."
-    )
+def _image_files(folder: Path, others: Counter[str]) -> list[str]:
+    """Finds the images below ``folder``, and counts by extension the images of types that are not
+    read.
+    """
+    extensions = {*IMAGE_EXTENSIONS, *get_img_extensions()}
+    files, seen = [], {os.path.realpath(folder)}
+    for inside, folders, names in os.walk(folder, followlinks=True):
+        kept = []
+        for name in folders:
+            target = os.path.realpath(os.path.join(inside, name))
+            # links may lead back, and then again and again
+            if name[0] != "." and target not in seen:
+                seen.add(target)
+                kept.append(name)
+        folders[:] = kept
+        for name in names:
+            extension = os.path.splitext(name)[1].lower()
+            if name[0] == ".":
+                continue
+            if extension in extensions:
+                files.append(os.path.join(inside, name))
+            elif extension in Image.registered_extensions():
+                others[extension] += 1
     if not files:
         raise DatasetError(
             f"the class folder {folder} holds no images (of {' '.join(sorted(extensions))})"
         )
-    return files
+    return sorted(files)

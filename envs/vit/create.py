@@ -62,6 +62,9 @@ def create_backbone(
     # as timm does, for those who build the model again; stems by their names
     model._model_args = getattr(model, "_model_args", {}) | recorded
     _fit_data_config(model, kwargs)
+    if num_classes == described.get("num_classes") and "class_names" in described:
+        # where timm keeps those of models from the hub
+        model.pretrained_cfg["label_names"] = described["class_names"]  # type: ignore[operator]
     if file is not None:
         load_weights(model, name, file)
     return model.eval()

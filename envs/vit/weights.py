@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -29,6 +29,7 @@ def write_weights(
     name: str,
     num_classes: int,
     model_kwargs: Mapping[str, Any],
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Writes a state dict as safetensors, with what ``create_backbone`` needs to rebuild its model.
 
@@ -38,8 +39,11 @@ def write_weights(
         name: name of the model, as for ``create_backbone``.
         num_classes: outputs of the head.
         model_kwargs: further arguments of ``create_backbone``, JSON values only.
+        class_names: names of the head's outputs in order, if known.
     """
     description = {"backbone": name, "num_classes": num_classes, "model_kwargs": dict(model_kwargs)}
+    if class_names is not None:
+        description["class_names"] = list(class_names)
     # safetensors refuses tensors that share memory or are not contiguous
     copies = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in weights.items()}
     path.write_bytes(save(copies, {DESCRIPTION: json.dumps(description, sort_keys=True)}))

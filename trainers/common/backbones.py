@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -94,7 +94,11 @@ def all_model_kwargs(config: BackboneSettings) -> dict[str, Any]:
 
 
 def write_backbone(
-    folder: Path, weights: Mapping[str, Tensor], config: BackboneSettings, num_classes: int
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    config: BackboneSettings,
+    num_classes: int,
+    class_names: Sequence[str] | None = None,
 ) -> Path:
     """Writes trained weights with the description of their model; returns the file.
 
@@ -108,6 +112,7 @@ def write_backbone(
         name=config.backbone,
         num_classes=num_classes,
         model_kwargs=config.model_kwargs,
+        class_names=class_names,
     )
     write_atomically(path, write)
     return path

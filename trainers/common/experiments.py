@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from timm.data import resolve_model_data_config
 from torch import nn
 
 from prunevit.agents.policies.actor_critic import Actor, TokenActor
@@ -20,6 +19,7 @@ from prunevit.envs.batched.pettingzoo import BatchedPettingZoo
 from prunevit.envs.batched.protocol import BatchedEnv
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.data.datasets import find_bad_images, open_images
+from prunevit.envs.data_config import model_data_config
 from prunevit.envs.devices import pick_device
 from prunevit.envs.game import TokenGame
 from prunevit.envs.rewards import make_reward
@@ -87,7 +87,7 @@ class TokenPruneExperiment:
         self.config = config
         self.ranks = ranks
         self.model = load_backbone(config).to(getattr(torch, config.backbone_dtype))
-        self.data_config = resolve_model_data_config(self.model)
+        self.data_config = model_data_config(self.model)
         self.backbone = StagedViT(self.model, config.prune_before)
         options = {
             name: getattr(config, name)

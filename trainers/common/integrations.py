@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from timm.data import resolve_model_data_config
 from torch import nn
 
 from prunevit.agents.policies.actor_critic import TokenActor
@@ -21,6 +20,7 @@ from prunevit.agents.policies.heuristics import KeepAll
 from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.envs.data.datasets import open_images
+from prunevit.envs.data_config import model_data_config
 from prunevit.envs.devices import pick_device
 from prunevit.envs.rewards import make_reward
 from prunevit.envs.vit.create import create_backbone
@@ -120,7 +120,7 @@ class LibraryRun:
         backbone = create_backbone(
             config.backbone, checkpoint=config.checkpoint, **config.model_kwargs
         ).requires_grad_(False)
-        self._data_config = resolve_model_data_config(backbone)
+        self._data_config = model_data_config(backbone)
         self.staged = StagedViT(backbone, config.prune_before)
         options = {} if config.alpha is None else {"alpha": config.alpha}
         self.game: dict[str, Any] = {

@@ -202,10 +202,11 @@ def test_more_images_than_there_are_can_not_be_drawn(make_env):
         make_env(26, rollouts=2)
 
 
-def test_classes_that_the_backbone_does_not_know(make_env, make_images):
+@pytest.mark.parametrize("classes", [4, 6])
+def test_other_classes_than_the_backbones(make_env, make_images, classes):
     images = make_images()
-    images.num_classes = 6
-    with pytest.raises(ValueError, match="dataset has 6 classes, the backbone tells 5 apart"):
+    images.num_classes = classes
+    with pytest.raises(ValueError, match=f"has {classes} classes, the backbone distinguishes 5"):
         make_env(images=images)
 
 

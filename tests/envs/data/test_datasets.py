@@ -135,7 +135,7 @@ def test_three_folders_are_three_splits(tmp_path):
     assert opened["train"].num_classes == 2
 
 
-@pytest.mark.parametrize("held_out", ["test", "val", "validation"])
+@pytest.mark.parametrize("held_out", ["test", "val", "valid", "validation"])
 def test_one_held_out_folder_is_the_test_split(tmp_path, held_out):
     dataset = make_folder(tmp_path, train=50, **{held_out: 2})
     assert len(open_images(dataset, "test", CONFIG)) == 4
@@ -152,7 +152,8 @@ def test_one_held_out_folder_is_the_test_split(tmp_path, held_out):
 def test_without_a_held_out_folder_there_is_no_test_split(tmp_path):
     dataset = make_folder(tmp_path, train=5)
     assert len(open_images(dataset, "train", CONFIG)) == 9
-    with pytest.raises(DatasetError, match="nothing but training images"):
+    looked_for = r"named one of validation, val, valid, test, testing"
+    with pytest.raises(DatasetError, match=f"nothing but training images.*{looked_for}"):
         open_images(dataset, "test", CONFIG)
 
 
@@ -174,6 +175,47 @@ def test_classes_are_in_natural_order_in_every_split(tmp_path):
         images = open_images(dataset, split, CONFIG)
         assert images.class_names == ("1", "2", "10")
         numbers(images)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["bmp", "jpeg", "pgm", "ppm", "tif", "tiff", "webp", "WEBP"])
+def test_images_of_every_usual_type_are_read(tmp_path, kind):
+    dataset = make_folder(tmp_path, train=1, test=1)
+    paint(9, 0).convert("L").save(tmp_path / "test" / "ant" / f"more.{kind}")
+    assert len(open_images(dataset, "test", CONFIG)) == 3
+
+
+def test_images_that_are_left_out_are_counted(tmp_path):
+    dataset = make_folder(tmp_path, train=1, test=1)
+    for name in ("a.gif", "b.gif", "c.ico"):
+        paint(9, 0).save(tmp_path / "test" / "bee" / name)
+    (tmp_path / "test" / "bee" / "notes.txt").touch()
+    with pytest.warns(
+        UserWarning, match=r"test: files of other types are left out \(2 .gif, 1 .ico"
+    ):
+        assert len(open_images(dataset, "test", CONFIG)) == 2
+
+
+def test_hidden_files_and_folders_are_left_out_at_every_depth(tmp_path):
+    dataset = make_folder(tmp_path, train=1, test=1)
+    inside = tmp_path / "test" / "ant" / "more"
+    for folder in (inside, inside / ".thumbnails", tmp_path / "test" / "ant" / ".cache" / "deep"):
+        folder.mkdir(parents=True)
+        paint(9, 0).save(folder / "x.png")
+    paint(9, 0).save(inside / "._x.png")
+    assert len(open_images(dataset, "test", CONFIG)) == 3
+
+
+def test_links_that_lead_back_end(tmp_path):
+    dataset = make_folder(tmp_path, train=1, test=1)
+    ants = tmp_path / "test" / "ant"
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    paint(9, 0).save(other / "x.png")
+    (ants / "back").symlink_to(ants)
+    (ants / "linked").symlink_to(other)
+    (other / "up").symlink_to(tmp_path / "test" / "ant")
+    assert len(open_images(dataset, "test", CONFIG)) == 3
 
 
 @pytest.mark.parametrize(

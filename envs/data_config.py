@@ -1,0 +1,35 @@
+"""``model_data_config``: how images and labels are prepared for a backbone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from prunevit.envs.data.classes import ModelClasses
+from prunevit.envs.vit.timm_models.heads import count_classes
+
+
+def model_data_config(model: nn.Module) -> dict[str, Any]:
+    """``timm.data.resolve_model_data_config``, but of the model as it is.
+
+    timm reads image size, channels and classes from ``pretrained_cfg``, which describes the
+    pretrained weights and not a model that was built with other arguments.
+
+    Returns:
+        timm's keys, and ``classes``, a ``ModelClasses``.
+    """
+    config = resolve_model_data_config(model)
+    described: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    channels = getattr(model, "in_chans", config["input_size"][0])
+    if size is not None:
+        config["input_size"] = (channels, *size)
+    for key in ("mean", "std"):
+        if len(config[key]) != channels:
+            config[key] = (sum(config[key]) / len(config[key]),) * channels
+    if hasattr(model, "head"):
+        names = described.get("label_names")
+        config["classes"] = ModelClasses(count_classes(model), tuple(names) if names else None)
+    return config
