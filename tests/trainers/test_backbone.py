@@ -456,22 +456,11 @@ def test_bad_input_is_named_at_once(config, change, error, message):
 @pytest.mark.parametrize(
     "change",
     [
-        {"epochs": 0},
-        {"epoch_size": 0},
-        {"batch_size": 0},
-        {"lr": 0.0},
-        {"warmup": 1.5},
-        {"weight_decay": -1.0},
         {"label_smoothing": 1.0},
-        {"optimizer": "sdg"},
-        {"ema_decay": 1.0},
         {"mixup": -1.0},
         {"cutmix": -1.0},
         {"cutmix": 1.0, "batch_size": 15},
-        {"seed": -1},
-        {"seed": 2**32},
         {"patch_dropout": 1.0},
-        {"run_name": ""},
         {"model_kwargs": {"num_classes": 3}},
     ],
 )

@@ -313,7 +313,7 @@ def test_the_run_is_named_after_the_one_it_tunes(config):
     assert Path("runs/some-finetuned/report.json").is_file()
 
 
-def test_a_policy_acts_under_the_price_and_with_the_dither_given(trained, config):
+def test_a_policy_acts_under_the_given_alpha_and_dither(trained, config):
     fields = ["token", "cls", "stage", "cls_attention", "alpha"]
     run = trained(observation=fields, alpha_range=[0.02, 0.4])
     train(replace(config, run=run, alpha=0.3, dither=True, epochs=1))
@@ -322,11 +322,11 @@ def test_a_policy_acts_under_the_price_and_with_the_dither_given(trained, config
     assert policy.dither
     train(replace(config, run=run, alpha=0.3, epochs=1, run_name="even"))
     assert not PrunedViT.from_pretrained("runs/even/model").policy.dither
-    judged = [
+    evaluated = [
         json.loads(Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()[0])
         for name in ("r", "even")
     ]
-    assert judged[0]["validation_gmacs"] != judged[1]["validation_gmacs"]
+    assert evaluated[0]["validation_gmacs"] != evaluated[1]["validation_gmacs"]
 
 
 @pytest.mark.parametrize("change", [{"dither": True}, {"alpha": 0.1}])
@@ -485,9 +485,6 @@ def test_bad_input_is_named_at_once(config, change, error, message):
 @pytest.mark.parametrize(
     "change",
     [
-        {"epochs": 0},
-        {"lr": float("nan")},
-        {"optimizer": "sdg"},
         {"frozen": "all"},
         {"execution": "padded"},
         {"distillation": -1.0},
@@ -495,7 +492,6 @@ def test_bad_input_is_named_at_once(config, change, error, message):
         {"distillation": 0.0, "labels": 0.0},
         {"validation_size": 0},
         {"threads": 0},
-        {"run_name": ""},
     ],
 )
 def test_values_that_make_no_sense_are_refused(change):

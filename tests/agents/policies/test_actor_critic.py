@@ -161,11 +161,11 @@ def full_policy(backbone, fields, hidden=(8, 6)):
     slices = field_slices(backbone, fields)
     size = max(part.stop for part in slices.values())
     attention = slices["cls_attention"].start if "cls_attention" in slices else None
-    price = slices["alpha"].start if "alpha" in fields else None
-    actor = TokenActor(size, hidden, attention, 0.7, alpha=price)
+    alpha = slices["alpha"].start if "alpha" in fields else None
+    actor = TokenActor(size, hidden, attention, 0.7, alpha=alpha)
     for parameter in actor.parameters():
         torch.nn.init.normal_(parameter)
-    return LearnedPolicy(actor, fields, alpha=None if price is None else 0.1, threshold=0.4)
+    return LearnedPolicy(actor, fields, alpha=None if alpha is None else 0.1, threshold=0.4)
 
 
 @torch.no_grad()
@@ -275,12 +275,12 @@ def test_a_price_moves_the_logit_of_keep(views):
     actor = silence(TokenActor(2, (8,), None, alpha=0))
     actor.alpha_weight.fill_(-1 / TokenActor.PRIOR_SPEED)
     for view in views:
-        for price in (0.05, 0.5):
-            policy = LearnedPolicy(actor, fields, alpha=price)
+        for alpha in (0.05, 0.5):
+            policy = LearnedPolicy(actor, fields, alpha=alpha)
             prune, keep = policy.logits(policy.under_own_alpha(view)).unbind(1)
-            torch.testing.assert_close(keep - prune, torch.full_like(keep, -math.log(price)))
+            torch.testing.assert_close(keep - prune, torch.full_like(keep, -math.log(alpha)))
             margin = policy.actor.margins(policy.under_own_alpha(view).rows(fields))
-            torch.testing.assert_close(margin, torch.full_like(margin, -math.log(price)))
+            torch.testing.assert_close(margin, torch.full_like(margin, -math.log(alpha)))
     policy.alpha = 0.9  # log(0.9) < 0: kept
     assert torch.equal(policy(view), view.alive)
     policy.alpha = 1.1
