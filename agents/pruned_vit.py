@@ -262,23 +262,28 @@ class PrunedViT(
             TypeError: an option that would do nothing.
         """
         config, weights = saving.locate(str(pretrained_model_name_or_path), hub_options)
-        backbone, policy, model_kwargs = saving.rebuild(config)
+        backbone, policy, model_kwargs = saving.rebuild(config, weights)
         model = cls(backbone, _frozen(policy), model_kwargs)
         saving.load_weights(model, weights)
         return model.eval()
 
     @classmethod
-    def from_run(cls, folder: str | Path) -> PrunedViT:
+    def from_run(cls, folder: str | Path, hub_backbone: str | None = None) -> PrunedViT:
         """Loads a finished run of ``trainers.mappo`` or ``trainers.dynamic_vit``.
 
         The model is in evaluation mode.
+
+        Args:
+            folder: the run's.
+            hub_backbone: the run's ``--backbone`` if it is on a hub, "hf-hub:OWNER/NAME": the
+                run's files, which may be a stranger's, can't choose that alone.
 
         Raises:
             SavedModelError: the folder has no finished run of the token game, its files are
                 damaged, or the weights of its backbone were random and are lost.
             BackboneError: the backbone can't be built or loaded.
         """
-        backbone, policy, model_kwargs = run_reader.read_run(Path(folder))
+        backbone, policy, model_kwargs = run_reader.read_run(Path(folder), hub_backbone)
         return cls(backbone, _frozen(policy), model_kwargs).eval()
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prunevit.agents.policies.policy import Policy
 from prunevit.agents.policies.serialization import (
@@ -14,9 +15,13 @@ from prunevit.agents.policies.serialization import (
     learned_policy,
 )
 from prunevit.agents.saving import CONFIG, load_weights, read_json
-from prunevit.envs.vit.create import create_backbone
+from prunevit.envs.vit.create import check_described, create_backbone
+from prunevit.envs.vit.described import size_problem
+from prunevit.envs.vit.digits_vit import DIGITS_VIT
 from prunevit.envs.vit.staged_vit import StagedViT
-from prunevit.envs.vit.weights import read_description
+from prunevit.envs.vit.weights import BackboneError, read_description
+
+P = TypeVar("P", bound=Policy)
 
 RUN_WEIGHTS = "policy.safetensors"
 RUN_BACKBONE = "backbone.safetensors"  # if the run trained its backbone too
@@ -33,8 +38,14 @@ def default_alpha(config: Mapping[str, Any]) -> float | None:
     return math.sqrt(low * high)
 
 
-def read_run(folder: Path) -> tuple[StagedViT, Policy, dict[str, Any]]:
+def read_run(
+    folder: Path, hub_backbone: str | None = None
+) -> tuple[StagedViT, Policy, dict[str, Any]]:
     """Reads a finished run of ``trainers.mappo`` or ``trainers.dynamic_vit``.
+
+    Args:
+        folder: the run's; its files may come from a stranger.
+        hub_backbone: the run's backbone, if it is to be fetched from a hub.
 
     Returns:
         the backbone, the trained policy, and the arguments that the backbone was built with.
@@ -42,7 +53,7 @@ def read_run(folder: Path) -> tuple[StagedViT, Policy, dict[str, Any]]:
     Raises:
         SavedModelError: the folder has no finished run of the token game, its files are damaged,
             or the weights of its backbone were random and are lost.
-        BackboneError: the backbone can't be built or loaded.
+        BackboneError: the backbone can't be built or loaded, or is nothing that a file may choose.
     """
     for name in (CONFIG, RUN_WEIGHTS):
         if not (folder / name).is_file():
@@ -50,35 +61,52 @@ def read_run(folder: Path) -> tuple[StagedViT, Policy, dict[str, Any]]:
     config = read_json(folder / CONFIG)
     try:
         if config.get("policy") == "dynamic-vit":
-            backbone, kwargs = _run_backbone(folder, config, config["fine_tune"])
-            predictors = dynamic_vit_policy(backbone, config["keep"], config["hidden"])
+            backbone, kwargs = _run_backbone(folder, config, hub_backbone, config["fine_tune"])
+            make = partial(dynamic_vit_policy, backbone, config["keep"], config["hidden"])
+            predictors = _checked(make, folder)
             load_weights(predictors, folder / RUN_WEIGHTS)
             return backbone, predictors, kwargs
         if config["env"] != "token-prune":
             raise SavedModelError(f"{folder} is a run of {config['env']}, which prunes no ViT")
-        backbone, kwargs = _run_backbone(folder, config)
-        policy = learned_policy(
+        backbone, kwargs = _run_backbone(folder, config, hub_backbone)
+        make_learned = partial(
+            learned_policy,
             backbone,
             config["observation"],
             config["hidden"],
             bool(config["attention_prior"]),
             default_alpha(config),
         )
+        policy = _checked(make_learned, folder)
     except (KeyError, TypeError) as error:
         raise SavedModelError(f"{folder / CONFIG} is damaged: {error!r}") from error
     load_weights(policy.actor, folder / RUN_WEIGHTS)
     return backbone, policy, kwargs
 
 
+def _checked(make: Callable[[], P], folder: Path) -> P:
+    """What ``make`` makes, unless it is too large for the run's weights."""
+    problem = size_problem(make, folder / RUN_WEIGHTS)
+    if problem is not None:
+        raise SavedModelError(problem)
+    return make()
+
+
 def _run_backbone(
-    folder: Path, config: Mapping[str, Any], was_trained: bool = False
+    folder: Path, config: Mapping[str, Any], hub_backbone: str | None, was_trained: bool = False
 ) -> tuple[StagedViT, dict[str, Any]]:
     """Builds the backbone of a run, with the run's own weights if it ``was_trained``."""
     name, kwargs = config["backbone"], config["model_kwargs"]
+    if ":" in name and name != hub_backbone:
+        raise BackboneError(
+            f"{folder} has its backbone from {name}: no file may choose that, so call "
+            f"from_run(..., hub_backbone={name!r}) if you trust it"
+        )
+    check_described(DIGITS_VIT if name == hub_backbone else name, kwargs)
     pretrained, checkpoint = config["pretrained"], config["checkpoint"]
     if was_trained:
         pretrained, checkpoint = False, folder / RUN_BACKBONE
-    if not pretrained and checkpoint is None and config["dataset"] != "digits":
+    if not pretrained and checkpoint is None and name != DIGITS_VIT:
         raise SavedModelError(
             f"{folder}: the backbone {name} had random weights, which were not kept"
         )

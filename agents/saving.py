@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,13 @@ from torch import Tensor, nn
 from prunevit.agents.policies.policy import Policy
 from prunevit.agents.policies.serialization import SavedModelError, describe_policy, make_policy
 from prunevit.envs.old_names import rename_parameters, rename_settings
-from prunevit.envs.vit.create import create_backbone
+from prunevit.envs.vit.create import check_described, create_backbone
+from prunevit.envs.vit.described import (
+    DATA_KEYS,
+    data_config_problem,
+    description_problem,
+    size_problem,
+)
 from prunevit.envs.vit.macs import in_eval_mode
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.timm_models.supported import some_tensor
@@ -40,8 +47,7 @@ HAND_BUILT = "vit_base_patch16_224"
 # by how much the outputs of a rebuilt model may differ, relative to the largest number; the weights
 # are the same, so in practice they don't
 PROBE_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-# the part of timm's data configuration by which images are prepared
-DATA_KEYS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+LARGEST_CONFIG = 1 << 20  # bytes; some hundred are usual
 
 
 def write(
@@ -104,12 +110,14 @@ def describe_backbone(backbone: StagedViT, model_kwargs: Mapping[str, Any]) -> d
         "img_size": list(backbone.image_shape[1:]),
     }
     asked = {**recorded, **model_kwargs, **shown}
-    kwargs = {key: asked[key] for key in sorted(asked) if _has_json_form(asked[key])}
+    # those that from_pretrained will take: no callables, nothing of timm's loaders
+    taken = (key for key in sorted(asked) if not description_problem(name, {key: asked[key]}))
+    kwargs = {key: asked[key] for key in taken}
     try:
         _check_rebuilds(model, build(name, kwargs))
     except (BackboneError, SavedModelError) as error:
         left_out = sorted(asked.keys() - kwargs.keys())
-        without = f", without {', '.join(left_out)}, which have no JSON form" if left_out else ""
+        without = f", without {', '.join(left_out)}, which a file can't set" if left_out else ""
         raise SavedModelError(
             f"the backbone is not what its name and arguments build, {name} with {kwargs}"
             f"{without}: {error}. Give prune(..., model_kwargs={{...}}) the arguments it was made "
@@ -118,14 +126,6 @@ def describe_backbone(backbone: StagedViT, model_kwargs: Mapping[str, Any]) -> d
         ) from error
     data_config = {key: pretrained_cfg[key] for key in DATA_KEYS if key in pretrained_cfg}
     return {"name": name, "kwargs": kwargs, "data_config": data_config}
-
-
-def _has_json_form(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return True
 
 
 def _guess_arguments(model: Any) -> tuple[str, dict[str, Any]]:
@@ -205,7 +205,12 @@ def _outputs(model: Any, image: Tensor) -> list[Tensor]:
 
 
 def build(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
-    """Builds a backbone whose weights will be overwritten, without touching random numbers."""
+    """Builds a backbone whose weights will be overwritten, without touching random numbers.
+
+    Raises:
+        BackboneError: it can't be built, or not from what a file may say.
+    """
+    check_described(name, kwargs)
     arguments = {
         key: tuple(value) if isinstance(value, list) else value for key, value in kwargs.items()
     }
@@ -253,22 +258,30 @@ def locate(name: str, hub_options: Mapping[str, Any]) -> tuple[dict[str, Any], P
 def read_json(file: Path) -> dict[str, Any]:
     """Reads a JSON object; raises SavedModelError if ``file`` has none."""
     try:
+        if file.stat().st_size > LARGEST_CONFIG:
+            raise ValueError(f"it has more than {LARGEST_CONFIG:,} bytes")
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    # JSON that is nested too deeply is a RecursionError
+    except (OSError, ValueError, RecursionError) as error:
         raise SavedModelError(f"{file} can't be read: {error}") from error
     if not isinstance(config, dict):
         raise SavedModelError(f"{file} holds no JSON object")
     return rename_settings(config)
 
 
-def rebuild(config: Mapping[str, Any]) -> tuple[StagedViT, Policy, dict[str, Any]]:
+def rebuild(config: Mapping[str, Any], weights: Path) -> tuple[StagedViT, Policy, dict[str, Any]]:
     """Builds the backbone and the policy of a configuration, without their weights.
+
+    Args:
+        config: what ``write`` wrote; it may come from a stranger.
+        weights: the file with their weights, which says how large they can be.
 
     Returns:
         the backbone, the policy, and the arguments that the backbone was built with.
 
     Raises:
-        SavedModelError: the configuration is damaged or of another version.
+        SavedModelError: the configuration is damaged, of another version, or asks for what no file
+            may.
     """
     if config.get("format") != FORMAT:
         raise SavedModelError(
@@ -276,15 +289,19 @@ def rebuild(config: Mapping[str, Any]) -> tuple[StagedViT, Policy, dict[str, Any
         )
     try:
         described = config["backbone"]
-        model = build(described["name"], described["kwargs"])
+        name, kwargs, data_config = (described[key] for key in ("name", "kwargs", "data_config"))
+        _refuse(data_config_problem(data_config))
+        _refuse(size_problem(partial(build, name, kwargs), weights))
+        model = build(name, kwargs)
         model.pretrained_cfg = {  # type: ignore[assignment]
             **model.pretrained_cfg,  # type: ignore[dict-item]
             **{
                 key: tuple(value) if isinstance(value, list) else value
-                for key, value in described["data_config"].items()
+                for key, value in data_config.items()
             },
         }
         backbone = StagedViT(model, config["prune_before"])
+        _refuse(size_problem(partial(make_policy, config["policy"], backbone), weights))
         policy = make_policy(config["policy"], backbone)
     except BackboneError as error:
         made_by = config.get("versions", {}).get("timm")
@@ -293,7 +310,12 @@ def rebuild(config: Mapping[str, Any]) -> tuple[StagedViT, Policy, dict[str, Any
         ) from error
     except (KeyError, TypeError) as error:
         raise SavedModelError(f"the model's configuration is damaged: {error!r}") from error
-    return backbone, policy, described["kwargs"]
+    return backbone, policy, kwargs
+
+
+def _refuse(problem: str | None) -> None:
+    if problem is not None:
+        raise SavedModelError(f"the model's configuration is refused: {problem}")
 
 
 def load_weights(module: nn.Module, file: Path) -> None:

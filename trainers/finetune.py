@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from prunevit.agents import saving
 from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.pruned_vit import PrunedViT
-from prunevit.envs.data.datasets import open_images
+from prunevit.envs.data.datasets import is_on_disk, open_images
 from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.data_config import model_data_config
 from prunevit.envs.devices import pick_device
@@ -74,6 +74,7 @@ class FinetuneConfig(Recipe):
         "precision": "float32",
         "workers": None,
         "optimizer": "adamw",
+        "dataset": None,
     }
 
     epochs: Count = 2
@@ -84,6 +85,9 @@ class FinetuneConfig(Recipe):
     run: Path | None = None
     """The finished run of trainers.mappo, such as runs/NAME. Its policy, backbone and dataset are
     used. Needed unless --resume is given."""
+    dataset: str | None = None
+    """The dataset. By default the run's own, which has to be given if a library may fetch it, as
+    hfds/OWNER/NAME: a folder can't choose that alone."""
     alpha: float | None = None
     """Alpha under which a policy for a range of alphas acts. By default the geometric middle of its
     range."""
@@ -170,14 +174,14 @@ def freeze(model: PrunedViT, frozen: Frozen) -> None:
 
 
 def load_run(config: FinetuneConfig, device: torch.device) -> tuple[PrunedViT, str]:
-    """Loads the pruned ViT to fine-tune, and the name of its dataset.
+    """Loads the pruned ViT to fine-tune, and the name of its dataset: the run's, or the one given.
 
     It also trains in evaluation mode. Dropout, stochastic depth and BatchNorm's batch statistics
     would change the tokens that the policy sees, and it was trained and will be used without them.
 
     Raises:
         ValueError: the folder holds no finished run of the token game, its backbone is missing, or
-            its policy doesn't take this alpha or can't dither.
+            its policy doesn't take this alpha or can't dither, or its dataset has to be given.
     """
     assert config.run is not None
     model = PrunedViT.from_run(config.run)
@@ -194,7 +198,13 @@ def load_run(config: FinetuneConfig, device: torch.device) -> tuple[PrunedViT, s
     model.backbone.execution = config.execution
     freeze(model, config.frozen)
     model = model.to(device).to(memory_format=torch.channels_last)
-    return model, saving.read_json(config.run / saving.CONFIG)["dataset"]
+    own = saving.read_json(config.run / saving.CONFIG)["dataset"]
+    if config.dataset is None and not is_on_disk(own):
+        raise ValueError(
+            f"{config.run} was trained on {own}, which a library may fetch: if you trust it, give "
+            f"--dataset {own}"
+        )
+    return model, config.dataset or own
 
 
 def evaluate_model(

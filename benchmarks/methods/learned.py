@@ -53,7 +53,8 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
     def values(settings: Mapping[str, Any]) -> dict[str, Any]:
         # settings that a run doesn't have are newer than it, and were off then
-        return {name: settings.get(name, MappoConfig.LATER.get(name, False)) for name in names}
+        later = {**FinetuneConfig.LATER, **MappoConfig.LATER}
+        return {name: settings.get(name, later.get(name, False)) for name in names}
 
     if differ := differences(values(found), values(wanted)):
         raise ValueError(

@@ -87,6 +87,13 @@ def open_images(
     return ImageDataset(source, indices, data_config, augmentation, seed)
 
 
+def is_on_disk(dataset: str) -> bool:
+    """Whether opening ``dataset`` reads image files and nothing else. The libraries behind the
+    others may fetch what is named, or run it: webdataset takes commands for addresses.
+    """
+    return dataset == DIGITS or dataset.startswith(FOLDER_PREFIX)
+
+
 def find_bad_images(dataset: str) -> dict[str, str]:
     """Decodes all images of a folder, in all splits; returns what is wrong with the damaged files.
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 from torch import nn
 
+from prunevit.envs.vit.described import description_problem, size_problem
 from prunevit.envs.vit.digits_vit import DIGITS_VIT, STEMS, build_digits_vit, shipped_weights
 from prunevit.envs.vit.weights import BackboneError, load_weights, read_description
-
-HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
 
 def create_backbone(
@@ -29,7 +29,8 @@ def create_backbone(
     Its ``pretrained_cfg`` describes the model as it was built, image size and channels included.
 
     Args:
-        name: "digits_vit", or any name that ``timm.create_model`` takes.
+        name: "digits_vit", or any name that ``timm.create_model`` takes; those with a colon, which
+            lie on a hub or in a folder, only with ``pretrained``.
         pretrained: download timm's weights, which is the only use of the network here.
             "digits_vit" always has its trained weights, which are part of the package.
         checkpoint: local weights instead: safetensors, or a PyTorch file of plain tensors. A file
@@ -53,11 +54,17 @@ def create_backbone(
     if num_classes is None:
         num_classes = described.get("num_classes")
     recorded = dict(kwargs)
+    # what a file may describe, it may describe too large
+    can_be_of_a_file = bool(kwargs) and description_problem(name, kwargs) is None
     stem = kwargs.get("embed_layer")
     if isinstance(stem, str):
         if stem not in STEMS:
             raise BackboneError(f"unknown embed_layer {stem!r}: choose from {', '.join(STEMS)}")
         kwargs["embed_layer"] = STEMS[stem]
+    if file is not None and can_be_of_a_file:
+        problem = size_problem(partial(_build, name, False, num_classes, kwargs), file)
+        if problem is not None:
+            raise BackboneError(problem)
     model = _build(name, pretrained, num_classes, kwargs)
     # as timm does, for those who build the model again; stems by their names
     model._model_args = getattr(model, "_model_args", {}) | recorded
@@ -68,6 +75,13 @@ def create_backbone(
     if file is not None:
         load_weights(model, name, file)
     return model.eval()
+
+
+def check_described(name: object, kwargs: object) -> None:
+    """Raises BackboneError for what no file may have built; see ``description_problem``."""
+    problem = description_problem(name, kwargs)
+    if problem is not None:
+        raise BackboneError(problem)
 
 
 def _build(
@@ -94,8 +108,8 @@ def _build(
 
 
 def _check_known(name: str, pretrained: bool) -> None:
-    if name.startswith(HUB_PREFIXES) and not pretrained:
-        raise BackboneError(f"{name} lies on a hub: only pretrained=True may use the network")
+    if ":" in name and not pretrained:
+        raise BackboneError(f"{name} names a hub or a folder: only pretrained=True may look there")
     architecture = name.split(".")[0]
     if ":" in name or timm.is_model(architecture):
         return

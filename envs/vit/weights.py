@@ -15,6 +15,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from prunevit.envs.old_names import rename_metadata
+from prunevit.envs.vit.described import description_problem
 
 DESCRIPTION = "prunevit-backbone"  # key of the weights file's metadata
 
@@ -53,7 +54,8 @@ def read_description(path: Path, name: str) -> dict[str, Any]:
     """Reads what ``write_weights`` stored beside the weights; empty for files of other origin.
 
     Raises:
-        BackboneError: the file is missing, damaged, or of another backbone than ``name``.
+        BackboneError: the file is missing, damaged, of another backbone than ``name``, or asks for
+            what no file may (see ``description_problem``).
     """
     if not path.is_file():
         raise BackboneError(f"no checkpoint {path}")
@@ -62,12 +64,20 @@ def read_description(path: Path, name: str) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             described = json.loads(rename_metadata(file.metadata() or {}).get(DESCRIPTION, "{}"))
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        if not isinstance(described, dict):
+            raise ValueError("its description is no JSON object")
+    # JSON that is nested too deeply is a RecursionError
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise BackboneError(f"the checkpoint {path} is damaged: {error}") from error
     if described.get("backbone", name) != name:
         raise BackboneError(
             f"the checkpoint {path} holds the backbone {described['backbone']}, not {name}"
         )
+    problem = description_problem(name, described.get("model_kwargs", {})) or description_problem(
+        name, {"num_classes": described.get("num_classes")}
+    )
+    if problem is not None:
+        raise BackboneError(f"the checkpoint {path} is refused: {problem}")
     return described
 
 

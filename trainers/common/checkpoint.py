@@ -45,6 +45,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # a link that came with a run from elsewhere would have another file overwritten
+        temporary.unlink(missing_ok=True)
         write(temporary)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
@@ -81,7 +83,7 @@ def read_records(path: Path, count: int) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()[:count]
         records = [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} can't be resumed: {error}") from error
     if len(records) < count:
         raise CheckpointError(f"{path} lacks records: it has {len(records)} of {count}")
@@ -222,5 +224,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if metadata["format"] == FORMAT and metadata["sha256"] != _checksum(skeleton, tensors):
             raise CheckpointError(f"{path} is damaged: its checksum doesn't match")
         return rename_parameters(_join(json.loads(skeleton), tensors))
-    except (KeyError, ValueError) as error:
+    # JSON that is nested too deeply is a RecursionError
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: its tensors don't match its index") from error

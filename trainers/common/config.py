@@ -162,7 +162,9 @@ class MappoConfig(RunSettings):
     run_name: str | None = None
     """The run is written to runs/RUN_NAME; a name made of game, seed and time if not given."""
     resume: Path | None = None
-    """A run folder to go on with, under the configuration it was started with."""
+    """A run folder to go on with, under the configuration it was started with. Give --env again for
+    a PettingZoo game, and --dataset for one that a library may fetch: a folder can't choose those
+    alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -205,6 +207,11 @@ class MappoConfig(RunSettings):
     def folder(self) -> Path:
         own = f"{self.env.split(':')[-1]}-seed{self.seed}-{datetime.now():%Y%m%d-%H%M%S}"
         return RUNS / (self.run_name or own)
+
+    def reaching_out(self) -> list[str]:
+        if self.is_token_prune:
+            return super().reaching_out()
+        return ["env", "env_kwargs"] if self.env_kwargs else ["env"]
 
     def defaults(self) -> dict[str, Any]:
         return defaults_for(self.env).to_json() | {"env": MappoConfig.env}

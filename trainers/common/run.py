@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -12,7 +13,10 @@ from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
+from prunevit.envs.data.datasets import DIGITS, is_on_disk
 from prunevit.envs.old_names import rename_settings
+from prunevit.envs.vit.described import description_problem
+from prunevit.envs.vit.digits_vit import DIGITS_VIT
 from prunevit.trainers.common.checkpoint import (
     CheckpointError,
     existing,
@@ -56,6 +60,14 @@ class RunSettings(Settings):
     def folder(self) -> Path:
         """Where a new run is written."""
         raise NotImplementedError
+
+    def reaching_out(self) -> list[str]:
+        """Settings that have code imported or something fetched. A run's files may be a
+        stranger's, so whoever resumes the run gives these again.
+        """
+        names = {"backbone": ":" in (getattr(self, "backbone", None) or "")}
+        names["dataset"] = not is_on_disk(getattr(self, "dataset", None) or DIGITS)
+        return [name for name, reaches_out in names.items() if reaches_out]
 
 
 S = TypeVar("S", bound=RunSettings)
@@ -110,7 +122,8 @@ class RunFolder:
             values = json.loads(self.config.read_text(encoding="utf-8"))
             if not isinstance(values, dict):
                 raise ValueError("it holds no JSON object")
-        except ValueError as error:
+        # JSON that is nested too deeply is a RecursionError
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{self.config} is damaged: {error}") from error
         values = rename_settings(values)
         version = values.pop("version", None)
@@ -216,7 +229,8 @@ def open_run(settings: S, ranks: Ranks = ALONE) -> tuple[RunFolder, S]:
     """Opens the folder of a run, new or resumed, and returns it with the run's settings.
 
     Raises:
-        TrainingError: a new run's folder exists, or other settings were given with ``resume``.
+        TrainingError: a new run's folder exists, or other settings were given with ``resume``, or
+            those weren't that have to be (``RunSettings.reaching_out``).
         CheckpointError: there is no run to resume, or its settings can't be read.
     """
     if settings.resume is None:
@@ -232,13 +246,44 @@ def open_run(settings: S, ranks: Ranks = ALONE) -> tuple[RunFolder, S]:
     if changed:
         # settings that equal the run's own are fine
         with suppress(CheckpointError):
-            saved = run.read_settings(type(settings)).to_json()
-            changed = [name for name in changed if given[name] != saved[name]]
+            found = run.read_settings(type(settings))
+            saved, repeated = found.to_json(), found.reaching_out()
+            changed = [n for n in changed if given[n] != saved[n] and n not in repeated]
     if changed:
         raise TrainingError(
             f"--resume continues with the run's own settings: leave out {', '.join(changed)}"
         )
-    return run, run.read_settings(type(settings))
+    found = run.read_settings(type(settings))
+    _check_safe(run, found, given)
+    return run, found
+
+
+def _check_safe(run: RunFolder, found: RunSettings, given: Mapping[str, Any]) -> None:
+    """Raises what ``open_run`` does where the settings that were ``found`` do more than a file may,
+    and were not ``given`` on the command line.
+    """
+    saved = found.to_json()
+    if any(given[name] != saved[name] for name in found.reaching_out()):
+        again = " ".join(
+            f"--{name.replace('_', '-')} {shlex.quote(_text(saved[name]))}"
+            for name in found.reaching_out()
+        )
+        raise TrainingError(
+            f"{run.config} has code imported or something fetched: if you trust it, resume it with "
+            f"--resume {shlex.quote(str(run.path))} {again}"
+        )
+    backbone = getattr(found, "backbone", DIGITS_VIT)
+    problem = description_problem(
+        DIGITS_VIT if ":" in backbone else backbone, getattr(found, "model_kwargs", {})
+    )
+    if problem is not None:
+        raise CheckpointError(f"{run.config} is refused: {problem}")
+
+
+def _text(value: Any) -> str:
+    """``value`` as on a command line, without characters that a terminal would act on."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if text.isprintable() else ascii(text)
 
 
 def iteration_seed(seed: int, iteration: int) -> int:
