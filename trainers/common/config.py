@@ -162,9 +162,8 @@ class MappoConfig(RunSettings):
     run_name: str | None = None
     """The run is written to runs/RUN_NAME; a name made of game, seed and time if not given."""
     resume: Path | None = None
-    """A run folder to go on with, under the configuration it was started with. Give --env again for
-    a PettingZoo game, and --dataset for one that a library may fetch: a folder can't choose those
-    alone."""
+    """A run folder to go on with, under the configuration it was started with. A folder
+    can't choose a PettingZoo game, or a dataset that a library may fetch: give those again."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
