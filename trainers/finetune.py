@@ -199,7 +199,7 @@ def load_run(config: FinetuneConfig, device: torch.device) -> tuple[PrunedViT, s
     freeze(model, config.frozen)
     model = model.to(device).to(memory_format=torch.channels_last)
     own = saving.read_json(config.run / saving.CONFIG)["dataset"]
-    if config.dataset is None and not is_on_disk(own):
+    if config.dataset is None and not is_on_disk(str(own)):
         raise ValueError(
             f"{config.run} was trained on {own}, which a library may fetch: if you trust it, give "
             f"--dataset {own}"
