@@ -11,12 +11,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import timm
 import torch
 import tyro
 from tqdm import tqdm
 
+from prunevit.benchmarks.markdown import markdown_table
 from prunevit.envs.vit.timm_models.supported import SUPPORTED, why_unsupported
 
 # Titles of rows and patterns of names; the first that fits, and the last for all others of the
@@ -51,8 +53,7 @@ EXAMPLES = 2
 CLASSES_SHOWN = 8
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """One of timm's models: its name, its class, and why it is refused, None where it is not."""
 
     name: str
@@ -77,42 +78,32 @@ def ask(names: Iterable[str]) -> Iterator[Answer]:
 
 def table(answers: Sequence[Answer]) -> str:
     """Markdown: a row for each family, those whose classes are supported first."""
-    lines = [
-        "| Family | timm class | Examples | Supported | Refused, and why |",
-        "|---|---|---|---|---|",
-    ]
-    ours = [[a for a in answers if a.title == title] for title in dict(TITLES)]
+    groups = [[a for a in answers if a.title == title] for title in dict(TITLES)]
     others = [answer for answer in answers if answer.title == OTHERS]
     # a row for each reason, that of most models last
     reasons = reversed(Counter(answer.reason for answer in others).most_common())
-    theirs = [[a for a in others if a.reason == reason] for reason, _ in reasons]
-    for models in ours + theirs:
-        if models:
-            lines.append("| " + " | ".join([models[0].title, *_cells(models)]) + " |")
+    groups += [[a for a in others if a.reason == reason] for reason, _ in reasons]
+    header = ["Family", "timm class", "Examples", "Supported", "Refused, and why"]
+    rows = markdown_table(header, [row(models) for models in groups if models])
     fit = sum(answer.reason is None for answer in answers)
-    lines.append(f"\n{fit} of timm {timm.__version__}'s {len(answers)} models are supported.")
-    return "\n".join(lines)
+    return f"{rows}\n\n{fit} of timm {timm.__version__}'s {len(answers)} models are supported."
 
 
-def _cells(models: Sequence[Answer]) -> list[str]:
-    """Classes, examples, how many are supported, and why the others are not."""
-    classes = Counter(answer.model for answer in models)
+def row(models: Sequence[Answer]) -> list[str]:
+    """A family's title, classes, examples, how many are supported, and why the others are not."""
+    classes = [f"`{name}`" for name, _ in Counter(a.model for a in models).most_common()]
+    shown, more = ", ".join(classes[:CLASSES_SHOWN]), len(classes) - CLASSES_SHOWN
     fit = [answer.name for answer in models if answer.reason is None]
-    shown = fit or [answer.name for answer in models]
-    apart = max(1, len(shown) // EXAMPLES)  # not two sizes of one model
+    names = fit or [answer.name for answer in models]
+    apart = max(1, len(names) // EXAMPLES)  # not two sizes of one model
     reasons = Counter(answer.reason for answer in models if answer.reason is not None)
     return [
-        _listed([f"`{name}`" for name, _ in classes.most_common()], CLASSES_SHOWN, "classes"),
-        ", ".join(f"`{name}`" for name in shown[::apart][:EXAMPLES]),
+        models[0].title,
+        shown + (f" and {more} other classes" if more > 0 else ""),
+        ", ".join(f"`{name}`" for name in names[::apart][:EXAMPLES]),
         str(len(fit)),
         "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common()) or "0",
     ]
-
-
-def _listed(words: Sequence[str], most: int, what: str) -> str:
-    """The first of them, and how many more there are."""
-    more = len(words) - most
-    return ", ".join(words[:most]) + (f" and {more} other {what}" if more > 0 else "")
 
 
 @dataclass

@@ -3,51 +3,31 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.stats import bootstrap
 
-CONFIDENCE = 0.95
 RESAMPLES = 9_999
-CURVE_RESAMPLES = 1_999  # of many columns at once
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The interval of the mean (BCa); the value itself where there is only one, or all are equal.
-
-    Args:
-        values: one a seed.
+def interval(values: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Lower and upper ends of the mean's interval (BCa) over the first axis, the seeds; the value
+    itself where there is only one, or all are equal.
     """
-    if len(set(values)) < 2:
-        return values[0], values[0]
-    with warnings.catch_warnings():
-        # with few values BCa's correction can be undefined; then the percentiles are used
-        warnings.simplefilter("ignore")
-        for method in ("BCa", "percentile"):
+    values = np.asarray(values, dtype=np.float64)
+    low = high = values[0]
+    if len(values) < 2:
+        return low, high
+    open = ~(values == low).all(0)
+    # with few values BCa's correction can be undefined; then the percentiles are used
+    for method in ("percentile", "BCa"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             found = bootstrap(
-                (values,), np.mean, confidence_level=CONFIDENCE, n_resamples=RESAMPLES,
+                (values,), np.mean, axis=0, confidence_level=0.95, n_resamples=RESAMPLES,
                 method=method, rng=np.random.default_rng(0),
             ).confidence_interval  # fmt: skip
-            if np.isfinite(found.low) and np.isfinite(found.high):
-                break
-    return float(found.low), float(found.high)
-
-
-def intervals(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The interval (percentiles) of the mean of each column.
-
-    Args:
-        values: [seeds, columns].
-
-    Returns:
-        lower and upper ends, [columns] each.
-    """
-    if len(values) < 2:
-        return values[0], values[0]
-    found = bootstrap(
-        (values,), np.mean, confidence_level=CONFIDENCE, n_resamples=CURVE_RESAMPLES,
-        method="percentile", rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
-    return found.low, found.high
+        defined = open & np.isfinite(found.low) & np.isfinite(found.high)
+        low, high = np.where(defined, found.low, low), np.where(defined, found.high, high)
+    return low, high

@@ -15,13 +15,13 @@ figures need beside records.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import numpy as np
+import pandas as pd
 import torch
 import tyro
 
@@ -29,13 +29,7 @@ from prunevit.benchmarks.artifacts import leave_curves, leave_pictures
 from prunevit.benchmarks.markdown import markdown_table, mean_and_interval
 from prunevit.benchmarks.method_speed import time_untimed, where
 from prunevit.benchmarks.methods.registry import METHODS
-from prunevit.benchmarks.protocol import (
-    Benchmark,
-    UnreachableError,
-    UpperBound,
-    judge,
-    judge_dense,
-)
+from prunevit.benchmarks.protocol import Benchmark, UnreachableError, judge, judge_dense
 from prunevit.benchmarks.records import FILE, Record, Records, command
 from prunevit.benchmarks.tasks import TASKS
 from prunevit.envs.data.datasets import open_images
@@ -46,22 +40,23 @@ from prunevit.envs.old_names import COMPARE_FLAGS, rename_flags
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.weights import sha256
-from prunevit.trainers.common.checkpoint import CheckpointError
 from prunevit.trainers.common.classification import versions
-from prunevit.trainers.common.run import TrainingError
+from prunevit.trainers.common.run import COMMAND_ERRORS
+from prunevit.trainers.common.settings import Count, Range, Settings, Threads
+from prunevit.trainers.common.signals import ends_in_one_line
 
 
 @dataclass
-class CompareConfig:
+class CompareConfig(Settings):
     """What is compared."""
 
-    task: str = "digits"
-    """digits, cifar10 or imagenet."""
+    task: Literal["digits", "cifar10", "imagenet"] = "digits"
+    """Images, backbone and stages."""
     methods: tuple[str, ...] = (
         "mappo", "dynamic-vit", "attention", "threshold", "ats", "evit", "tome", "random", "norm",
     )  # fmt: skip
     """Which methods; an unknown name lists them all."""
-    seeds: int = 5
+    seeds: Count = 5
     """Trainings of each learned method, and draws of each random one."""
     out: Path = Path("results")
     """Folder of the records and the runs."""
@@ -73,39 +68,27 @@ class CompareConfig:
     """A file with the backbone's weights."""
     pretrained: bool = False
     """Download the backbone's weights."""
-    points: tuple[float, ...] = ()
+    points: tuple[Annotated[float, Range(0, 1, open_low=True)], ...] = ()
     """Operating points, shares of the dense compute; the task's own if none is given."""
-    iterations: int | None = None
+    iterations: Count | None = None
     """Iterations of each training; the task's own if not given."""
-    eval_size: int = 1_000
+    eval_size: Count = 1_000
     """Validation images on which knobs are set."""
-    test_size: int | None = None
+    test_size: Count | None = None
     """Test images; all of them if not given."""
     speed: bool = True
     """At the end, time what has no speed yet. Nothing else should run then."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    threads: int | None = None
+    threads: Threads | None = None
     """CPU threads; torch's own choice if not given."""
 
-
-def check(config: CompareConfig) -> None:
-    """Refuses settings that can't be compared.
-
-    Raises:
-        ValueError: the message says which.
-    """
-    if config.task not in TASKS:
-        raise ValueError(f"unknown task {config.task!r}: choose from {', '.join(TASKS)}")
-    unknown = [name for name in config.methods if name not in METHODS]
-    if unknown or not config.methods:
-        known = "; ".join(f"{name} ({spec.title})" for name, spec in METHODS.items())
-        raise ValueError(f"unknown methods {', '.join(unknown) or '()'}: there are {known}")
-    for name in ("seeds", "eval_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
-    if any(not 0 < point <= 1 for point in config.points):
-        raise ValueError(f"points={config.points}: shares of the dense compute, in (0, 1]")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = [name for name in self.methods if name not in METHODS]
+        if unknown or not self.methods:
+            known = "; ".join(f"{name} ({spec.title})" for name, spec in METHODS.items())
+            raise ValueError(f"unknown methods {', '.join(unknown) or '()'}: there are {known}")
 
 
 def open_benchmark(config: CompareConfig) -> tuple[Benchmark, ImageSet]:
@@ -115,12 +98,12 @@ def open_benchmark(config: CompareConfig) -> tuple[Benchmark, ImageSet]:
         ValueError: data or weights are not named, unknown or damaged.
     """
     task = TASKS[config.task]
-    points = tuple(config.points or task.points)
-    task = replace(task, backbone=config.backbone or task.backbone, points=points)
+    task = replace(
+        task, backbone=config.backbone or task.backbone, points=config.points or task.points
+    )
     base = task.config(config.data, config.checkpoint, config.pretrained)
-    base = replace(base, device=config.device, threads=config.threads)
-    if config.iterations is not None:
-        base = replace(base, iterations=config.iterations)
+    iterations = base.iterations if config.iterations is None else config.iterations
+    base = replace(base, device=config.device, threads=config.threads, iterations=iterations)
     model = create_backbone(
         base.backbone, pretrained=base.pretrained, checkpoint=base.checkpoint, **base.model_kwargs
     )
@@ -141,17 +124,13 @@ def open_benchmark(config: CompareConfig) -> tuple[Benchmark, ImageSet]:
 
 def settings_of(config: CompareConfig, bench: Benchmark, test: ImageSet) -> dict[str, Any]:
     """What all records of a folder have in common."""
-    base = bench.base
-    return {
-        "backbone": base.backbone,
-        "model_kwargs": base.model_kwargs,
-        "weights": sha256(base.checkpoint) if base.checkpoint else None,
-        "pretrained": base.pretrained,
-        "dataset": base.dataset,
+    names = ("backbone", "model_kwargs", "pretrained", "dataset")
+    return {name: getattr(bench.base, name) for name in names} | {
+        "weights": sha256(bench.base.checkpoint) if bench.base.checkpoint else None,
         "prune_before": list(bench.task.prune_before),
         "iterations": config.iterations,
         "eval_size": config.eval_size,
-        "test_size": len(test) if config.test_size is None else min(config.test_size, len(test)),
+        "test_size": min(config.test_size or len(test), len(test)),
     }
 
 
@@ -159,11 +138,8 @@ def compare(config: CompareConfig) -> list[Record]:
     """Measures what isn't measured yet; returns all records of the folder.
 
     Raises:
-        ValueError: settings that don't go together, an unknown or damaged data set or backbone, a
-            folder of another task or of other settings.
-        CheckpointError: a run in the folder is damaged.
-        TrainingError: a training can't begin, or diverged.
-        OSError: the disk is full or not writable.
+        COMMAND_ERRORS: settings that don't go together, something unknown or damaged, a folder of
+            other settings, a training that diverged, or a full disk.
     """
     records = Records(config.out / FILE)
     records.require({"task": config.task}, lambda row: {"task": row["task"]})
@@ -178,7 +154,16 @@ def compare(config: CompareConfig) -> list[Record]:
     # depends only on the number of images
     dense_of = cache(lambda size: judge_dense(bench, test, size))
     for name, seed in field:
-        measure(name, seed, settings, records, bench, test, dense_of)
+        due = [point for point in bench.task.points if records.find(name, seed, point) is None]
+        if due:
+            print(f"{name}, seed {seed}", flush=True)
+            for row in measure(name, seed, due, settings, bench, test, dense_of):
+                records.put(row)
+                print(
+                    f"  {row['point']:.0%}: accuracy {100 * row['accuracy']:.2f} of "
+                    f"{100 * row['dense_accuracy']:.2f} at {row['gmacs'] / row['dense_gmacs']:.1%}",
+                    flush=True,
+                )
     leave_curves(config.out, field, bench)
     leave_pictures(config.out, field, records, bench, test)
     if config.speed:
@@ -189,39 +174,25 @@ def compare(config: CompareConfig) -> list[Record]:
 def measure(
     name: str,
     seed: int,
+    points: Sequence[float],
     settings: dict[str, Any],
-    records: Records,
     bench: Benchmark,
     test: ImageSet,
     dense_of: Callable[[int], float],
-) -> None:
-    """Judges a method at each point without a record, and trains it first where that is due.
-
-    Args:
-        name: of the method.
-        seed: of its training, or its draws.
-        settings: what all records have in common.
-        records: the records, which get the new ones.
-        bench: what methods share.
-        test: the images that judge.
-        dense_of: the dense model's accuracy on so many of them.
+) -> Iterator[Record]:
+    """Judges a method at ``points``, and trains it first where that is due. ``dense_of`` tells the
+    dense model's accuracy on so many test images.
     """
-    due = [point for point in bench.task.points if records.find(name, seed, point) is None]
-    if not due:
-        return
-    print(f"{name}, seed {seed}", flush=True)
     method = METHODS[name].open(bench, seed)
-    size = settings["test_size"]
-    if isinstance(method, UpperBound):
-        size = min(size, method.images)
-    for point in due:
+    size = min(settings["test_size"], method.most_images or settings["test_size"])
+    for point in points:
         try:
             knobs = method.tune(bench.gmacs_at(point))
         except UnreachableError as error:
             print(f"  not at {point:.0%} of the dense compute: {error}", flush=True)
             continue
         result = judge(method, knobs, bench, test, size)
-        row = {
+        yield {
             "task": bench.task.name,
             "method": name,
             "seed": seed,
@@ -241,41 +212,29 @@ def measure(
             "settings": settings,
             "command": command("benchmarks.compare"),
         }
-        records.put(row)
-        print(
-            f"  {point:.0%}: accuracy {100 * row['accuracy']:.2f} of "
-            f"{100 * row['dense_accuracy']:.2f} at {row['gmacs'] / row['dense_gmacs']:.1%}",
-            flush=True,
-        )
 
 
 def table(rows: Sequence[Record]) -> str:
     """A line for each method and operating point, over the seeds, the most accurate first. Methods
     that were judged on fewer images say on how many.
     """
-
-    def mean(name: str, group: list[Record]) -> float:
-        return float(np.mean([row[name] for row in group]))
-
-    most = max((sum(row["left"]) for row in rows), default=0)
+    data = pd.DataFrame(rows)
+    data["images"] = data["left"].map(sum)
+    data["loss"] = data["dense_accuracy"] - data["accuracy"]
+    data["share"] = data["gmacs"] / data["dense_gmacs"]
     lines = []
-    for point in sorted({row["point"] for row in rows}):
-        groups: dict[str, list[Record]] = {}
-        for row in rows:
-            if row["point"] == point:
-                groups.setdefault(row["method"], []).append(row)
-        for name, group in sorted(groups.items(), key=lambda item: -mean("accuracy", item[1])):
-            images = min(sum(row["left"]) for row in group)
-            speeds = [row["speedup"] for row in group if row["speedup"] is not None]
-            loss = [100 * (row["dense_accuracy"] - row["accuracy"]) for row in group]
+    for point, at_point in data.groupby("point"):
+        methods = at_point.groupby("method", sort=False)
+        for name, group in sorted(methods, key=lambda item: -item[1]["accuracy"].mean()):
+            images, speeds = group["images"].min(), group["speedup"].dropna().tolist()
             lines.append(
                 [
                     f"{100 * point:.0f}%",
-                    name if images == most else f"{name} ({images} images)",
+                    name if images == data["images"].max() else f"{name} ({images} images)",
                     str(len(group)),
-                    mean_and_interval([100 * row["accuracy"] for row in group]),
-                    mean_and_interval(loss),
-                    f"{np.mean([100 * row['gmacs'] / row['dense_gmacs'] for row in group]):.1f}",
+                    mean_and_interval((100 * group["accuracy"]).tolist()),
+                    mean_and_interval((100 * group["loss"]).tolist()),
+                    f"{100 * group['share'].mean():.1f}",
                     mean_and_interval(speeds, unit="x") if speeds else "not timed",
                 ]
             )
@@ -285,18 +244,13 @@ def table(rows: Sequence[Record]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    try:
+    with ends_in_one_line(*COMMAND_ERRORS):
         arguments = rename_flags(sys.argv[1:] if arguments is None else arguments, COMPARE_FLAGS)
-        config = tyro.cli(
-            CompareConfig, description=__doc__, args=arguments, prog="python -m benchmarks.compare"
-        )
-        check(config)
+        prog = "python -m benchmarks.compare"
+        config = tyro.cli(CompareConfig, description=__doc__, args=arguments, prog=prog)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        rows = compare(config)
-    except (ValueError, CheckpointError, TrainingError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    print(table(rows))
+        print(table(compare(config)))
 
 
 if __name__ == "__main__":

@@ -17,20 +17,21 @@ Lines are means over seeds, and bands their 95% intervals.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import torch
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from prunevit.benchmarks.artifacts import Pictures, open_curves, read_pictures
-from prunevit.benchmarks.bootstrap import interval, intervals
+from prunevit.benchmarks.artifacts import ALIVE, Pictures, open_curves, read_pictures
+from prunevit.benchmarks.bootstrap import interval
 from prunevit.benchmarks.methods.recipes import RECIPES
 from prunevit.benchmarks.records import FILE, Record, read
 from prunevit.envs.rendering import stage_strip
@@ -48,8 +49,6 @@ CURVE_TITLES = {
     "keep_ratio": "share of patches kept, sampled",
 }
 
-Style = dict[str, Any]
-
 
 @dataclass
 class FiguresConfig:
@@ -59,54 +58,51 @@ class FiguresConfig:
     """A folder that benchmarks.compare wrote."""
 
 
-def ours_first(names: Set[str]) -> list[str]:
-    """Names in alphabetical order, after ours."""
-    return sorted(names, key=lambda name: (name != OURS, name))
+def load(folder: Path) -> pd.DataFrame:
+    """The records of a folder, with costs and accuracies in percent.
+
+    Raises:
+        ValueError: there are no records, or they are damaged.
+    """
+    file = folder / FILE
+    rows = read(file) if file.is_file() else []
+    if not rows:
+        raise ValueError(f"{file} holds no records: python -m benchmarks.compare --out {folder}")
+    return in_percent(rows)
 
 
-def grouped(rows: Sequence[Record]) -> dict[str, dict[float, list[Record]]]:
-    """Records by method, ours first, and operating point, ascending."""
-    return {
-        name: {
-            point: [row for row in rows if (row["method"], row["point"]) == (name, point)]
-            for point in sorted({row["point"] for row in rows if row["method"] == name})
-        }
-        for name in ours_first({row["method"] for row in rows})
-    }
+def in_percent(rows: Sequence[Record]) -> pd.DataFrame:
+    """Records as a table, with ``percent`` (accuracy), ``cost`` (of the dense compute), ``kept``
+    (mean of the stages) and ``images`` (judged on).
+    """
+    data = pd.DataFrame(rows)
+    data["percent"] = 100 * data["accuracy"]
+    data["cost"] = 100 * data["gmacs"] / data["dense_gmacs"]
+    data["kept"] = [100 * float(np.mean(kept)) for kept in data["kept"]]
+    data["images"] = data["left"].map(sum)
+    data["speedup"] = data["speedup"].astype(float)
+    return data
 
 
-def cost_percent(row: Record) -> float:
-    """GMACs in percent of dense."""
-    return 100 * row["gmacs"] / row["dense_gmacs"]
+def methods_of(names: Sequence[str]) -> list[str]:
+    """Different names in alphabetical order, after ours."""
+    return sorted(set(names), key=lambda name: (name != OURS, name))
 
 
-def draw_line(
-    axes: Axes,
-    points: dict[float, list[Record]],
-    x: Callable[[Record], float | None],
-    y: Callable[[Record], float],
-    **style: Any,
-) -> None:
-    """Draws means over seeds with a band. Points where ``x`` is unknown are left out."""
-    places, means, lows, highs = [], [], [], []
-    for group in points.values():
-        pairs = [(place, y(row)) for row in group if (place := x(row)) is not None]
-        if not pairs:
-            continue
-        known, values = zip(*pairs, strict=True)
-        low, high = interval(values)
-        places.append(float(np.mean(known)))
-        means.append(float(np.mean(values)))
-        lows.append(low)
-        highs.append(high)
-    if places:
-        (line,) = axes.plot(places, means, **style)
-        axes.fill_between(places, lows, highs, color=line.get_color(), alpha=0.2, linewidth=0)
+def draw_line(axes: Axes, data: pd.DataFrame, x: str, y: str, **style: Any) -> None:
+    """Draws a method's means over seeds, point by point, with a band. Records without ``x`` are
+    left out.
+    """
+    groups = [group for _, group in data.dropna(subset=[x]).groupby("point")]
+    if groups:
+        places = [group[x].mean() for group in groups]
+        (line,) = axes.plot(places, [group[y].mean() for group in groups], **style)
+        low, high = np.array([interval(group[y]) for group in groups]).T
+        axes.fill_between(places, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
-def style_of(name: str, place: int) -> Style:
-    """A colour and a marker for each method; ours stands out, fine-tuned ones are
-    dashed.
+def style_of(name: str, place: int) -> dict[str, Any]:
+    """How a method is drawn: ours stands out, fine-tuned ones are dashed.
 
     Args:
         name: of the method.
@@ -115,29 +111,25 @@ def style_of(name: str, place: int) -> Style:
     is_ours = name == OURS
     return {
         "label": name,
-        "marker": MARKERS[place % len(MARKERS)],
-        "markersize": 4,
-        "linestyle": "--" if name.endswith(FINE_TUNED) else "-",
         "color": "black" if is_ours else COLORS[(place - 1) % len(COLORS)],
         "linewidth": 2.2 if is_ours else 1.2,
+        "linestyle": "--" if name.endswith(FINE_TUNED) else "-",
         "zorder": 3 if is_ours else 2,
     }
 
 
-def draw_tradeoff(rows: Sequence[Record]) -> Figure:
+def draw_tradeoff(data: pd.DataFrame) -> Figure:
     """Accuracy against compute and, where that was timed, against measured speed."""
-    panels: list[tuple[str, Callable[[Record], float | None]]] = [
-        ("GMACs, % of dense", cost_percent),
-        ("measured speed-up over timm's dense model", lambda row: row["speedup"]),
-    ]
-    if len({row["method"] for row in rows if row["speedup"] is not None}) < 2:
-        panels.pop()  # a single line compares nothing
+    panels = {"cost": "GMACs, % of dense"}
+    if data.dropna(subset=["speedup"])["method"].nunique() > 1:  # a single line compares nothing
+        panels["speedup"] = "measured speed-up over timm's dense model"
     figure = Figure(figsize=(5.5 * len(panels), 4.6), layout="constrained")
     columns = figure.subplots(1, len(panels), squeeze=False)[0]
-    dense = 100 * rows[0]["dense_accuracy"]
-    for axes, (title, x) in zip(columns, panels, strict=True):
-        for i, (name, points) in enumerate(grouped(rows).items()):
-            draw_line(axes, points, x, lambda row: 100 * row["accuracy"], **style_of(name, i))
+    dense = 100 * data["dense_accuracy"].iloc[0]
+    for axes, (x, title) in zip(columns, panels.items(), strict=True):
+        for i, name in enumerate(methods_of(data["method"])):
+            style = style_of(name, i) | {"marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+            draw_line(axes, data[data["method"] == name], x, "percent", **style)
         axes.axhline(dense, color="grey", linestyle=":", label="dense")
         axes.set_ylim(bottom=max(axes.get_ylim()[0], dense - MOST_LOSS))
         axes.set_xlabel(title)
@@ -148,19 +140,14 @@ def draw_tradeoff(rows: Sequence[Record]) -> Figure:
     return figure
 
 
-def draw_knob(rows: Sequence[Record]) -> Figure:
-    """What one policy for all budgets keeps and spends against its alpha."""
-    points = grouped(rows)[OURS]
+def draw_knob(data: pd.DataFrame) -> Figure:
+    """What one policy for all alphas keeps and spends against its alpha."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    shares: list[tuple[str, str, Callable[[Record], float]]] = [
-        ("GMACs", "o", cost_percent),
-        ("patches kept, mean of the stages", "^", lambda row: 100 * float(np.mean(row["kept"]))),
-    ]
-    for label, marker, share in shares:
-        draw_line(axes, points, lambda row: row["alpha"], share, marker=marker, label=label)
+    draw_line(axes, data, "alpha", "cost", marker="o", label="GMACs, % of dense")
+    draw_line(axes, data, "alpha", "kept", marker="^", label="patches kept, mean of the stages")
     axes.set_xscale("log")
-    alphas = [float(np.mean([row["alpha"] for row in group])) for group in points.values()]
+    alphas = data.groupby("point")["alpha"].mean().tolist()
     axes.set_xticks(alphas, [f"{alpha:.2g}" for alpha in alphas])
     axes.set_xticks([], minor=True)
     axes.set_xlabel("alpha (beta is 1)")
@@ -172,63 +159,62 @@ def draw_knob(rows: Sequence[Record]) -> Figure:
 
 def draw_pruned(pictures: Pictures) -> Figure:
     """A row for each image and a column for each method, with what it left after each stage."""
-    names = ours_first(pictures.alive.keys())
-    count, height, width = pictures.images.shape[:3]
-    stages = 1 + max(alive.shape[1] for alive in pictures.alive.values())
+    left = {
+        key.removeprefix(ALIVE): torch.from_numpy(alive)
+        for key, alive in pictures.items()
+        if key.startswith(ALIVE)
+    }
+    names = methods_of(list(left))
+    count, height, width = pictures["images"].shape[:3]
+    stages = 1 + max(alive.shape[1] for alive in left.values())
     figure = Figure(
         figsize=(1.1 * stages * len(names) * width / height, 1.25 * count), layout="constrained"
     )
-    pixels = torch.from_numpy(pictures.images).permute(0, 3, 1, 2) / 255
+    pixels = torch.from_numpy(pictures["images"]).permute(0, 3, 1, 2) / 255
+    rows, columns = pictures["grid"].tolist()
     for i, row in enumerate(figure.subplots(count, len(names), squeeze=False)):
         for axes, name in zip(row, names, strict=True):
-            alive = torch.from_numpy(pictures.alive[name][i])
-            alive = torch.cat([torch.ones_like(alive[:1]), alive])
-            axes.imshow(stage_strip(pixels[i], alive, pictures.grid))
+            alive = torch.cat([torch.ones_like(left[name][i, :1]), left[name][i]])
+            axes.imshow(stage_strip(pixels[i], alive, (rows, columns)))
             axes.set_axis_off()
             kept = " ".join(str(int(patches)) for patches in alive.sum(1))
             title = f"{name}\n" if i == 0 else ""
-            axes.set_title(f"{title}{pictures.labels[i]}: {kept}", fontsize=7)
+            axes.set_title(f"{title}{pictures['labels'][i]}: {kept}", fontsize=7)
     return figure
 
 
 def draw_curves(curves: Sequence[Record]) -> Figure:
     """Training curves of each method. Seeds with other iterations are interpolated."""
-    metrics = [name for name in CURVE_TITLES if any(name in curve for curve in curves)]
-    figure = Figure(figsize=(5.5 * len(metrics), 4), layout="constrained")
-    names = ours_first({curve["method"] for curve in curves})
-    for axes, metric in zip(
-        figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True
+    figure = Figure(figsize=(5.5 * len(CURVE_TITLES), 4), layout="constrained")
+    for axes, (metric, title) in zip(
+        figure.subplots(1, len(CURVE_TITLES)), CURVE_TITLES.items(), strict=True
     ):
-        for i, name in enumerate(names):
-            mine = [curve for curve in curves if curve["method"] == name and metric in curve]
-            if not mine:
-                continue
+        shown = [curve for curve in curves if metric in curve]
+        for i, name in enumerate(methods_of([curve["method"] for curve in shown])):
+            mine = [curve for curve in shown if curve["method"] == name]
             end = min(curve["iteration"][-1] for curve in mine)  # of the shortest
             places = [x for x in mine[0]["iteration"] if x <= end]
             values = np.array([np.interp(places, c["iteration"], c[metric]) for c in mine])
-            color = style_of(name, i)["color"]
-            axes.plot(places, values.mean(0), color=color, label=name, linewidth=1.2)
-            axes.fill_between(places, *intervals(values), color=color, alpha=0.2, linewidth=0)
+            (line,) = axes.plot(places, values.mean(0), **style_of(name, i))
+            color = line.get_color()
+            axes.fill_between(places, *interval(values), color=color, alpha=0.2, linewidth=0)
         axes.set_xlabel("iteration")
-        axes.set_title(CURVE_TITLES[metric], fontsize=10)
+        axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     return figure
 
 
-def draw_adaptive(rows: Sequence[Record]) -> Figure:
+def draw_adaptive(data: pd.DataFrame) -> Figure:
     """The share of images by patches left at the end, at the middle operating point."""
-    points = sorted({row["point"] for row in rows})
+    points = sorted(set(data["point"]))
     middle = points[(len(points) - 1) // 2]
+    data = data[data["point"] == middle]
     figure = Figure(figsize=(8, 4.4), layout="constrained")
     axes = figure.subplots()
-    for i, (name, groups) in enumerate(grouped(rows).items()):
-        if middle not in groups:
-            continue
-        left = np.sum([row["left"] for row in groups[middle]], axis=0)
-        share = 100 * left / left.sum()
-        style = {key: style_of(name, i)[key] for key in ("color", "linewidth", "zorder")}
-        axes.step(range(len(share)), share, where="mid", label=name, **style)
+    for i, name in enumerate(methods_of(data["method"])):
+        left = np.sum(data[data["method"] == name]["left"].tolist(), axis=0)
+        axes.step(range(len(left)), 100 * left / left.sum(), where="mid", **style_of(name, i))
     axes.set_yscale("symlog", linthresh=1)
     axes.set_xlabel(f"patches left after the last stage, at {middle:.0%} of dense GMACs")
     axes.set_ylabel("images, %")
@@ -247,35 +233,33 @@ def draw(folder: Path) -> dict[str, Figure]:
     Raises:
         ValueError: there are no records, or they are damaged.
     """
-    file = folder / FILE
-    rows = read(file) if file.is_file() else []
-    if not rows:
-        raise ValueError(f"{file} holds no records: python -m benchmarks.compare --out {folder}")
-    methods = {row["method"] for row in rows}
+    data = load(folder)
+    methods = set(data["method"])
     tuned = {name for name in methods if name.endswith(FINE_TUNED)}
     libraries = {name for name in methods if name.startswith(LIBRARY)}
     # upper bounds, judged on fewer images, would stretch the axes
-    most = max(sum(row["left"]) for row in rows)
-    bounds = {row["method"] for row in rows if sum(row["left"]) < most}
+    bounds = set(data[data["images"] < data["images"].max()]["method"])
     rivals = methods - ABLATIONS - libraries - bounds
-
-    def of(names: Set[str]) -> list[Record]:
-        return [row for row in rows if row["method"] in names]
-
-    figures: dict[str, tuple[Callable[[Any], Figure], Any]] = {
-        "tradeoff.png": (draw_tradeoff, of(rivals - tuned)),
-        "ablations.png": (draw_tradeoff, of(ABLATIONS | {OURS}) if methods & ABLATIONS else []),
-        "libraries.png": (draw_tradeoff, of(libraries | {OURS}) if libraries else []),
+    parts: dict[str, tuple[Callable[[pd.DataFrame], Figure], set[str]]] = {
+        "tradeoff.png": (draw_tradeoff, rivals - tuned),
+        "ablations.png": (draw_tradeoff, ABLATIONS | {OURS} if methods & ABLATIONS else set()),
+        "libraries.png": (draw_tradeoff, libraries | {OURS} if libraries else set()),
         "fine_tuning.png": (
-            draw_tradeoff,
-            of(tuned | {name.removesuffix(FINE_TUNED) for name in tuned}),
+            draw_tradeoff, tuned | {name.removesuffix(FINE_TUNED) for name in tuned},
         ),
-        "knob.png": (draw_knob, of({OURS})),
-        "pruned.png": (draw_pruned, read_pictures(folder)),
-        "curves.png": (draw_curves, open_curves(folder).rows),
-        "adaptive.png": (draw_adaptive, of(rivals)),
+        "knob.png": (draw_knob, {OURS}),
+        "adaptive.png": (draw_adaptive, rivals),
+    }  # fmt: skip
+    figures = {
+        name: draw_part(data[data["method"].isin(shown)])
+        for name, (draw_part, shown) in parts.items()
+        if methods & shown
     }
-    return {name: draw_one(shown) for name, (draw_one, shown) in figures.items() if shown}
+    if pictures := read_pictures(folder):
+        figures["pruned.png"] = draw_pruned(pictures)
+    if curves := open_curves(folder).rows:
+        figures["curves.png"] = draw_curves(curves)
+    return figures
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from prunevit.benchmarks.bootstrap import interval
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table without a newline at its end.
+    """A table without a newline at its end; a row has as many cells as the header."""
+    lines = [[f" {cell} " if cell else " " for cell in line] for line in (header, *rows)]
+    lines.insert(1, ["---"] * len(header))
+    return "\n".join(f"|{'|'.join(line)}|" for line in lines)
+
+
+def records_table(
+    records: Iterable[Mapping[str, Any]], columns: Mapping[str, tuple[str, float, str]]
+) -> str:
+    """A row for each record.
 
     Args:
-        header: titles of the columns.
-        rows: cells, as many in each row.
+        records: a field that one doesn't have leaves its cell empty.
+        columns: title -> field, its unit (1 for what is no number), and how it is formatted.
     """
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("|" + "|".join(_cell(cell) for cell in line) + "|" for line in lines)
 
+    def cell(record: Mapping[str, Any], field: str, unit: float, form: str) -> str:
+        if field not in record:
+            return ""
+        return format(record[field] if unit == 1 else record[field] / unit, form)
 
-def _cell(text: str) -> str:
-    return text if text == "---" else f" {text} " if text else " "
+    rows = ([cell(record, *column) for column in columns.values()] for record in records)
+    return markdown_table(list(columns), rows)
 
 
 def mean_and_interval(values: Sequence[float], digits: int = 2, unit: str = "") -> str:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from prunevit.benchmarks.machine import hardware
 from prunevit.benchmarks.methods.registry import rebuild
@@ -26,14 +25,13 @@ def time_untimed(
     """Writes into the records without a speed how many times faster than timm's dense model they
     are, at batches of ``SPEED_BATCH``. Trains and judges nothing.
     """
-    pixels = speed_images(images).to(bench.backbone.device)
+    # evenly spread; some of them twice where there are fewer
+    chosen = [i * len(images) // SPEED_IMAGES for i in range(SPEED_IMAGES)]
+    pixels = images.load(chosen)[0].to(bench.backbone.device)
     with TimingProcess() as process:
         for name, seed in field:
-            rows = {
-                str(point): row
-                for point in bench.task.points
-                if (row := records.find(name, seed, point)) and row["speedup"] is None
-            }
+            found = (records.find(name, seed, point) for point in bench.task.points)
+            rows = {str(row["point"]): row for row in found if row and row["speedup"] is None}
             try:
                 models = {key: rebuild(row, bench) for key, row in rows.items()}
             except ValueError as error:
@@ -48,14 +46,8 @@ def time_untimed(
                 rows[key]["speedup"] = speedup(timings["dense"], timings[key])
                 rows[key].update(where(bench), speed_command=command("benchmarks.compare"))
             records.save()
-            said = ", ".join(f"{row['speedup']:.2f}x" for row in rows.values())
+            said = ", ".join(f"{rows[key]['speedup']:.2f}x" for key in timed)
             print(f"{name}, seed {seed}: {said}", flush=True)
-
-
-def speed_images(images: ImageSet) -> Tensor:
-    """``SPEED_IMAGES`` images, evenly spread; some of them twice where there are fewer."""
-    chosen = [i * len(images) // SPEED_IMAGES for i in range(SPEED_IMAGES)]
-    return images.load(chosen)[0]
 
 
 def where(bench: Benchmark) -> dict[str, Any]:

@@ -80,27 +80,17 @@ class Method:
         tune: GMACs of an image -> the knobs that bring it there. Trains where that is due. Raises
             UnreachableError.
         make: the pruned model with these knobs, which may be among other items, as in a record.
-            Trains nothing, and raises ValueError where the training's run is gone.
+            Trains nothing, and raises ValueError where the training's run is gone. None for an
+            upper bound.
+        search: of an upper bound, which needs the image's own label: knobs -> a function of images
+            and labels. Its speed means nothing.
+        most_images: that it is judged on, if not all.
     """
 
     tune: Callable[[float], Knobs]
-    make: Callable[[Knobs], Traced]
-
-
-@dataclass(frozen=True)
-class UpperBound:
-    """An oracle, which searches with the image's own answer. It is no way to prune: it is judged on
-    few images, and its speed means nothing.
-
-    Attributes:
-        tune: as of ``Method``.
-        search: knobs -> a function of images and labels that searches.
-        images: how many it is judged on.
-    """
-
-    tune: Callable[[float], Knobs]
-    search: Callable[[Knobs], Callable[[Tensor, Tensor], Trace]]
-    images: int
+    make: Callable[[Knobs], Traced] | None
+    search: Callable[[Knobs], Callable[[Tensor, Tensor], Trace]] | None = None
+    most_images: int | None = None
 
 
 class FixedScheduleModel(nn.Module):
@@ -127,24 +117,17 @@ class FixedScheduleModel(nn.Module):
 
     def trace(self, images: Tensor) -> Trace:
         """Tells how many patches are left, as if they were the first ones; not which."""
-        batch, patches = len(images), self.backbone.num_patches
         count = torch.tensor(self.kept, device=images.device)[:, None]
-        alive = torch.arange(patches, device=images.device) < count  # [T, N]
-        macs = torch.full((batch,), self.macs, device=images.device)
-        return Trace(self(images), alive.expand(batch, -1, -1), macs)
+        alive = torch.arange(self.backbone.num_patches, device=images.device) < count  # [T, N]
+        macs = torch.full((len(images),), self.macs, device=images.device)
+        return Trace(self(images), alive.expand(len(images), -1, -1), macs)
 
 
 def bisect(
     cost: Callable[[float], float], low: float, high: float, target: float, at_least: bool
 ) -> float:
-    """The knob whose cost comes closest to ``target`` from one side.
-
-    Args:
-        cost: knob -> GMACs, which fall as the knob rises.
-        low: lower end of the knob, positive.
-        high: upper end.
-        target: GMACs.
-        at_least: the cost must be at least ``target``; otherwise at most.
+    """The knob between ``low`` and ``high``, both positive, whose cost in GMACs comes closest to
+    ``target`` from one side: at least as much, or at most. ``cost`` falls as the knob rises.
 
     Raises:
         UnreachableError: the cost is on the wrong side of the target at the far end.
@@ -160,11 +143,12 @@ def bisect(
 
 
 def judge(
-    method: Method | UpperBound, knobs: Knobs, bench: Benchmark, images: ImageSet, size: int
+    method: Method, knobs: Knobs, bench: Benchmark, images: ImageSet, size: int
 ) -> Evaluation:
     """What a method does on ``size`` of ``images`` with these knobs."""
-    if isinstance(method, UpperBound):
+    if method.search is not None:
         return evaluate_traces(method.search(knobs), bench.backbone, images, size)
+    assert method.make is not None
     return evaluate(method.make(knobs), images, size)
 
 

@@ -25,7 +25,7 @@ FIELDS = {
 class Records:
     """The records of a file, which is created when the first one is put.
 
-    A line that was cut off is dropped, as are all that follow it: they are measured again.
+    A line that was cut off is dropped: it is measured again.
 
     Args:
         path: the file.
@@ -46,11 +46,8 @@ class Records:
         wanted: Mapping[str, Any],
         found: Callable[[Record], Mapping[str, Any] | None] = lambda row: row.get("settings"),
     ) -> None:
-        """Checks that all records were made under the same settings.
-
-        Args:
-            wanted: the settings.
-            found: a record -> its settings; None where it doesn't tell, as the first records.
+        """Checks that all records were made under the settings ``wanted``. The first records don't
+        tell theirs.
 
         Raises:
             ValueError: some were not; the message names the differences.

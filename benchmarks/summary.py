@@ -13,24 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import tyro
 
 from prunevit.benchmarks.markdown import markdown_table, mean_and_deviation
 
-ONE_RUNS_OWN = ("seed", "run_name", "resume", "device", "threads", "accumulate")
+ONE_RUNS_OWN = {"seed", "run_name", "resume", "device", "threads", "accumulate"}
 
 
-@dataclass(frozen=True)
-class FinishedRun:
-    """A finished run: its folder's name, settings and report."""
-
-    name: str
-    config: dict[str, Any]
-    report: dict[str, Any]
-
-
-def read_run(folder: Path) -> FinishedRun:
-    """Reads a run's settings and report.
+def read_run(folder: Path) -> dict[str, Any]:
+    """A run's name, its settings and the figures of its report; accuracies and shares in percent.
 
     Raises:
         ValueError: the folder holds no finished run of the token game, or its files are damaged.
@@ -42,25 +34,14 @@ def read_run(folder: Path) -> FinishedRun:
         )
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder} holds no finished run: {error}") from error
-    if "dense" not in report.get("policies", {}):
+    policies = report.get("policies", {})
+    if "dense" not in policies:
         raise ValueError(f"{folder} is no run of the token game")
-    return FinishedRun(folder.name, config, report)
-
-
-def group_by_settings(runs: Sequence[FinishedRun]) -> list[list[FinishedRun]]:
-    """Groups of runs that differ only in the seed, in the order in which they were given."""
-    groups: dict[str, list[FinishedRun]] = {}
-    for run in runs:
-        settings = {key: value for key, value in run.config.items() if key not in ONE_RUNS_OWN}
-        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
-    return list(groups.values())
-
-
-def columns_of(report: dict[str, Any]) -> dict[str, float]:
-    """The figures of a report; accuracies and shares in percent."""
-    policies = report["policies"]
     dense, learned = policies["dense"], policies["learned"]
+    settings = {key: value for key, value in config.items() if key not in ONE_RUNS_OWN}
     return {
+        "run": folder.name,
+        "settings": json.dumps(settings, sort_keys=True),
         "loss": 100 * (dense["accuracy"] - learned["accuracy"]),
         "GMACs, % of dense": 100 * learned["gmacs"] / dense["gmacs"],
         "speed-up": learned["images_per_second"] / dense["images_per_second"],
@@ -70,16 +51,14 @@ def columns_of(report: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def table(runs: Sequence[FinishedRun]) -> str:
-    """A row for each group of runs."""
-    groups = group_by_settings(runs)
-    columns = list(columns_of(groups[0][0].report))
+def table(runs: Sequence[dict[str, Any]]) -> str:
+    """A row for each group of runs with the same settings."""
+    figures = list(runs[0])[2:]
     rows = []
-    for group in groups:
-        figures = [columns_of(run.report) for run in group]
-        cells = [mean_and_deviation([row[column] for row in figures]) for column in columns]
-        rows.append([group[0].name, str(len(group)), *cells])
-    return markdown_table(["run", "seeds", *columns], rows)
+    for _, group in pd.DataFrame(runs).groupby("settings", sort=False):
+        cells = [mean_and_deviation(group[figure].tolist()) for figure in figures]
+        rows.append([group["run"].iloc[0], str(len(group)), *cells])
+    return markdown_table(["run", "seeds", *figures], rows)
 
 
 @dataclass

@@ -16,67 +16,41 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import tyro
 
 from prunevit.benchmarks.machine import MIB
 from prunevit.benchmarks.markdown import markdown_table, mean_and_deviation, mean_and_interval
 from prunevit.benchmarks.marl import compare as marl
-from prunevit.benchmarks.records import FILE, Record, read
+from prunevit.benchmarks.methods.registry import METHODS
+from prunevit.benchmarks.records import FILE, read
 from prunevit.trainers.common.checkpoint import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+TWO_MINUTES = "digits/two-minutes"
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 INTERVAL = re.compile(r"\[(-?\d+\.\d+), (-?\d+\.\d+)\]")
 TOLERANCE = 0.0201  # of an interval's ends, which depend on what a version of scipy draws
 
-# methods and their titles
-DIGITS = {
-    "mappo": "**ours, one policy for every alpha**",
-    "dynamic-vit": "DynamicViT, frozen backbone",
-    "evit": "EViT, the rest fused",
-    "tome": "ToMe",
-    "attention": "class attention, top-k",
-    "threshold": "class attention, threshold",
-    "ats": "ATS",
-    "random": "random, top-k",
-    "norm": "norm, top-k",
-}
-ABLATIONS = {
-    "mappo": "**ours** (`mappo`)",
-    "mappo-fine-tuned": "ours, the backbone fine-tuned under the policy",
-    "dynamic-vit-fine-tuned": "DynamicViT as published, fine-tuned",
-    "mappo-each-price": "ours, trained for each operating point (`mappo-each-price`)",
-    "no-attention-prior": "without the attention prior",
-    "no-stage": "doesn't observe the stage",
-    "one-stage": "prunes only at the first stage",
-    "confidence": "paid for the true class's probability",
-    "agreement": "paid for agreement with the dense model (`agreement`)",
-    "ippo": "IPPO: a local critic as baseline (`ippo`)",
-    "no-image-baseline": "a central critic as the only baseline (`no-image-baseline`)",
-    "with-critic": "a central critic in addition (`with-critic`)",
-    "no-team-reward": "survivors share a reward, one alpha (`no-team-reward`)",
-    "paper": "the paper's way (`paper`)",
-    "released": "RL4EViT's released code at its own rate (`released`)",
-    "released-faster": "the same at a hundred times its rate (`released-faster`)",
-    "evit-unfused": "no training: EViT unfused",
-    "brightness": "brightness, top-k",
-}
-BENCHMARL = {
-    f"benchmarl-{name}": f"BenchMARL's {name.upper()}"
-    for name in ("mappo", "ippo", "qmix", "vdn", "isac", "masac", "iql")
-}
-CIFAR10 = {
-    name: DIGITS[name]
-    for name in ("mappo", "tome", "ats", "evit", "threshold", "attention", "dynamic-vit", "random")
-} | {
-    "released": "RL4EViT's released code at its own rate (`released`), not timed",
-    "norm": DIGITS["norm"],
-}
-FINE_TUNING = {
-    "mappo": "frozen backbone",
-    "mappo-fine-tuned": "fine-tuned under the policy, once, at 60%",
-}
+DIGITS = (
+    "mappo", "dynamic-vit", "evit", "tome", "attention", "threshold", "ats", "random", "norm",
+)  # fmt: skip
+ABLATIONS = (
+    "mappo", "mappo-fine-tuned", "dynamic-vit-fine-tuned", "mappo-each-price",
+    "no-attention-prior", "no-stage", "one-stage", "confidence", "agreement", "ippo",
+    "no-image-baseline", "with-critic", "no-team-reward", "paper", "released", "released-faster",
+    "evit-unfused", "brightness",
+)  # fmt: skip
+BENCHMARL = tuple(
+    f"benchmarl-{name}" for name in ("mappo", "ippo", "qmix", "vdn", "isac", "masac", "iql")
+)
+CIFAR10 = (
+    "mappo", "tome", "ats", "evit", "threshold", "attention", "dynamic-vit", "random", "released",
+    "norm",
+)  # fmt: skip
+FINE_TUNING = ("mappo", "mappo-fine-tuned")
 VARIANTS = {
     "dense": "dense: timm's own model",
     "packed": "**packed: ours**, policy included",
@@ -108,140 +82,127 @@ def load(name: str) -> Any:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
-# --- comparisons ---
-
-
 def method_rows(
-    title: str, rows: Sequence[Record], points: Sequence[float], with_speeds: bool
+    title: str, rows: pd.DataFrame, points: Sequence[float], with_speeds: bool
 ) -> list[list[str]]:
     """A method's row: test accuracy at each point and, where it was timed, the speed-up in the same
     cell, or in a row of its own if there are intervals. A cell with fewer seeds says how many.
     """
-    groups = [[row for row in rows if row["point"] == point] for point in points]
+    groups = [rows[rows["point"] == point] for point in points]
     most = max(len(group) for group in groups)
     accuracies, speeds = [title], [""]
     for group in groups:
-        cell = "not reached"
-        if group:
-            cell = mean_and_interval([100 * row["accuracy"] for row in group])
-            cell += f", {len(group)} seeds" if len(group) < most else ""
-        accuracies.append(cell)
-        timed = [row["speedup"] for row in group if row["speedup"] is not None]
-        speeds.append(mean_and_interval(timed, unit="x") if timed and with_speeds else "")
+        cell = (
+            mean_and_interval((100 * group["accuracy"]).tolist()) if len(group) else "not reached"
+        )
+        accuracies.append(cell + (f", {len(group)} seeds" if 0 < len(group) < most else ""))
+        timed = group["speedup"].dropna().tolist() if with_speeds else []
+        speeds.append(mean_and_interval(timed, unit="x") if timed else "")
     if not any(speeds):
         return [accuracies]
     if most > 1:
         return [accuracies, speeds]
-    both = zip(accuracies[1:], speeds[1:], strict=True)
-    return [[title, *(f"{accuracy}, {speed}" for accuracy, speed in both)]]
+    return [[title, *map(", ".join, zip(accuracies[1:], speeds[1:], strict=True))]]
 
 
 def comparison(
-    *parts: tuple[str, Mapping[str, str]], with_speeds: bool = False, seed: int | None = None
+    *parts: tuple[str, Sequence[str]], with_speeds: bool = False, seed: int | None = None
 ) -> str:
     """A row for each method, a column for each operating point.
 
     Args:
-        parts: folders of the results, and methods with their titles.
+        parts: folders of the results, and methods.
         with_speeds: show how many times as fast as dense each is.
         seed: take this seed alone.
     """
     lines: list[list[str]] = []
     points: list[float] = []
-    for folder, titles in parts:
-        rows = read(RESULTS / folder / FILE)
-        rows = [row for row in rows if seed is None or row["seed"] == seed]
-        points = points or sorted({row["point"] for row in rows if row["method"] in titles})
-        for method, title in titles.items():
-            of_method = [row for row in rows if row["method"] == method]
-            lines += method_rows(title, of_method, points, with_speeds)
+    for folder, methods in parts:
+        data = pd.DataFrame(read(RESULTS / folder / FILE))
+        data = data if seed is None else data[data["seed"] == seed]
+        points = points or sorted(set(data[data["method"].isin(methods)]["point"]))
+        for method in methods:
+            title = f"{METHODS[method].title} (`{method}`)"
+            title = f"**{title}**" if method == "mappo" else title
+            title += ", within two minutes" if folder == TWO_MINUTES else ""
+            lines += method_rows(title, data[data["method"] == method], points, with_speeds)
     first, *others = (f"at {point:.0%}" for point in points)
     return markdown_table(["method", f"{first} of dense GMACs", *others], lines)
 
 
-# --- runs, speeds, MARL ---
-
-
-def reports(name: str) -> list[dict[str, dict[str, float]]]:
-    """Policies of the reports ``digits/NAME-SEED.json``."""
-    files = sorted((RESULTS / "digits").glob(f"{name}-*.json"))
-    return [load(f"digits/{file.name}")["policies"] for file in files]
-
-
-def run_row(title: str, runs: Sequence[dict[str, dict[str, float]]], policy: str) -> list[str]:
-    """A policy's accuracy, GMACs and speed over the seeds."""
-    own, dense = ([run[name] for run in runs] for name in (policy, "dense"))
-    pairs = list(zip(own, dense, strict=True))
-    accuracy = [100 * row["accuracy"] for row in own]
-    costs = [100 * row["gmacs"] / base["gmacs"] for row, base in pairs]
-    speeds = [row["images_per_second"] / base["images_per_second"] for row, base in pairs]
+def run_row(title: str, name: str, policy: str) -> list[str]:
+    """A policy's accuracy, GMACs and speed in the reports ``digits/NAME-SEED.json``."""
+    runs = [load(str(file))["policies"] for file in sorted(RESULTS.glob(f"digits/{name}-*.json"))]
+    accuracy = [100 * run[policy]["accuracy"] for run in runs]
     if policy == "dense":
         return [title, f"{accuracy[0]:.2f}", "100%", "1.00x"]
-    cost, speed = mean_and_deviation(costs, 1, "%"), mean_and_deviation(speeds, 2, "x")
-    return [title, mean_and_deviation(accuracy), cost, speed]
+    cost, speed = (
+        [run[policy][key] / run["dense"][key] for run in runs]
+        for key in ("gmacs", "images_per_second")
+    )
+    percent = [100 * share for share in cost]
+    return [
+        title,
+        mean_and_deviation(accuracy),
+        mean_and_deviation(percent, 1, "%"),
+        mean_and_deviation(speed, 2, "x"),
+    ]
 
 
 def default_run() -> str:
     """The default run's policies."""
+    header = ["policy", "test accuracy", "GMACs, share of dense", "measured speed"]
     titles = {
         "dense": "dense (timm's own model)",
         "learned": "**learned**",
         "attention": "class-attention top-k, at no less compute",
         "random": "random, at no less compute",
     }
-    runs = reports("default")
-    header = ["policy", "test accuracy", "GMACs, share of dense", "measured speed"]
-    return markdown_table(header, [run_row(title, runs, name) for name, title in titles.items()])
+    return markdown_table(header, [run_row(titles[name], "default", name) for name in titles])
 
 
 def accuracy_rewards() -> str:
     """The learned policy of the default run, and of one that is paid for confidence."""
+    header = ["set-up", "test accuracy", "GMACs, share of dense"]
     titles = {
         "default": "default: no critic, paid for staying near the dense model's answer",
         "confidence": "paid for the true class's probability instead (`--accuracy confidence`)",
     }
-    rows = [run_row(title, reports(name), "learned")[:3] for name, title in titles.items()]
-    return markdown_table(["set-up", "test accuracy", "GMACs, share of dense"], rows)
+    return markdown_table(header, [run_row(titles[name], name, "learned")[:3] for name in titles])
 
 
 def throughput() -> str:
     """Speed-ups of all variants."""
-    records = {"DeiT-S": load("throughput/deit_small.json")}
-    records["DeiT-B"] = load("throughput/deit_base.json")
-    lines = []
-    for variant, title in VARIANTS.items():
-        own = {
-            (model, row["batch_size"]): row
-            for model, rows in records.items()
-            for row in rows
-            if row["variant"] == variant
-        }
-        gmacs = ", ".join(f"{own[model, 32]['gmacs']:.2f}" for model in records)
-        lines.append([title, gmacs, *(f"{row['speedup']:.2f}x" for row in own.values())])
-    columns = [f"{model}, batch {batch}" for model in records for batch in (1, 32)]
-    return markdown_table(["variant", "GMACs", *columns], lines)
+    files = {"DeiT-S": "throughput/deit_small.json", "DeiT-B": "throughput/deit_base.json"}
+    rows = {
+        (model, row["batch_size"], row["variant"]): row
+        for model, file in files.items()
+        for row in load(file)
+    }
+    columns = [(model, batch) for model in files for batch in (1, 32)]
+    lines = [
+        [title, ", ".join(f"{rows[model, 32, variant]['gmacs']:.2f}" for model in files)]
+        + [f"{rows[*column, variant]['speedup']:.2f}x" for column in columns]
+        for variant, title in VARIANTS.items()
+    ]
+    header = [f"{model}, batch {batch}" for model, batch in columns]
+    return markdown_table(["variant", "GMACs", *header], lines)
 
 
 def iteration_cost() -> str:
     """What an iteration of MAPPO costs an episode, by tokens and episodes."""
     cells = {
-        (row["tokens"], row["episodes"]): row
+        (row["tokens"], row["episodes"]): f"{1e3 * row['seconds'] / row['episodes']:.1f} ms, "
+        f"{row['over_forward']:.2f}x, {row['peak_memory'] / MIB:,.0f} MiB"
         for row in load("speed/train_speed_grid.json")
         if row["stages"] == 2
     }
     episodes = (32, 128, 512, 1_024)
-
-    def cell(row: Record) -> str:
-        each = 1e3 * row["seconds"] / row["episodes"]
-        peak = row["peak_memory"] / MIB
-        return f"{each:.1f} ms, {row['over_forward']:.2f}x, {peak:,.0f} MiB"
-
     lines = [
-        [f"{tokens:,}", *(cell(cells[tokens, count]) for count in episodes)]
+        [f"{tokens:,}", *(cells[tokens, count] for count in episodes)]
         for tokens in (64, 256, 1_024)
     ]
-    titles = [f"{count:,} episodes" for count in episodes]
-    return markdown_table(["tokens, 2 stages", *titles], lines)
+    return markdown_table(["tokens, 2 stages", *(f"{n:,} episodes" for n in episodes)], lines)
 
 
 def adapters() -> str:
@@ -261,19 +222,16 @@ def adapters() -> str:
 
 def marl_trainers() -> str:
     """Returns and CPU seconds of the MARL trainers."""
-    tasks = marl.grouped(read(RESULTS / "marl" / FILE, marl.FIELDS))
+    data = marl.with_methods(read(RESULTS / "marl" / FILE, marl.FIELDS))
     lines = []
     for method, title in MARL.items():
         cells = [title]
-        for task in tasks.values():
-            group = task[method]
-            cells += [
-                mean_and_interval([row[kind][-1] for row in group])
-                for kind in ("greedy", "sampled")
-            ]
-            cells.append(f"{sum(row['cpu_seconds'] for row in group) / len(group):.0f}")
+        for task in marl.TASKS:
+            group = data[(data["task"] == task) & (data["method"] == method)]
+            cells += [mean_and_interval(group[kind].tolist()) for kind in ("greedy", "sampled")]
+            cells.append(f"{group['cpu_seconds'].mean():.0f}")
         lines.append(cells)
-    header = [column for task in tasks for column in (f"{task}, greedy", "sampled", "CPU s")]
+    header = [column for task in marl.TASKS for column in (f"{task}, greedy", "sampled", "CPU s")]
     return markdown_table(["method", *header], lines)
 
 
@@ -284,8 +242,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "digits-ablations": partial(comparison, ("digits/compare", ABLATIONS)),
     "digits-benchmarl": partial(
         comparison,
-        ("digits/compare", {"mappo": "**ours** (5 seeds)"}),
-        ("digits/two-minutes", {"mappo": "ours, within two minutes (3 seeds)"}),
+        ("digits/compare", ["mappo"]),
+        (TWO_MINUTES, ["mappo"]),
         ("digits/compare", BENCHMARL),
     ),
     "cifar10": partial(comparison, ("cifar10/compare", CIFAR10), with_speeds=True),
@@ -304,12 +262,8 @@ def same(found: str, wanted: str) -> bool:
     """Whether a table is as it should be, but for the last digits of its intervals."""
     if INTERVAL.sub("[]", found) != INTERVAL.sub("[]", wanted):
         return False
-    pairs = zip(INTERVAL.finditer(found), INTERVAL.finditer(wanted), strict=True)
-    return all(
-        abs(float(mine) - float(theirs)) <= TOLERANCE
-        for ours, other in pairs
-        for mine, theirs in zip(ours.groups(), other.groups(), strict=True)
-    )
+    ends = (np.array(INTERVAL.findall(text), dtype=float) for text in (found, wanted))
+    return np.allclose(*ends, rtol=0, atol=TOLERANCE)
 
 
 def refresh(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> tuple[str, list[str]]:

@@ -15,14 +15,12 @@ class Task:
     """A data set with its backbone.
 
     Attributes:
-        name: of the task.
-        backbone: as ``create_backbone`` takes it.
-        dataset: as ``open_images`` takes it; None where the user has to name it.
-        needs_weights: whether the user has to give the backbone's weights.
+        dataset: as ``open_images`` takes it; None where the user has to name it, and to give the
+            backbone's weights.
         prune_before: stages of every method that doesn't bring its own.
         released_stages: three stages like RL4EViT's (3, 6, 9) of 12.
         points: operating points, shares of the dense model's compute.
-        alpha_range: alphas that one policy for many budgets is trained under.
+        alpha_range: alphas that one policy for many of them is trained under.
         dithers: whether learned policies may dither, where that is better on validation. In
             photographs neighbouring patches are alike, and would all go at once.
         training: further options of ``trainers.mappo``.
@@ -34,12 +32,11 @@ class Task:
     name: str
     backbone: str
     dataset: str | None
-    needs_weights: bool
     prune_before: tuple[int, ...]
     released_stages: tuple[int, ...]
     points: tuple[float, ...]
     alpha_range: tuple[float, float]
-    dithers: bool = False
+    dithers: bool = True
     training: Mapping[str, Any] = field(default_factory=dict)
     fine_tuning: Mapping[str, Any] = field(default_factory=dict)
     dynamic_vit: Mapping[str, Any] = field(default_factory=dict)
@@ -53,7 +50,7 @@ class Task:
         dataset = self.dataset if dataset is None else dataset
         if dataset is None:
             raise ValueError(f"task {self.name}: where are its images? Give --data folder:PATH")
-        if self.needs_weights and checkpoint is None and not pretrained:
+        if self.dataset is None and checkpoint is None and not pretrained:
             raise ValueError(
                 f"task {self.name} needs a trained backbone: give --checkpoint FILE "
                 "(python -m trainers.backbone makes one) or --pretrained"
@@ -75,7 +72,7 @@ TASKS: Mapping[str, Task] = {
             name="digits",
             backbone="digits_vit",
             dataset="digits",
-            needs_weights=False,
+            dithers=False,
             prune_before=(1, 3),
             released_stages=(2, 4, 6),
             points=(0.3, 0.36, 0.42, 0.5),
@@ -86,12 +83,10 @@ TASKS: Mapping[str, Task] = {
             name="cifar10",
             backbone="vit_tiny_patch16_224",
             dataset=None,
-            needs_weights=True,
             prune_before=(2, 4, 6),
             released_stages=(2, 4, 6),
             points=(0.5, 0.58, 0.6, 0.7, 0.8),
             alpha_range=(0.01, 0.4),
-            dithers=True,
             training={"iterations": 1_000, "eval_every": 250},
             # as the backbone was trained
             fine_tuning={
@@ -108,12 +103,10 @@ TASKS: Mapping[str, Task] = {
             name="imagenet",
             backbone="deit_small_patch16_224",
             dataset=None,
-            needs_weights=True,
             prune_before=(3, 6, 9),
             released_stages=(3, 6, 9),
             points=(0.5, 0.6, 0.7, 0.8),
             alpha_range=(0.05, 1.0),
-            dithers=True,
             training={"eval_every": 250, "eval_size": 5_000},
             fine_tuning={"epochs": 1, "epoch_size": 1_300_000},
         ),

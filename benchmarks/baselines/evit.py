@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,19 +24,14 @@ from prunevit.envs.vit.timm_models.heads import pools_tokens
 from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
 
 
-def fuse(patches: Tensor, attention: Tensor) -> Tensor:
-    """One token of many, each weighted with its attention: [B, n, D] and [B, n] -> [B, 1, D]."""
-    return attention[:, None] @ patches
-
-
 def reorganise(patches: Tensor, attention: Tensor, count: int, with_fused: bool) -> Tensor:
     """The ``count`` patches with the most attention, in their order, and the others as one behind
-    them.
+    them, each weighted with its attention. Nothing changes where there are no more.
 
     Args:
         patches: [B, n, D].
         attention: what the class token paid each, [B, n].
-        count: how many stay; where there are no more, nothing changes.
+        count: how many stay.
         with_fused: fuse the others, or drop them.
 
     Returns:
@@ -45,17 +39,14 @@ def reorganise(patches: Tensor, attention: Tensor, count: int, with_fused: bool)
     """
     if count >= patches.shape[1]:
         return patches
-    order = attention.argsort(dim=1, descending=True)
+    order = attention.argsort(dim=1, descending=True)[..., None]
     stay, go = order[:, :count].sort(1).values, order[:, count:]
-    staying = patches.gather(1, _wide(stay, patches))
+    staying = patches.take_along_dim(stay, 1)
     if not with_fused:
         return staying
-    fused = fuse(patches.gather(1, _wide(go, patches)), attention.gather(1, go))
+    weights = attention[..., None].take_along_dim(go, 1)
+    fused = weights.transpose(1, 2) @ patches.take_along_dim(go, 1)
     return torch.cat([staying, fused], dim=1)
-
-
-def _wide(index: Tensor, rows: Tensor) -> Tensor:
-    return index[..., None].expand(-1, -1, rows.shape[2])
 
 
 def token_counts(patches: int, tokens: Sequence[int], with_fused: bool = True) -> list[int]:
@@ -138,19 +129,13 @@ class EViT(nn.Module):
 
 
 def macs_counter(
-    model: Any,
-    image_shape: Sequence[int],
-    prune_before: Sequence[int],
-    with_fused: bool = True,
+    model: Any, image_shape: Sequence[int], prune_before: Sequence[int], with_fused: bool = True
 ) -> Callable[[Sequence[int]], int]:
     """Counts what one image costs with given numbers of tokens, the observed attention and fusing
-    included, without computing it.
+    included.
     """
-    build = partial(_build, prune_before=tuple(prune_before), with_fused=with_fused)
+
+    def build(model: Any, tokens: Sequence[int]) -> EViT:
+        return EViT(model, prune_before, tokens, with_fused)
+
     return pass_counter(model, image_shape, build)
-
-
-def _build(
-    model: Any, tokens: Sequence[int], prune_before: Sequence[int], with_fused: bool
-) -> EViT:
-    return EViT(model, prune_before, tokens, with_fused)

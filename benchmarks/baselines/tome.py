@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
@@ -24,28 +23,17 @@ from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
 POOLINGS = ("token", "avg", "map")
 
 
-@dataclass(frozen=True)
-class Matching:
-    """Who merges into whom. Patches at even places are sources, those at odd places targets.
+class Matching(NamedTuple):
+    """Who merges into whom. Patches at even places are sources, those at odd places targets."""
 
-    Attributes:
-        stays: sources that stay, ascending, int64 [B, sources - r].
-        merges: sources that merge, int64 [B, r].
-        into: the target of each of these, int64 [B, r].
-    """
-
-    stays: Tensor
-    merges: Tensor
-    into: Tensor
+    stays: Tensor  # sources that stay, ascending, int64 [B, sources - r]
+    merges: Tensor  # sources that merge, int64 [B, r]
+    into: Tensor  # the target of each of these, int64 [B, r]
 
 
 def match(keys: Tensor, count: int) -> Matching:
-    """Bipartite soft matching: each source proposes to the target with the most similar key, and
-    the ``count`` best pairs merge.
-
-    Args:
-        keys: what is compared, by cosine, [B, N, d].
-        count: r, at most N // 2.
+    """Bipartite soft matching: each source proposes to the target with the most similar of the
+    ``keys`` [B, N, d], and the ``count`` best pairs merge, at most N // 2.
     """
     keys = F.normalize(keys, dim=-1)
     similarity = keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)  # [B, sources, targets]
@@ -67,9 +55,7 @@ def merge(x: Tensor, size: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:
         patches [B, N - r, D] and their sizes [B, N - r, 1]: the sources that stay, then the
         targets.
     """
-    stays, merges, into = (
-        part[..., None] for part in (matching.stays, matching.merges, matching.into)
-    )
+    stays, merges, into = (part[..., None] for part in matching)
     width = x.shape[2]
     sources, targets = x[:, ::2], x[:, 1::2]
     source_size, target_size = size[:, ::2], size[:, 1::2]
@@ -84,16 +70,12 @@ def merge(x: Tensor, size: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:
     )
 
 
-def most_merges(patches: int, wanted: int) -> int:
-    """The paper's limit: half of the patches can merge in a block."""
-    return min(wanted, patches // 2)
-
-
 def token_counts(patches: int, prefix: int, merges: Sequence[int]) -> list[int]:
     """Tokens of an image, prefix ones included, before the first block and after each."""
     counts = [patches]
     for wanted in merges:
-        counts.append(counts[-1] - most_merges(counts[-1], wanted))
+        # the paper's limit: half of the patches can merge in a block
+        counts.append(counts[-1] - min(wanted, counts[-1] // 2))
     return [prefix + count for count in counts]
 
 
@@ -138,7 +120,7 @@ class ToMeViT(nn.Module):
         mixed, _, k = attend(block.attn, block.norm1(x), _proportional(size))
         x = x + block.ls1(mixed)
         prefix = self.model.num_prefix_tokens
-        count = most_merges(x.shape[1] - prefix, wanted)
+        count = min(wanted, (x.shape[1] - prefix) // 2)
         if count:
             size = torch.ones_like(x[..., :1]) if size is None else size
             matching = match(k[:, :, prefix:].mean(1), count)
@@ -176,7 +158,7 @@ def even_merges(total: int, depth: int) -> tuple[int, ...]:
 
 
 def macs_counter(model: Any, image_shape: Sequence[int]) -> Callable[[Sequence[int]], int]:
-    """Counts what one image costs with given merges, matching included, without computing it."""
+    """Counts what one image costs with given merges, matching included."""
     return pass_counter(model, image_shape, ToMeViT)
 
 

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from prunevit.benchmarks.marl.protocol import Curve, Settings, env_maker
 from prunevit.extras import needs
@@ -75,14 +75,16 @@ class CurveCallback(Callback):
         super().__init__()
         self.curve = curve
 
+    def on_setup(self) -> None:
+        self.pass_policy(0)
+
     def on_train_end(self, training_td: TensorDictBase, group: str) -> None:
-        self.curve.after(self.experiment.n_iters_performed + 1, actor_of(self.experiment))
+        self.pass_policy(self.experiment.n_iters_performed + 1)
 
-
-def actor_of(experiment: Experiment) -> Callable[[Tensor], Tensor]:
-    """The network of an experiment's policy, as it is now."""
-    shared = next(part for part in experiment.policy.modules() if isinstance(part, Mlp))
-    return shared.mlp.get_stateful_net()
+    def pass_policy(self, iteration: int) -> None:
+        policy = self.experiment.policy
+        shared = next(part for part in policy.modules() if isinstance(part, Mlp))
+        self.curve.after(iteration, shared.mlp.get_stateful_net())
 
 
 def experiment_config(settings: Settings, folder: str) -> ExperimentConfig:
@@ -128,5 +130,4 @@ def learn(task: str, algorithm: str, seed: int, settings: Settings, curve: Curve
             config=experiment_config(settings, folder),
             callbacks=[CurveCallback(curve)],
         )
-        curve.after(0, actor_of(experiment))
         experiment.run()

@@ -18,10 +18,12 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import tyro
 from matplotlib.figure import Figure
@@ -32,6 +34,9 @@ from prunevit.benchmarks.markdown import markdown_table, mean_and_interval
 from prunevit.benchmarks.marl.protocol import TASKS, Curve, Learn, Settings, env_maker
 from prunevit.benchmarks.records import FILE, Record, Records, command
 from prunevit.envs.old_names import COMPARE_FLAGS, rename_flags
+from prunevit.trainers.common.settings import Count, Threads
+from prunevit.trainers.common.settings import Settings as CommandSettings
+from prunevit.trainers.common.signals import ends_in_one_line
 from prunevit.versions import version_of
 
 MODULE = "benchmarks.marl.compare"
@@ -57,51 +62,35 @@ PACKAGES = {
 
 
 @dataclass
-class MarlCompareConfig:
+class MarlCompareConfig(CommandSettings):
     """What is compared."""
 
     tasks: tuple[str, ...] = tuple(TASKS)
     """Which games; an unknown name lists them all."""
     methods: tuple[str, ...] = tuple(METHODS)
     """Which libraries and algorithms; an unknown name lists them all."""
-    seeds: int = 5
+    seeds: Count = 5
     """Trainings of each method on each game."""
-    frames: int = 300_000
+    frames: Count = 300_000
     """Steps of the game in each training, rounded up to whole iterations; all agents act in one."""
-    evaluations: int = 10
+    evaluations: Count = 10
     """Evaluations, evenly spread, beside the one before training."""
-    episodes: int = 100
+    episodes: Count = 100
     """Episodes of each evaluation, greedy and sampled."""
     out: Path = Path("results/marl")
     """Folder of the records and the figure."""
-    threads: int = 1
+    threads: Threads = 1
     """CPU threads. Networks of this size don't gain from more."""
 
-
-def check(config: MarlCompareConfig) -> None:
-    """Refuses settings that can't be compared.
-
-    Raises:
-        ValueError: the message says which.
-        ImportError: a library is missing; the message says how to install it.
-    """
-    for kind, names, known in (
-        ("tasks", config.tasks, list(TASKS)),
-        ("methods", config.methods, list(METHODS)),
-    ):
-        unknown = [name for name in names if name not in known]
-        if unknown or not names:
-            raise ValueError(
-                f"unknown {kind} {', '.join(unknown) or '()'}: there are {', '.join(known)}"
-            )
-    for name in ("seeds", "frames", "evaluations", "episodes", "threads"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
-    # a missing library should be known before hours of training, not after
-    for name in config.tasks:
-        env_maker(name)
-    for name in config.methods:
-        learner(METHODS[name][0])
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for kind, known in (("tasks", TASKS), ("methods", METHODS)):
+            names = getattr(self, kind)
+            unknown = [name for name in names if name not in known]
+            if unknown or not names:
+                raise ValueError(
+                    f"unknown {kind} {', '.join(unknown) or '()'}: there are {', '.join(known)}"
+                )
 
 
 def learner(library: str) -> Learn:
@@ -149,97 +138,97 @@ def compare(config: MarlCompareConfig) -> list[Record]:
     """Trains what isn't trained yet; returns all records of the folder.
 
     Raises:
+        ImportError: a library is missing; the message says how to install it.
         ValueError: the folder holds damaged records, or some of other settings.
         OSError: the disk is full or not writable.
     """
+    # a missing library should be known before hours of training, not after
+    for task in config.tasks:
+        env_maker(task)
+    for method in config.methods:
+        learner(METHODS[method][0])
     settings = Settings(frames=config.frames)
     records = Records(config.out / FILE, KEY, FIELDS)
     records.require(settings_of(config, settings))
     torch.set_num_threads(config.threads)
     # seeds outermost: a machine that slows down, or an end before the last seed, affects all alike
-    for seed in range(config.seeds):
-        for task in config.tasks:
-            for method in config.methods:
-                if records.find(task, *METHODS[method], seed) is not None:
-                    continue
-                row = train(config, task, method, seed, settings)
-                records.put(row)
-                print(
-                    f"{task}, {method}, seed {seed}: {row['greedy'][-1]:.2f} greedy, "
-                    f"{row['sampled'][-1]:.2f} sampled, {row['wall_seconds']:.0f} s",
-                    flush=True,
-                )
+    for seed, task, method in product(range(config.seeds), config.tasks, config.methods):
+        if records.find(task, *METHODS[method], seed) is None:
+            row = train(config, task, method, seed, settings)
+            records.put(row)
+            print(
+                f"{task}, {method}, seed {seed}: {row['greedy'][-1]:.2f} greedy, "
+                f"{row['sampled'][-1]:.2f} sampled, {row['wall_seconds']:.0f} s",
+                flush=True,
+            )
     return records.rows
 
 
-def grouped(rows: Sequence[Record]) -> dict[str, dict[str, list[Record]]]:
-    """Records by task and method, ours first."""
-    tasks: dict[str, dict[str, list[Record]]] = {}
-    for name, method in METHODS.items():
-        for row in rows:
-            if (row["library"], row["algorithm"]) == method:
-                tasks.setdefault(row["task"], {}).setdefault(name, []).append(row)
-    return tasks
+def with_methods(rows: Sequence[Record]) -> pd.DataFrame:
+    """The records with ``method``, a name of ``METHODS``, and ``greedy_curve`` and
+    ``sampled_curve`` beside the returns at the end; ours first.
+    """
+    data = pd.DataFrame(rows)
+    names = {method: name for name, method in METHODS.items()}
+    pairs = zip(data["library"], data["algorithm"], strict=True)
+    data["method"] = pd.Categorical([names[pair] for pair in pairs], list(METHODS))
+    for kind in ("greedy", "sampled"):
+        data[f"{kind}_curve"] = data[kind]
+        data[kind] = [curve[-1] for curve in data[kind]]
+    return data.sort_values("method", kind="stable")
 
 
 def table(rows: Sequence[Record]) -> str:
     """A line for each task and method: returns at the end, over the seeds, and seconds."""
-    lines = []
-    for task, methods in grouped(rows).items():
-        for name, group in methods.items():
-            returns = [[row[kind][-1] for row in group] for kind in ("greedy", "sampled")]
-            seconds = [[row[kind] for row in group] for kind in ("wall_seconds", "cpu_seconds")]
-            lines.append(
-                [task, name, str(len(group)), f"{group[0]['frames']:,}"]
-                + [mean_and_interval(values) for values in returns]
-                + [mean_and_interval(values, digits=0) for values in seconds]
-            )
+    digits = {"greedy": 2, "sampled": 2, "wall_seconds": 0, "cpu_seconds": 0}
+    groups = with_methods(rows).groupby(["task", "method"], sort=False, observed=True)
+    lines = [
+        [task, method, str(len(group)), f"{group['frames'].iloc[0]:,}"]
+        + [mean_and_interval(group[name].tolist(), digits[name]) for name in digits]
+        for (task, method), group in groups
+    ]
     header = [
         "task", "method", "seeds", "frames", "return, greedy", "return, sampled", "seconds",
         "CPU seconds",
     ]  # fmt: skip
-    return markdown_table(header, lines)
+    return markdown_table(header, sorted(lines, key=lambda line: list(TASKS).index(line[0])))
 
 
 def draw(rows: Sequence[Record]) -> Figure:
     """Learning curves, a row of panels for each task, greedy and sampled: means over the seeds with
     95% intervals as bands.
     """
-    tasks = grouped(rows)
+    data = with_methods(rows)
+    tasks = [task for task in TASKS if task in set(data["task"])]
     figure = Figure(figsize=(11, 4 * len(tasks)), layout="constrained")
     panels = figure.subplots(len(tasks), 2, squeeze=False)
-    for line, (task, methods) in zip(panels, tasks.items(), strict=True):
-        for axes, kind in zip(line, ("greedy", "sampled"), strict=True):
-            for marker, (name, group) in zip(MARKERS, methods.items(), strict=False):
-                frames = group[0]["points"]
-                values = np.array([row[kind] for row in group])  # [seeds, points]
-                low, high = np.array([interval(column) for column in values.T.tolist()]).T
-                (drawn,) = axes.plot(
-                    frames, values.mean(0), label=name, marker=marker, markersize=4
-                )
-                color = drawn.get_color()
-                axes.fill_between(frames, low, high, color=color, alpha=0.2, linewidth=0)
-            axes.set_title(f"{task}, {kind} actions")
-            axes.set_xlabel("frames")
-            axes.set_ylabel("mean episode return")
-            axes.grid(alpha=0.3)
+    kinds = product(tasks, ("greedy", "sampled"))
+    for axes, (task, kind) in zip(panels.flat, kinds, strict=True):
+        methods = data[data["task"] == task].groupby("method", observed=True)
+        for marker, (name, group) in zip(MARKERS, methods, strict=False):
+            values = np.array(group[f"{kind}_curve"].tolist())  # [seeds, points]
+            places = group["points"].iloc[0]
+            (line,) = axes.plot(places, values.mean(0), label=name, marker=marker, markersize=4)
+            color = line.get_color()
+            axes.fill_between(places, *interval(values), color=color, alpha=0.2, linewidth=0)
+        axes.set_title(f"{task}, {kind} actions")
+        axes.set_xlabel("frames")
+        axes.set_ylabel("mean episode return")
+        axes.grid(alpha=0.3)
     panels[0, 0].legend(fontsize=8)
     return figure
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    try:
+    with ends_in_one_line(ValueError, OSError, ImportError):
         arguments = rename_flags(sys.argv[1:] if arguments is None else arguments, COMPARE_FLAGS)
         config = tyro.cli(
             MarlCompareConfig, description=__doc__, args=arguments, prog=f"python -m {MODULE}"
         )
-        check(config)
         rows = compare(config)
         save_figure(draw(rows), config.out / FIGURE)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    print(table(rows))
+        print(table(rows))
 
 
 if __name__ == "__main__":

@@ -27,32 +27,15 @@ Act = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that are equal for all libraries, wherever they mean the same.
+    """Settings that are equal for all libraries, wherever they mean the same."""
 
-    Attributes:
-        frames: steps of the game in a training; all agents act in each step.
-        num_envs: copies of the game.
-        rollout_steps: steps of each copy in an iteration.
-        hidden: widths of the hidden layers, of actor and critic.
-        epochs: passes over an iteration's decisions.
-        minibatches: minibatches a pass.
-        lr: Adam's learning rate, constant.
-        adam_eps: Adam's epsilon.
-        gamma: discount.
-        gae_lambda: GAE's lambda.
-        clip: PPO's clipping range.
-        entropy: weight of the policy's entropy.
-        value_weight: weight of the value loss.
-        max_grad_norm: gradients are clipped to this norm.
-    """
-
-    frames: int
-    num_envs: int = 16
-    rollout_steps: int = 128
-    hidden: tuple[int, ...] = (64, 64)
+    frames: int  # steps of the game in a training; all agents act in each step
+    num_envs: int = 16  # copies of the game
+    rollout_steps: int = 128  # of each copy in an iteration
+    hidden: tuple[int, ...] = (64, 64)  # widths of the hidden layers, of actor and critic
     epochs: int = 5
     minibatches: int = 8
-    lr: float = 7e-4
+    lr: float = 7e-4  # of Adam, constant
     adam_eps: float = 1e-5
     gamma: float = 0.99
     gae_lambda: float = 0.95
@@ -80,67 +63,39 @@ def env_maker(task: str) -> Callable[[], ParallelEnv]:
     return make_pettingzoo(TASKS[task])
 
 
-def episode_return(
-    env: ParallelEnv, act: Act, seed: int, generator: torch.Generator | None
-) -> float:
-    """Plays an episode; returns the mean over the agents of the sum of their rewards.
-
-    Args:
-        env: a game whose agents all stay until the end.
-        act: the policy.
-        seed: of the episode.
-        generator: samples the actions; without one the agents are greedy.
-    """
-    seen, _ = env.reset(seed=seed)
-    agents = env.possible_agents
-    total = 0.0
-    while env.agents:
-        logits = act(torch.stack([torch.as_tensor(seen[agent]).float() for agent in agents]))
-        if generator is None:
-            chosen = logits.argmax(-1)
-        else:
-            chosen = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
-        joint = dict(zip(agents, chosen.tolist(), strict=True))
-        seen, rewards, _, _, _ = env.step(joint)
-        total += sum(float(reward) for reward in rewards.values())
-    return total / len(agents)
-
-
 @torch.no_grad()
 def mean_return(task: str, act: Act, episodes: int, greedy: bool) -> float:
-    """Mean of ``episode_return`` over episodes that are the same for every policy.
-
-    Args:
-        task: of ``TASKS``.
-        act: the policy.
-        episodes: how many.
-        greedy: take each agent's likeliest action instead of sampling.
+    """Mean over episodes, the same for every policy, and over agents of the sum of their rewards.
+    Actions are each agent's likeliest ones if ``greedy``, otherwise sampled.
     """
     env = env_maker(task)()
-    generator = None if greedy else torch.Generator().manual_seed(EVALUATION_SEED)
-    returns = [
-        episode_return(env, act, EVALUATION_SEED + episode, generator)
-        for episode in range(episodes)
-    ]
+    agents = env.possible_agents  # all stay until the end
+    generator = torch.Generator().manual_seed(EVALUATION_SEED)
+    total = 0.0
+    for episode in range(episodes):
+        seen, _ = env.reset(seed=EVALUATION_SEED + episode)
+        while env.agents:
+            logits = act(torch.stack([torch.as_tensor(seen[agent]).float() for agent in agents]))
+            if greedy:
+                chosen = logits.argmax(-1)
+            else:
+                chosen = logits.softmax(-1).multinomial(1, generator=generator).squeeze(1)
+            joint = dict(zip(agents, chosen.tolist(), strict=True))
+            seen, rewards, _, _, _ = env.step(joint)
+            total += sum(float(reward) for reward in rewards.values())
     env.close()
-    return sum(returns) / episodes
+    return total / len(agents) / episodes
 
 
 class Curve:
-    """Evaluates a policy in the course of its training, and measures the time of the training
-    without these evaluations.
-
-    Args:
-        task: of ``TASKS``.
-        settings: of the training.
-        points: evaluations, evenly spread, beside the one before the training.
-        episodes: of each evaluation.
+    """Evaluates a policy in the course of its training, before it and at ``points`` evenly spread
+    places.
 
     Attributes:
         frames: of the training until each evaluation.
         greedy: mean return of each evaluation with greedy actions.
         sampled: the same with sampled actions.
-        seconds: of the training.
+        seconds: of the training, without the evaluations.
         cpu_seconds: of this process in them.
     """
 

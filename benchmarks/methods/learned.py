@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,7 +19,7 @@ from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.agents.run_reader import RUN_WEIGHTS
-from prunevit.benchmarks.methods.recipes import Recipe
+from prunevit.benchmarks.methods.recipes import RECIPES
 from prunevit.benchmarks.protocol import Benchmark, Knobs, Method, UnreachableError, bisect
 from prunevit.benchmarks.records import differences
 from prunevit.envs.old_names import rename_settings
@@ -32,6 +33,8 @@ from prunevit.trainers.mappo import learn
 
 ODDS = (1e-4, 1e4)  # of keep, between which a threshold is searched
 ALPHAS_BEYOND = 8.0  # alphas are searched up to this factor beyond the trained range
+BENCHMARL_MINUTES = 2.0  # of a training
+BENCHMARL_ALGORITHMS = ("mappo", "ippo", "qmix", "vdn", "iql", "masac", "isac")
 # settings that change a policy by no more than rounding
 RUNS_OWN = {
     "threads", "device", "run", "run_name", "resume", "workers", "cache_gb", "profile",
@@ -42,56 +45,57 @@ RUNS_OWN = {
 # --- runs ---
 
 
-def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raises ValueError where ``folder`` holds a run under other settings that matter."""
-    written = folder / "config.json"
-    if not written.is_file():
-        return
-    found = rename_settings(json.loads(written.read_text(encoding="utf-8")))
-    wanted = json.loads(json.dumps(settings))
-    names = (found.keys() | wanted.keys()) - RUNS_OWN
+def is_trained(folder: Path, settings: Mapping[str, Any], result: str = RUN_WEIGHTS) -> bool:
+    """Whether ``folder`` holds ``result`` of a finished run.
 
-    def values(settings: Mapping[str, Any]) -> dict[str, Any]:
+    Raises:
+        ValueError: it holds a run under other settings that matter.
+    """
+    written = folder / "config.json"
+    if written.is_file():
+        found = rename_settings(json.loads(written.read_text(encoding="utf-8")))
+        wanted = json.loads(json.dumps(settings))
+        names = (found.keys() | wanted.keys()) - RUNS_OWN
         # settings that a run doesn't have are newer than it, and were off then
         later = {**FinetuneConfig.LATER, **MappoConfig.LATER}
-        return {name: settings.get(name, later.get(name, False)) for name in names}
-
-    if differ := differences(values(found), values(wanted)):
-        raise ValueError(
-            f"{folder} holds a run with other settings ({differ}): move it away, or give another "
-            "--out"
+        then, now = (
+            {name: values.get(name, later.get(name, False)) for name in names}
+            for values in (found, wanted)
         )
+        if differ := differences(then, now):
+            raise ValueError(
+                f"{folder} holds a run with other settings ({differ}): move it away, or give "
+                "another --out"
+            )
+    return (folder / result).exists()
 
 
 def trained_run(bench: Benchmark, name: str, seed: int, changes: Mapping[str, Any]) -> Path:
-    """The finished run of a training under the benchmark's settings and ``changes``.
+    """The finished run of ``trainers.mappo`` under the benchmark's settings and ``changes``.
 
     Raises:
         ValueError: its folder holds a run under other settings.
     """
     config = replace(bench.base, seed=seed, **changes)
     folder = bench.runs / f"{name}-{seed}"
-    check_settings(folder, config.to_json())
-    if not (folder / RUN_WEIGHTS).is_file():
+    if not is_trained(folder, config.to_json()):
         experiment, _ = learn(RunFolder(folder), config)
         experiment.env.close()
     return folder
 
 
-def shared_settings(bench: Benchmark) -> dict[str, Any]:
-    """Settings that other trainers share with ``trainers.mappo``."""
+def shared_settings(bench: Benchmark, folder: Path, seed: int) -> dict[str, Any]:
+    """Settings of another trainer: those that it shares with ``trainers.mappo``, and its run."""
     names = (
         "backbone", "model_kwargs", "checkpoint", "dataset", "prune_before", "device", "threads",
     )  # fmt: skip
-    return {name: getattr(bench.base, name) for name in names}
+    settings = {name: getattr(bench.base, name) for name in names}
+    if bench.iterations is not None:
+        settings["iterations"] = bench.iterations
+    return settings | {"seed": seed, "run_name": str(folder.absolute())}
 
 
 # --- knobs ---
-
-
-def placed(model: PrunedViT, bench: Benchmark) -> PrunedViT:
-    """``model`` on the benchmark's device and in its memory format."""
-    return model.to(bench.backbone.device).to(memory_format=torch.channels_last)
 
 
 def set_to(model: PrunedViT, knobs: Knobs) -> PrunedViT:
@@ -144,67 +148,67 @@ def tuned(bench: Benchmark, model: PrunedViT, gmacs: float) -> Knobs:
     return max(ways, key=lambda knobs: bench.validate(set_to(model, knobs)).accuracy)
 
 
-def tuned_after_training(
-    bench: Benchmark, train: Callable[[], object], load: Callable[[], PrunedViT]
-) -> Method:
-    """A learned policy, brought to any compute by alpha or the threshold.
+def reader(bench: Benchmark, load: Callable[[Path], PrunedViT]) -> Callable[[Path], PrunedViT]:
+    """``load``, called once for each folder, on the benchmark's device and in its memory format."""
+    return cache(
+        lambda folder: load(folder).to(bench.backbone.device).to(memory_format=torch.channels_last)
+    )
 
-    Args:
-        bench: what it is compared on.
-        train: trains where that is due.
-        load: reads what was trained.
+
+def tuned_after_training(
+    bench: Benchmark,
+    train: Callable[[], object],
+    folder: Path,
+    load: Callable[[Path], PrunedViT] | None = None,
+) -> Method:
+    """A learned policy, brought to any compute by alpha or the threshold. ``train`` trains where
+    that is due, and ``load`` reads what is in ``folder`` then: a run, if not given.
     """
-    loaded = cache(lambda: placed(load(), bench))
+    loaded = reader(bench, load or (lambda folder: PrunedViT.from_run(folder)))
 
     def tune(gmacs: float) -> Knobs:
         train()
-        return tuned(bench, loaded(), gmacs)
+        return tuned(bench, loaded(folder), gmacs)
 
-    return Method(tune, lambda knobs: set_to(loaded(), knobs))
+    return Method(tune, lambda knobs: set_to(loaded(folder), knobs))
 
 
 # --- methods ---
 
 
-def mappo(name: str, recipe: Recipe, bench: Benchmark, seed: int) -> Method:
-    """A training by ``trainers.mappo``."""
-    settings = recipe.settings(bench)
-    method = tuned_after_training(
-        bench,
-        lambda: trained_run(bench, name, seed, settings),
-        lambda: PrunedViT.from_run(bench.runs / f"{name}-{seed}"),
-    )
-    if recipe.alpha_range:
+def mappo(name: str, bench: Benchmark, seed: int) -> Method:
+    """A training by ``trainers.mappo`` with the recipe of that name."""
+    settings = RECIPES[name].settings(bench)
+    train = partial(trained_run, bench, name, seed, settings)
+    method = tuned_after_training(bench, train, bench.runs / f"{name}-{seed}")
+    if RECIPES[name].alpha_range:
         return method
     trained_for = {"alpha": settings.get("alpha", bench.base.alpha)}
-    return Method(lambda gmacs: {**trained_for, **method.tune(gmacs)}, method.make)
+    return replace(method, tune=lambda gmacs: {**trained_for, **method.tune(gmacs)})
 
 
-def one_alpha_each(ours: Recipe, bench: Benchmark, seed: int) -> Method:
-    """What ``ours``, one policy for all alphas, is measured against: a training for each operating
+def one_alpha_each(bench: Benchmark, seed: int) -> Method:
+    """What ours, one policy for all alphas, is measured against: a training for each operating
     point, under the one alpha with which ours reaches it.
     """
-    changes = replace(ours, alpha_range=False).settings(bench)
-
-    @cache
-    def load(run: str) -> PrunedViT:
-        return placed(PrunedViT.from_run(bench.runs / run), bench)
+    changes = replace(RECIPES["mappo"], alpha_range=False).settings(bench)
+    load = reader(bench, lambda folder: PrunedViT.from_run(folder))
 
     def tune(gmacs: float) -> Knobs:
         percent = 100e9 * gmacs / bench.backbone.dense_macs
         name = f"mappo-each-price-{percent:.0f}"
-        alpha = float(f"{mappo('mappo', ours, bench, seed).tune(gmacs)['alpha']:.2g}")
-        run = trained_run(bench, name, seed, {**changes, "alpha": alpha}).name
-        return {"run": run, "alpha": alpha, **tuned(bench, load(run), gmacs)}
+        alpha = float(f"{mappo('mappo', bench, seed).tune(gmacs)['alpha']:.2g}")
+        run = trained_run(bench, name, seed, {**changes, "alpha": alpha})
+        return {"run": run.name, "alpha": alpha, **tuned(bench, load(run), gmacs)}
 
-    return Method(tune, lambda knobs: set_to(load(knobs["run"]), knobs))
+    return Method(tune, lambda knobs: set_to(load(bench.runs / knobs["run"]), knobs))
 
 
-def fine_tuned(name: str, ours: Recipe, bench: Benchmark, seed: int) -> Method:
-    """``trainers.finetune`` under ``ours``, once, with the alpha (and the dither) of the middle
+def fine_tuned(bench: Benchmark, seed: int) -> Method:
+    """``trainers.finetune`` under ours, once, with the alpha (and the dither) of the middle
     operating point.
     """
-    folder = bench.runs / f"{name}-{seed}"
+    folder = bench.runs / f"mappo-fine-tuned-{seed}"
 
     def train() -> None:
         begun = RunFolder(folder)
@@ -213,8 +217,7 @@ def fine_tuned(name: str, ours: Recipe, bench: Benchmark, seed: int) -> Method:
             of_then = begun.read_settings(FinetuneConfig)
             alpha, dither = of_then.alpha, of_then.dither
         else:
-            gmacs = bench.gmacs_at(bench.middle_point)
-            knobs = mappo("mappo", ours, bench, seed).tune(gmacs)
+            knobs = mappo("mappo", bench, seed).tune(bench.gmacs_at(bench.middle_point))
             alpha, dither = knobs["alpha"], knobs.get("dither", False)
         config = FinetuneConfig(
             run=bench.runs / f"mappo-{seed}",
@@ -226,45 +229,31 @@ def fine_tuned(name: str, ours: Recipe, bench: Benchmark, seed: int) -> Method:
             run_name=str(folder.absolute()),
             **bench.task.fine_tuning,
         )
-        check_settings(folder, config.to_json())
-        if not (folder / "model").is_dir():
+        if not is_trained(folder, config.to_json(), "model"):
             finetune.train(FinetuneConfig(resume=folder) if begun.is_begun else config)
 
-    return tuned_after_training(bench, train, lambda: PrunedViT.from_pretrained(folder / "model"))
-
-
-def dynamic_vit(name: str, fine_tune: bool, bench: Benchmark, seed: int) -> Method:
-    """DynamicViT, trained for one share of patches; the knob is the share it keeps."""
-    folder = bench.runs / f"{name}-{seed}"
-    config = DynamicViTConfig(
-        pretrained=bench.base.pretrained,
-        fine_tune=fine_tune,
-        seed=seed,
-        run_name=str(folder.absolute()),
-        **shared_settings(bench),
-        **bench.task.dynamic_vit,
+    return tuned_after_training(
+        bench, train, folder, lambda folder: PrunedViT.from_pretrained(folder / "model")
     )
-    if bench.iterations is not None:
-        config = replace(config, iterations=bench.iterations)
 
-    def train() -> None:
-        check_settings(folder, config.to_json())
-        if not (folder / RUN_WEIGHTS).is_file():
-            was_begun = RunFolder(folder).is_begun
-            train_dynamic_vit(DynamicViTConfig(resume=folder) if was_begun else config)
 
-    @cache
-    def load() -> PrunedViT:
-        return placed(PrunedViT.from_run(folder), bench)
+def dynamic_vit(bench: Benchmark, seed: int, fine_tune: bool = False) -> Method:
+    """DynamicViT, trained for one share of patches; the knob is the share it keeps."""
+    folder = bench.runs / f"dynamic-vit{'-fine-tuned' if fine_tune else ''}-{seed}"
+    settings = {**bench.task.dynamic_vit, **shared_settings(bench, folder, seed)}
+    config = DynamicViTConfig(pretrained=bench.base.pretrained, fine_tune=fine_tune, **settings)
+    load = reader(bench, lambda folder: PrunedViT.from_run(folder))
 
     def make(knobs: Knobs) -> PrunedViT:
-        policy = copy.copy(load().policy)  # shares the predictors
+        policy = copy.copy(load(folder).policy)  # shares the predictors
         assert isinstance(policy, DynamicViTPolicy)
         policy.keep = knobs["keep"]
-        return PrunedViT(load().backbone, policy)
+        return PrunedViT(load(folder).backbone, policy)
 
     def tune(gmacs: float) -> Knobs:
-        train()
+        if not is_trained(folder, config.to_json()):
+            is_begun = RunFolder(folder).is_begun
+            train_dynamic_vit(DynamicViTConfig(resume=folder) if is_begun else config)
 
         def cost(pruned: float) -> float:
             return bench.validate(make({"keep": 1 / pruned})).gmacs
@@ -273,3 +262,29 @@ def dynamic_vit(name: str, fine_tune: bool, bench: Benchmark, seed: int) -> Meth
         return {"keep": 1 / bisect(cost, 1.0, patches, gmacs, at_least=True)}
 
     return Method(tune, make)
+
+
+def benchmarl(algorithm: str, bench: Benchmark, seed: int) -> Method:
+    """An algorithm of BenchMARL, trained for ``BENCHMARL_MINUTES``; the knob is the threshold on
+    how much better keep is rated than prune.
+    """
+    folder = bench.runs / f"benchmarl-{algorithm}-{seed}"
+
+    def train() -> None:
+        # an extra, needed by these methods alone
+        from prunevit.trainers.benchmarl import BenchmarlConfig
+        from prunevit.trainers.benchmarl import train as train_benchmarl
+
+        if bench.base.pretrained:
+            raise ValueError("BenchMARL can't take downloaded weights: give --checkpoint FILE")
+        config = BenchmarlConfig(
+            algorithm=cast("Any", algorithm),
+            minutes=BENCHMARL_MINUTES,
+            **shared_settings(bench, folder, seed),
+        )
+        if not is_trained(folder, config.to_json()):
+            # a killed run can't be resumed: BenchMARL writes its checkpoint at the end
+            shutil.rmtree(folder, ignore_errors=True)
+            train_benchmarl(config)
+
+    return tuned_after_training(bench, train, folder)

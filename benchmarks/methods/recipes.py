@@ -64,10 +64,8 @@ RELEASED = {
 }  # fmt: skip
 WITHOUT_STAGE = ("token", "cls", "cls_attention")
 
-OURS = Recipe("ours: one policy for all budgets, paid for the dense model's answer (kl), no labels")
 RECIPES: Mapping[str, Recipe] = {
-    "mappo": OURS,
-    "mappo-one-price": Recipe("ours, trained for one alpha", alpha_range=False),
+    "mappo": Recipe("ours: one policy for every alpha"),
     "agreement": Recipe("paid for the dense model's answers, no labels", {"accuracy": "agreement"}),
     "confidence": Recipe("paid for the true class's probability", {"accuracy": "confidence"}),
     "paper": Recipe(
@@ -75,7 +73,11 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     # even half the iterations take several times as long as ours
     "released": Recipe(
-        "RL4EViT's released code", RELEASED, alpha_range=False, stages="released", length=0.5
+        "RL4EViT's released code, at its own learning rate",
+        RELEASED,
+        alpha_range=False,
+        stages="released",
+        length=0.5,
     ),
     "released-faster": Recipe(
         "the same at a hundred times its learning rate",

@@ -8,9 +8,9 @@ from functools import partial
 
 from torch import nn
 
-from prunevit.benchmarks.methods import benchmarl, learned, untrained
-from prunevit.benchmarks.methods.recipes import OURS, RECIPES
-from prunevit.benchmarks.protocol import Benchmark, Method, UpperBound
+from prunevit.benchmarks.methods import learned, untrained
+from prunevit.benchmarks.methods.recipes import RECIPES
+from prunevit.benchmarks.protocol import Benchmark, Method
 from prunevit.benchmarks.records import Record
 
 
@@ -26,63 +26,49 @@ class MethodSpec:
     """
 
     title: str
-    open: Callable[[Benchmark, int], Method | UpperBound]
+    open: Callable[[Benchmark, int], Method]
     is_seeded: bool = True
     fine_tunes: bool = False
 
 
-def _unseeded(title: str, open: Callable[[Benchmark, int], Method | UpperBound]) -> MethodSpec:
-    return MethodSpec(title, open, is_seeded=False)
-
-
-_ON = f"{untrained.ORACLE_IMAGES} images"
-
-METHODS: Mapping[str, MethodSpec] = {
-    "random": MethodSpec("random top-k", partial(untrained.top_k, "random")),
-    "norm": _unseeded("length of the embedding, top-k", partial(untrained.top_k, "norm")),
-    "brightness": _unseeded("mean pixel, top-k", partial(untrained.top_k, "brightness")),
-    "attention": _unseeded("class attention, top-k", partial(untrained.top_k, "attention")),
-    "threshold": _unseeded("class attention, threshold", untrained.attention_threshold),
-    "ats": _unseeded("adaptive token sampling", untrained.adaptive_sampling),
-    "tome": _unseeded("token merging", untrained.tome),
-    "evit": _unseeded("class attention, the rest fused", partial(untrained.evit, True)),
-    "evit-unfused": _unseeded(
-        "class attention, the paper's schedule", partial(untrained.evit, False)
+UNSEEDED: Mapping[str, tuple[str, Callable[[Benchmark, int], Method]]] = {
+    "norm": ("norm of the embedding, top-k", partial(untrained.top_k, "norm")),
+    "brightness": ("mean pixel, top-k", partial(untrained.top_k, "brightness")),
+    "attention": ("class attention, top-k", partial(untrained.top_k, "attention")),
+    "threshold": ("class attention, threshold", untrained.attention_threshold),
+    "ats": ("ATS: adaptive token sampling", untrained.adaptive_sampling),
+    "tome": ("ToMe: token merging", untrained.tome),
+    "evit": ("EViT: class attention, the rest fused", partial(untrained.evit, True)),
+    "evit-unfused": ("EViT without its fused token", partial(untrained.evit, False)),
+    "oracle": (
+        "greedy leave-one-out by the true class, 100 images", partial(untrained.oracle, True),
     ),
-    "dynamic-vit": MethodSpec(
-        "DynamicViT, frozen backbone", partial(learned.dynamic_vit, "dynamic-vit", False)
-    ),
-    "dynamic-vit-fine-tuned": MethodSpec(
-        "DynamicViT as published: the backbone learns too",
-        partial(learned.dynamic_vit, "dynamic-vit-fine-tuned", True),
-        fine_tunes=True,
-    ),
-    "oracle": _unseeded(
-        f"greedy leave-one-out by the true class, {_ON}", partial(untrained.oracle, True)
-    ),
-    "oracle-no-labels": _unseeded(
-        f"greedy leave-one-out by the dense model's answer, {_ON}",
+    "oracle-no-labels": (
+        "greedy leave-one-out by the dense model's answer, 100 images",
         partial(untrained.oracle, False),
     ),
+}  # fmt: skip
+SEEDED: Mapping[str, tuple[str, Callable[[Benchmark, int], Method]]] = {
+    "random": ("random top-k", partial(untrained.top_k, "random")),
+    "dynamic-vit": ("DynamicViT, frozen backbone", learned.dynamic_vit),
+    "dynamic-vit-fine-tuned": (
+        "DynamicViT as published: the backbone learns too",
+        partial(learned.dynamic_vit, fine_tune=True),
+    ),
+    **{name: (recipe.title, partial(learned.mappo, name)) for name, recipe in RECIPES.items()},
+    "mappo-each-price": ("ours, a training for each operating point", learned.one_alpha_each),
+    "mappo-fine-tuned": ("ours, the backbone fine-tuned under it", learned.fine_tuned),
     **{
-        name: MethodSpec(recipe.title, partial(learned.mappo, name, recipe))
-        for name, recipe in RECIPES.items()
-    },
-    **{
-        f"benchmarl-{algorithm}": MethodSpec(
-            f"BenchMARL's {algorithm.upper()}, {benchmarl.MINUTES:g} minutes",
-            partial(benchmarl.benchmarl, f"benchmarl-{algorithm}", algorithm),
+        f"benchmarl-{name}": (
+            f"BenchMARL's {name.upper()}, {learned.BENCHMARL_MINUTES:g} minutes",
+            partial(learned.benchmarl, name),
         )
-        for algorithm in benchmarl.ALGORITHMS
+        for name in learned.BENCHMARL_ALGORITHMS
     },
-    "mappo-each-price": MethodSpec(
-        "ours, a training for each operating point", partial(learned.one_alpha_each, OURS)
-    ),
-    "mappo-fine-tuned": MethodSpec(
-        "ours, the backbone fine-tuned under it",
-        partial(learned.fine_tuned, "mappo-fine-tuned", OURS),
-        fine_tunes=True,
-    ),
+}
+METHODS: Mapping[str, MethodSpec] = {
+    name: MethodSpec(title, open, name in SEEDED, name.endswith("-fine-tuned"))
+    for name, (title, open) in (UNSEEDED | SEEDED).items()
 }
 
 
@@ -94,7 +80,7 @@ def rebuild(row: Record, bench: Benchmark) -> nn.Module | None:
         ValueError: the run is gone or damaged.
     """
     method = METHODS[row["method"]].open(bench, row["seed"])
-    if isinstance(method, UpperBound):
+    if method.make is None:
         return None
     model = method.make(row)
     assert isinstance(model, nn.Module)

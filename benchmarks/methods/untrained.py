@@ -18,7 +18,6 @@ from prunevit.benchmarks.protocol import (
     Knobs,
     Method,
     UnreachableError,
-    UpperBound,
     bisect,
 )
 from prunevit.trainers.common.evaluation import schedules_at
@@ -130,11 +129,9 @@ def evit(with_fused: bool, bench: Benchmark, seed: int) -> Method:
     backbone, model = bench.backbone, bench.model
     patches, stages = backbone.num_patches, backbone.prune_before
     count = evit_baseline.macs_counter(model, backbone.image_shape, stages, with_fused)
+    rates = [kept / patches for kept in range(1, patches + 1)]
     schedules = sorted(
-        {
-            evit_baseline.even_tokens(patches, kept / patches, len(stages), with_fused)
-            for kept in range(1, patches + 1)
-        }
+        {evit_baseline.even_tokens(patches, rate, len(stages), with_fused) for rate in rates}
     )
 
     def make(knobs: Knobs) -> FixedScheduleModel:
@@ -152,15 +149,16 @@ def evit(with_fused: bool, bench: Benchmark, seed: int) -> Method:
     return Method(tune, make)
 
 
-def oracle(knows_labels: bool, bench: Benchmark, seed: int) -> UpperBound:
+def oracle(knows_labels: bool, bench: Benchmark, seed: int) -> Method:
     """Greedy leave-one-out, with the numbers of patches with which class attention does best."""
 
     def search(knobs: Knobs) -> Callable[[Tensor, Tensor], Trace]:
         found = Oracle(bench.backbone, knobs["tokens"])
         return lambda images, labels: found.trace(images, labels if knows_labels else None)
 
-    return UpperBound(
+    return Method(
         tune=lambda gmacs: best_schedule(bench, "attention", seed, gmacs, pays_attention=False),
+        make=None,
         search=search,
-        images=ORACLE_IMAGES,
+        most_images=ORACLE_IMAGES,
     )

@@ -7,10 +7,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
-from prunevit.benchmarks.speed.timed_trainer import alive_after
+from prunevit.benchmarks.speed.timed_trainer import alive_before
 from prunevit.envs.adapters.common import GameArguments
 from prunevit.envs.adapters.epymarl import TokenPruneAgents
 from prunevit.envs.adapters.gymnasium import TokenPruneVector
@@ -20,98 +19,8 @@ from prunevit.envs.game import TokenGame
 from prunevit.envs.token_prune import TokenPruneEnv
 from prunevit.envs.vit.staged_vit import StagedViT
 
-Play = Callable[[], object]  # an episode of all images
+Play = Callable[[], object]
 BARE = "TokenGame"
-
-
-def bare_game(game: TokenGame, images: ImageSet, keeps: Tensor) -> Play:
-    """Loading the images and stepping the game, without observations.
-
-    Args:
-        game: a game.
-        images: of which the first are played.
-        keeps: joint actions int64 [T, B, N].
-    """
-
-    def play() -> None:
-        game.reset(*images.load(range(keeps.shape[1])))
-        for keep in keeps:
-            game.step(keep == 1)
-
-    return play
-
-
-def gymnasium_vector(keeps: Tensor, tensors: bool, game: GameArguments) -> Play:
-    """``TokenPruneVector``, whose last step starts the next episode."""
-    env = TokenPruneVector(keeps.shape[1], tensors=tensors, **game)
-    actions = list(keeps) if tensors else list(keeps.cpu().numpy().astype(np.int8))
-    env.reset(seed=0)
-    return lambda: [env.step(action) for action in actions]
-
-
-def sb3_vec_env(keeps: Tensor, game: GameArguments) -> Play:
-    """``TokenVecEnv``, whose last step starts the next episode."""
-    env = TokenVecEnv(keeps.shape[1], **game)
-    actions = list(keeps.flatten(1).cpu().numpy())
-    env.reset()
-    return lambda: [env.step(action) for action in actions]
-
-
-def epymarl_env(keeps: Tensor, game: GameArguments) -> Play:
-    """``TokenPruneAgents``, which takes one image."""
-    return _episode(TokenPruneAgents(**game), keeps[:, 0].tolist())
-
-
-def rllib_vector(keeps: Tensor, game: GameArguments) -> Play:
-    """``TokenPruneMultiVector``, which takes a dictionary of living agents for each image."""
-    from prunevit.envs.adapters.rllib import TokenPruneMultiVector
-
-    env = TokenPruneMultiVector(keeps.shape[1], game)
-    names = env.envs[0].agents
-    actions = [
-        [
-            {name: action for name, action, living in zip(names, *of_image, strict=True) if living}
-            for of_image in zip(keep.tolist(), alive.tolist(), strict=True)
-        ]
-        for keep, alive in zip(keeps, alive_after(list(keeps == 1))[:-1], strict=True)
-    ]
-    return _episode(env, actions)
-
-
-def _episode(env: Any, actions: Sequence[Any]) -> Play:
-    def play() -> None:
-        env.reset()
-        for action in actions:
-            env.step(action)
-
-    return play
-
-
-def torchrl_native(keeps: Tensor, game: GameArguments) -> Play:
-    """``TokenPruneTorchRL``."""
-    from prunevit.envs.adapters.torchrl import TokenPruneTorchRL
-
-    return _torchrl(TokenPruneTorchRL(keeps.shape[1], **game), keeps)
-
-
-def torchrl_wrapper(keeps: Tensor, game: GameArguments) -> Play:
-    """TorchRL's own ``PettingZooWrapper`` around ``TokenPruneEnv``, one image at a time."""
-    from torchrl.envs.libs.pettingzoo import PettingZooWrapper
-
-    with warnings.catch_warnings():
-        # it names the only version of PettingZoo that it was tested with
-        warnings.simplefilter("ignore", UserWarning)
-        env = PettingZooWrapper(TokenPruneEnv(**game))
-    return _torchrl(env, keeps[:, 0])
-
-
-def _torchrl(env: Any, keeps: Tensor) -> Play:
-    def play() -> None:
-        seen = env.reset()
-        for keep in keeps:
-            seen = env.step(seen.set(("token", "action"), keep))["next"]
-
-    return play
 
 
 def adapters(
@@ -127,28 +36,79 @@ def adapters(
         game: further arguments of every environment.
     """
     arguments: GameArguments = {**game, "backbone": model, "dataset": images}
-    staged = StagedViT(model, game.get("prune_before"))
+    batch = keeps.shape[1]
+    bare = TokenGame(StagedViT(model, game.get("prune_before")))
+
+    def play_bare() -> None:
+        bare.reset(*images.load(range(batch)))
+        for keep in keeps:
+            bare.step(keep == 1)
+
+    vector = TokenPruneVector(batch, tensors=True, **arguments)
+    vec_env = TokenVecEnv(batch, **arguments)
     players = {
-        BARE: bare_game(TokenGame(staged), images, keeps),
-        "gymnasium vector, arrays": gymnasium_vector(keeps, False, arguments),
-        "gymnasium vector, tensors": gymnasium_vector(keeps, True, arguments),
-        "sb3": sb3_vec_env(keeps, arguments),
+        BARE: play_bare,
+        "gymnasium vector, tensors": _steps(vector, keeps),
+        "sb3": _steps(vec_env, keeps.flatten(1).cpu().numpy()),
     }
-    if keeps.shape[1] == 1:
-        players["epymarl"] = epymarl_env(keeps, arguments)
+    if batch == 1:
+        players["epymarl"] = _episode(TokenPruneAgents(**arguments), keeps[:, 0].tolist())
     if importlib.util.find_spec("ray") is not None:
-        players["rllib"] = rllib_vector(keeps, arguments)
+        players["rllib"] = _rllib(keeps, arguments)
     if importlib.util.find_spec("torchrl") is not None:
-        players["torchrl"] = torchrl_native(keeps, arguments)
-        if keeps.shape[1] == 1:
-            players["torchrl, PettingZooWrapper"] = torchrl_wrapper(keeps, arguments)
+        from prunevit.envs.adapters.torchrl import TokenPruneTorchRL
+
+        players["torchrl"] = _torchrl(TokenPruneTorchRL(batch, **arguments), keeps)
+        if batch == 1:
+            players["torchrl, PettingZooWrapper"] = _torchrl_wrapper(keeps[:, 0], arguments)
     return players
 
 
-def decisions_of(keeps: Tensor) -> int:
-    """How often a living agent decides.
+def _steps(env: Any, actions: Any) -> Play:
+    """Of an environment whose last step starts the next episode."""
+    env.reset()
+    return lambda: [env.step(action) for action in actions]
 
-    Args:
-        keeps: joint actions int64 [T, B, N].
-    """
-    return sum(int(alive.sum()) for alive in alive_after(list(keeps == 1))[:-1])
+
+def _episode(env: Any, actions: Sequence[Any]) -> Play:
+    def play() -> None:
+        env.reset()
+        for action in actions:
+            env.step(action)
+
+    return play
+
+
+def _rllib(keeps: Tensor, game: GameArguments) -> Play:
+    """RLlib's vector takes a dictionary of living agents for each image."""
+    from prunevit.envs.adapters.rllib import TokenPruneMultiVector
+
+    env = TokenPruneMultiVector(keeps.shape[1], game)
+    names = env.envs[0].agents
+    actions = [
+        [
+            {name: action for name, action, living in zip(names, *of_image, strict=True) if living}
+            for of_image in zip(keep.tolist(), alive.tolist(), strict=True)
+        ]
+        for keep, alive in zip(keeps, alive_before(list(keeps == 1)), strict=True)
+    ]
+    return _episode(env, actions)
+
+
+def _torchrl_wrapper(keeps: Tensor, game: GameArguments) -> Play:
+    """TorchRL's own wrapper of PettingZoo around ``TokenPruneEnv``."""
+    from torchrl.envs.libs.pettingzoo import PettingZooWrapper
+
+    with warnings.catch_warnings():
+        # it names the only version of PettingZoo that it was tested with
+        warnings.simplefilter("ignore", UserWarning)
+        return _torchrl(PettingZooWrapper(TokenPruneEnv(**game)), keeps)
+
+
+def _torchrl(env: Any, keeps: Tensor) -> Play:
+    def play() -> None:
+        seen = env.reset()
+        for keep in keeps:
+            seen = env.step(seen.set(("token", "action"), keep))["next"]
+
+    return play

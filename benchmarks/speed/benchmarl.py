@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,18 +20,13 @@ from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.common.timing import now
 
 with needs("benchmarl"):
-    from benchmarl.experiment import Callback, Experiment
+    from benchmarl.experiment import Callback
     from benchmarl.models.mlp import Mlp
     from tensordict import TensorDictBase
 
 
 class AfterIteration(Callback):
-    """Calls ``take_turn`` after each iteration; the time it takes is not counted.
-
-    Args:
-        take_turn: gets the iteration's figures.
-        device: where BenchMARL computes.
-    """
+    """Passes each iteration's figures to ``take_turn``, whose own time is not counted."""
 
     def __init__(self, take_turn: Callable[[Figures], None], device: torch.device) -> None:
         super().__init__()
@@ -56,7 +50,7 @@ def iterate(
     config: MappoConfig,
     model: nn.Module,
     images: ImageSet,
-    keep: float,
+    keep_bias: float,
     iterations: int,
     take_turn: Callable[[Figures], None],
 ) -> None:
@@ -66,43 +60,33 @@ def iterate(
         config: our settings, from which the game and the number of episodes are taken.
         model: the backbone, on its device.
         images: what is played.
-        keep: the actor's first probability of keep, so that the backbone has as much work as in our
+        keep_bias: the actor's first logit of keep, so that the backbone has as much work as in our
             trainer.
         iterations: how many.
         take_turn: what else is timed in turns.
     """
     device = next(model.parameters()).device
-    game = {
-        "backbone": model,
-        "dataset": images,
-        "prune_before": config.prune_before,
-        "observation": config.observation,
-        "reward": make_reward(config.reward),
-    }
+    same = {name: getattr(config, name) for name in ("prune_before", "observation")}
     theirs = BenchmarlConfig(
         backbone=config.backbone,
         dataset=config.dataset,
-        prune_before=config.prune_before,
-        observation=config.observation,
         reward=config.reward,
         images=config.num_envs,
         iterations=iterations,
         device=device.type,
+        **same,
     )
+    reward = make_reward(config.reward)
+    task = TokenPruneTask(config=same | {"backbone": model, "dataset": images, "reward": reward})
     with tempfile.TemporaryDirectory() as folder:
-        experiment = make_experiment(theirs, TokenPruneTask(config=game), Path(folder))
+        experiment = make_experiment(theirs, task, Path(folder))
         experiment.config.checkpoint_at_end = False
-        set_keep_probability(experiment, keep)
+        shared = next(part for part in experiment.policy.modules() if isinstance(part, Mlp))
+        network = shared.mlp.get_stateful_net()  # has the same parameters
+        last = [layer for layer in network.modules() if isinstance(layer, nn.Linear)][-1]
+        with torch.no_grad():
+            last.bias.copy_(torch.tensor([0.0, keep_bias]))
+        experiment.collector.update_policy_weights_()
         # not passed as an argument, since BenchMARL pickles those
         experiment.callbacks.append(AfterIteration(take_turn, device))
         experiment.run()
-
-
-def set_keep_probability(experiment: Experiment, keep: float) -> None:
-    """Sets the actor's last bias such that it keeps a token with about the probability ``keep``."""
-    shared = next(part for part in experiment.policy.modules() if isinstance(part, Mlp))
-    network = shared.mlp.get_stateful_net()  # has the same parameters
-    last = [layer for layer in network.modules() if isinstance(layer, nn.Linear)][-1]
-    with torch.no_grad():
-        last.bias.copy_(torch.tensor([0.0, math.log(keep / (1 - keep))]))
-    experiment.collector.update_policy_weights_()

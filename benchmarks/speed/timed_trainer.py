@@ -1,8 +1,10 @@
-"""A MAPPO trainer on the token game whose iterations are timed in parts, and the bare forward
-passes that the same iteration needs.
+"""A MAPPO trainer on the token game whose iterations are timed, and the bare forward passes that
+the same iteration needs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +21,12 @@ from prunevit.trainers.mappo import Trainer
 
 Figures = dict[str, float]
 """Of one iteration: ``seconds``, ``decisions`` (how often a living agent acted) and ``kept`` (share
-of the agents alive after the first stage). Our trainer's seconds come in parts as well: ``load``
-(images), ``backbone`` (the game), ``policy`` (observations, actor, sampling) and ``update``.
+of the agents alive after the first stage).
 """
 
 
 @torch.no_grad()
-def bare_forward(env: BatchedTokenPrune, images: Tensor, keeps: list[Tensor]) -> None:
+def bare_forward(env: BatchedTokenPrune, images: Tensor, keeps: Sequence[Tensor]) -> None:
     """The forward passes of a rollout, including the dense one that the reward compares with. There
     are no observations, rewards or policy.
 
@@ -45,36 +46,34 @@ def bare_forward(env: BatchedTokenPrune, images: Tensor, keeps: list[Tensor]) ->
     backbone.finish(tokens)
 
 
-def alive_after(keeps: list[Tensor]) -> list[Tensor]:
-    """Which agents are alive at first and after each stage: T + 1 times bool [B, N].
+def alive_before(keeps: Sequence[Tensor]) -> list[Tensor]:
+    """Which agents decide at each stage: bool [B, N] a stage.
 
     Args:
         keeps: joint actions, bool [B, N] a stage.
     """
     alive = [torch.ones_like(keeps[0])]
-    for keep in keeps:
+    for keep in keeps[:-1]:
         alive.append(alive[-1] & keep)
     return alive
 
 
-class TimedGame(TokenGame):
-    """Notes which images and actions are played, and when the game starts and stops computing."""
+def decisions_of(keeps: Sequence[Tensor]) -> int:
+    """How often a living agent decides; arguments as of ``alive_before``."""
+    return sum(int(alive.sum()) for alive in alive_before(keeps))
+
+
+class NotingGame(TokenGame):
+    """Notes the joint actions of the last episodes."""
 
     def reset(self, images: Tensor, labels: Tensor, alpha: Tensor | None = None) -> Stage:
-        device = self.backbone.device
-        start = now(device)
-        stage = super().reset(images, labels, alpha)
-        self.images = images.to(device)  # [n, C, H, W]
+        self.images = images.to(self.backbone.device)  # [n, C, H, W]
         self.keeps: list[Tensor] = []  # bool [B, N] a stage
-        self.edges = [start, now(device)]  # seconds: start, stop, start, ...
-        return stage
+        return super().reset(images, labels, alpha)
 
     def step(self, keep: Tensor) -> Stage:
-        start = now(self.backbone.device)
-        stage = super().step(keep)
         self.keeps.append(keep)
-        self.edges += [start, now(self.backbone.device)]
-        return stage
+        return super().step(keep)
 
 
 class TimedTrainer:
@@ -89,7 +88,7 @@ class TimedTrainer:
     def __init__(self, config: MappoConfig, model: nn.Module, images: ImageSet) -> None:
         torch.manual_seed(config.seed)
         staged = StagedViT(model, config.prune_before)
-        self.game = TimedGame(staged, make_reward(config.reward), config.rollouts_per_image)
+        self.game = NotingGame(staged, make_reward(config.reward), config.rollouts_per_image)
         self.env = BatchedTokenPrune(self.game, images, config.num_envs, config.observation)
         actor = TokenActor(
             self.env.observation_space.shape[0],
@@ -104,27 +103,16 @@ class TimedTrainer:
         """Trains for one iteration."""
         start = now(self.env.device)
         self.trainer.iterate()
-        stop = now(self.env.device)
-        edges = self.game.edges
-        inside = sum(edges[1::2]) - sum(edges[::2])
-        return {
-            "seconds": stop - start,
-            "load": edges[0] - start,
-            "backbone": inside,
-            "policy": edges[-1] - edges[0] - inside,
-            "update": stop - edges[-1],
-            **self._played(),
-        }
+        return self._figures(start)
 
     def forward(self) -> Figures:
         """Runs the bare forward passes of the last iteration, on the same tokens."""
         start = now(self.env.device)
         bare_forward(self.env, self.game.images, self.game.keeps)
-        return {"seconds": now(self.env.device) - start, **self._played()}
+        return self._figures(start)
 
-    def _played(self) -> Figures:
-        alive = alive_after(self.game.keeps)
-        return {
-            "decisions": float(sum(int(at_stage.sum()) for at_stage in alive[:-1])),
-            "kept": float(alive[1].float().mean()),
-        }
+    def _figures(self, start: float) -> Figures:
+        seconds = now(self.env.device) - start
+        keeps = self.game.keeps
+        kept = float(keeps[0].float().mean())
+        return {"seconds": seconds, "decisions": float(decisions_of(keeps)), "kept": kept}

@@ -2,7 +2,7 @@
 
 Which patches survive is fixed before anything is timed, so that ``packed``, ``masked`` and
 ``padded`` remove the same patches of the same images. Their policy still runs at every stage, and
-its time counts; the plan then replaces its answer.
+its time counts.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.benchmarks.baselines.padded import PaddedViT
 from prunevit.benchmarks.baselines.tome import ToMeViT, macs_counter, merges_at
 from prunevit.benchmarks.machine import peak_memory
-from prunevit.benchmarks.speed.workload import DrawnPolicy, Spec, Workload, load
+from prunevit.benchmarks.speed.workload import DrawnPolicy, Workload
 from prunevit.envs.vit.staged_vit import StagedViT
 
 Variant = Literal["dense", "packed", "masked", "padded", "tome", "uniform", "unpruned"]
-Call = Callable[[], Tensor]
 
 SCALE_STEPS = 10_000  # how finely the uniform schedule is scaled
 
@@ -52,35 +51,19 @@ class Plan:
 
 @torch.inference_mode()
 def make_plan(workload: Workload, with_merges: bool = True) -> Plan:
-    """Fits the peers to what ours costs: they get the most compute that is not above it, so that
-    rounding slows none of them down.
-
-    Args:
-        workload: with the survivors that were drawn; where there are none, its policy is asked.
-        with_merges: fit token merging as well.
+    """Gives each peer the most compute that is not above ours. Asks the policy who survives where
+    that was not drawn.
 
     Raises:
         ValueError: token merging can't be done with this model, or not at so low a cost.
     """
     backbone, keep = workload.packed, workload.keep
     if keep is None:
-        model = PrunedViT(backbone, workload.decider).eval()
+        model = PrunedViT(backbone, workload.policy).eval()
         keep = model.trace(workload.images).alive.cpu().numpy()
-    macs = packed_macs(workload, keep)
-    return Plan(
-        keep=keep,
-        macs=macs,
-        merges=merges_at(backbone.model, backbone.image_shape, macs) if with_merges else (),
-        tokens=uniform_tokens(backbone, keep.mean((0, 2)), macs),
-    )
-
-
-def packed_macs(workload: Workload, keep: NDArray[np.bool_]) -> float:
-    """Mean multiply-accumulates of an image whose survivors are ``keep``, the policy's included."""
-    backbone, decider = workload.packed, workload.decider
-    counts = _counts(backbone, keep)
-    spent = [backbone.uniform_macs(row, decider.needs_attention) for row in counts.tolist()]
-    return float(np.mean(spent)) + _decisions(backbone, counts) * decider.macs_per_decision
+    macs = carried_macs(workload, keep, _counts(backbone, keep))
+    merges = merges_at(backbone.model, backbone.image_shape, macs) if with_merges else ()
+    return Plan(keep, macs, merges, uniform_tokens(backbone, keep.mean((0, 2)), macs))
 
 
 def _counts(backbone: StagedViT, keep: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -88,16 +71,25 @@ def _counts(backbone: StagedViT, keep: NDArray[np.bool_]) -> NDArray[np.int64]:
     return np.maximum(keep.sum(2), int(backbone.keeps_last_patch))
 
 
-def _decisions(backbone: StagedViT, counts: NDArray[np.int64]) -> float:
-    """Mean number of decisions on an image, one a stage for each patch that lives until then."""
-    return backbone.num_patches + float(counts[:, :-1].sum(1).mean())
+def carried_macs(workload: Workload, keep: NDArray[np.bool_], carried: NDArray[np.int64]) -> float:
+    """Mean multiply-accumulates of an image, the policy's included.
+
+    Args:
+        workload: what runs.
+        keep: who survives, bool [images, T, N]; the policy decides on these alone.
+        carried: patches that are computed after each stage, [images, T].
+    """
+    backbone, policy = workload.packed, workload.policy
+    decisions = backbone.num_patches + _counts(backbone, keep)[:, :-1].sum(1).mean()
+    ran = [backbone.uniform_macs(row, policy.needs_attention) for row in carried.tolist()]
+    return float(np.mean(ran) + decisions * policy.macs_per_decision)
 
 
 def uniform_tokens(
     backbone: StagedViT, shares: Sequence[float] | NDArray[np.float64], macs: float
 ) -> tuple[int, ...]:
-    """The same number of patches for every image at each stage, in the proportions of ``shares``;
-    the most that cost at most ``macs``, and none where even that costs more.
+    """The same number of patches for every image at each stage, in the proportions of ``shares``:
+    the most that cost at most ``macs``.
     """
     widest = 1 / max(min(shares), 1 / backbone.num_patches)
 
@@ -111,15 +103,15 @@ def uniform_tokens(
     return tokens(max(above - 1, 0))
 
 
-def calls(variant: Variant, workload: Workload, plan: Plan, batch_size: int) -> list[Call]:
+def calls(
+    variant: Variant, workload: Workload, plan: Plan, batch_size: int
+) -> list[Callable[[], Tensor]]:
     """One call for each batch of the images; each returns logits."""
     batches = workload.images.split(batch_size)
     keep = torch.from_numpy(plan.keep).to(workload.images.device).split(batch_size)
+    policies = [DrawnPolicy(workload.policy, drawn) for drawn in keep]
     # in training mode ours would mask
-    models = [
-        _model(variant, workload, plan, DrawnPolicy(workload.decider, drawn)).eval()
-        for drawn in keep
-    ]
+    models = [_model(variant, workload, plan, policy).eval() for policy in policies]
     return [partial(model, batch) for model, batch in zip(models, batches, strict=True)]
 
 
@@ -145,26 +137,23 @@ def gmacs(variant: Variant, workload: Workload, plan: Plan, batch_size: int) -> 
     """1e9 multiply-accumulates of an image as the variant runs it: masked and padded pay for tokens
     that they carry along, and every policy for its decisions.
     """
-    backbone, decider = workload.packed, workload.decider
+    backbone = workload.packed
     counts = _counts(backbone, plan.keep)
     match variant:
         case "dense" | "unpruned":
-            return backbone.dense_macs / 1e9
+            macs: float = backbone.dense_macs
         case "packed":
-            return plan.macs / 1e9
+            macs = plan.macs
         case "uniform":
-            return backbone.uniform_macs(plan.tokens) / 1e9
+            macs = backbone.uniform_macs(plan.tokens)
         case "tome":
-            count = macs_counter(backbone.model, backbone.image_shape)
-            return count(plan.merges) / 1e9
+            macs = macs_counter(backbone.model, backbone.image_shape)(plan.merges)
         case "masked":
-            carried = np.full_like(counts, backbone.num_patches)
+            macs = carried_macs(workload, plan.keep, np.full_like(counts, backbone.num_patches))
         case "padded":
             longest = counts.reshape(-1, batch_size, backbone.num_stages).max(1)
-            carried = longest.repeat(batch_size, axis=0)
-    ran = [backbone.uniform_macs(row, decider.needs_attention) for row in carried.tolist()]
-    policy = _decisions(backbone, counts) * decider.macs_per_decision
-    return (float(np.mean(ran)) + policy) / 1e9
+            macs = carried_macs(workload, plan.keep, longest.repeat(batch_size, axis=0))
+    return macs / 1e9
 
 
 @torch.inference_mode()
@@ -178,7 +167,9 @@ def pass_peak(variant: Variant, workload: Workload, plan: Plan, batch_size: int)
     return peak_memory(device)
 
 
-def pass_peak_of(variant: Variant, spec: Spec, plan: Plan, batch_size: int, threads: int) -> int:
-    """``pass_peak`` of a fresh process, which still has to load its workload."""
+def pass_peak_of(
+    variant: Variant, make: Callable[[], Workload], plan: Plan, batch_size: int, threads: int
+) -> int:
+    """``pass_peak`` in a fresh process, which still has to make its workload."""
     torch.set_num_threads(threads)
-    return pass_peak(variant, load(spec), plan, batch_size)
+    return pass_peak(variant, make(), plan, batch_size)

@@ -1,7 +1,7 @@
 """Kills short trainings at random moments: ``python -m benchmarks.stress.kill_storm``.
 
 Every killed run is resumed, and must end bit for bit like a run that was not killed. Runs on the
-CPU. The moments are drawn from a seed; what a run is doing then depends on the machine's speed.
+CPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import shutil
 import signal
 import tempfile
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,27 +42,29 @@ class KillStormConfig:
     """Runs to be killed."""
     iterations: int = 12
     """Of each training; checkpoints are written every second one."""
-    seed: int = 0
-    """Draws the moments."""
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Nothing is printed."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def train(config: MappoConfig) -> None:
     """Trains to the end of learning, without the report."""
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with silence():
         experiment, _ = mappo.learn(*mappo.open_run(config))
     experiment.env.close()
 
 
-def train_in_a_process(config: MappoConfig, kill_after: float | None = None) -> tuple[bool, float]:
-    """Trains in a fork of this process, which is killed after ``kill_after`` seconds.
-
-    Returns:
-        whether it was killed before it ended, and how many seconds it took.
+def train_in_a_process(config: MappoConfig, kill_after: float | None = None) -> bool:
+    """Trains in a fork of this process, which is killed after ``kill_after`` seconds; returns
+    whether it was killed before it ended.
 
     Raises:
         KillStormError: it failed.
     """
-    start = time.monotonic()
     process = multiprocessing.get_context("fork").Process(target=train, args=(config,))
     process.start()
     process.join(kill_after)
@@ -69,15 +72,15 @@ def train_in_a_process(config: MappoConfig, kill_after: float | None = None) -> 
     process.join()
     if process.exitcode not in (0, -signal.SIGKILL):
         raise KillStormError(f"a training failed with exit code {process.exitcode}")
-    return process.exitcode != 0, time.monotonic() - start
+    return process.exitcode != 0
 
 
-def results(folder: Path) -> dict[str, Any]:
-    """What two equal runs have in common: everything but the seconds."""
+def results(folder: Path) -> tuple[list[Any], dict[str, Any]]:
+    """What two equal runs have in common: metrics without the seconds, and weights."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
-    weights = {k: v.tolist() for k, v in load_file(folder / "policy.safetensors").items()}
-    return {"metrics": records, "policy": weights}
+    metrics = [json.loads(line) | {"seconds": None} for line in lines]
+    weights = load_file(folder / "policy.safetensors")
+    return metrics, {name: weight.tolist() for name, weight in weights.items()}
 
 
 def storm(config: KillStormConfig, folder: Path) -> str:
@@ -86,21 +89,21 @@ def storm(config: KillStormConfig, folder: Path) -> str:
     Raises:
         KillStormError: a resumed run ended differently.
     """
-    moments = random.Random(config.seed)
+    moments = random.Random(0)
     torch.set_num_threads(1)  # a fork doesn't inherit threads
     base = MappoConfig(
         iterations=config.iterations, checkpoint_every=2, eval_every=3, eval_size=50,
         num_envs=32, device="cpu", threads=1,
     )  # fmt: skip
     whole = folder / "whole"
-    _, seconds = train_in_a_process(replace(base, run_name=str(whole)))
-    expected = results(whole)
+    start = time.monotonic()
+    train_in_a_process(replace(base, run_name=str(whole)))
+    seconds = time.monotonic() - start
     resumed_from: list[int] = []
     for number in range(config.kills):
         run = folder / str(number)
         moment = moments.uniform(0, seconds)
-        was_killed, _ = train_in_a_process(replace(base, run_name=str(run)), moment)
-        if was_killed:
+        if train_in_a_process(replace(base, run_name=str(run)), moment):
             checkpoint = run / "checkpoint.safetensors"
             done = load_newest(checkpoint)["iteration"] if checkpoint.is_file() else 0
             resumed_from.append(done)
@@ -109,7 +112,7 @@ def storm(config: KillStormConfig, folder: Path) -> str:
             else:  # killed before there was anything to resume
                 shutil.rmtree(run, ignore_errors=True)
                 train_in_a_process(replace(base, run_name=str(run)))
-        if results(run) != expected:
+        if results(run) != results(whole):
             raise KillStormError(
                 f"killed after {moment:.3f} s, {run} ended differently from {whole}"
             )
@@ -122,10 +125,9 @@ def storm(config: KillStormConfig, folder: Path) -> str:
 
 def main() -> None:
     """The command line."""
+    prog = "python -m benchmarks.stress.kill_storm"
     with ends_in_one_line(KillStormError, OSError):
-        config = tyro.cli(
-            KillStormConfig, description=__doc__, prog="python -m benchmarks.stress.kill_storm"
-        )
+        config = tyro.cli(KillStormConfig, description=__doc__, prog=prog)
         with tempfile.TemporaryDirectory(prefix="kill-storm-") as folder:
             print(storm(config, Path(folder)))
 

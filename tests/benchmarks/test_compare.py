@@ -20,7 +20,6 @@ from prunevit.benchmarks.protocol import (
     FixedScheduleModel,
     Method,
     UnreachableError,
-    UpperBound,
     bisect,
 )
 from prunevit.benchmarks.records import FIELDS, Records, command, read
@@ -70,7 +69,7 @@ def test_who_is_compared_with_spends_at_least_as_much(bench, name):
     assert target <= spent < 1.06 * target
 
 
-@pytest.mark.parametrize(("name", "dithers"), [("mappo", True), ("mappo-one-price", False)])
+@pytest.mark.parametrize(("name", "dithers"), [("mappo", True), ("paper", False)])
 def test_ours_spend_at_most_as_much(bench, name, dithers, monkeypatch):
     """With an actor whose patches differ: price and threshold both move what it costs."""
     bench = replace(bench, task=replace(bench.task, dithers=dithers))
@@ -92,7 +91,7 @@ def test_ours_spend_at_most_as_much(bench, name, dithers, monkeypatch):
         spent = evaluate(pruned, bench.validation, bench.size).gmacs
         assert 0.85 * target < spent <= target
         knob = "alpha" if recipe.alpha_range else "threshold"
-        trained_for = {} if recipe.alpha_range else {"alpha": bench.base.alpha}
+        trained_for = {} if recipe.alpha_range else {"alpha": 3.0}
         assert knobs == trained_for | {knob: getattr(pruned.policy, knob)} | (
             {"dither": pruned.policy.dither} if dithers else {}
         )
@@ -264,7 +263,7 @@ def test_a_bound_is_judged_on_few_images(bench, tmp_path, monkeypatch):
         assert row["dense_accuracy"] * 5 == pytest.approx(round(row["dense_accuracy"] * 5))
         assert row["gmacs"] >= bench.gmacs_at(0.5)
     bound = METHODS["oracle"].open(bench, 0)
-    assert isinstance(bound, UpperBound)
+    assert bound.make is None
     images, labels = bench.validation.load(range(2))
     search = bound.search({"tokens": [6, 3]})
     told, other = search(images, labels), search(images, (labels + 1) % 10)
@@ -286,8 +285,8 @@ def test_curves_and_pictures_are_left(tmp_path):
     assert (curve["method"], curve["seed"], curve["iteration"]) == ("mappo", 0, [1])
     assert 0 <= curve["keep_ratio"][0] <= 1
     pictures = read_pictures(tmp_path)
-    assert pictures.images.shape == (6, 64, 64, 1)
-    assert set(pictures.alive) == {"mappo", "attention"}
+    assert pictures["images"].shape == (6, 64, 64, 1)
+    assert pictures.keys() == {"images", "labels", "grid", "alive mappo", "alive attention"}
     compare(config)
     assert len(open_curves(tmp_path).rows) == 1
 
@@ -403,20 +402,17 @@ def test_a_recipe_is_as_long_as_it_says_unless_told_otherwise(bench):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--task chess", "unknown task 'chess': choose from digits, cifar10, imagenet"),
-        ("--methods mapo", "unknown methods mapo: there are random"),
+        ("--methods mapo", "unknown methods mapo: there are norm"),
         ("--seeds 0", "seeds=0"),
-        ("--points 1.5", r"points=(1.5,): shares"),
+        ("--points 1.5", r"points=(1.5,) must be"),
         ("--task cifar10", "where are its images? Give --data"),
         ("--task cifar10 --data folder:x", "needs a trained backbone: give --checkpoint"),
         ("--task cifar10 --data folder:x --checkpoint y", "no checkpoint y"),
         ("--checkpoint y", "no checkpoint y"),
     ],
 )
-def test_bad_input_is_refused_at_once(line, message, capsys):
-    with pytest.raises(SystemExit) as error:
-        main(line.split())
-    assert message in str(error.value)
+def test_bad_input_is_refused_at_once(line, message, refusal):
+    assert message in refusal(main, line.split())
 
 
 def test_a_folder_of_another_task_is_refused(tmp_path):

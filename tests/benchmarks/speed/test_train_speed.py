@@ -1,14 +1,13 @@
 """Iterations are timed in parts, beside the forward passes that they need."""
 
 import json
-import sys
 
 import pytest
 import torch
 
 from prunevit.benchmarks.speed import train_speed
 from prunevit.benchmarks.speed.timed_trainer import TimedTrainer
-from prunevit.benchmarks.speed.train_speed import TrainSpeedConfig, check, main, table, to_record
+from prunevit.benchmarks.speed.train_speed import TrainSpeedConfig, main, table, to_record
 from prunevit.trainers.common.config import MappoConfig
 
 TINY = {"num_envs": 8, "rollouts_per_image": 4, "prune_before": (1, 3), "hidden": (8,)}
@@ -24,15 +23,6 @@ def threads():
 @pytest.fixture
 def timed(vit, some_images):
     return TimedTrainer(MappoConfig(**TINY, keep_bias=0.5), vit, some_images)
-
-
-def test_the_parts_add_up(timed):
-    for iteration in (1, 2):
-        figures = timed.iterate()
-        parts = [figures[name] for name in ("load", "backbone", "policy", "update")]
-        assert min(parts) > 0
-        assert sum(parts) == pytest.approx(figures["seconds"])
-        assert timed.trainer.iteration == iteration
 
 
 def test_the_bare_forward_runs_the_iterations_own_tokens(timed, monkeypatch):
@@ -72,13 +62,12 @@ def test_decisions_and_kept_tokens_are_counted(timed):
 
 def test_a_record_has_medians_and_the_ratios_of_rounds():
     def rounds(*seconds):
-        return [{"seconds": s, "decisions": 100.0, "kept": 0.5, "update": s / 2} for s in seconds]
+        return [{"seconds": s, "decisions": 100.0, "kept": 0.5} for s in seconds]
 
     # the last round is twice as slow for all
     both = {"ours": rounds(2, 4, 8), "forward": rounds(1, 2, 4)}
     record = to_record("ours", both, episodes=8)
     assert record["seconds"] == 4
-    assert record["update"] == 2
     assert record["over_forward"] == 2
     assert record["images_per_second"] == 2
     assert record["decisions_per_second"] == 25
@@ -99,7 +88,6 @@ def test_the_command_measures_and_writes(vit, some_images, tmp_path, monkeypatch
     for row in rows:
         assert row["images_per_second"] == pytest.approx(8 / row["seconds"])
         assert 16 * 8 <= row["decisions_per_second"] * row["seconds"] <= 2 * 16 * 8
-        assert ("update" in row) == (row["variant"] == "ours")
         assert row["peak_memory"] > 50 * 2**20
     ours, forward = rows[:2]
     assert ours["over_ours"] == forward["over_forward"] == 1
@@ -115,13 +103,6 @@ def test_noise_keeps_half_of_its_tokens():
     alive = torch.stack(timed.game.keeps).all(0)
     assert timed.env.num_agents == 64
     assert float(alive.float().mean()) == pytest.approx(0.5, abs=0.08)
-    assert not train_speed.without_missing(config).benchmarl
-
-
-def test_a_library_that_is_missing_is_named_and_left_out(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "prunevit.benchmarks.speed.benchmarl", None)
-    assert not train_speed.without_missing(TrainSpeedConfig()).benchmarl
-    assert "BenchMARL is left out" in capsys.readouterr().err
 
 
 @pytest.mark.integration("benchmarl")
@@ -142,7 +123,7 @@ def test_benchmarl_takes_turns_on_the_same_game(vit, some_images):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rounds", "0"], "rounds=0: at least 1"),
+        (["--rounds", "0"], "rounds=0"),
         (["--num-envs", "12"], "num_envs"),
         (["--tokens", "60"], "tokens=60: a square number"),
         (["--after", "499"], "after=(499,)"),
@@ -150,12 +131,5 @@ def test_benchmarl_takes_turns_on_the_same_game(vit, some_images):
         (["--after", "0", "10", "--rounds", "9"], "after=(0, 10): must ascend by 11"),
     ],
 )
-def test_settings_that_make_no_sense_are_one_line(arguments, message):
-    with pytest.raises(SystemExit) as ended:
-        main(["--no-benchmarl", *arguments])
-    assert str(ended.value.code).startswith("error: ")
-    assert message in str(ended.value.code)
-
-
-def test_the_defaults_make_sense():
-    check(TrainSpeedConfig())
+def test_settings_that_make_no_sense_are_refused(refusal, arguments, message):
+    assert message in refusal(main, ["--no-benchmarl", *arguments])
