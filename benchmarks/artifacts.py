@@ -110,7 +110,7 @@ def leave_pictures(
     if not models:
         return
     pixels, labels = test.load(np.linspace(0, len(test) - 1, IMAGES).astype(int).tolist())
-    data_config = resolve_model_data_config(bench.model)
+    data_config = model_data_config(bench.model)
     shown = denormalise(pixels, tuple(data_config["mean"]), tuple(data_config["std"]))
     images = (shown.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
     before = read_pictures(folder)

@@ -101,9 +101,9 @@ def measure(config: EnvSpeedConfig) -> dict[str, Any]:
     model = create_backbone(config.backbone, untrained=not on_digits).to(device)
     images: ImageSet
     if on_digits:
-        images = open_images(settings.dataset, "train", resolve_model_data_config(model))
+        images = open_images(settings.dataset, "train", model_data_config(model))
     else:
-        images = NoiseImages(resolve_model_data_config(model)["input_size"])
+        images = NoiseImages(model_data_config(model)["input_size"], num_classes=model.num_classes)
     ours = TimedTrainer(settings, model, images)
     env, game = ours.env, ours.game
     single = TokenPruneEnv(model, images, prune_before=config.prune_before, device=device)

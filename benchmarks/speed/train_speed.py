@@ -39,6 +39,7 @@ from prunevit.benchmarks.noise_images import NoiseImages
 from prunevit.benchmarks.speed.timed_trainer import Figures, TimedTrainer
 from prunevit.envs.data.datasets import open_images
 from prunevit.envs.data.image_set import ImageSet
+from prunevit.envs.data_config import model_data_config
 from prunevit.envs.devices import pick_device
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.digits_vit import DIGITS_VIT

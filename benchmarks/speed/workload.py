@@ -89,7 +89,7 @@ def load(
         packed, policy = pruned.backbone, pruned.policy
         packed.model.to(dtype)
         dataset = json.loads((run / "config.json").read_text(encoding="utf-8"))["dataset"]
-        test = open_images(dataset, "test", resolve_model_data_config(packed.model))
+        test = open_images(dataset, "test", model_data_config(packed.model))
         images, _ = test.load([i % len(test) for i in range(count)])
     else:
         torch.manual_seed(0)
