@@ -61,6 +61,7 @@ class Task:
             checkpoint=checkpoint,
             pretrained=pretrained,
             prune_before=self.prune_before,
+            critic="none",  # ours in the style of RLOO, which the committed records are of
             **self.training,
         )
 

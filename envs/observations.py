@@ -246,6 +246,16 @@ class View:
         seen = self.image // times * self.backbone.num_patches + self.patch
         return self._start.living(fields), seen
 
+    def distinct_states(self) -> tuple[Tensor, Tensor]:
+        """``state`` without the repetitions of episodes that play the same image.
+
+        Returns:
+            distinct states float32 [S, D_state], and the index among them of the state of each
+            observation of ``distinct``, int64 [U].
+        """
+        seen = self if self._start is None else self._start
+        return seen.state(), seen.image
+
     def scatter(self, values: Tensor) -> Tensor:
         """Maps values of living patches [R, ...] to [B, N, ...], with zeros (False) elsewhere."""
         dense = values.new_zeros(self.alive.numel(), *values.shape[1:])

@@ -68,8 +68,8 @@ class Learner(nn.Module):
             inputs = env.observation_space.shape[0]
             if config.critic == "central":
                 inputs += env.state_space.shape[0]
-            self.critic = Critic(inputs, config.critic_hidden).to(env.device)
-        self.value_norm = ValueNorm().to(env.device)
+            self.critic = Critic(inputs, config.critic_hidden, config.critic_norm).to(env.device)
+        self.value_norm = ValueNorm(config.value_norm_decay).to(env.device)
         learned = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(learned, lr=config.lr, eps=ADAM_EPS)
         # called in place of this module to learn; not registered as a part of it
@@ -78,12 +78,19 @@ class Learner(nn.Module):
     wrapped: nn.Module
 
     def forward(
-        self, observation: Tensor, seen: Tensor, mask: Tensor, critic_input: Tensor
+        self,
+        observation: Tensor,
+        seen: Tensor,
+        mask: Tensor,
+        state: Tensor | None,
+        state_of: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """``log_probs``, and the critic's normalised values [R] if there is one: all that has
         gradients.
         """
-        values = None if self.critic is None else self.critic(critic_input)
+        values = None
+        if self.critic is not None:
+            values = self.critic(observation, state, state_of).index_select(0, seen)
         return self.log_probs(observation, seen, mask), values
 
     def log_probs(self, observation: Tensor, seen: Tensor, mask: Tensor) -> Tensor:
@@ -99,19 +106,19 @@ class Learner(nn.Module):
         """
         return masked_log_probs(self.actor(observation).index_select(0, seen), mask)
 
-    def critic_inputs(self, observed: Observations) -> Tensor:
-        """The critic's input for each living agent, [R, D]."""
-        living = observed.living()
-        if self.config.critic == "local":
-            return living
-        return torch.cat([living, observed.state[observed.alive.nonzero()[:, 0]]], dim=1)
+    def states(self, observed: Observations) -> tuple[Tensor | None, Tensor | None]:
+        """The distinct states, and in which each distinct observation was made, for a critic that
+        sees them.
+        """
+        return observed.distinct_states() if self.config.critic == "central" else (None, None)
 
     @torch.no_grad()
     def values(self, observed: Observations) -> Tensor:
         """V of every agent [B, N]; zero for pruned agents, and for all without a critic."""
         dense = torch.zeros(observed.alive.shape, device=observed.alive.device)
         if self.critic is not None:
-            normed = self.critic(self.critic_inputs(observed))
+            observation, seen = observed.distinct()
+            normed = self.critic(observation, *self.states(observed)).index_select(0, seen)
             dense[observed.alive] = self.value_norm.denormalise(normed)
         return dense
 
@@ -178,16 +185,19 @@ def compute_advantages(rollout: Rollout, learner: Learner, env: BatchedEnv) -> B
     )
     returns = (advantage + value)[alive]
     if env.rollouts_per_start > 1:
-        advantage = leave_one_out(advantage, env.rollouts_per_start)
-    distinct = [observed.distinct() for observed in rollout.observations]
-    offsets = itertools.accumulate((len(rows) for rows, _ in distinct), initial=0)
-    seen = torch.cat([seen + first for (_, seen), first in zip(distinct, offsets, strict=False)])
+        # without a critic the dead have returns like the living; with one they have no value to
+        # subtract from theirs, so they can't be compared with the living
+        compared = alive if learner.critic is not None else torch.ones_like(alive)
+        advantage = leave_one_out(advantage, compared, env.rollouts_per_start)
+    observation, seen = _joined([observed.distinct() for observed in rollout.observations])
+    state, state_of = None, None
+    if learner.config.critic == "central":
+        state, state_of = _joined([observed.distinct_states() for observed in rollout.observations])
     return Batch(
-        observation=torch.cat([rows for rows, _ in distinct]),
+        observation=observation,
         seen=seen,
-        critic_input=advantage.new_empty(len(seen), 0)
-        if learner.critic is None
-        else torch.cat([learner.critic_inputs(observed) for observed in rollout.observations]),
+        state=state,
+        state_of=state_of,
         mask=torch.cat([observed.action_mask[observed.alive] for observed in rollout.observations]),
         action=torch.cat(rollout.action),
         log_prob=torch.cat(rollout.log_prob),
@@ -196,6 +206,13 @@ def compute_advantages(rollout: Rollout, learner: Learner, env: BatchedEnv) -> B
         advantage=normalise(advantage[alive], learner.ranks),
         count=learner.ranks.mean_count(len(seen)),
     )
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Several tensors of rows, each with an index into them, as one tensor and one index."""
+    offsets = itertools.accumulate((len(rows) for rows, _ in parts), initial=0)
+    index = [index + first for (_, index), first in zip(parts, offsets, strict=False)]
+    return torch.cat([rows for rows, _ in parts]), torch.cat(index)
 
 
 def normalise(advantage: Tensor, ranks: Ranks = ALONE) -> Tensor:
@@ -248,7 +265,7 @@ def loss_terms(learner: Learner, batch: Batch) -> tuple[Tensor, dict[str, Tensor
     """The loss to be minimised, and its terms by name for the log."""
     config = learner.config
     log_probs, value = learner.wrapped(
-        batch.observation, batch.seen, batch.mask, batch.critic_input
+        batch.observation, batch.seen, batch.mask, batch.state, batch.state_of
     )
     log_prob = log_probs.gather(1, batch.action[:, None]).squeeze(1)
     entropy = mean(-(log_probs.exp() * log_probs).sum(-1), batch)
@@ -288,11 +305,11 @@ def update(learner: Learner, batch: Batch, generator: torch.Generator) -> dict[s
         NotFiniteError: a loss or a gradient is not finite, and the weights may not be either.
     """
     config, optimizer, ranks = learner.config, learner.optimizer, learner.ranks
-    if learner.critic is not None:
-        learner.value_norm.update(batch.returns, ranks)
     history: dict[str, list[Tensor]] = {}  # one entry a step
     for _ in range(config.epochs):
         for minibatch in minibatches(batch, config.minibatches, generator, ranks):
+            if learner.critic is not None:
+                learner.value_norm.update(minibatch.returns, ranks)
             optimizer.zero_grad(set_to_none=True)
             terms = backward(learner, minibatch)
             terms["grad_norm"] = nn.utils.clip_grad_norm_(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from prunevit.envs.fields import Rows
 from prunevit.envs.vit.untouched import has_own_hooks, is_untouched
@@ -165,21 +166,43 @@ def _squared_norm(values: Tensor) -> Tensor:
 
 
 class Critic(nn.Module):
-    """The value of an agent's situation, [R, inputs] -> [R].
-
-    The input is the agent's observation, followed by the global state for a central critic. It has
-    no LayerNorm, unlike that of MAPPO's authors: on mpe2's ``simple_reference_v3``, whose state is
-    coordinates, values behind one were learned so late that two of five policies got worse than
-    random.
+    """The value of an agent's situation: its observation, followed by the global state for a
+    central critic.
 
     Args:
-        inputs: size of the input.
+        inputs: size of observation and state together.
         hidden: widths of the hidden layers.
+        input_norm: a LayerNorm over the whole input, as MAPPO's authors have it.
     """
 
-    def __init__(self, inputs: int, hidden: Sequence[int]) -> None:
+    def __init__(self, inputs: int, hidden: Sequence[int], input_norm: bool = False) -> None:
         super().__init__()
+        self.norm = nn.LayerNorm(inputs) if input_norm else None
         self.net = nn.Sequential(*mlp(inputs, hidden, 1, 1.0))
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.net(inputs).squeeze(-1)
+    def forward(
+        self, observation: Tensor, state: Tensor | None = None, state_of: Tensor | None = None
+    ) -> Tensor:
+        """Values of observations, each in its state.
+
+        Args:
+            observation: [U, D_obs].
+            state: the distinct states [S, D_state]; None for a critic that sees none.
+            state_of: which of them belongs to each observation, int64 [U].
+
+        Returns:
+            [U].
+        """
+        if state is None or state_of is None:
+            inputs = observation if self.norm is None else self.norm(observation)
+            return self.net(inputs).squeeze(-1)
+        if self.norm is not None:
+            inputs = torch.cat([observation, state.index_select(0, state_of)], dim=1)
+            return self.net(self.norm(inputs)).squeeze(-1)
+        # the first layer is linear in both parts, so each state is multiplied only once
+        first = self.net[0]
+        assert isinstance(first, nn.Linear)
+        own, shared = first.weight.split([observation.shape[1], state.shape[1]], dim=1)
+        in_state = F.linear(state, shared, first.bias).index_select(0, state_of)
+        projected = torch.addmm(in_state, observation, own.T)  # [U, width]
+        return self.net[1:](projected).squeeze(-1)

@@ -22,6 +22,7 @@ def configuration(task: str, algorithm: str, seed: int, settings: Settings) -> M
         "iterations": settings.iterations,
         "hidden": settings.hidden,
         "critic_hidden": settings.hidden,
+        "critic_norm": False,  # the other libraries' critics have none
         "epochs": settings.epochs,
         "minibatches": settings.minibatches,
         "lr": settings.lr,

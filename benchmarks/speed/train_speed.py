@@ -2,7 +2,7 @@
 
 These take turns in one process, at several points of a training on the digits:
 
-- ``ours``: an iteration in the default settings;
+- ``ours``: an iteration in the default settings but without a critic;
 - ``forward``: the bare forward passes that this iteration needs, which are the lower bound;
 - ``benchmarl``: an iteration of BenchMARL's MAPPO on the same game with as many episodes, where
   BenchMARL is installed. It uses a central critic, four minibatches an epoch and each image once;
@@ -83,7 +83,10 @@ class TrainSpeedConfig(Settings):
 def set_up(config: TrainSpeedConfig) -> tuple[MappoConfig, nn.Module, ImageSet]:
     """The trainer's settings, the backbone on its device, and the images."""
     settings = MappoConfig(
-        num_envs=config.num_envs, prune_before=config.prune_before, device=config.device
+        num_envs=config.num_envs,
+        prune_before=config.prune_before,
+        critic="none",
+        device=config.device,
     )
     pick_device(config.device)
     if config.tokens is None:

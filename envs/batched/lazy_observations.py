@@ -42,6 +42,13 @@ class LazyObservations(Observations):
     def _distinct(self) -> tuple[Tensor, Tensor]:
         return self.view.distinct(self.fields)
 
+    def distinct_states(self) -> tuple[Tensor, Tensor]:
+        return self._distinct_states
+
+    @cached_property
+    def _distinct_states(self) -> tuple[Tensor, Tensor]:
+        return self.view.distinct_states()
+
     @cached_property
     def observation(self) -> Tensor:
         return self.view.scatter(self._living)

@@ -46,6 +46,15 @@ class Observations:
         living = self.living()
         return living, torch.arange(len(living), device=living.device)
 
+    def distinct_states(self) -> tuple[Tensor, Tensor]:
+        """The global states in which the distinct observations are made.
+
+        Returns:
+            distinct states float32 [S, D_state], and the index among them of the state of each of
+            the U observations of ``distinct``, int64 [U].
+        """
+        return self.state, self.alive.nonzero()[:, 0]
+
 
 @dataclass(frozen=True)
 class Transition:

@@ -25,6 +25,19 @@ from prunevit.envs.vit.tokens import Tokens
 SHARD_STRIDE = 2_654_435_769  # between the seeds of what each shard draws for itself
 
 
+def draw_distinct(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """Draws ``count`` different numbers below ``size``, every order of them alike likely: int64
+    [count]. It takes time and memory for ``count`` numbers, however large ``size`` is.
+    """
+    if 2 * count > size:
+        return torch.randperm(size, generator=generator)[:count]
+    drawn: dict[int, None] = {}  # in the order of drawing
+    while len(drawn) < count:
+        more = torch.randint(size, (count,), generator=generator)
+        drawn.update(dict.fromkeys(more.tolist()))
+    return torch.tensor(list(drawn)[:count], dtype=torch.int64)
+
+
 class BatchedTokenPrune:
     """The token game on the images of a data set: a ``BatchedEnv`` whose episodes all end together.
 
@@ -224,7 +237,7 @@ class BatchedTokenPrune:
 
     def _draw_images(self, generator: torch.Generator) -> Tensor:
         count = self.num_envs // self.rollouts_per_start
-        return self._mine(torch.randperm(len(self.images), generator=generator), count)
+        return self._mine(draw_distinct(count * self.shard[1], len(self.images), generator), count)
 
     def step(self, actions: Tensor) -> Transition:
         """Takes actions int64 [B, N]: 1 keeps, 0 prunes. Actions of pruned agents are ignored.

@@ -364,6 +364,7 @@ def test_dynamic_vit_takes_part_with_and_without_its_backbone(bench):
 def test_every_ablation_takes_one_thing_away(bench):
     settings = {name: recipe.settings(bench) for name, recipe in RECIPES.items()}
     ours = settings["mappo"]
+    assert bench.base.critic == "none"  # what the committed records are of
     assert settings["one-stage"] == ours | {"prune_before": bench.task.prune_before[:1]}
     assert settings["no-attention-prior"] == ours | {"attention_prior": 0.0}
     assert "stage" not in settings["no-stage"]["observation"]

@@ -191,6 +191,11 @@ def test_distinct_holds_what_is_seen_once(vit, keeps, fields):
         living = stage.view.living(fields)
         torch.testing.assert_close(observations[seen], living, rtol=0, atol=1e-6)
         assert len(observations) == (len(living) if stage.index else BATCH * 16)
+        states, state_of = stage.view.distinct_states()
+        assert state_of.shape == observations.shape[:1]
+        own_state = stage.view.state()[stage.view.image]
+        torch.testing.assert_close(states[state_of][seen], own_state, rtol=0, atol=1e-6)
+        assert len(states) == (3 * BATCH if stage.index else BATCH)
         stage = game.step(keep)
 
 

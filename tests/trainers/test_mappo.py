@@ -11,6 +11,7 @@ from prunevit.agents.policies.actor_critic import Actor
 from prunevit.envs.batched.protocol import BatchedEnv, Observations, Transition
 from prunevit.trainers import mappo
 from prunevit.trainers.common.config import MappoConfig
+from prunevit.trainers.common.rollout import OF_ROWS
 from prunevit.trainers.common.value_norm import ValueNorm
 from prunevit.trainers.mappo import (
     Batch,
@@ -89,8 +90,8 @@ def then(observed, *reward, ended=None, final=None):
 class ValueIsSeen(nn.Module):
     """A critic that makes the first number of an observation an agent's value."""
 
-    def forward(self, inputs):
-        return inputs[:, 0]
+    def forward(self, observation, state, state_of):
+        return observation[:, 0]
 
 
 def make_learner(env, critic="local", **changes):
@@ -168,6 +169,57 @@ def test_without_a_critic_the_return_itself_is_compared(raw_advantages):
     assert compute_advantages(rollout, learner, env).advantage.tolist() == [1 + 3 / 2, 3]
 
 
+# --- rollouts of one start, in which agents die ---
+
+
+class Rollouts(Scripted):
+    """Three environments of the same start that go through given transitions."""
+
+    num_envs = rollouts_per_start = 3
+
+
+def together(*observations):
+    return Observations(
+        *(torch.cat(parts) for parts in zip(*map(vars_of, observations), strict=True))
+    )
+
+
+def vars_of(observed):
+    return observed.observation, observed.state, observed.alive, observed.action_mask
+
+
+def with_deaths(alive):
+    """Two steps; after the first of them a single agent is alive where ``alive`` says so."""
+    start = together(see(2), see(2), see(2))
+    values = [4, 5, 7]
+    later = together(*(see(v, alive=[a]) for v, a in zip(values, alive, strict=True)))
+    no, yes = torch.zeros(3, dtype=torch.bool), torch.ones(3, dtype=torch.bool)
+    first = Transition(later, torch.tensor([[1.0], [2.0], [3.0]]), no, no)
+    return Rollouts(start, first, Transition(start, torch.tensor([[8.0], [6.0], [9.0]]), yes, no))
+
+
+def test_rollouts_are_compared_where_the_agent_lives(raw_advantages):
+    found = judged(with_deaths([1, 1, 0]), gamma=1.0, gae_lambda=1.0).advantage
+    # the third is paid 9 without an action of its own, and nobody has valued it
+    second = torch.tensor([8.0 - 4, 6 - 5])
+    first = torch.tensor([1.0 + 8, 2 + 6, 3 + 9]) - 2
+    expected = [(3 * x - first.sum()) / 2 for x in first]
+    assert found[:3].tolist() == pytest.approx([float(x) for x in expected])
+    assert found[3:].tolist() == [float(second[0] - second[1]), float(second[1] - second[0])]
+
+
+def test_who_lives_in_one_rollout_alone_is_judged_by_the_critic_alone(raw_advantages):
+    found = judged(with_deaths([0, 1, 0]), gamma=1.0, gae_lambda=1.0).advantage
+    assert found[3:].tolist() == [6 - 5]
+
+
+def test_without_a_critic_returns_of_the_dead_are_compared_too(raw_advantages):
+    env = with_deaths([0, 1, 0])
+    learner = make_learner(env, "none", gamma=1.0)
+    rollout, _ = collect_rollout(env, learner, env.reset(0), 2, torch.Generator().manual_seed(0))
+    assert compute_advantages(rollout, learner, env).advantage[3:].tolist() == [6 - (8 + 9) / 2]
+
+
 # --- the dead ---
 
 
@@ -200,6 +252,9 @@ def test_what_the_dead_see_changes_nothing(critic):
         outcomes.append((decisions, losses, learner.state_dict(), env.played))
     (before, losses, weights, played), (after, *others) = outcomes
     for name, part in vars(before).items():
+        if part is None:
+            assert critic != "central"
+            continue
         assert torch.equal(*map(torch.as_tensor, (part, getattr(after, name)))), name
     assert losses == others[0]
     assert all(torch.equal(weights[key], others[1][key]) for key in weights)
@@ -210,10 +265,7 @@ def test_the_dead_are_out_of_losses_and_of_advantage_statistics():
     env = with_dead(0.0)
     decisions = judged(env)
     assert decisions.observation[decisions.seen, 0].tolist() == [1, 2, 3, 4, 5, 6]
-    lengths = {
-        len(part) for name, part in vars(decisions).items() if name not in ("observation", "count")
-    }
-    assert lengths == {6}
+    assert {len(getattr(decisions, name)) for name in OF_ROWS} == {6}
     assert float(decisions.advantage.mean()) == pytest.approx(0, abs=1e-6)
     assert float(decisions.advantage.std()) == pytest.approx(1, abs=1e-3)
 
@@ -283,17 +335,26 @@ def test_play_and_learning_see_the_same_masks():
 
 
 class Shared(Observations):
-    """Says what all see but once."""
+    """Says what all see in the same state but once, and states that are alike but once."""
 
     def distinct(self):
-        return torch.unique(self.living(), dim=0, return_inverse=True)
+        # sorted by the state first
+        rows = torch.cat([self.state[self.alive.nonzero()[:, 0]], self.living()], dim=1)
+        rows, seen = torch.unique(rows, dim=0, return_inverse=True)
+        return rows[:, self.state.shape[1] :], seen
+
+    def distinct_states(self):
+        rows = torch.cat([self.state[self.alive.nonzero()[:, 0]], self.living()], dim=1)
+        state = torch.unique(rows, dim=0)[:, : self.state.shape[1]]
+        return torch.unique(state, dim=0, return_inverse=True)
 
 
+@pytest.mark.parametrize("critic", ["central", "local"])
 @pytest.mark.parametrize("minibatches", [1, 3])
-def test_what_is_seen_by_many_is_learned_from_as_if_each_had_its_own(minibatches):
+def test_what_is_seen_by_many_is_learned_from_as_if_each_had_its_own(critic, minibatches):
     outcomes = []
     for kind in (Observations, Shared):
-        trainer = make_trainer(4, minibatches=minibatches)
+        trainer = make_trainer(4, critic=critic, minibatches=minibatches)
         observe = trainer.env.observe
         trainer.env.observe = lambda observe=observe, kind=kind: kind(**vars(observe()))
         outcomes.append(weights_after(trainer, 3))
@@ -368,7 +429,7 @@ def test_minibatches_cover_every_decision_once():
 def decisions_of(**parts):
     zero = torch.zeros(len(next(iter(reversed(parts.values())))))
     given = {name: torch.tensor(part) for name, part in parts.items()}
-    fields = {field.name: zero for field in dataclasses.fields(Batch)}
+    fields = dict.fromkeys(("observation", *OF_ROWS), zero)
     return Batch(**fields | given | {"count": len(zero)})  # type: ignore[arg-type]
 
 
@@ -430,10 +491,27 @@ def test_values_are_in_units_of_returns_and_zero_for_the_dead():
     torch.testing.assert_close(values, torch.tensor([[25.0, 0.0]]))
 
 
+@pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("critic", "inputs"), [("central", [5, 0, 8]), ("local", [5, 0])])
-def test_what_the_critic_sees(critic, inputs):
-    learner = make_learner(Scripted(see(1, 2)), critic)
-    assert learner.critic_inputs(see(5, 3, alive=[1, 0])).tolist() == [inputs]
+def test_what_the_critic_sees(critic, inputs, norm):
+    learner = make_learner(Scripted(see(1, 2)), critic, critic_norm=norm)
+    found = learner.values(see(5, 3, alive=[1, 0]))
+    expected = learner.critic(torch.tensor([inputs], dtype=torch.float32)).detach()
+    torch.testing.assert_close(found, torch.tensor([[expected.item(), 0.0]]))
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_value_norm_takes_the_returns_of_each_step(minibatches, monkeypatch):
+    taken = []
+    trainer = make_trainer(4, minibatches=minibatches, epochs=3)
+    norm = trainer.learner.value_norm
+    monkeypatch.setattr(norm, "update", lambda returns, ranks: taken.append(returns))
+    trainer.iterate()
+    env = trainer.env
+    assert len(taken) == 3 * minibatches
+    rows = env.num_envs * env.num_agents * env.steps
+    assert sum(map(len, taken)) == 3 * rows
+    assert norm.decay == trainer.config.value_norm_decay == 0.99999
 
 
 # --- the schedule ---

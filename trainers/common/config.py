@@ -12,6 +12,7 @@ from prunevit.envs.rewards import LARGEST_NUMBER
 from prunevit.trainers.common.run import RUNS, RunSettings
 from prunevit.trainers.common.settings import (
     Count,
+    Decay,
     JsonObject,
     Positive,
     Range,
@@ -44,6 +45,8 @@ class MappoConfig(RunSettings):
         "workers": None,
         "accumulate": 1,
         "compile": False,
+        "critic_norm": False,
+        "value_norm_decay": 0.99,
     }
 
     env: str = TOKEN_PRUNE
@@ -114,11 +117,15 @@ class MappoConfig(RunSettings):
     hidden: Widths = (32,)
     """Widths of the actor's hidden layers."""
     critic: CriticKind = "none"
-    """central sees observation and state, local the observation alone (IPPO), none leaves it to the
-    rollouts.
+    """central sees observation and state (MAPPO), local the observation alone (IPPO); none leaves
+    the baseline to the rollouts of the same image, as RLOO and GRPO do.
     """
     critic_hidden: Widths = (64,)
     """Widths of the critic's hidden layers."""
+    critic_norm: bool = False
+    """Put a LayerNorm on the critic's input, as MAPPO's authors do; the actor always has one."""
+    value_norm_decay: Decay = 0.99999
+    """Decay of ValueNorm's running mean and variance of returns, a step of the optimizer."""
     epochs: Count = 4
     """Passes over an iteration's decisions."""
     minibatches: Count = 1
@@ -217,8 +224,8 @@ class MappoConfig(RunSettings):
 
 
 def defaults_for(env: str) -> MappoConfig:
-    """The defaults of a kind of game: what MAPPO's authors recommend, for all but the token
-    game.
+    """The defaults of a kind of game: for all but the token game those of MAPPO's authors (Yu et
+    al. 2022, and their code). ``benchmarks.marl.departures`` measures what changes of them bring.
     """
     if not env.startswith(PETTINGZOO_PREFIX):
         return MappoConfig()
@@ -230,10 +237,11 @@ def defaults_for(env: str) -> MappoConfig:
         hidden=(64, 64),
         critic="central",
         critic_hidden=(64, 64),
-        epochs=5,
-        minibatches=8,
-        lr=1e-3,
-        lr_schedule="linear",
+        critic_norm=True,
+        epochs=10,
+        minibatches=1,
+        lr=5e-4,
+        lr_schedule="constant",
         gamma=0.99,
         entropy=0.01,
         eval_size=64,

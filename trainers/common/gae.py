@@ -51,21 +51,25 @@ def gae(
     return advantage
 
 
-def leave_one_out(advantage: Tensor, group: int) -> Tensor:
+def leave_one_out(advantage: Tensor, compared: Tensor, group: int) -> Tensor:
     """Subtracts the mean of the other rollouts of the same start, agent by agent and step by step
     (RLOO).
 
-    How good the start was drops out; what the agents did in this rollout stays.
+    How good the start was drops out; what the agents did in this rollout stays. Where no other
+    rollout can be compared, nothing is subtracted.
 
     Args:
         advantage: [T, B, N]; each ``group`` consecutive environments share their start.
+        compared: which of them the mean is taken over, bool [T, B, N].
         group: at least 2.
 
     Returns:
         [T, B, N].
     """
-    steps, batch, agents = advantage.shape
-    grouped = advantage.view(steps, batch // group, group, agents)
-    mean = grouped.mean(2, keepdim=True)
-    # x_i - mean of the others = (x_i - mean of all) * n / (n - 1)
-    return ((grouped - mean) * (group / (group - 1))).view(steps, batch, agents)
+    shape = advantage.shape
+    grouped = advantage.unflatten(1, (-1, group))  # [T, B / group, group, N]
+    counted = compared.unflatten(1, (-1, group))
+    summed = torch.where(counted, grouped, 0.0)
+    others = counted.sum(2, keepdim=True) - counted.int()
+    mean = (summed.sum(2, keepdim=True) - summed) / others.clamp(min=1)
+    return (grouped - mean).reshape(shape)

@@ -11,6 +11,8 @@ from prunevit.envs.batched.protocol import Observations
 from prunevit.trainers.common.distributed import Ranks
 
 MASKED_LOGIT = -1e9
+# what a batch holds for each decision
+OF_ROWS = ("seen", "mask", "action", "log_prob", "value", "returns", "advantage")
 
 
 def masked_log_probs(logits: Tensor, mask: Tensor) -> Tensor:
@@ -54,7 +56,9 @@ class Batch:
     Attributes:
         observation: the distinct observations, [U, D_obs].
         seen: which of them each row saw, int64 [R].
-        critic_input: [R, D]; empty without a critic.
+        state: the distinct global states [S, D_state]; None where no critic sees them.
+        state_of: which of them each distinct observation was made in, int64 [U]; None without
+            ``state``.
         mask: bool [R, A].
         action: int64 [R].
         log_prob: of the action when it was taken, [R].
@@ -66,7 +70,6 @@ class Batch:
 
     observation: Tensor
     seen: Tensor
-    critic_input: Tensor
     mask: Tensor
     action: Tensor
     log_prob: Tensor
@@ -74,15 +77,20 @@ class Batch:
     returns: Tensor
     advantage: Tensor
     count: float
+    state: Tensor | None = None
+    state_of: Tensor | None = None
 
     def rows(self, index: Tensor, ranks: Ranks) -> Batch:
         """The rows at ``index``, int64 [R']."""
-        apart = ("observation", "seen", "count")
-        chosen = {name: part[index] for name, part in vars(self).items() if name not in apart}
-        observation = self.observation[self.seen[index]]
-        seen = torch.arange(len(observation), device=observation.device)
-        count = ranks.mean_count(len(index))
-        return Batch(observation=observation, seen=seen, count=count, **chosen)
+        seen = self.seen[index]
+        rows = {name: getattr(self, name)[index] for name in OF_ROWS}
+        return replace(
+            self,
+            observation=self.observation[seen],
+            state_of=None if self.state_of is None else self.state_of[seen],
+            count=ranks.mean_count(len(index)),
+            **rows | {"seen": torch.arange(len(seen), device=seen.device)},
+        )
 
     def micro_batches(self, count: int) -> list[Batch]:
         """Splits the rows into ``count`` batches (fewer where there are fewer rows) whose losses
@@ -91,12 +99,21 @@ class Batch:
         count = min(count, len(self.seen))
         if count < 2:
             return [self]
-        names = [name for name in vars(self) if name not in ("observation", "count")]
         batches = []
-        for piece in zip(*(getattr(self, name).tensor_split(count) for name in names), strict=True):
-            rows = dict(zip(names, piece, strict=True))
-            # rows are in the order of what they see
-            first, last = (int(edge) for edge in rows["seen"].aminmax())
-            rows["seen"] = rows["seen"] - first
-            batches.append(replace(self, observation=self.observation[first : last + 1], **rows))
+        pieces = (getattr(self, name).tensor_split(count) for name in OF_ROWS)
+        for piece in zip(*pieces, strict=True):
+            rows = dict(zip(OF_ROWS, piece, strict=True))
+            # rows are in the order of what they see, and that in the order of states
+            used, rows["seen"] = _span(rows["seen"])
+            rows["observation"] = self.observation[used]
+            if self.state is not None and self.state_of is not None:
+                used, rows["state_of"] = _span(self.state_of[used])
+                rows["state"] = self.state[used]
+            batches.append(replace(self, **rows))
         return batches
+
+
+def _span(index: Tensor) -> tuple[slice, Tensor]:
+    """The shortest slice that holds all that ``index`` points to, and the index into it."""
+    first, last = (int(edge) for edge in index.aminmax())
+    return slice(first, last + 1), index - first

@@ -15,7 +15,8 @@ class ValueNorm(nn.Module):
     The statistics are buffers, so that they travel in a checkpoint.
 
     Args:
-        decay: of the running averages, a call of ``update``.
+        decay: of the running averages, a call of ``update``; MAPPO's authors call it once a
+            minibatch.
         floor: smallest variance.
     """
 
@@ -23,7 +24,7 @@ class ValueNorm(nn.Module):
     square: Tensor
     weight: Tensor
 
-    def __init__(self, decay: float = 0.99, floor: float = 1e-2) -> None:
+    def __init__(self, decay: float = 0.99999, floor: float = 1e-2) -> None:
         super().__init__()
         self.decay = decay
         self.floor = floor

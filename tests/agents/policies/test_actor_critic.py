@@ -65,9 +65,31 @@ def test_a_critic_gives_a_number_to_each():
     assert Critic(SIZE, (8,))(observe()[:0]).shape == (0,)
 
 
-def test_a_critic_sees_how_far_away_things_are():
-    """Unlike the actor: where all is twice as far, and moved, a reward may be another."""
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("hidden", [(8,), (8, 4), ()])
+def test_a_critic_of_states_is_that_of_both_together(hidden, norm):
+    observation, state = torch.randn(7, SIZE), torch.randn(3, 5)
+    state_of = torch.tensor([2, 0, 0, 1, 2, 2, 1])
+    critic = Critic(SIZE + 5, hidden, norm)
+    together = torch.cat([observation, state[state_of]], 1)
+    found = critic(observation, state, state_of)
+    expected = critic(together)
+    torch.testing.assert_close(found, expected)
+    weights = list(critic.parameters())
+    for one, other in zip(
+        torch.autograd.grad(found.square().sum(), weights),
+        torch.autograd.grad(expected.square().sum(), weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert critic(observation[:0], state, state_of[:0]).shape == (0,)
+
+
+def test_a_critics_norm_hides_how_far_away_things_are():
+    """Without it: where all is twice as far, and moved, a reward may be another."""
     seen = observe(1, 2, 3)
+    normed = Critic(SIZE, (8,), input_norm=True)
+    torch.testing.assert_close(normed(2 * seen + 1), normed(seen), rtol=0, atol=1e-3)
     critic, actor = Critic(SIZE, (8,)), Actor(SIZE, 2, (8,))
     torch.testing.assert_close(actor(2 * seen + 1), actor(seen), rtol=0, atol=1e-4)
     assert ((critic(2 * seen + 1) - critic(seen)).abs() > 1e-2).all()

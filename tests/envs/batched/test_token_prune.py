@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunevit.envs.batched.lazy_observations import action_mask
 from prunevit.envs.batched.protocol import BatchedEnv, Observations
-from prunevit.envs.batched.token_prune import BatchedTokenPrune
+from prunevit.envs.batched.token_prune import BatchedTokenPrune, draw_distinct
 from prunevit.envs.data.cluttered_digits import ClutteredDigits
 from prunevit.envs.fields import DEFAULT_FIELDS, FIELDS, field_slices
 from prunevit.envs.game import GameError, TokenGame
@@ -80,6 +81,9 @@ def test_an_episode_is_the_games(make_env, some_images, keeps, fields, rollouts)
         rows, seen = observed.distinct()
         torch.testing.assert_close(rows[seen], living, rtol=0, atol=1e-6)
         assert torch.equal(observed.state, stage.view.state())
+        states, state_of = observed.distinct_states()
+        own_state = observed.state[observed.alive.nonzero()[:, 0]]
+        torch.testing.assert_close(states[state_of][seen], own_state, rtol=0, atol=1e-6)
         assert observed.action_mask[..., 0].all()
         assert torch.equal(observed.action_mask[..., 1], stage.alive)
         transition = env.step(decision.long())
@@ -168,6 +172,61 @@ def test_episodes_differ_between_seeds_resets_and_environments(make_env):
 def test_images_are_drawn_without_repeats(make_env, some_images, num_envs, rollouts):
     (indices,) = drawn(make_env(num_envs, rollouts))
     assert indices[::rollouts].sort().values.tolist() == list(range(len(some_images)))
+
+
+def test_shards_draw_what_one_environment_would(make_env):
+    whole = drawn(make_env(4), 3, seed=5)
+    parts = [drawn(make_env(2, shard=(i, 2)), 3, seed=5) for i in range(2)]
+    assert torch.equal(torch.cat(parts, 1), whole)
+
+
+def test_draws_of_different_numbers_are_all_as_likely():
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([draw_distinct(3, 7, generator) for _ in range(6_300)])
+    assert draws.dtype == torch.int64
+    assert (draws.sort(1).values.diff(dim=1) > 0).all()
+    expected = 6_300 / (7 * 6)
+    for first, second in ((0, 1), (2, 0), (1, 2)):
+        counts = (draws[:, first] * 7 + draws[:, second]).bincount(minlength=49).double()
+        assert (counts > 0).sum() == 7 * 6
+        # the 1e-5 quantile of chi square with 41 degrees of freedom
+        assert (counts[counts > 0] - expected).square().sum() / expected < 90
+
+
+@pytest.mark.parametrize("count", [0, 1, 50, 51, 99, 100])
+def test_as_many_different_numbers_as_there_are_can_be_drawn(count):
+    drawn = draw_distinct(count, 100, torch.Generator().manual_seed(0)).tolist()
+    assert len(set(drawn)) == len(drawn) == count
+    assert set(drawn) <= set(range(100))
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_a_draw_takes_no_memory_for_the_data_set(make_env, some_images):
+    class Many(type(some_images)):
+        def __len__(self):
+            return 10**9
+
+        def load(self, indices):
+            assert indices.unique().shape == (6,)
+            assert indices.max() > 1_000
+            return super().load(indices % len(some_images))
+
+    env = make_env(images=Many())
+    env.reset(seed=0)
+    with Largest() as largest:
+        env._draw_images(torch.Generator().manual_seed(0))
+    assert largest.elements <= 6
 
 
 @pytest.mark.parametrize("kind", [list, tuple, torch.tensor])

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from prunevit.agents.policies.actor_critic import POLICY_GAIN
 from prunevit.trainers.common.config import MappoConfig, defaults_for, parse
 from prunevit.trainers.common.settings import parse_arguments
 from prunevit.trainers.finetune import FinetuneConfig
+from prunevit.trainers.mappo import ADAM_EPS
 
 SPREAD = "pettingzoo:mpe2.simple_spread_v3"
 
@@ -20,6 +22,21 @@ def test_each_kind_of_game_has_defaults_of_its_own():
     assert defaults_for(SPREAD).env == SPREAD
     assert defaults_for(SPREAD).critic != "none"
     assert dataclasses.replace(defaults_for(SPREAD), env="token-prune") != MappoConfig()
+
+
+def test_pettingzoo_games_have_the_defaults_of_mappos_authors():
+    """Yu et al. 2022, app. D, and the configuration in their code."""
+    config = defaults_for(SPREAD)
+    assert {name: getattr(config, name) for name in AUTHORS} == AUTHORS
+    assert ADAM_EPS == 1e-5
+    assert POLICY_GAIN == 0.01
+
+
+AUTHORS = {
+    "critic": "central", "critic_norm": True, "lr": 5e-4, "lr_schedule": "constant", "epochs": 10,
+    "minibatches": 1, "clip": 0.2, "huber_delta": 10.0, "value_weight": 1.0, "entropy": 0.01,
+    "gamma": 0.99, "gae_lambda": 0.95, "max_grad_norm": 10.0, "value_norm_decay": 0.99999,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("arguments", [["--env", SPREAD], [f"--env={SPREAD}"]])
@@ -117,6 +134,13 @@ UNUSUAL = MappoConfig(
 @pytest.mark.parametrize("config", [MappoConfig(), UNUSUAL, defaults_for(SPREAD)])
 def test_settings_come_back_from_json(config):
     assert MappoConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_a_run_of_before_keeps_its_critics_input_and_its_norms_decay():
+    values = defaults_for(SPREAD).to_json()
+    del values["critic_norm"], values["value_norm_decay"]
+    config = MappoConfig.from_json(values)
+    assert (config.critic_norm, config.value_norm_decay) == (False, 0.99)
 
 
 def test_settings_of_another_version_are_named():

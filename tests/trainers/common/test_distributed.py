@@ -277,18 +277,18 @@ def check_stopping(ranks):
     """A signal to one stops both; what is resumed then ends as if it had not been stopped."""
     whole = mappo.open_run(game_config(run_name="whole", profile=True), ranks)
     mappo.learn(*whole)
-    played_before = mappo.play
+    played_before = mappo.collect_rollout
 
     def play_and_stop(env, learner, *rest):
-        if ranks.rank == 1 and trained.records and len(trained.records) == 2:
+        if ranks.rank == 1 and len(stopped_run.records) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return played_before(env, learner, *rest)
 
-    trained = mappo.open_run(game_config(run_name="stopped"), ranks)
-    mappo.play = play_and_stop
+    stopped_run, config = mappo.open_run(game_config(run_name="stopped"), ranks)
+    mappo.collect_rollout = play_and_stop
     with pytest.raises(Stopped) as stopped:
-        mappo.learn(*trained)
-    mappo.play = played_before
+        mappo.learn(stopped_run, config)
+    mappo.collect_rollout = played_before
     assert stopped.value.exit_code == 128 + signal.SIGTERM
     assert stopped.value.is_told == (ranks.rank == 0)
     assert "iteration 3 is saved" in stopped.value.__notes__

@@ -153,14 +153,23 @@ def test_it_equals_a_loop_over_agents(lam):
 
 def test_leave_one_out_by_hand():
     of_three = torch.tensor([1.0, 2.0, 6.0, 10.0, 10.0, 10.0]).view(1, 6, 1)
-    assert leave_one_out(of_three, 3).flatten().tolist() == [-3, -1.5, 4.5, 0, 0, 0]
+    everywhere = torch.ones_like(of_three, dtype=torch.bool)
+    found = leave_one_out(of_three, everywhere, 3)
+    assert found.flatten().tolist() == [-3, -1.5, 4.5, 0, 0, 0]
+
+
+def test_leave_one_out_compares_what_it_may():
+    of_four = torch.tensor([1.0, 2.0, 6.0, 1e6, 3.0, 1e6, 1e6, 1e6]).view(1, 8, 1)
+    found = leave_one_out(of_four, of_four < 1e6, 4).flatten().tolist()
+    assert found[:3] == [-3, -1.5, 4.5]
+    assert found[4] == 3  # no other is there
 
 
 @pytest.mark.parametrize("group", [2, 4])
 def test_leave_one_out_subtracts_the_mean_of_the_others(group):
     steps, batch, agents = 3, 8, 5
     advantage = torch.randn(steps, batch, agents, dtype=torch.float64)
-    found = leave_one_out(advantage, group)
+    found = leave_one_out(advantage, torch.ones_like(advantage, dtype=torch.bool), group)
     for b in range(batch):
         first = b // group * group
         others = [other for other in range(first, first + group) if other != b]
@@ -173,4 +182,7 @@ def test_leave_one_out_subtracts_the_mean_of_the_others(group):
 def test_leave_one_out_forgets_how_good_the_start_was():
     advantage = torch.randn(2, 6, 3, dtype=torch.float64)
     start = torch.tensor([100.0, 100.0, 100.0, -7.0, -7.0, -7.0])[None, :, None]
-    torch.testing.assert_close(leave_one_out(advantage + start, 3), leave_one_out(advantage, 3))
+    everywhere = torch.ones_like(advantage, dtype=torch.bool)
+    torch.testing.assert_close(
+        leave_one_out(advantage + start, everywhere, 3), leave_one_out(advantage, everywhere, 3)
+    )
