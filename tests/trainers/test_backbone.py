@@ -26,7 +26,6 @@ from prunevit.trainers import backbone
 from prunevit.trainers.backbone import BackboneConfig, main, train
 from prunevit.trainers.common import classification, epochs
 from prunevit.trainers.common.checkpoint import CheckpointError
-from prunevit.trainers.common.classification import batches, learning_rate
 from prunevit.trainers.common.distributed import Ranks
 from prunevit.trainers.common.evaluation import accuracy
 from prunevit.trainers.common.run import RunFolder, TrainingError
@@ -76,50 +75,6 @@ def same_run(a, b):
 
 
 # --- what is computed ---
-
-
-def test_the_learning_rate_warms_up_and_falls_to_zero():
-    config = BackboneConfig(lr=2.0, warmup=0.1)
-    rates = [learning_rate(config, step, 100) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
-    assert rates[10] == 2.0
-    assert rates[55] == pytest.approx(1.0)
-    assert rates[99] < 0.01
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert learning_rate(config, 0, 1) == 2.0
-
-
-class Numbers:
-    num_classes = 10
-    class_names = tuple("0123456789")
-
-    def __len__(self):
-        return 605
-
-    def load(self, indices):
-        index = torch.as_tensor(indices)
-        return index[:, None].float(), index % 10
-
-
-def test_batches_are_whole_and_shuffled_by_the_seed():
-    seen = list(batches(605, 100, seed=1))
-    assert [len(part) for part in seen] == [100] * 6
-    order = torch.cat(seen)
-    assert len(order.unique()) == 600
-    assert not torch.equal(order, order.sort().values)
-    again = torch.cat(list(batches(605, 100, seed=1)))
-    other = torch.cat(list(batches(605, 100, seed=2)))
-    assert torch.equal(order, again)
-    assert not torch.equal(order, other)
-
-
-def test_accuracy_counts_every_image_once():
-    class SaysSeven(nn.Module):
-        def forward(self, images):
-            answers = torch.where(images[:, 0] < 600, images[:, 0].long() % 10, 9)
-            return torch.nn.functional.one_hot(answers, 10).float()
-
-    assert accuracy(SaysSeven(), Numbers(), torch.device("cpu")) == 600 / 605
 
 
 def test_the_recipe_of_the_shipped_weights(tmp_path, monkeypatch):

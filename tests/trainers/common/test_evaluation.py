@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
 from prunevit.agents.policies.heuristics import KeepAll, TopK
 from prunevit.agents.pruned_vit import PrunedViT
@@ -9,6 +10,7 @@ from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common import evaluation
 from prunevit.trainers.common.evaluation import (
     Evaluation,
+    accuracy,
     best_topk,
     evaluate,
     schedules_at,
@@ -141,3 +143,27 @@ def test_the_best_way_is_the_most_accurate_one_and_costs_enough(
         assert best_topk(staged, some_images, gmacs, kept, score, size=9) == best
         assert evaluate(PrunedViT(staged, TopK(best, score)), some_images).gmacs >= gmacs
     assert seen == candidates * len(candidates)
+
+
+# --- accuracy ---
+
+
+class Numbers:
+    num_classes = 10
+    class_names = tuple("0123456789")
+
+    def __len__(self):
+        return 605
+
+    def load(self, indices):
+        index = torch.as_tensor(indices)
+        return index[:, None].float(), index % 10
+
+
+def test_accuracy_counts_every_image_once():
+    class SaysSeven(nn.Module):
+        def forward(self, images):
+            answers = torch.where(images[:, 0] < 600, images[:, 0].long() % 10, 9)
+            return torch.nn.functional.one_hot(answers, 10).float()
+
+    assert accuracy(SaysSeven(), Numbers(), torch.device("cpu")) == 600 / 605

@@ -1,3 +1,5 @@
+"""Whole runs of ``trainers.mappo``: killed, resumed, refused, and what they leave."""
+
 import dataclasses
 import json
 import math
