@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from prunevit.envs.data.image_set import ImageSet, Prefetchable, ReadRequest
 from prunevit.envs.data.image_sources import DatasetError
@@ -53,13 +54,9 @@ class Prefetcher(Iterator[tuple[Tensor, Tensor]]):
             # without it, the loader would draw from the global generator
             generator=torch.Generator(),
         )
-        before = signal.getsignal(signal.SIGCHLD)
-        self._batches: Iterator[tuple[Tensor, Tensor] | str] | None = iter(loader)
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        if in_main_thread and before is not None:
-            # torch's handler would raise an error wherever the main thread is, even while it writes
-            # a checkpoint. It is early enough to raise it when the batch is due
-            signal.signal(signal.SIGCHLD, before)
+        self._batches: Iterator[tuple[Tensor, Tensor] | str] | None
+        with _without_sigchld_handler():
+            self._batches = iter(loader)
 
     @property
     def next_request(self) -> ReadRequest | None:
@@ -89,6 +86,22 @@ class Prefetcher(Iterator[tuple[Tensor, Tensor]]):
         """Ends the processes; afterwards ``next`` raises ``StopIteration``."""
         self._pending.clear()
         self._batches = None
+
+
+@contextmanager
+def _without_sigchld_handler() -> Iterator[None]:
+    """Keeps torch from setting its handler of SIGCHLD, which it does once per process.
+
+    That handler would raise an error wherever the main thread is when one of our processes ends,
+    even while it writes a checkpoint. It is early enough to raise it when the batch is due. Other
+    ``DataLoader``s of this process still get their handler.
+    """
+    is_set = signal_handling._SIGCHLD_handler_set
+    signal_handling._SIGCHLD_handler_set = True
+    try:
+        yield
+    finally:
+        signal_handling._SIGCHLD_handler_set = is_set
 
 
 def _recorded(

@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.data.datasets import open_images
@@ -28,6 +30,12 @@ CONFIG = {
 AUGMENTATION = {"auto_augment": "rand-m9-mstd0.5", "re_prob": 0.5}
 CPU = torch.device("cpu")
 FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module")
+def vit(make_vit):
+    """For the two classes of the photographs."""
+    return make_vit(num_classes=2)
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +171,8 @@ def test_a_generator_that_is_left_takes_its_processes_along(tmp_path):
         assert not multiprocessing.active_children()
 
 
-def test_images_in_memory_are_read_by_nobody_else(vit, some_images):
-    env = make_env(vit, some_images, 2)
+def test_images_in_memory_are_read_by_nobody_else(make_vit, some_images):
+    env = make_env(make_vit(), some_images, 2)
     env.prefetch(range(5))
     assert not multiprocessing.active_children()
     batches = prefetch(some_images, [[3], [1, 2]], 2, CPU)
@@ -215,6 +223,39 @@ def test_a_process_that_dies_is_an_error_where_its_batch_is_due(tmp_path):
     reader.join()
     with pytest.raises(DatasetError, match="a process that reads images was ended"):
         next(batches)
+
+
+class Two(Dataset):
+    """For a ``DataLoader`` of somebody else's."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return index
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="there is no such signal")
+def test_torchs_handler_is_left_to_other_loaders(tmp_path, monkeypatch):
+    """It is set once in a process; who had it taken away later heard of no dead worker."""
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    before = signal.getsignal(signal.SIGCHLD)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        images = Written(tmp_path / "reads", lambda index: None)
+        assert len(list(prefetch(images, [[0], [1]], 1, CPU))) == 2
+        assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
+        list(DataLoader(Two(), num_workers=1, multiprocessing_context=FORK))
+        assert callable(signal.getsignal(signal.SIGCHLD))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_it_reads_ahead_where_there_is_no_such_signal(tmp_path, monkeypatch):
+    """As on Windows."""
+    monkeypatch.delattr(signal, "SIGCHLD", raising=False)
+    images = Written(tmp_path / "reads", lambda index: None)
+    assert len(list(prefetch(images, [[0], [1]], 1, CPU))) == 2
 
 
 def test_signals_are_for_the_trainer(tmp_path):
