@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from prunevit.envs.adapters.torchrl import GROUP, TokenPruneTorchRL
 from prunevit.extras import needs
 
 with needs("benchmarl"):
@@ -20,6 +19,9 @@ with needs("benchmarl"):
     from tensordict import TensorDictBase
     from torchrl.data import Composite
     from torchrl.envs import EnvBase, Transform
+
+    # inside, so that what is missing is named with this extra, which has TorchRL too
+    from prunevit.envs.adapters.torchrl import GROUP, TokenPruneTorchRL
 
 
 class LayerNormObservations(Transform):

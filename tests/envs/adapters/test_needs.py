@@ -10,7 +10,7 @@ NEEDS = [
     ("prunevit.envs.adapters.sb3_contrib", "sb3_contrib", "sb3"),
     ("prunevit.envs.adapters.rllib", "ray", "rllib"),
     ("prunevit.trainers.rllib", "ray", "rllib"),
-    ("prunevit.envs.adapters.torchrl", "torchrl", "torchrl"),
+    ("prunevit.envs.adapters.torchrl", "tensordict", "torchrl"),
     ("prunevit.envs.adapters.benchmarl", "benchmarl", "benchmarl"),
     ("prunevit.trainers.benchmarl", "benchmarl", "benchmarl"),
 ]

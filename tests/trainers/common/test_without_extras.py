@@ -5,6 +5,11 @@ import sys
 
 CODE = """
 import sys
+import stable_baselines3  # older versions need matplotlib themselves
+missing = ("matplotlib", "tensorboard", "torch.utils.tensorboard")
+for name in list(sys.modules):
+    if f"{name}.".startswith(tuple(f"{module}." for module in missing)):
+        del sys.modules[name]
 for name in ("matplotlib", "tensorboard"):
     sys.modules[name] = None  # as if it were not installed
 from pathlib import Path
