@@ -262,8 +262,8 @@ def same(found: str, wanted: str) -> bool:
     """Whether a table is as it should be, but for the last digits of its intervals."""
     if INTERVAL.sub("[]", found) != INTERVAL.sub("[]", wanted):
         return False
-    ends = (np.array(INTERVAL.findall(text), dtype=float) for text in (found, wanted))
-    return np.allclose(*ends, rtol=0, atol=TOLERANCE)
+    ours, theirs = (np.array(INTERVAL.findall(text), dtype=float) for text in (found, wanted))
+    return np.allclose(ours, theirs, rtol=0, atol=TOLERANCE)
 
 
 def refresh(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> tuple[str, list[str]]:

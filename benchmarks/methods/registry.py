@@ -31,7 +31,7 @@ class MethodSpec:
     fine_tunes: bool = False
 
 
-UNSEEDED: Mapping[str, tuple[str, Callable[[Benchmark, int], Method]]] = {
+UNSEEDED: dict[str, tuple[str, Callable[[Benchmark, int], Method]]] = {
     "norm": ("norm of the embedding, top-k", partial(untrained.top_k, "norm")),
     "brightness": ("mean pixel, top-k", partial(untrained.top_k, "brightness")),
     "attention": ("class attention, top-k", partial(untrained.top_k, "attention")),
@@ -48,7 +48,7 @@ UNSEEDED: Mapping[str, tuple[str, Callable[[Benchmark, int], Method]]] = {
         partial(untrained.oracle, False),
     ),
 }  # fmt: skip
-SEEDED: Mapping[str, tuple[str, Callable[[Benchmark, int], Method]]] = {
+SEEDED: dict[str, tuple[str, Callable[[Benchmark, int], Method]]] = {
     "random": ("random top-k", partial(untrained.top_k, "random")),
     "dynamic-vit": ("DynamicViT, frozen backbone", learned.dynamic_vit),
     "dynamic-vit-fine-tuned": (

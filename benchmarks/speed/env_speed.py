@@ -99,11 +99,13 @@ def measure(config: EnvSpeedConfig) -> dict[str, Any]:
     )
     on_digits = config.backbone == settings.backbone
     model = create_backbone(config.backbone, untrained=not on_digits).to(device)
+    data_config = model_data_config(model)
     images: ImageSet
     if on_digits:
-        images = open_images(settings.dataset, "train", model_data_config(model))
+        images = open_images(settings.dataset, "train", data_config)
     else:
-        images = NoiseImages(model_data_config(model)["input_size"], num_classes=model.num_classes)
+        classes = data_config["classes"].count
+        images = NoiseImages(data_config["input_size"], num_classes=classes)
     ours = TimedTrainer(settings, model, images)
     env, game = ours.env, ours.game
     single = TokenPruneEnv(model, images, prune_before=config.prune_before, device=device)

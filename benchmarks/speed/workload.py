@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -86,14 +87,14 @@ def load(
     survivors = None
     if run is not None:
         pruned = PrunedViT.from_run(run).to(device)
-        packed, policy = pruned.backbone, pruned.policy
+        packed, policy = pruned.backbone, cast("Policy", pruned.policy)
         packed.model.to(dtype)
         dataset = json.loads((run / "config.json").read_text(encoding="utf-8"))["dataset"]
         test = open_images(dataset, "test", model_data_config(packed.model))
         images, _ = test.load([i % len(test) for i in range(count)])
     else:
         torch.manual_seed(0)
-        sized = {} if image_size is None else {"img_size": image_size}
+        sized: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
         vit = create_backbone(model, untrained=True, **sized).to(device, dtype)
         packed = StagedViT(vit, prune_before)
         policy = untrained_policy(packed).to(device)

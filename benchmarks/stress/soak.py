@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,7 +113,7 @@ def check(what: str, memory: list[int], files: list[int]) -> str:
 def play(steps: int, sample: Callable[[], None]) -> None:
     """Plays random games, on tensors and through PettingZoo's API in turns."""
     torch.manual_seed(0)
-    tiny = {"patch_size": 16, "embed_dim": 16, "depth": 3, "num_heads": 2}
+    tiny: dict[str, Any] = {"patch_size": 16, "embed_dim": 16, "depth": 3, "num_heads": 2}
     backbone = create_backbone(DIGITS_VIT, untrained=True, **tiny)
     images = NoiseImages((1, IMAGE_SIZE, IMAGE_SIZE))
     tensors = BatchedTokenPrune(TokenGame(StagedViT(backbone, STAGES)), images, EPISODES)
