@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from huggingface_hub import ModelHubMixin
@@ -87,7 +87,8 @@ class PrunedViT(
         if isinstance(policy, LearnedPolicy | DynamicViTPolicy):
             policy.check_fits(backbone)
         self.backbone = backbone
-        self.policy = policy
+        # where it lacks a protocol's attribute, the default is read
+        self.policy: Policy = cast(Policy, policy)
         self.model_kwargs = dict(model_kwargs or {})
         # modules are created in training mode, which removes nothing: adopt the backbone's mode
         self.train(backbone.model.training)
@@ -208,8 +209,7 @@ class PrunedViT(
 
     def no_weight_decay(self) -> set[str]:
         """The backbone's parameters without weight decay, by their names here."""
-        named = getattr(self.backbone.model, "no_weight_decay", set)()
-        return {BACKBONE_PREFIX + name for name in named}
+        return {BACKBONE_PREFIX + name for name in self.backbone.model.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's layers of the backbone, by the names here."""

@@ -211,7 +211,7 @@ def build(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
         BackboneError: it can't be built, or not from what a file may say.
     """
     check_described(name, kwargs)
-    arguments = {
+    arguments: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in kwargs.items()
     }
     size = arguments.get("img_size")

@@ -54,11 +54,19 @@ CLASSES_SHOWN = 8
 
 
 class Answer(NamedTuple):
-    """One of timm's models: its name, its class, and why it is refused, None where it is not."""
+    """One of timm's models.
+
+    Attributes:
+        name: its name.
+        model: its class.
+        reason: why it is refused; None if it is supported.
+        has_head: whether it has a classifier as timm builds it.
+    """
 
     name: str
     model: str
     reason: str | None
+    has_head: bool = True
 
     @property
     def title(self) -> str:
@@ -69,11 +77,12 @@ class Answer(NamedTuple):
 
 
 def ask(names: Iterable[str]) -> Iterator[Answer]:
-    """Builds each model, with a classifier, and asks whether it can be staged."""
+    """Builds each model as timm does by default, and asks whether it can be staged."""
     for name in names:
         with torch.device("meta"):
-            model = timm.create_model(name, num_classes=1)
-        yield Answer(name, type(model).__name__, why_unsupported(model))
+            model = timm.create_model(name)
+        has_head = getattr(model, "num_classes", 1) > 0
+        yield Answer(name, type(model).__name__, why_unsupported(model), has_head)
 
 
 def table(answers: Sequence[Answer]) -> str:
@@ -86,7 +95,12 @@ def table(answers: Sequence[Answer]) -> str:
     header = ["Family", "timm class", "Examples", "Supported", "Refused, and why"]
     rows = markdown_table(header, [row(models) for models in groups if models])
     fit = sum(answer.reason is None for answer in answers)
-    return f"{rows}\n\n{fit} of timm {timm.__version__}'s {len(answers)} models are supported."
+    bare = sum(answer.reason is None and not answer.has_head for answer in answers)
+    return (
+        f"{rows}\n\n{fit} of timm {timm.__version__}'s {len(answers)} models are supported. {bare} "
+        "of them have no classifier as timm builds them: they give features and embeddings, and "
+        "logits if built with `num_classes`."
+    )
 
 
 def row(models: Sequence[Answer]) -> list[str]:

@@ -67,7 +67,7 @@ def create_backbone(
             raise BackboneError(problem)
     model = _build(name, pretrained, num_classes, kwargs)
     # as timm does, for those who build the model again; stems by their names
-    model._model_args = getattr(model, "_model_args", {}) | recorded
+    vars(model)["_model_args"] = getattr(model, "_model_args", {}) | recorded
     _fit_data_config(model, kwargs)
     if num_classes == described.get("num_classes") and "class_names" in described:
         # where timm keeps those of models from the hub

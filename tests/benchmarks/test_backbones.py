@@ -28,6 +28,8 @@ def test_models_are_asked():
     assert refused == {"beit_base_patch16_224", "resnet18", "vit_pwee_patch16_reg1_gap_256"}
     assert "ParallelScalingBlock" in answers["vit_pwee_patch16_reg1_gap_256"].reason
     assert answers["vit_small_patch16_dinov3"].model == "Eva"
+    bare = {name for name, answer in answers.items() if not answer.has_head}
+    assert bare == {"vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"}
     assert {name: answer.title for name, answer in answers.items()} == dict(
         zip(
             NAMES,
@@ -50,7 +52,7 @@ def test_every_answer_is_counted_in_one_row():
     answers = [
         Answer("deit_a", "VisionTransformer", None),
         Answer("deit_b", "VisionTransformer", None),
-        Answer("deit_c", "VisionTransformer", None),
+        Answer("deit_c", "VisionTransformer", None, has_head=False),
         Answer("vit_a", "VisionTransformer", "odd blocks"),
         Answer("vit_b", "VisionTransformer", "odd blocks"),
         Answer("vit_c", "VisionTransformer", None),
@@ -66,7 +68,9 @@ def test_every_answer_is_counted_in_one_row():
         "| all else | `Other`, `Net0`, `Net1`, `Net2`, `Net3`, `Net4`, `Net5`, `Net6` and 2 other "
         "classes | `deit_d`, `net_4` | 0 | 10: other |",
     ]
-    assert rows[-1] == f"4 of timm {timm.__version__}'s 17 models are supported."
+    assert rows[-1].startswith(
+        f"4 of timm {timm.__version__}'s 17 models are supported. 1 of them "
+    )
 
 
 def test_the_command_prints_the_models_that_fit(monkeypatch, capsys):
