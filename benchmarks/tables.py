@@ -165,7 +165,7 @@ def accuracy_rewards() -> str:
     """The learned policy of the default run, and of one that is paid for confidence."""
     header = ["set-up", "test accuracy", "GMACs, share of dense"]
     titles = {
-        "default": "default: no critic, paid for staying near the dense model's answer",
+        "default": "default (`--critic none`), paid for staying near the dense model's answer",
         "confidence": "paid for the true class's probability instead (`--accuracy confidence`)",
     }
     return markdown_table(header, [run_row(titles[name], name, "learned")[:3] for name in titles])

@@ -2,6 +2,9 @@
 
 From top to bottom: the learner, rollouts, advantages, losses, updates, the training. It learns any
 ``BatchedEnv``; ``experiments`` has those that the command can train on.
+
+Where several rollouts begin in the same state, their advantages are compared beside the critic.
+With ``--critic none`` that is the only baseline, as in RLOO (arXiv 2402.14740) and GRPO.
 """
 
 from __future__ import annotations

@@ -65,6 +65,7 @@ RELEASED = {
 WITHOUT_STAGE = ("token", "cls", "cls_attention")
 
 RECIPES: Mapping[str, Recipe] = {
+    # without a critic (RLOO-style), as the task sets it
     "mappo": Recipe("ours: one policy for every alpha"),
     "agreement": Recipe("paid for the dense model's answers, no labels", {"accuracy": "agreement"}),
     "confidence": Recipe("paid for the true class's probability", {"accuracy": "confidence"}),
