@@ -71,7 +71,7 @@ def create_backbone(
     _fit_data_config(model, kwargs)
     if num_classes == described.get("num_classes") and "class_names" in described:
         # where timm keeps those of models from the hub
-        model.pretrained_cfg["label_names"] = described["class_names"]  # type: ignore[operator]
+        vars(model)["pretrained_cfg"]["label_names"] = described["class_names"]
     if file is not None:
         load_weights(model, name, file)
     return model.eval()
