@@ -97,9 +97,6 @@ class PrunedViT(
     def forward(self, images: Tensor, return_keep: Literal[False] = ...) -> Tensor: ...
     @overload
     def forward(self, images: Tensor, return_keep: Literal[True]) -> tuple[Tensor, Tensor]: ...
-    # torch.compile compiles only the blocks, which take most of the time: what happens between them
-    # has different shapes and branches each time
-    @torch.compiler.disable(recursive=False)
     def forward(self, images: Tensor, return_keep: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Classifies images.
 
@@ -116,9 +113,15 @@ class PrunedViT(
         """
         if isinstance(images, FakeTensor) or torch.jit.is_tracing():
             raise RuntimeError(NO_GRAPH)
-        tokens, alive = self._run(images)
-        logits = self.backbone.finish(tokens)
+        logits, alive = self._classify(images)
         return (logits, alive) if return_keep else logits
+
+    # torch.compile compiles only the blocks, which take most of the time: what happens between them
+    # has different shapes and branches each time
+    @torch.compiler.disable(recursive=False)
+    def _classify(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, alive = self._run(images)
+        return self.backbone.finish(tokens), alive
 
     def forward_features(self, images: Tensor) -> Tensor:
         """As in timm: tokens after the last norm [B, L, D], with zeros for pruned ones."""

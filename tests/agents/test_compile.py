@@ -51,7 +51,7 @@ def test_new_numbers_of_tokens_compile_nothing_anew(vit):
     for images in batches([4, 5, 6, 12, 16, 3, 7, 9, 12, 5, 16, 11] * 3):
         compiled(images)
     assert counters["stats"]["unique_graphs"] <= 6
-    assert not counters["graph_break"]
+    assert sum(counters["graph_break"].values()) <= 1  # around all but the blocks
 
 
 @torch.no_grad()
