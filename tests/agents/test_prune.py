@@ -41,6 +41,12 @@ POOLINGS = {
 }
 
 
+# older versions want model_kwargs, and the model is refused without
+timm_records = pytest.mark.skipif(
+    not hasattr(timm.models, "get_model_args"), reason="timm does not record arguments here"
+)
+
+
 def random_policy(backbone, fields=DEFAULT_FIELDS):
     """Its random decisions are not all the same."""
     alpha = 0.1 if "alpha" in fields else None
@@ -347,7 +353,7 @@ def test_hooks_of_an_actor_act(vit, images):
 
 
 GRAPHS = {
-    "export": lambda model, images: torch.export.export(model, (images,)),
+    "export": lambda model, images: torch.export.export(model, (images,), strict=False),
     "trace": torch.jit.trace,
     "script": lambda model, images: torch.jit.script(model),
 }
@@ -624,6 +630,7 @@ def test_a_hub_name_without_a_network(monkeypatch):
         PrunedViT.from_pretrained("me/mine")
 
 
+@timm_records
 def test_arguments_are_those_that_timm_recorded(make_vit, images, tmp_path):
     for kwargs in (
         {"act_layer": "relu", "drop_path_rate": 0.1},
@@ -646,6 +653,7 @@ def test_half_precision_is_saved(vit, images, tmp_path):
     assert torch.equal(again.backbone.model.head.weight, model.backbone.model.head.weight.float())
 
 
+@timm_records
 @torch.no_grad()
 def test_a_replaced_head_is_saved(make_vit, images, tmp_path):
     vit = make_vit()
