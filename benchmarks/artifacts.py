@@ -67,7 +67,7 @@ def write_pictures(folder: Path, pictures: Pictures) -> None:
 
     def save(path: Path) -> None:
         with path.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **pictures)
+            np.savez_compressed(file, **pictures)
 
     write_atomically(folder / PICTURES, save)
 

@@ -45,6 +45,7 @@ from prunevit.trainers.common.run import (
     TrainingError,
     iteration_seed,
     open_run,
+    resume_flags,
 )
 from prunevit.trainers.common.settings import (
     Count,
@@ -251,7 +252,7 @@ def train(config: DynamicViTConfig) -> dict[str, Any]:
     trainer = Trainer(backbone, policy, images, config)
     run.restore(trainer)
     run.create(config)
-    with says_how_to_go_on(run.path):
+    with says_how_to_go_on(run.path, resume_flags(run.path, config)):
         loop.train(run, trainer, make_monitor(trainer, validation), config)
     write_networks(run, trainer)
 

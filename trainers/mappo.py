@@ -38,6 +38,7 @@ from prunevit.trainers.common.run import (
     device_of,
     iteration_seed,
     open_run,
+    resume_flags,
 )
 from prunevit.trainers.common.signals import ends_in_one_line, says_how_to_go_on
 from prunevit.trainers.common.value_norm import ValueNorm
@@ -474,7 +475,7 @@ def train(config: MappoConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
         RanksError: another rank has ended.
     """
     run, config = open_run(config, ranks)
-    with says_how_to_go_on(run.path):
+    with says_how_to_go_on(run.path, resume_flags(run.path, config)):
         experiment, trainer = learn(run, config)
         report: dict[str, Any] = {}
         if ranks.is_first:

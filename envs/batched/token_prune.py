@@ -25,11 +25,17 @@ from prunevit.envs.vit.tokens import Tokens
 SHARD_STRIDE = 2_654_435_769  # between the seeds of what each shard draws for itself
 
 
+# A permutation of so many numbers takes 0.3 ms (of ImageNet's 1.3 million 10 to 60), and with it
+# seeds go on drawing the images that they drew in 0.1.0.
+PERMUTED_SIZE = 1 << 16
+
+
 def draw_distinct(count: int, size: int, generator: torch.Generator) -> Tensor:
     """Draws ``count`` different numbers below ``size``, every order of them alike likely: int64
-    [count]. It takes time and memory for ``count`` numbers, however large ``size`` is.
+    [count]. Beyond ``PERMUTED_SIZE`` it takes time and memory for ``count`` numbers, however large
+    ``size`` is.
     """
-    if 2 * count > size:
+    if size <= max(PERMUTED_SIZE, 2 * count):
         return torch.randperm(size, generator=generator)[:count]
     drawn: dict[int, None] = {}  # in the order of drawing
     while len(drawn) < count:

@@ -707,6 +707,7 @@ NOT_REBUILT = {
 }
 
 
+@timm_records
 @pytest.mark.parametrize(("change", "message"), NOT_REBUILT.values(), ids=NOT_REBUILT)
 def test_what_would_come_back_different_is_not_saved(make_vit, tmp_path, change, message):
     """And what was saved before stays."""

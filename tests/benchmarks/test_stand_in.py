@@ -146,7 +146,7 @@ def test_the_comparison_runs(folder, images, weights, monkeypatch):
     monkeypatch.setitem(TASKS, "imagenet", short)
     call = (
         f"compare --task imagenet --data {images} --checkpoint {weights} --iterations 2 --seeds 1 "
-        "--points 0.7 --eval-size 32 --test-size 64 --device cpu --threads 1 --out results"
+        "--points 0.7 --eval-size 128 --test-size 128 --device cpu --threads 1 --out results"
     )
     run(compare.main, f"{call} --methods attention random mappo released dynamic-vit --no-speed")
     # two iterations teach ours too little to tell patches and prices apart

@@ -11,7 +11,7 @@ from prunevit.trainers.common import integrations
 from prunevit.trainers.common.signals import Stopped
 
 PATCHES, STAGES = 16, (1, 3)
-ALGORITHMS = ["mappo", "ippo", "iql", "vdn", "qmix"]
+ALGORITHMS = ("mappo", "ippo", "qmix", "vdn", "iql", "masac", "isac")
 pytestmark = [
     pytest.mark.integration("benchmarl"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),

@@ -445,7 +445,10 @@ def other_folder(run, tmp_path, **settings):
     ("settings", "message"),
     [
         ({"env": "pettingzoo:mpe2.simple_spread_v3"}, r"simple_spread_v3, which prunes no ViT"),
-        ({"checkpoint": None}, "had random weights, which were not kept"),
+        (
+            {"checkpoint": None, "backbone": "vit_tiny_patch16_224", "model_kwargs": {}},
+            "had random weights, which were not kept",
+        ),
         ({"checkpoint": "gone.safetensors"}, r"no checkpoint gone\.safetensors"),
         ({"dataset": "folder:gone"}, "gone"),
         ({"hidden": [9]}, "doesn't fit"),

@@ -17,8 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prunevit.trainers.common.classification import SEEDS_PER_RUN, Learner, TrainingImages
-from prunevit.trainers.common.run import Record, RunFolder, TrainingError
-from prunevit.trainers.common.settings import Settings
+from prunevit.trainers.common.run import Record, RunFolder, RunSettings, TrainingError, resume_flags
 from prunevit.trainers.common.signals import finishing_first, says_how_to_go_on
 
 SAVE_SECONDS = 300.0  # between two checkpoints within an epoch: the most that a kill can cost
@@ -29,7 +28,7 @@ Place = dict[str, Any]
 
 def train_epochs(
     run: RunFolder,
-    settings: Settings,
+    settings: RunSettings,
     learner: Learner,
     images: TrainingImages,
     evaluate: Callable[[], Record],
@@ -78,7 +77,8 @@ def train_epochs(
     # within an epoch the ranks' generators differ, and only the first rank saves its own
     saver = save if ranks.count == 1 else None
     done = len(run.records) - (evaluate_first is not None)
-    with says_how_to_go_on(run.path), ranks.stop_together():
+    flags = resume_flags(run.path, settings)
+    with says_how_to_go_on(run.path, flags), ranks.stop_together():
         for epoch in range(done, learner.recipe.epochs):
             loss = train_epoch(learner, images, epoch, mixup, place, saver)
             place = None

@@ -264,13 +264,9 @@ def _check_safe(run: RunFolder, found: RunSettings, given: Mapping[str, Any]) ->
     """
     saved = found.to_json()
     if any(given[name] != saved[name] for name in found.reaching_out()):
-        again = " ".join(
-            f"--{name.replace('_', '-')} {shlex.quote(_text(saved[name]))}"
-            for name in found.reaching_out()
-        )
         raise TrainingError(
             f"{run.config} has code imported or something fetched: if you trust it, resume it with "
-            f"--resume {shlex.quote(str(run.path))} {again}"
+            f"{resume_flags(run.path, found)}"
         )
     backbone = getattr(found, "backbone", DIGITS_VIT)
     problem = description_problem(
@@ -278,6 +274,16 @@ def _check_safe(run: RunFolder, found: RunSettings, given: Mapping[str, Any]) ->
     )
     if problem is not None:
         raise CheckpointError(f"{run.config} is refused: {problem}")
+
+
+def resume_flags(folder: Path, settings: RunSettings) -> str:
+    """What to type to resume the run in ``folder`` that has these settings."""
+    saved = settings.to_json()
+    again = [
+        f"--{name.replace('_', '-')} {shlex.quote(_text(saved[name]))}"
+        for name in settings.reaching_out()
+    ]
+    return " ".join(["--resume", shlex.quote(str(folder)), *again])
 
 
 def _text(value: Any) -> str:

@@ -113,11 +113,13 @@ def finishing_first() -> Iterator[None]:
 
 
 @contextmanager
-def says_how_to_go_on(folder: Path) -> Iterator[None]:
-    """A context that adds to an interruption or a disk error how to resume ``folder``."""
+def says_how_to_go_on(folder: Path, flags: str) -> Iterator[None]:
+    """A context that adds to an interruption or a disk error that ``flags`` resume the run in
+    ``folder``.
+    """
     try:
         yield
     except (KeyboardInterrupt, OSError) as stopped:
         if (folder / "config.json").is_file():
-            stopped.add_note(f"continue with --resume {folder}")
+            stopped.add_note(f"continue with {flags}")
         raise

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from prunevit.envs.batched import token_prune
 from prunevit.envs.batched.lazy_observations import action_mask
 from prunevit.envs.batched.protocol import BatchedEnv, Observations
 from prunevit.envs.batched.token_prune import BatchedTokenPrune, draw_distinct
@@ -174,13 +175,17 @@ def test_images_are_drawn_without_repeats(make_env, some_images, num_envs, rollo
     assert indices[::rollouts].sort().values.tolist() == list(range(len(some_images)))
 
 
-def test_shards_draw_what_one_environment_would(make_env):
+@pytest.mark.parametrize("permuted_size", [0, 1 << 16])
+def test_shards_draw_what_one_environment_would(make_env, monkeypatch, permuted_size):
+    monkeypatch.setattr(token_prune, "PERMUTED_SIZE", permuted_size)
     whole = drawn(make_env(4), 3, seed=5)
     parts = [drawn(make_env(2, shard=(i, 2)), 3, seed=5) for i in range(2)]
     assert torch.equal(torch.cat(parts, 1), whole)
 
 
-def test_draws_of_different_numbers_are_all_as_likely():
+@pytest.mark.parametrize("permuted_size", [0, 1 << 16])
+def test_draws_of_different_numbers_are_all_as_likely(monkeypatch, permuted_size):
+    monkeypatch.setattr(token_prune, "PERMUTED_SIZE", permuted_size)
     generator = torch.Generator().manual_seed(0)
     draws = torch.stack([draw_distinct(3, 7, generator) for _ in range(6_300)])
     assert draws.dtype == torch.int64
@@ -194,7 +199,8 @@ def test_draws_of_different_numbers_are_all_as_likely():
 
 
 @pytest.mark.parametrize("count", [0, 1, 50, 51, 99, 100])
-def test_as_many_different_numbers_as_there_are_can_be_drawn(count):
+def test_as_many_different_numbers_as_there_are_can_be_drawn(monkeypatch, count):
+    monkeypatch.setattr(token_prune, "PERMUTED_SIZE", 0)
     drawn = draw_distinct(count, 100, torch.Generator().manual_seed(0)).tolist()
     assert len(set(drawn)) == len(drawn) == count
     assert set(drawn) <= set(range(100))

@@ -12,6 +12,7 @@ from prunevit.trainers.common.signals import (
     says_how_to_go_on,
 )
 
+FLAGS = "--resume runs/mine --env 'a game'"
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
 
@@ -23,24 +24,28 @@ def handlers():
 def test_a_signal_is_one_line_and_an_exit_code(number, tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
     before = handlers()
-    with pytest.raises(SystemExit) as ended, ends_in_one_line(), says_how_to_go_on(tmp_path):
+    with pytest.raises(SystemExit) as ended, ends_in_one_line(), says_how_to_go_on(tmp_path, FLAGS):
         os.kill(os.getpid(), number)
     assert ended.value.code == 128 + number
     said = capsys.readouterr().err
-    assert said == f"stopped by {number.name}; continue with --resume {tmp_path}\n"
+    assert said == f"stopped by {number.name}; continue with {FLAGS}\n"
     assert handlers() == before
 
 
 def test_a_disk_that_is_full_is_told_how_to_go_on(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(SystemExit) as ended, ends_in_one_line(OSError), says_how_to_go_on(tmp_path):
+    with (
+        pytest.raises(SystemExit) as ended,
+        ends_in_one_line(OSError),
+        says_how_to_go_on(tmp_path, FLAGS),
+    ):
         raise OSError(28, "No space left on device")
-    said = f"error: [Errno 28] No space left on device; continue with --resume {tmp_path}"
+    said = f"error: [Errno 28] No space left on device; continue with {FLAGS}"
     assert ended.value.code == said
 
 
 def test_what_was_not_begun_can_not_be_gone_on_with(tmp_path, capsys):
-    with pytest.raises(SystemExit), ends_in_one_line(), says_how_to_go_on(tmp_path):
+    with pytest.raises(SystemExit), ends_in_one_line(), says_how_to_go_on(tmp_path, FLAGS):
         os.kill(os.getpid(), signal.SIGTERM)
     assert capsys.readouterr().err == "stopped by SIGTERM\n"
 
