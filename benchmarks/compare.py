@@ -8,8 +8,7 @@ process that does nothing else; nothing else should run on the machine then. Wit
 this is left for later: the same call without it then only times what has no speed yet.
 
 OUT/records.jsonl gets a line for each method, seed and point as soon as it is measured, and a
-killed comparison goes on where it stood. OUT/curves.jsonl and OUT/pictures.npz hold what the
-figures need beside records.
+killed comparison goes on where it stood.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ import pandas as pd
 import torch
 import tyro
 
-from prunevit.benchmarks.artifacts import leave_curves, leave_pictures
 from prunevit.benchmarks.markdown import markdown_table, mean_and_interval
 from prunevit.benchmarks.method_speed import time_untimed, where
 from prunevit.benchmarks.methods.registry import METHODS
@@ -164,8 +162,6 @@ def compare(config: CompareConfig) -> list[Record]:
                     f"{100 * row['dense_accuracy']:.2f} at {row['gmacs'] / row['dense_gmacs']:.1%}",
                     flush=True,
                 )
-    leave_curves(config.out, field, bench)
-    leave_pictures(config.out, field, records, bench, test)
     if config.speed:
         time_untimed(field, records, bench, test)
     return records.rows

@@ -7,8 +7,6 @@ These are drawn beside the records, where they hold what is needed:
 - ``libraries.png``: the same for another library's algorithms;
 - ``fine_tuning.png``: with and without fine-tuning the backbone;
 - ``knob.png``: the patches that ours keeps, and its compute, against alpha;
-- ``pruned.png``: images after each stage, with pruned patches white;
-- ``curves.png``: training curves;
 - ``adaptive.png``: how many patches the images have left.
 
 Lines are means over seeds, and bands their 95% intervals.
@@ -25,16 +23,13 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
-import torch
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from prunevit.benchmarks.artifacts import ALIVE, Pictures, open_curves, read_pictures
 from prunevit.benchmarks.bootstrap import interval
 from prunevit.benchmarks.methods.recipes import RECIPES
 from prunevit.benchmarks.records import FILE, Record, read
-from prunevit.envs.rendering import stage_strip
 from prunevit.trainers.common.checkpoint import write_atomically
 
 OURS = "mappo"
@@ -44,10 +39,6 @@ ABLATIONS = {*RECIPES, "mappo-each-price"} - {OURS, "paper", "released", "releas
 MOST_LOSS = 12.0  # points under dense that a chart shows
 MARKERS = "osD^vP*X<>hp"
 COLORS = [matplotlib.colormaps["tab20"](i) for i in (*range(0, 20, 2), *range(1, 20, 2))]
-CURVE_TITLES = {
-    "accuracy": "accuracy on training images, sampled",
-    "keep_ratio": "share of patches kept, sampled",
-}
 
 
 @dataclass
@@ -157,54 +148,6 @@ def draw_knob(data: pd.DataFrame) -> Figure:
     return figure
 
 
-def draw_pruned(pictures: Pictures) -> Figure:
-    """A row for each image and a column for each method, with what it left after each stage."""
-    left = {
-        key.removeprefix(ALIVE): torch.from_numpy(alive)
-        for key, alive in pictures.items()
-        if key.startswith(ALIVE)
-    }
-    names = methods_of(list(left))
-    count, height, width = pictures["images"].shape[:3]
-    stages = 1 + max(alive.shape[1] for alive in left.values())
-    figure = Figure(
-        figsize=(1.1 * stages * len(names) * width / height, 1.25 * count), layout="constrained"
-    )
-    pixels = torch.from_numpy(pictures["images"]).permute(0, 3, 1, 2) / 255
-    rows, columns = pictures["grid"].tolist()
-    for i, row in enumerate(figure.subplots(count, len(names), squeeze=False)):
-        for axes, name in zip(row, names, strict=True):
-            alive = torch.cat([torch.ones_like(left[name][i, :1]), left[name][i]])
-            axes.imshow(stage_strip(pixels[i], alive, (rows, columns)))
-            axes.set_axis_off()
-            kept = " ".join(str(int(patches)) for patches in alive.sum(1))
-            title = f"{name}\n" if i == 0 else ""
-            axes.set_title(f"{title}{pictures['labels'][i]}: {kept}", fontsize=7)
-    return figure
-
-
-def draw_curves(curves: Sequence[Record]) -> Figure:
-    """Training curves of each method. Seeds with other iterations are interpolated."""
-    figure = Figure(figsize=(5.5 * len(CURVE_TITLES), 4), layout="constrained")
-    for axes, (metric, title) in zip(
-        figure.subplots(1, len(CURVE_TITLES)), CURVE_TITLES.items(), strict=True
-    ):
-        shown = [curve for curve in curves if metric in curve]
-        for i, name in enumerate(methods_of([curve["method"] for curve in shown])):
-            mine = [curve for curve in shown if curve["method"] == name]
-            end = min(curve["iteration"][-1] for curve in mine)  # of the shortest
-            places = [x for x in mine[0]["iteration"] if x <= end]
-            values = np.array([np.interp(places, c["iteration"], c[metric]) for c in mine])
-            (line,) = axes.plot(places, values.mean(0), **style_of(name, i))
-            color = line.get_color()
-            axes.fill_between(places, *interval(values), color=color, alpha=0.2, linewidth=0)
-        axes.set_xlabel("iteration")
-        axes.set_title(title, fontsize=10)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    return figure
-
-
 def draw_adaptive(data: pd.DataFrame) -> Figure:
     """The share of images by patches left at the end, at the middle operating point."""
     points = sorted(set(data["point"]))
@@ -250,16 +193,11 @@ def draw(folder: Path) -> dict[str, Figure]:
         "knob.png": (draw_knob, {OURS}),
         "adaptive.png": (draw_adaptive, rivals),
     }  # fmt: skip
-    figures = {
+    return {
         name: draw_part(data[data["method"].isin(shown)])
         for name, (draw_part, shown) in parts.items()
         if methods & shown
     }
-    if pictures := read_pictures(folder):
-        figures["pruned.png"] = draw_pruned(pictures)
-    if curves := open_curves(folder).rows:
-        figures["curves.png"] = draw_curves(curves)
-    return figures
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from prunevit.agents import PrunedViT, TopK
 from prunevit.benchmarks import compare as comparison
 from prunevit.benchmarks import method_speed
-from prunevit.benchmarks.artifacts import open_curves, read_pictures
 from prunevit.benchmarks.compare import CompareConfig, compare, main, open_benchmark
 from prunevit.benchmarks.methods import learned
 from prunevit.benchmarks.methods.recipes import RECIPES
@@ -269,26 +268,6 @@ def test_a_bound_is_judged_on_few_images(bench, tmp_path, monkeypatch):
     told, other = search(images, labels), search(images, (labels + 1) % 10)
     assert told.alive.sum(2).tolist() == [[6, 3]] * 2
     assert not torch.equal(told.alive, other.alive)  # it looks at the labels
-
-
-# --- what figures need ---
-
-
-@pytest.mark.learning
-def test_curves_and_pictures_are_left(tmp_path):
-    config = CompareConfig(
-        methods=("mappo", "attention", "random"), seeds=1, points=(0.9,), out=tmp_path, **SETTINGS
-    )
-    spread_run(tmp_path / "runs")
-    compare(config)
-    (curve,) = open_curves(tmp_path).rows
-    assert (curve["method"], curve["seed"], curve["iteration"]) == ("mappo", 0, [1])
-    assert 0 <= curve["keep_ratio"][0] <= 1
-    pictures = read_pictures(tmp_path)
-    assert pictures["images"].shape == (6, 64, 64, 1)
-    assert pictures.keys() == {"images", "labels", "grid", "alive mappo", "alive attention"}
-    compare(config)
-    assert len(open_curves(tmp_path).rows) == 1
 
 
 # --- trainings of their own kind ---
