@@ -225,7 +225,7 @@ class MappoConfig(RunSettings):
 
 def defaults_for(env: str) -> MappoConfig:
     """The defaults of a kind of game: for all but the token game those of MAPPO's authors (Yu et
-    al. 2022, and their code). ``benchmarks.marl.departures`` measures what changes of them bring.
+    al. 2022, and their code).
     """
     if not env.startswith(PETTINGZOO_PREFIX):
         return MappoConfig()
