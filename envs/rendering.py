@@ -6,9 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from gymnasium import logger
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
+
+from prunevit.envs.data_config import model_data_config
+from prunevit.envs.game import GameError, TokenGame
 
 GAP = 2  # white pixels between pictures
 FADE = 0.85  # share of white in a pruned patch
@@ -37,25 +41,63 @@ def stage_strip(pixels: Tensor, alive: Tensor, grid: tuple[int, int]) -> NDArray
     return (strip.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
 
 
-def strip_of_episode(
-    pixels: Tensor, alive: Sequence[Tensor], grid: tuple[int, int], pictures: int
-) -> NDArray[np.uint8]:
-    """Draws an unfinished episode with ``stage_strip``, padded with white to its final width.
+class EpisodePictures:
+    """Remembers which patches were alive at each stage, for an environment's ``render``.
 
     Args:
-        pixels: values 0..1, [C, H, W] with 1 or 3 channels.
-        alive: bool [N] for each picture so far.
-        grid: rows and columns of patches.
-        pictures: number of pictures of a whole episode.
+        render_mode: one of ``modes``, or None, which draws nothing.
+        modes: the modes that the environment has.
 
-    Returns:
-        uint8 [H, pictures * W + (pictures - 1) * GAP, 3].
+    Raises:
+        ValueError: another mode.
     """
-    strip = stage_strip(pixels, torch.stack(list(alive)), grid)
-    width = pictures * pixels.shape[2] + (pictures - 1) * GAP
-    filled = np.full((strip.shape[0], width, 3), 255, np.uint8)
-    filled[:, : strip.shape[1]] = strip
-    return filled
+
+    def __init__(self, render_mode: str | None, modes: Sequence[str]) -> None:
+        if render_mode is not None and render_mode not in modes:
+            raise ValueError(f"render_mode={render_mode!r}: choose {' or '.join(modes)}, or None")
+        self._render_mode = render_mode
+        self._modes = modes
+        self._alive: list[Tensor] = []
+
+    def begin(self, alive: Tensor) -> None:
+        """Forgets earlier episodes and begins others, whose patches are alive as in bool [B, N]."""
+        self._alive = [alive]
+
+    def add(self, alive: Tensor) -> None:
+        """Adds a stage that left the patches ``alive``, bool [B, N]."""
+        self._alive.append(alive)
+
+    def draw(self, game: TokenGame, pixels: Tensor) -> list[NDArray[np.uint8]] | None:
+        """Draws each image before the first and after each stage so far.
+
+        Args:
+            game: the game that is played.
+            pixels: the images as the backbone gets them, [B, C, H, W].
+
+        Returns:
+            B pictures uint8 [H, W, 3], white where later stages will be, so that all pictures of an
+            episode have one size. None, with a warning, without a render mode.
+
+        Raises:
+            GameError: no episode has begun.
+        """
+        if self._render_mode is None:
+            modes = " or ".join(map(repr, self._modes))
+            logger.warn(f"nothing is rendered: give render_mode={modes} when the env is made")
+            return None
+        if not self._alive:
+            raise GameError("nothing to render before reset")
+        config = model_data_config(game.backbone.model)
+        shown = denormalise(pixels.float().cpu(), tuple(config["mean"]), tuple(config["std"]))
+        height, width = pixels.shape[-2:]
+        pictures = []
+        for image, stages in zip(shown, torch.stack(self._alive, dim=1).cpu(), strict=True):
+            strip = stage_strip(image, stages, game.backbone.grid_size)
+            whole = (game.num_stages + 1) * (width + GAP) - GAP
+            picture = np.full((height, whole, 3), 255, np.uint8)
+            picture[:, : strip.shape[1]] = strip
+            pictures.append(picture)
+        return pictures
 
 
 def denormalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

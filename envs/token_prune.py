@@ -8,13 +8,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from gymnasium import logger
 from gymnasium.spaces import Space
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from pettingzoo import ParallelEnv
 from torch import Tensor, nn
 
+from prunevit.envs.batched.infos import episode_infos
 from prunevit.envs.batched.inputs import KEEP, PRUNE, image_indices, to_actions
 from prunevit.envs.batched.protocol import Observations
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
@@ -25,7 +25,7 @@ from prunevit.envs.data_config import model_data_config
 from prunevit.envs.devices import pick_device
 from prunevit.envs.fields import DEFAULT_FIELDS
 from prunevit.envs.game import GameError, Outcome, TokenGame
-from prunevit.envs.rendering import denormalise, strip_of_episode
+from prunevit.envs.rendering import EpisodePictures
 from prunevit.envs.rewards import Reward, make_reward
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.digits_vit import DIGITS_VIT
@@ -35,10 +35,8 @@ PrunedAgents = Literal["leave", "stay"]
 RENDER_MODES = ("rgb_array", "human")
 
 
-def _as_played(model: nn.Module, device: torch.device) -> nn.Module:
-    """``model`` itself where it is in evaluation mode on ``device``, else a copy that is: training
-    and a device are its owner's choice.
-    """
+def _in_eval_mode(model: nn.Module, device: torch.device) -> nn.Module:
+    """Returns ``model`` if it is in evaluation mode on ``device``, else a copy that is."""
     there = torch.empty(0, device=device).device  # "cuda" is "cuda:0", or another current one
     tensors = (*model.parameters(), *model.buffers())
     elsewhere = any(tensor.device != there for tensor in tensors)
@@ -48,47 +46,48 @@ def _as_played(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _settles_at_once(reward: Reward) -> bool:
-    # who wrote a reward without saying it was not thinking of agents that leave
+    # a reward that doesn't say was not written with agents that leave in mind
     return not getattr(reward, "pays_pruned", True)
 
 
 class TokenPruneEnv(ParallelEnv):
     """Token pruning as a PettingZoo ``ParallelEnv``.
 
-    Each patch token of an image is an agent. Before each stage's block it keeps (1) or prunes (0)
-    itself. ``TokenPruneEnv()`` plays on scanned digits in clutter with a small trained ViT, which
-    come with the package.
+    Each patch token of an image is an agent, which at each stage keeps (1) or prunes (0) itself.
+    ``TokenPruneEnv()`` plays with a small trained ViT on scanned digits in clutter. Both come with
+    the package.
 
     Args:
-        backbone: a name for ``create_backbone``, or a timm model. It is not changed: a model in
-            training mode or on another device is copied.
+        backbone: a name for ``create_backbone``, or a timm model. The model isn't changed: if it is
+            in training mode or on another device, a copy is played with.
         dataset: a name for ``open_images``, or an ``ImageSet``.
         split: which part of a named dataset.
-        prune_before: 0-based blocks before which stages stand; before every block but the first
-            where None.
+        prune_before: the stages: 0-based blocks before which tokens can be pruned. None stands for
+            all blocks but the first.
         reward: a name in ``rewards.REWARDS``, or a ``Reward``.
         observation: what an agent observes, names in ``fields.FIELDS``.
-        num_envs: None plays one image an episode, with numpy values. A number plays so many images
-            at once: every value is a tensor with that leading dimension on the game's device, a
-            view of the game's own, and so are the spaces.
-        pruned_agents: "stay": a pruned agent remains, observes zeros, may only prune, is still
-            paid, and all agents terminate together. "leave": it terminates with that step's reward
-            and is gone. That is only right for a reward that owes it nothing more
-            (``Reward.pays_pruned`` is False, as of "markov-game"); others are refused. With
-            ``num_envs`` agents stay.
-        device: "auto" takes CUDA, MPS or the CPU, whichever is there first.
-        execution: "packed" removes tokens, "masked" is the slow reference.
+        num_envs: None plays one image an episode and returns numpy values. A number plays that many
+            images at once: all values are tensors on the game's device with that leading dimension,
+            and the spaces are batched. The tensors are views of the game's own.
+        pruned_agents: what becomes of an agent that prunes itself. "stay": it remains, observes
+            zeros, can only prune, and receives rewards until all agents terminate together.
+            "leave": it terminates with the reward of that step. Only rewards that give pruned
+            agents nothing later allow that (``Reward.pays_pruned`` is False, as in "markov-game").
+            With ``num_envs`` agents stay.
+        device: "auto" takes CUDA, MPS or the CPU, the first that there is.
+        execution: "packed" removes tokens. "masked" hides them from the others instead: it is the
+            slow reference.
         render_mode: "rgb_array" or "human".
 
-    Infos hold the same keys from ``reset`` on: ``index`` and ``label`` of the image,
-    ``action_mask`` int8 [2], and how the last episode that ended came out: ``logits`` [classes],
-    ``correct`` and ``gmacs`` (policy not included). Those three are zero until an episode has
-    ended, and after a reset with a seed. They outlast a reset without one because libraries that
-    reset by themselves (SuperSuit) lay its infos over the last step's.
+    Infos have the same keys from ``reset`` on: ``index`` and ``label`` of the image,
+    ``action_mask`` int8 [2], and the outcome of the last episode that ended: ``logits`` [classes],
+    ``correct`` and ``gmacs`` (policy not included). The outcome is zero until an episode has ended,
+    and after a reset with a seed. A reset without a seed keeps it, because libraries that reset by
+    themselves (SuperSuit) write the infos of the reset over those of the last step.
 
     Raises:
-        ValueError: an argument of an unknown name or a wrong value, or a reward that agents who
-            leave would not receive; the message says which would be right.
+        ValueError: an argument has an unknown name or a wrong value, or agents who leave would not
+            receive the reward. The message says what would be right.
         UnsupportedBackboneError: the backbone can't run on part of its tokens.
         DatasetError: the dataset is unknown or damaged.
     """
@@ -129,18 +128,17 @@ class TokenPruneEnv(ParallelEnv):
                 f"pruned_agents='leave' with num_envs={num_envs}: the images of a batch lose "
                 "different agents, so all stay: take pruned_agents='stay'"
             )
-        if render_mode is not None and render_mode not in RENDER_MODES:
-            raise ValueError(f"render_mode={render_mode!r}: choose from {', '.join(RENDER_MODES)}")
+        self._pictures = EpisodePictures(render_mode, RENDER_MODES)
         played_on = pick_device(device)
         if isinstance(backbone, str):
             model = create_backbone(backbone).to(played_on).eval()
         else:
-            model = _as_played(backbone, played_on)
-        config = model_data_config(model)
-        images = open_images(dataset, split, config) if isinstance(dataset, str) else dataset
+            model = _in_eval_mode(backbone, played_on)
+        if isinstance(dataset, str):
+            dataset = open_images(dataset, split, model_data_config(model))
         game = TokenGame(StagedViT(model, prune_before, execution), paid)
         episodes = 1 if num_envs is None else num_envs
-        self.batched = BatchedTokenPrune(game, images, episodes, observation)
+        self.batched = BatchedTokenPrune(game, dataset, episodes, observation)
         self.num_envs = num_envs
         self.pruned_agents = pruned_agents
         self.render_mode = render_mode
@@ -153,9 +151,8 @@ class TokenPruneEnv(ParallelEnv):
             agent: self._spaced(copy.deepcopy(self.batched.action_space))
             for agent in self.possible_agents
         }
-        self._normalisation = (tuple(config["mean"]), tuple(config["std"]))
         self._observed: Observations | None = None
-        self._history: list[Tensor] = []
+        self._alive = torch.empty(0, dtype=torch.bool)
         self._outcome: Outcome | None = None
 
     def observation_space(self, agent: str) -> Space[Any]:
@@ -170,12 +167,13 @@ class TokenPruneEnv(ParallelEnv):
         """Begins an episode on images that ``seed`` draws, or on ``options["indices"]``.
 
         Raises:
-            ValueError: a wrong number of indices, or one that the dataset doesn't have; a seed that
-                is no whole number from 0 on; options that are no mapping.
+            ValueError: the number of indices is wrong, the dataset doesn't have one of them, the
+                seed is not a whole number of 0 or more, or ``options`` is not a mapping.
         """
         self._observed = self.batched.reset(seed, indices=image_indices(options))
         self.agents = list(self.possible_agents)
-        self._history = [self._observed.alive]
+        self._alive = self._observed.alive
+        self._pictures.begin(self._alive)
         if seed is not None:
             self._outcome = None  # a seed gives the same values whatever came before
         if self.render_mode == "human":
@@ -187,32 +185,32 @@ class TokenPruneEnv(ParallelEnv):
     ) -> tuple[
         dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any], dict[str, dict[str, Any]]
     ]:
-        """Takes one action for each of ``self.agents``: 0 prunes, 1 keeps. What libraries say for
-        agents that are gone is ignored.
+        """Takes one action for each of ``self.agents``: 0 prunes, 1 keeps. Actions of agents that
+        are gone are ignored, since some libraries send placeholders for them.
 
         Returns:
-            Observations, rewards, terminations, truncations and infos of the agents that took part;
-            five empty dictionaries after the episode's end.
+            Observations, rewards, terminations, truncations and infos of the agents that took part,
+            or five empty dictionaries after the episode's end.
 
         Raises:
-            GameError: before ``reset``.
-            ValueError: agents unknown or missing, or an action that is not 0 or 1; whatever was
-                wrong, the episode goes on from where it stood.
+            GameError: ``reset`` wasn't called.
+            ValueError: an agent is unknown or missing, or an action is not 0 or 1. The episode then
+                stays where it was.
         """
         if self._observed is None:
             raise GameError("no episode to step in: call reset first")
         self._check_agents(actions)
         if not self.agents:
             return {}, {}, {}, {}, {}
-        acting, gone = self.agents, ~self._history[-1]
+        acting, gone = self.agents, ~self._alive
         transition = self.batched.step(self._joint_action(actions))
         self._observed = transition.observations
         over = bool(transition.terminated[0])
-        self._record(over, transition.observations)
+        self._alive = survivors = self.batched.survivors
+        self._pictures.add(survivors)
         reward = transition.reward
 
         leaving = self.pruned_agents == "leave"
-        survivors = self._history[-1]
         if leaving:
             self._check_settled(reward * gone)
         if leaving and not over and not survivors.any():
@@ -237,35 +235,26 @@ class TokenPruneEnv(ParallelEnv):
         return observations, rewards, terminations, truncations, infos
 
     def state(self) -> NDArray[np.float32] | Tensor:
-        """The global state [D_state], or a tensor [num_envs, D_state]; zeros after the end."""
+        """Returns the global state, float32 [D_state], or a tensor [num_envs, D_state]. It is zero
+        after the episode's end.
+        """
         if self._observed is None:
             raise GameError("no state before reset")
         state = self._observed.state
         return state if self.num_envs is not None else state[0].cpu().numpy()
 
     def render(self) -> NDArray[np.uint8] | None:
-        """The image before the first and after each stage so far, pruned patches whited out.
+        """Draws the image before the first and after each stage so far, with pruned patches faded.
 
         Returns:
-            uint8 [H, W, 3], all pictures of an episode of one size, images of a batch below each
-            other; None in mode "human", which shows it in a window, and without a mode.
+            uint8 [H, W, 3]: all pictures of an episode have one size, and the images of a batch
+            are below each other. None in mode "human", which shows them in a window, and without a
+            mode.
         """
-        if self.render_mode is None:
-            logger.warn(
-                "nothing is rendered: give render_mode='rgb_array' or 'human' when the environment "
-                "is made"
-            )
+        pictures = self._pictures.draw(self.batched.game, self.batched.pixels)
+        if pictures is None:
             return None
-        if not self._history:
-            raise GameError("nothing to render before reset")
-        pixels = denormalise(self.batched.pixels.float().cpu(), *self._normalisation)
-        alive = torch.stack(self._history, dim=1).cpu()  # [B, stages so far + 1, N]
-        game = self.batched.game
-        strips = [
-            strip_of_episode(image, tuple(rows), game.backbone.grid_size, game.num_stages + 1)
-            for image, rows in zip(pixels, alive, strict=True)
-        ]
-        picture = np.concatenate(strips)
+        picture = np.concatenate(pictures)
         if self.render_mode == "rgb_array":
             return picture
         import matplotlib.pyplot as plt
@@ -326,13 +315,9 @@ class TokenPruneEnv(ParallelEnv):
             raise ValueError("actions must be 0 (prune) or 1 (keep)")
         return joint
 
-    def _record(self, over: bool, observed: Observations) -> None:
-        last = self.batched.survivors if over else observed.alive
-        self._history.append(last)
-
-    def _check_settled(self, paid: Tensor) -> None:
-        """What agents that had left are paid must be nothing."""
-        if paid.any():
+    def _check_settled(self, reward: Tensor) -> None:
+        """Refuses a ``reward`` of agents that had left before this step, [B, N]."""
+        if reward.any():
             raise GameError(
                 f"{type(self.batched.game.reward).__name__} says pays_pruned=False, but pays "
                 "agents that have left: take pruned_agents='stay'"
@@ -349,7 +334,7 @@ class TokenPruneEnv(ParallelEnv):
             over = bool(transition.terminated[0])
 
     def _spaced(self, space: Space[Any]) -> Space[Any]:
-        """A space of one image's values as that of what is returned."""
+        """Turns a space of one image's values into that of all images."""
         return space if self.num_envs is None else batch_space(space, self.num_envs)
 
     def _by_agent(self, values: Tensor, agents: Sequence[str]) -> dict[str, Any]:
@@ -365,35 +350,17 @@ class TokenPruneEnv(ParallelEnv):
         return {agent: array[self._place[agent]] for agent in agents}
 
     def _infos(self, agents: Sequence[str]) -> dict[str, dict[str, Any]]:
-        batched, outcome = self.batched, self._outcome
         assert self._observed is not None
-        classes = batched.game.backbone.num_classes
-        if self.num_envs is not None:
-            shared = {
-                "index": batched.indices,
-                "label": batched.labels,
-                "logits": outcome.logits
-                if outcome
-                else torch.zeros(1, device=batched.device).expand(self.num_envs, classes),
-                "correct": outcome.correct if outcome else torch.zeros_like(batched.labels).bool(),
-                "gmacs": outcome.gmacs if outcome else torch.zeros_like(batched.labels).float(),
-            }
-            masks = self._observed.action_mask.to(torch.int8)
-            return {
-                agent: {**shared, "action_mask": mask}
-                for agent, mask in zip(self.possible_agents, masks.unbind(1), strict=True)
-            }
-        single = {
-            "index": int(batched.indices[0]),
-            "label": int(batched.labels[0]),
-            "logits": outcome.logits[0].float().cpu().numpy()
-            if outcome
-            else np.zeros(classes, np.float32),
-            "correct": bool(outcome.correct[0]) if outcome else False,
-            "gmacs": float(outcome.gmacs[0]) if outcome else 0.0,
-        }
-        all_masks = self._observed.action_mask[0].to(torch.int8).cpu().numpy()
-        return {agent: {**single, "action_mask": all_masks[self._place[agent]]} for agent in agents}
+        shared: dict[str, Any] = dict(episode_infos(self.batched, self._outcome))
+        masks: Any = self._observed.action_mask.to(torch.int8)
+        if self.num_envs is None:
+            masks = masks.cpu().numpy()
+            for name, (value,) in shared.items():
+                shared[name] = value.item() if value.dim() == 0 else value.cpu().numpy()
+        each = {agent: masks[:, self._place[agent]] for agent in agents}
+        if self.num_envs is None:
+            each = {agent: mask[0] for agent, mask in each.items()}
+        return {agent: {**shared, "action_mask": mask} for agent, mask in each.items()}
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

@@ -1,4 +1,4 @@
-"""Gymnasium: a central controller says for every token of an image whether it stays.
+"""The token game for Gymnasium: one controller decides for all tokens of an image.
 
 ``gymnasium.make("prunevit/TokenPrune-v0")`` plays one image at a time,
 ``gymnasium.make_vec("prunevit/TokenPrune-v0", num_envs=B)`` B images at once on the tensor game.
@@ -12,105 +12,41 @@ from typing import Any, Unpack
 import gymnasium
 import numpy as np
 import torch
-from gymnasium import logger
 from gymnasium.spaces import Box, MultiBinary
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from prunevit.envs.adapters.common import (
-    GameArguments,
-    GameHandle,
-    to_numpy,
-)
+from prunevit.envs.adapters.common import GameArguments, GameHandle, to_numpy
+from prunevit.envs.batched.infos import episode_infos
 from prunevit.envs.batched.inputs import image_indices, to_actions
 from prunevit.envs.batched.lazy_observations import action_mask
 from prunevit.envs.batched.protocol import Observations
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
-from prunevit.envs.data_config import model_data_config
-from prunevit.envs.game import GameError
-from prunevit.envs.rendering import denormalise, strip_of_episode
+from prunevit.envs.rendering import EpisodePictures
 
 SAMPLED = 2  # what MultiBinary.sample takes in a mask for a place that is free
 
 
-def facts(env: BatchedTokenPrune, alive: Tensor, reward: Tensor) -> dict[str, Tensor]:
-    """Infos of B episodes, the same keys at every step.
-
-    Args:
-        env: the game.
-        alive: bool [B, N], who decides next.
-        reward: what the last step paid each agent, float32 [B, N].
-
-    Returns:
-        ``index`` and ``label`` of the image, ``action_mask`` int8 [B, N] as the action space's
-        ``sample`` takes it, ``agent_rewards``, and what is zero until the end: ``logits``,
-        ``correct`` and ``gmacs`` (policy not included).
+def _infos(env: BatchedTokenPrune, alive: Tensor, reward: Tensor) -> dict[str, Tensor]:
+    """``episode_infos``, the action mask int8 [B, N] as ``MultiBinary.sample`` takes it, and what
+    the last step paid each agent, float32 [B, N].
     """
-    outcome = env.outcome
-    none = torch.zeros(env.num_envs, device=env.device)
-    return {
-        "index": env.indices,
-        "label": env.labels,
+    return episode_infos(env, env.outcome) | {
         "action_mask": SAMPLED * alive.to(torch.int8),
         "agent_rewards": reward,
-        "logits": outcome.logits.float()
-        if outcome
-        else none[:, None].expand(-1, env.game.backbone.num_classes),
-        "correct": outcome.correct if outcome else none.bool(),
-        "gmacs": outcome.gmacs if outcome else none,
     }
 
 
-class Pictures:
-    """What ``render`` shows: each image stage by stage, pruned patches whited out.
-
-    Args:
-        render_mode: None or "rgb_array".
-
-    Raises:
-        ValueError: another mode.
-    """
-
-    def __init__(self, render_mode: str | None) -> None:
-        if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode={render_mode!r}: choose rgb_array, or None")
-        self._history: list[Tensor] | None = [] if render_mode else None
-
-    def begin(self, observed: Observations) -> None:
-        if self._history is not None:
-            self._history = [observed.alive]
-
-    def go_on(self, env: BatchedTokenPrune) -> None:
-        if self._history is not None:
-            self._history.append(env.survivors)
-
-    def draw(self, env: BatchedTokenPrune) -> tuple[NDArray[np.uint8], ...] | None:
-        """uint8 [H, W, 3] for each image; None, and a warning, without a mode."""
-        if self._history is None:
-            logger.warn(
-                "nothing is rendered: give render_mode='rgb_array' when the environment is made"
-            )
-            return None
-        if not self._history:
-            raise GameError("nothing to render before reset")
-        config = model_data_config(env.game.backbone.model)
-        shown = denormalise(env.pixels.float().cpu(), tuple(config["mean"]), tuple(config["std"]))
-        alive = torch.stack(self._history, dim=1).cpu()  # [B, stages so far + 1, N]
-        grid, pictures = env.game.backbone.grid_size, env.game.num_stages + 1
-        return tuple(
-            strip_of_episode(image, tuple(rows), grid, pictures)
-            for image, rows in zip(shown, alive, strict=True)
-        )
-
-
 class TokenPruneGym(gymnasium.Env[Any, NDArray[np.int8]]):
-    """One image an episode; the action says of each token whether it is kept.
+    """Plays one image an episode. The action has a bit for each token: 1 keeps it, 0 prunes it.
 
-    Observations are float32 [N, D_obs], zeros for pruned tokens. The reward is the mean of what the
-    N agents are paid, which for a team reward is that reward; ``info["agent_rewards"]`` has each.
-    Infos are those of ``facts``.
+    Observations are float32 [N, D_obs], zeros for pruned tokens. The reward is the mean of the N
+    agents' rewards, which is the reward itself if the team shares one. Infos have the same keys at
+    every step: ``index`` and ``label`` of the image, ``action_mask`` int8 [N] as the action space's
+    ``sample`` takes it, ``agent_rewards`` float32 [N], and what is zero until the end: ``logits``
+    [classes], ``correct`` and ``gmacs`` (policy not included).
 
     Args:
         render_mode: None or "rgb_array".
@@ -124,7 +60,7 @@ class TokenPruneGym(gymnasium.Env[Any, NDArray[np.int8]]):
 
     def __init__(self, render_mode: str | None = None, **game: Unpack[GameArguments]) -> None:
         self.render_mode = render_mode
-        self._pictures = Pictures(render_mode)
+        self._pictures = EpisodePictures(render_mode, ("rgb_array",))
         self._held = GameHandle(1, game)
         self._alive = torch.zeros(1, self._held.env.num_agents, dtype=torch.bool)
         self.observation_space = _all_tokens(self._held.env)
@@ -140,7 +76,7 @@ class TokenPruneGym(gymnasium.Env[Any, NDArray[np.int8]]):
         env = self._held.env
         observed = env.reset(seed, indices=image_indices(options))
         self._alive = observed.alive
-        self._pictures.begin(observed)
+        self._pictures.begin(observed.alive)
         nothing = torch.zeros(observed.alive.shape, device=env.device)
         return to_numpy(observed.observation[0]), self._info(observed, nothing)
 
@@ -150,7 +86,7 @@ class TokenPruneGym(gymnasium.Env[Any, NDArray[np.int8]]):
         env = self._held.env
         transition = env.step(to_actions(action, env.device)[None])
         self._alive = transition.observations.alive
-        self._pictures.go_on(env)
+        self._pictures.add(env.survivors)
         return (
             to_numpy(transition.observations.observation[0]),
             float(transition.reward.mean()),
@@ -160,30 +96,30 @@ class TokenPruneGym(gymnasium.Env[Any, NDArray[np.int8]]):
         )
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """Which bits each token may choose, as sb3-contrib's ``MaskablePPO`` asks: bool [2 N], for
-        each token whether it may prune (always) and whether it may keep.
+        """The action masks that sb3-contrib's ``MaskablePPO`` asks for, bool [2 N]: for each token
+        whether it may prune, which is always so, and whether it may keep.
         """
         return to_numpy(action_mask(self._alive)[0].flatten())
 
     def render(self) -> Any:
         """uint8 [H, W, 3], all pictures of an episode of one size; None without a mode."""
-        pictures = self._pictures.draw(self._held.env)
+        env = self._held.env
+        pictures = self._pictures.draw(env.game, env.pixels)
         return None if pictures is None else pictures[0]
 
     def close(self) -> None:
         self._held.close()
 
     def _info(self, observed: Observations, reward: Tensor) -> dict[str, Any]:
-        rows = {
-            name: value[0] for name, value in facts(self._held.env, observed.alive, reward).items()
-        }
+        infos = _infos(self._held.env, observed.alive, reward)
+        rows = {name: value[0] for name, value in infos.items()}
         return {name: row.item() if row.dim() == 0 else to_numpy(row) for name, row in rows.items()}
 
 
 class TokenPruneVector(VectorEnv[Any, Any, Any]):
-    """B images at once, all of whose episodes end together.
+    """Plays B images at once. Their episodes end together.
 
-    What ``TokenPruneGym`` returns, with a leading dimension B.
+    Values are those of ``TokenPruneGym`` with a leading dimension B.
 
     Args:
         num_envs: B.
@@ -220,7 +156,7 @@ class TokenPruneVector(VectorEnv[Any, Any, Any]):
         self._over = False
         self.num_envs = num_envs
         self.render_mode = render_mode
-        self._pictures = Pictures(render_mode)
+        self._pictures = EpisodePictures(render_mode, ("rgb_array",))
         self._held = GameHandle(num_envs, game)
         self._give: Callable[[Tensor], Any] = _as_it_is if tensors else to_numpy
         self.single_observation_space = _all_tokens(self._held.env)
@@ -255,14 +191,14 @@ class TokenPruneVector(VectorEnv[Any, Any, Any]):
             none = torch.zeros(self.num_envs, device=env.device)
             return observations, *map(self._give, (none, none.bool(), none.bool())), infos
         transition = env.step(to_actions(actions, env.device))
-        self._pictures.go_on(env)
+        self._pictures.add(env.survivors)
         observed = transition.observations
         infos = self._infos(observed, transition.reward)
         self._over = env.outcome is not None
         if self._over and self._autoreset is AutoresetMode.SAME_STEP:
             ended = {"final_obs": self._give(observed.observation), "final_info": infos}
             observed = self._begin(None, None)
-            # the new episodes', but for what this step paid: who sums that up must miss nothing
+            # of the new episodes, except this step's rewards: a sum over them must miss nothing
             infos = self._infos(observed, transition.reward) | self._with_masks(ended)
         return (
             self._give(observed.observation),
@@ -274,7 +210,8 @@ class TokenPruneVector(VectorEnv[Any, Any, Any]):
 
     def render(self) -> Any:
         """A uint8 [H, W, 3] for each image; None without a mode."""
-        return self._pictures.draw(self._held.env)
+        env = self._held.env
+        return self._pictures.draw(env.game, env.pixels)
 
     def close_extras(self, **kwargs: Any) -> None:
         # Gymnasium also closes, when it is collected, what failed to be made
@@ -284,15 +221,15 @@ class TokenPruneVector(VectorEnv[Any, Any, Any]):
     def _begin(self, seed: int | None, indices: Any) -> Observations:
         observed = self._held.env.reset(seed, indices=indices)
         self._over = False
-        self._pictures.begin(observed)
+        self._pictures.begin(observed.alive)
         return observed
 
     def _infos(self, observed: Observations, reward: Tensor) -> dict[str, Any]:
-        shown = facts(self._held.env, observed.alive, reward)
+        shown = _infos(self._held.env, observed.alive, reward)
         return self._with_masks({name: self._give(value) for name, value in shown.items()})
 
     def _with_masks(self, infos: dict[str, Any]) -> dict[str, Any]:
-        """Gymnasium marks beside each info which environments have it: here all."""
+        """Adds Gymnasium's mark of which environments have an info: all of them."""
         everywhere = np.ones(self.num_envs, np.bool_)
         return infos | {f"_{name}": everywhere.copy() for name in infos}
 

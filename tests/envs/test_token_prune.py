@@ -720,7 +720,7 @@ def test_rendering_out_of_turn(make_env):
         ({"device": "hpu"}, ValueError, "device 'hpu' can't be used here"),
         ({"device": "meta"}, ValueError, "device 'meta' can't be used here"),
         ({"execution": "jagged"}, ValueError, "unknown execution 'jagged'"),
-        ({"render_mode": "ansi"}, ValueError, "render_mode='ansi': choose from rgb_array, human"),
+        ({"render_mode": "ansi"}, ValueError, "render_mode='ansi': choose rgb_array or human"),
     ],
 )
 def test_wrong_arguments_are_refused(make_env, argument, error, message):
