@@ -1,56 +1,64 @@
 """Times the environment: ``python -m benchmarks.speed.env_speed``.
 
-Prints, as JSON, images and agent decisions a second of a training rollout, of the tensor game and
-of the per-agent dict API, and the rollout's time relative to bare packed forward passes of the same
-tokens. For each adapter it prints decisions a second and the time relative to the bare game.
-Figures are medians of interleaved repetitions.
+Prints, as JSON, for each adapter of ``envs.adapters``: the decisions of living agents a second, and
+the time relative to the bare tensor game. Figures are medians of rounds in which all adapters take
+turns, with random actions.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunevit.benchmarks.noise_images import NoiseImages
-from prunevit.benchmarks.speed.adapters import BARE, adapters
-from prunevit.benchmarks.speed.timed_trainer import TimedTrainer, bare_forward, decisions_of
-from prunevit.envs.data.datasets import open_images
+from prunevit.benchmarks.speed.train_speed import alive_before, decisions_of
+from prunevit.envs.adapters.common import GameArguments
+from prunevit.envs.adapters.epymarl import TokenPruneAgents
+from prunevit.envs.adapters.gymnasium import TokenPruneVector
+from prunevit.envs.adapters.sb3 import TokenVecEnv
+from prunevit.envs.batched.token_prune import BatchedTokenPrune
+from prunevit.envs.data.datasets import DIGITS, open_images
 from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.data_config import model_data_config
 from prunevit.envs.devices import pick_device
+from prunevit.envs.game import TokenGame
 from prunevit.envs.token_prune import TokenPruneEnv
 from prunevit.envs.vit.create import create_backbone
+from prunevit.envs.vit.digits_vit import DIGITS_VIT
+from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common.checkpoint import write_json
-from prunevit.trainers.common.config import MappoConfig
+from prunevit.trainers.common.run import COMMAND_ERRORS
 from prunevit.trainers.common.settings import Count, Settings, Threads
+from prunevit.trainers.common.signals import ends_in_one_line
 from prunevit.trainers.common.timing import interleaved
-from prunevit.trainers.mappo import collect_rollout
 
+BARE = "TokenGame"
 KEEP = 0.7  # probability that a random action keeps its patch
-ADAPTER_IMAGES = (1, 64, 256)  # at once
+
+Play = Callable[[], object]
 
 
 @dataclass
 class EnvSpeedConfig(Settings):
     """What is measured."""
 
-    backbone: str = "digits_vit"
+    backbone: str = DIGITS_VIT
     """digits_vit on digits, or any timm model name, with random weights on noise."""
     prune_before: tuple[int, ...] = (1, 3)
     """The stages."""
-    images: Count = 32
-    """Different images a rollout; each is played as often as in the trainer's default."""
+    images: tuple[Count, ...] = (1, 64, 256)
+    """Numbers of images that are played at once. Some adapters take one only."""
     rounds: Count = 15
-    """Timed repetitions of each variant."""
-    dict_episodes: Count = 3
-    """Episodes of the dict API, one image each, a repetition."""
+    """Timed episodes of each adapter."""
     threads: Threads | None = None
     """CPU threads; torch's own choice if not given."""
     device: str = "auto"
@@ -59,140 +67,155 @@ class EnvSpeedConfig(Settings):
     """Also write the figures to this JSON file."""
 
 
-def random_actions(stages: int, images: int, agents: int) -> Tensor:
-    """The same joint actions for every variant, int64 [T, B, N]."""
-    generator = torch.Generator().manual_seed(0)
-    return (torch.rand(stages, images, agents, generator=generator) < KEEP).long()
+def adapters(
+    model: nn.Module, images: ImageSet, keeps: Tensor, game: GameArguments
+) -> dict[str, Play]:
+    """Functions that play an episode of B images, by adapter. RLlib and TorchRL are left out where
+    they aren't installed, and those that take one image where B is not 1.
+
+    Args:
+        model: the backbone.
+        images: what is played.
+        keeps: joint actions int64 [T, B, N].
+        game: further arguments of every environment.
+    """
+    arguments: GameArguments = {**game, "backbone": model, "dataset": images}
+    batch = keeps.shape[1]
+    bare = TokenGame(StagedViT(model, game.get("prune_before")))
+    batched = BatchedTokenPrune(bare, images, batch)
+
+    def play_bare() -> None:
+        bare.reset(*images.load(range(batch)))
+        for keep in keeps:
+            bare.step(keep == 1)
+
+    def play_batched() -> None:
+        observed = batched.reset(0)
+        for keep in keeps:
+            observed.living()
+            observed = batched.step(keep).observations
+
+    players = {
+        BARE: play_bare,
+        "BatchedTokenPrune": play_batched,
+        "gymnasium vector, tensors": _steps(
+            TokenPruneVector(batch, tensors=True, **arguments), keeps
+        ),
+        "sb3": _steps(TokenVecEnv(batch, **arguments), keeps.flatten(1).cpu().numpy()),
+    }
+    if batch == 1:
+        single = TokenPruneEnv(**arguments)
+        named = [
+            dict(zip(single.possible_agents, row, strict=True)) for row in keeps[:, 0].tolist()
+        ]
+        players["pettingzoo"] = _episode(single, named)
+        players["epymarl"] = _episode(TokenPruneAgents(**arguments), keeps[:, 0].tolist())
+    if importlib.util.find_spec("ray") is not None:
+        players["rllib"] = _rllib(keeps, arguments)
+    if importlib.util.find_spec("torchrl") is not None:
+        from torchrl.envs.libs.pettingzoo import PettingZooWrapper
+
+        from prunevit.envs.adapters.torchrl import TokenPruneTorchRL
+
+        players["torchrl"] = _torchrl(TokenPruneTorchRL(batch, **arguments), keeps)
+        if batch == 1:
+            with warnings.catch_warnings():
+                # it names the only version of PettingZoo that it was tested with
+                warnings.simplefilter("ignore", UserWarning)
+                wrapped = PettingZooWrapper(TokenPruneEnv(**arguments))
+            players["torchrl, PettingZooWrapper"] = _torchrl(wrapped, keeps[:, 0])
+    return players
 
 
-def play_dicts(env: TokenPruneEnv, actions: Tensor, episodes: int) -> int:
-    """Episodes of one image through PettingZoo's API; returns how often an agent decided."""
-    decisions = 0
-    for episode in range(episodes):
-        env.reset(options={"indices": [episode]})
-        for action in actions:
-            if not env.agents:
-                break
-            decisions += len(env.agents)
-            chosen = action[episode].tolist()
-            env.step({agent: chosen[env.possible_agents.index(agent)] for agent in env.agents})
-    return decisions
+def _steps(env: Any, actions: Any) -> Play:
+    """Of an environment whose last step starts the next episode."""
+    env.reset()
+    return lambda: [env.step(action) for action in actions]
 
 
-def medians(
-    variants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[str, float]:
-    """Median seconds of each variant."""
-    calls = {name: [call] for name, call in variants.items()}
-    timings = interleaved(calls, rounds, 1, device)
-    return {name: timing.seconds for name, timing in timings.items()}
+def _episode(env: Any, actions: Sequence[Any]) -> Play:
+    return lambda: [env.reset(), *(env.step(action) for action in actions)]
+
+
+def _rllib(keeps: Tensor, game: GameArguments) -> Play:
+    """RLlib's vector takes a dictionary of living agents for each image."""
+    from prunevit.envs.adapters.rllib import TokenPruneMultiVector
+
+    env = TokenPruneMultiVector(keeps.shape[1], game)
+    names = env.envs[0].agents
+    actions = [
+        [
+            {name: action for name, action, living in zip(names, *of_image, strict=True) if living}
+            for of_image in zip(keep.tolist(), alive.tolist(), strict=True)
+        ]
+        for keep, alive in zip(keeps, alive_before(list(keeps == 1)), strict=True)
+    ]
+    return _episode(env, actions)
+
+
+def _torchrl(env: Any, keeps: Tensor) -> Play:
+    def play() -> None:
+        seen = env.reset()
+        for keep in keeps:
+            seen = env.step(seen.set(("token", "action"), keep))["next"]
+
+    return play
 
 
 def measure(config: EnvSpeedConfig) -> dict[str, Any]:
     """All figures."""
     device = pick_device(config.device)
-    settings = MappoConfig(
-        prune_before=config.prune_before,
-        num_envs=config.images * MappoConfig.rollouts_per_image,
-        attention_prior=1.0,
-        keep_bias=0.0,
-    )
-    on_digits = config.backbone == settings.backbone
+    on_digits = config.backbone == DIGITS_VIT
     model = create_backbone(config.backbone, untrained=not on_digits).to(device)
     data_config = model_data_config(model)
-    images: ImageSet
-    if on_digits:
-        images = open_images(settings.dataset, "train", data_config)
-    else:
-        classes = data_config["classes"].count
-        images = NoiseImages(data_config["input_size"], num_classes=classes)
-    ours = TimedTrainer(settings, model, images)
-    env, game = ours.env, ours.game
-    single = TokenPruneEnv(model, images, prune_before=config.prune_before, device=device)
-    indices = torch.arange(config.images)
-    actions = random_actions(game.num_stages, env.num_envs, game.num_agents).to(device)
-
-    @torch.no_grad()
-    def rollout() -> None:
-        generator = torch.Generator(device).manual_seed(0)
-        observations = env.reset(indices=indices)
-        collect_rollout(env, ours.trainer.learner, observations, game.num_stages, generator)
-
-    def step_game() -> None:
-        """An episode with its observations, states and rewards, but without a policy."""
-        observed = env.reset(indices=indices)
-        for action in actions:
-            observed.living()
-            observed = env.step(action).observations
-
-    rollout()
-    pixels, chosen = game.images, game.keeps
-    dict_decisions = play_dicts(single, actions, config.dict_episodes)
-    seconds = medians(
-        {
-            "forward": lambda: bare_forward(env, pixels, chosen),
-            "rollout": rollout,
-            "game": step_game,
-            "dict_api": lambda: play_dicts(single, actions, config.dict_episodes),
-        },
-        config.rounds,
-        device,
+    images: ImageSet = (
+        open_images(DIGITS, "train", data_config)
+        if on_digits
+        else NoiseImages(data_config["input_size"], num_classes=data_config["classes"].count)
     )
-
-    def rates(name: str, images: int, decisions: int) -> dict[str, float]:
-        return {
-            "images_per_second": images / seconds[name],
-            "decisions_per_second": decisions / seconds[name],
-        }
-
-    by_game = rates("game", env.num_envs, decisions_of(list(actions == 1)))
-    by_dicts = rates("dict_api", config.dict_episodes, dict_decisions)
-    over_dicts = by_game["decisions_per_second"] / by_dicts["decisions_per_second"]
+    staged = StagedViT(model, config.prune_before)
+    generator = torch.Generator().manual_seed(0)
+    figures = {}
+    for count in config.images:
+        shape = staged.num_stages, count, staged.num_patches
+        keeps = (torch.rand(shape, generator=generator) < KEEP).long().to(device)
+        players = adapters(
+            model, images, keeps, {"prune_before": config.prune_before, "device": device}
+        )
+        figures[count] = timed(players, decisions_of(list(keeps == 1)), config.rounds, device)
     return {
         "backbone": config.backbone,
-        "episodes": env.num_envs,
         "threads": torch.get_num_threads(),
         "device": str(device),
-        "rollout": rates("rollout", env.num_envs, decisions_of(chosen))
-        | {"over_bare_forward": seconds["rollout"] / seconds["forward"]},
-        "game": by_game | {"over_dict_api": over_dicts},
-        "dict_api": by_dicts,
-        "adapters": {
-            count: measure_adapters(config, ours, images, count) for count in ADAPTER_IMAGES
-        },
+        "adapters": figures,
     }
 
 
-def measure_adapters(
-    config: EnvSpeedConfig, ours: TimedTrainer, images: ImageSet, count: int
+def timed(
+    players: Mapping[str, Play], decisions: int, rounds: int, device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """Figures of each adapter on ``count`` images at once."""
-    game, device = ours.game, ours.env.device
-    actions = random_actions(game.num_stages, count, game.num_agents).to(device)
-    players = adapters(
-        game.backbone.model,
-        images,
-        actions,
-        {"prune_before": config.prune_before, "observation": ours.env.fields, "device": device},
-    )
-    seconds = medians(players, config.rounds, device)
-    decisions = decisions_of(list(actions == 1))
+    """Figures of each adapter."""
+    timings = interleaved({name: [play] for name, play in players.items()}, rounds, 1, device)
     return {
-        name: {"decisions_per_second": decisions / time, "over_bare_game": time / seconds[BARE]}
-        for name, time in seconds.items()
+        name: {
+            "decisions_per_second": decisions / timing.seconds,
+            "over_bare_game": timing.seconds / timings[BARE].seconds,
+        }
+        for name, timing in timings.items()
     }
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    prog = "python -m benchmarks.speed.env_speed"
-    config = tyro.cli(EnvSpeedConfig, description=__doc__, args=arguments, prog=prog)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    figures = measure(config)
-    if config.out is not None:
-        write_json(config.out, figures)
-    print(json.dumps(figures, indent=2))
+    with ends_in_one_line(*COMMAND_ERRORS):
+        prog = "python -m benchmarks.speed.env_speed"
+        config = tyro.cli(EnvSpeedConfig, description=__doc__, args=arguments, prog=prog)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        figures = measure(config)
+        if config.out is not None:
+            write_json(config.out, figures)
+        print(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

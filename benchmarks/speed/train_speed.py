@@ -1,14 +1,15 @@
 """Times whole iterations of ``trainers.mappo``: ``python -m benchmarks.speed.train_speed``.
 
-These take turns in one process, at several points of a training on the digits:
+These take turns in one process, on the digits:
 
 - ``ours``: an iteration in the default settings but without a critic;
 - ``forward``: the bare forward passes that this iteration needs, which are the lower bound;
+- ``rollout``: a rollout of as many episodes, without learning from it;
 - ``benchmarl``: an iteration of BenchMARL's MAPPO on the same game with as many episodes, where
   BenchMARL is installed. It uses a central critic, four minibatches an epoch and each image once;
 - ``like-benchmarl``: our trainer in that set-up. Both start with our current share of kept tokens.
 
-With ``--tokens N`` only ours and forward are timed, on noise of N patches and with random weights,
+With ``--tokens N`` only the first three are timed, on noise of N patches and with random weights,
 where half of the tokens survive to the end. Run it once for each size, since peak memory is the
 process's.
 
@@ -25,46 +26,55 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
 
+from prunevit.agents.policies.actor_critic import TokenActor
 from prunevit.benchmarks.machine import MIB, peak_memory
 from prunevit.benchmarks.markdown import records_table
 from prunevit.benchmarks.noise_images import NoiseImages
-from prunevit.benchmarks.speed.timed_trainer import Figures, TimedTrainer
+from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.data.datasets import open_images
 from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.data_config import model_data_config
 from prunevit.envs.devices import pick_device
+from prunevit.envs.game import Stage, TokenGame
+from prunevit.envs.rewards import make_reward
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.digits_vit import DIGITS_VIT
+from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.trainers.common.backbones import load_backbone
 from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.config import MappoConfig
-from prunevit.trainers.common.experiments import load_backbone
 from prunevit.trainers.common.run import COMMAND_ERRORS
-from prunevit.trainers.common.settings import Count, Settings, Threads
+from prunevit.trainers.common.settings import Count, Range, Settings, Threads
 from prunevit.trainers.common.signals import ends_in_one_line
-from prunevit.trainers.common.timing import Timing, speedup
+from prunevit.trainers.common.timing import Timing, now, speedup
+from prunevit.trainers.mappo import Trainer, collect_rollout
 
 PATCH_SIZE = 8  # of digits_vit, in pixels
 SURVIVORS = 0.5  # share of the tokens of noise that survive to the end
 FROZEN_LR = 1e-12  # keeps this share constant
+
+Figures = dict[str, float]
+"""Of one iteration: ``seconds``, ``decisions`` (how often a living agent acted) and ``kept`` (share
+of the agents alive after the first stage).
+"""
 
 
 @dataclass
 class TrainSpeedConfig(Settings):
     """What is measured."""
 
-    after: tuple[int, ...] = (0, 200)
-    """Iterations of training before each measurement; early on, little is pruned."""
+    after: Annotated[int, Range(0, 400)] = 0
+    """Iterations of training before the measurement; early on, little is pruned."""
     rounds: Count = 9
     """Timed iterations of each variant, after one that is not counted."""
-    num_envs: int = MappoConfig.num_envs
+    num_envs: Count = MappoConfig.num_envs
     """Episodes an iteration."""
     prune_before: tuple[int, ...] = (1, 3)
     """The stages."""
@@ -80,27 +90,127 @@ class TrainSpeedConfig(Settings):
     """Also write the records to this JSON file."""
 
 
-def set_up(config: TrainSpeedConfig) -> tuple[MappoConfig, nn.Module, ImageSet]:
-    """The trainer's settings, the backbone on its device, and the images."""
+@torch.no_grad()
+def bare_forward(env: BatchedTokenPrune, images: Tensor, keeps: Sequence[Tensor]) -> None:
+    """The forward passes of a rollout, including the dense one that the reward compares with. There
+    are no observations, rewards or policy.
+
+    Args:
+        env: the game.
+        images: [n, C, H, W], on the game's device.
+        keeps: joint actions, bool [B, N] a stage.
+    """
+    backbone = env.game.backbone
+    tokens = backbone.begin(images, with_attention=False)
+    if env.game.reward.needs_dense:
+        env.game.dense_logits(tokens)
+    if env.rollouts_per_start > 1:
+        tokens = tokens.repeat(env.rollouts_per_start)
+    for stage, keep in enumerate(keeps):
+        tokens = backbone.advance(tokens, keep, stage, with_attention=False)
+    backbone.finish(tokens)
+
+
+def alive_before(keeps: Sequence[Tensor]) -> list[Tensor]:
+    """Which agents decide at each stage, bool [B, N]; ``keeps`` are joint actions, alike."""
+    alive = [torch.ones_like(keeps[0])]
+    for keep in keeps[:-1]:
+        alive.append(alive[-1] & keep)
+    return alive
+
+
+def decisions_of(keeps: Sequence[Tensor]) -> int:
+    """How often a living agent decides; arguments as of ``alive_before``."""
+    return sum(int(alive.sum()) for alive in alive_before(keeps))
+
+
+class NotingGame(TokenGame):
+    """Notes the joint actions of the last episodes."""
+
+    def reset(self, images: Tensor, labels: Tensor, alpha: Tensor | None = None) -> Stage:
+        self.images = images.to(self.backbone.device)  # [n, C, H, W]
+        self.keeps: list[Tensor] = []  # bool [B, N] a stage
+        return super().reset(images, labels, alpha)
+
+    def step(self, keep: Tensor) -> Stage:
+        self.keeps.append(keep)
+        return super().step(keep)
+
+
+class TimedTrainer:
+    """A trainer whose iterations are timed.
+
+    Args:
+        config: its settings; the reward has its default arguments.
+        model: the backbone, on its device.
+        images: what is played.
+    """
+
+    def __init__(self, config: MappoConfig, model: nn.Module, images: ImageSet) -> None:
+        torch.manual_seed(config.seed)
+        staged = StagedViT(model, config.prune_before)
+        self.game = NotingGame(staged, make_reward(config.reward), config.rollouts_per_image)
+        self.env = BatchedTokenPrune(self.game, images, config.num_envs, config.observation)
+        actor = TokenActor(
+            self.env.observation_space.shape[0],
+            config.hidden,
+            self.env.field_slices["cls_attention"].start,
+            config.attention_prior,
+            config.keep_bias,
+        )
+        self.trainer = Trainer(self.env, actor, config)
+
+    def iterate(self) -> Figures:
+        """Trains for one iteration."""
+        start = now(self.env.device)
+        self.trainer.iterate()
+        return self._figures(start)
+
+    def forward(self) -> Figures:
+        """Runs the bare forward passes of the last episodes, on the same tokens."""
+        start = now(self.env.device)
+        bare_forward(self.env, self.game.images, self.game.keeps)
+        return self._figures(start)
+
+    def rollout(self) -> Figures:
+        """Plays as many episodes as an iteration does."""
+        start = now(self.env.device)
+        seed = self.trainer.iteration
+        generator = torch.Generator(self.env.device).manual_seed(seed)
+        learner, observed = self.trainer.learner, self.env.reset(seed)
+        collect_rollout(self.env, learner, observed, self.game.num_stages, generator)
+        return self._figures(start)
+
+    def _figures(self, start: float) -> Figures:
+        seconds = now(self.env.device) - start
+        keeps = self.game.keeps
+        kept = float(keeps[0].float().mean())
+        return {"seconds": seconds, "decisions": float(decisions_of(keeps)), "kept": kept}
+
+
+def set_up(config: TrainSpeedConfig) -> TimedTrainer:
+    """Our trainer, on the digits or on noise."""
+    pick_device(config.device)
     settings = MappoConfig(
         num_envs=config.num_envs,
         prune_before=config.prune_before,
         critic="none",
         device=config.device,
     )
-    pick_device(config.device)
     if config.tokens is None:
         model = load_backbone(settings)
-        data_config = model_data_config(model)
-        augment = settings.augment
-        return settings, model, open_images(settings.dataset, "train", data_config, augment=augment)
+        images = open_images(
+            settings.dataset, "train", model_data_config(model), augment=settings.augment
+        )
+        return TimedTrainer(settings, model, images)
     keep = SURVIVORS ** (1 / len(config.prune_before))
     settings = replace(settings, attention_prior=0.0, keep_bias=log_odds(keep), lr=FROZEN_LR)
     side = PATCH_SIZE * math.isqrt(config.tokens)
     if side**2 != config.tokens * PATCH_SIZE**2:
         raise ValueError(f"tokens={config.tokens}: a square number, as 256")
     model = create_backbone(DIGITS_VIT, untrained=True, img_size=side).to(config.device)
-    return settings, model, NoiseImages((1, side, side), max(config.num_envs // 8, 1))
+    noise = NoiseImages((1, side, side), max(config.num_envs // 8, 1))
+    return TimedTrainer(settings, model, noise)
 
 
 def log_odds(probability: float) -> float:
@@ -108,31 +218,26 @@ def log_odds(probability: float) -> float:
     return math.log(probability / (1 - probability))
 
 
-def play_rounds(
-    config: TrainSpeedConfig, ours: TimedTrainer, model: nn.Module, images: ImageSet
-) -> dict[str, list[Figures]]:
+def play_rounds(config: TrainSpeedConfig, ours: TimedTrainer) -> dict[str, list[Figures]]:
     """Figures of every variant, round by round."""
-    settings = ours.trainer.config
+    settings, model, images = ours.trainer.config, ours.game.backbone.model, ours.env.images
     keep = ours.iterate()["kept"]
-    turns = {"ours": ours.iterate, "forward": ours.forward}
+    turns = {"ours": ours.iterate, "forward": ours.forward, "rollout": ours.rollout}
+    rounds: dict[str, list[Figures]] = defaultdict(list)
+
+    def take_turns() -> None:
+        for name, turn in turns.items():
+            rounds[name].append(turn())
+
     if config.benchmarl:
+        from prunevit.benchmarks.speed.benchmarl import iterate
+
         alike = replace(
             settings, critic="central", critic_hidden=(64,), hidden=(64,), rollouts_per_image=1,
             minibatches=4, attention_prior=0.0, keep_bias=log_odds(keep),
         )  # fmt: skip
         turns["like-benchmarl"] = TimedTrainer(alike, model, images).iterate
-    rounds: dict[str, list[Figures]] = defaultdict(list)
-
-    def take_turns(theirs: Figures | None = None) -> None:
-        for name, turn in turns.items():
-            rounds[name].append(turn())
-        if theirs is not None:
-            rounds["benchmarl"].append(theirs)
-
-    if config.benchmarl:
-        from prunevit.benchmarks.speed.benchmarl import iterate
-
-        iterate(settings, model, images, log_odds(keep), config.rounds + 1, take_turns)
+        rounds["benchmarl"] = iterate(alike, model, images, config.rounds + 1, take_turns)
     else:
         for _ in range(config.rounds + 1):
             take_turns()
@@ -161,39 +266,27 @@ def to_record(name: str, rounds: Mapping[str, Sequence[Figures]], episodes: int)
 
 
 def measure(config: TrainSpeedConfig) -> list[dict[str, Any]]:
-    """Records of all variants at each point of the training.
+    """Records of all variants.
 
     Raises:
         ValueError: what is asked for can't be measured.
     """
-    taken = config.rounds + 2  # two warm up
-    limit = MappoConfig.iterations - taken
-    if not config.after or any(not 0 <= n <= limit for n in config.after):
-        raise ValueError(f"after={config.after}: each must be in 0..{limit}")
-    if any(later - earlier < taken for earlier, later in pairwise(config.after)):
-        raise ValueError(f"after={config.after}: must ascend by {taken} or more")
     torch.set_num_threads(config.threads)
-    settings, model, images = set_up(config)
-    ours = TimedTrainer(settings, model, images)
+    ours = set_up(config)
+    for _ in range(max(config.after, 1)):
+        ours.iterate()
     shared = {
+        "after": config.after,
+        "load_before": os.getloadavg()[0],
+        "peak_memory": peak_memory(torch.device(config.device)),  # before BenchMARL is there
         "episodes": config.num_envs,
         "tokens": ours.env.num_agents,
         "stages": len(config.prune_before),
         "device": torch.cuda.get_device_name() if config.device == "cuda" else config.device,
         "threads": torch.get_num_threads(),
     }
-    records: list[dict[str, Any]] = []
-    for iterations in config.after:
-        while ours.trainer.iteration < max(iterations, 1):
-            ours.iterate()
-        at = {
-            "after": iterations,
-            "load_before": os.getloadavg()[0],
-            "peak_memory": peak_memory(torch.device(config.device)),  # before BenchMARL is there
-        }
-        rounds = play_rounds(config, ours, model, images)
-        records += [to_record(name, rounds, config.num_envs) | at | shared for name in rounds]
-    return records
+    rounds = play_rounds(config, ours)
+    return [to_record(name, rounds, config.num_envs) | shared for name in rounds]
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:

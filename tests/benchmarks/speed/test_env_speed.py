@@ -6,9 +6,8 @@ import json
 import pytest
 import torch
 
-from prunevit.benchmarks.speed import adapters, env_speed
-from prunevit.benchmarks.speed.env_speed import main
-from prunevit.benchmarks.speed.timed_trainer import decisions_of
+from prunevit.benchmarks.speed.env_speed import adapters, main
+from prunevit.benchmarks.speed.train_speed import decisions_of
 from prunevit.envs.game import TokenGame
 
 
@@ -20,20 +19,19 @@ def threads():
 
 
 @pytest.mark.stress
-def test_every_adapter_is_measured_beside_the_bare_game(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(env_speed, "ADAPTER_IMAGES", (1, 2))
+def test_every_adapter_is_measured_beside_the_bare_game(tmp_path, capsys):
     file = tmp_path / "speed.json"
     main(
         [
-            "--backbone", "test_vit", "--images", "1", "--rounds", "1", "--dict-episodes", "1",
-            "--threads", "1", "--device", "cpu", "--out", str(file),
+            "--backbone", "test_vit", "--images", "1", "2", "--rounds", "1", "--threads", "1",
+            "--device", "cpu", "--out", str(file),
         ]
     )  # fmt: skip
     figures = json.loads(file.read_text())
     assert json.loads(capsys.readouterr().out) == figures
     assert (figures["backbone"], figures["threads"]) == ("test_vit", 1)
-    names = {"TokenGame", "gymnasium vector, tensors", "sb3"}
-    alone = {"epymarl"}
+    names = {"TokenGame", "BatchedTokenPrune", "gymnasium vector, tensors", "sb3"}
+    alone = {"pettingzoo", "epymarl"}
     if importlib.util.find_spec("ray") is not None:
         names.add("rllib")
     if importlib.util.find_spec("torchrl") is not None:
@@ -44,8 +42,6 @@ def test_every_adapter_is_measured_beside_the_bare_game(tmp_path, monkeypatch, c
     for rows in figures["adapters"].values():
         assert rows["TokenGame"]["over_bare_game"] == 1
         assert all(row["decisions_per_second"] > 0 for row in rows.values())
-    for path in ("rollout", "game", "dict_api"):
-        assert figures[path]["decisions_per_second"] > figures[path]["images_per_second"] > 0
 
 
 def test_only_living_agents_decide():
@@ -64,7 +60,7 @@ def test_every_adapter_plays_the_same_episodes(monkeypatch, vit, some_images, ba
         return step(game, keep)
 
     monkeypatch.setattr(TokenGame, "step", noted)
-    players = adapters.adapters(vit, some_images, keeps, {"prune_before": (1, 3)})
+    players = adapters(vit, some_images, keeps, {"prune_before": (1, 3)})
     for name, play in players.items():
         play()
         first, second = played

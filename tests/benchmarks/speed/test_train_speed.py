@@ -6,8 +6,13 @@ import pytest
 import torch
 
 from prunevit.benchmarks.speed import train_speed
-from prunevit.benchmarks.speed.timed_trainer import TimedTrainer
-from prunevit.benchmarks.speed.train_speed import TrainSpeedConfig, main, table, to_record
+from prunevit.benchmarks.speed.train_speed import (
+    TimedTrainer,
+    TrainSpeedConfig,
+    main,
+    table,
+    to_record,
+)
 from prunevit.trainers.common.config import MappoConfig
 
 TINY = {"num_envs": 8, "rollouts_per_image": 4, "prune_before": (1, 3), "hidden": (8,)}
@@ -53,6 +58,15 @@ def test_the_bare_forward_runs_the_iterations_own_tokens(timed, monkeypatch):
     torch.testing.assert_close(logits["bare"], logits["iteration"])
 
 
+def test_a_rollout_teaches_nothing(timed):
+    before = [weight.clone() for weight in timed.trainer.learner.parameters()]
+    figures = timed.rollout()
+    assert timed.trainer.iteration == 0
+    torch.testing.assert_close(list(timed.trainer.learner.parameters()), before, rtol=0, atol=0)
+    first, _ = timed.game.keeps
+    assert figures["decisions"] == first.numel() + int(first.sum())
+
+
 def test_decisions_and_kept_tokens_are_counted(timed):
     figures = timed.iterate()
     first, _ = timed.game.keeps
@@ -78,18 +92,18 @@ def test_the_command_measures_and_writes(vit, some_images, tmp_path, monkeypatch
     monkeypatch.setattr(train_speed, "open_images", lambda *_, **__: some_images)
     out = tmp_path / "deep" / "speed.json"
     main(
-        ["--after", "0", "3", "--rounds", "1", "--num-envs", "8", "--threads", "1",
-        "--no-benchmarl", "--out", str(out)]
+        ["--after", "3", "--rounds", "1", "--num-envs", "8", "--threads", "1", "--no-benchmarl",
+        "--out", str(out)]
     )  # fmt: skip
     rows = json.loads(out.read_text())
     assert [(row["after"], row["variant"]) for row in rows] == [
-        (0, "ours"), (0, "forward"), (3, "ours"), (3, "forward")
+        (3, "ours"), (3, "forward"), (3, "rollout")
     ]  # fmt: skip
     for row in rows:
         assert row["images_per_second"] == pytest.approx(8 / row["seconds"])
         assert 16 * 8 <= row["decisions_per_second"] * row["seconds"] <= 2 * 16 * 8
         assert row["peak_memory"] > 50 * 2**20
-    ours, forward = rows[:2]
+    ours, forward, _ = rows
     assert ours["over_ours"] == forward["over_forward"] == 1
     assert ours["over_forward"] * forward["over_ours"] == pytest.approx(1)
     assert capsys.readouterr().out.strip() == table(rows)
@@ -97,8 +111,7 @@ def test_the_command_measures_and_writes(vit, some_images, tmp_path, monkeypatch
 
 def test_noise_keeps_half_of_its_tokens():
     config = TrainSpeedConfig(tokens=64, num_envs=8, prune_before=(1, 2, 3))
-    settings, model, images = train_speed.set_up(config)
-    timed = TimedTrainer(settings, model, images)
+    timed = train_speed.set_up(config)
     timed.iterate()
     alive = torch.stack(timed.game.keeps).all(0)
     assert timed.env.num_agents == 64
@@ -110,9 +123,9 @@ def test_noise_keeps_half_of_its_tokens():
 def test_benchmarl_takes_turns_on_the_same_game(vit, some_images):
     settings = MappoConfig(**TINY | {"rollouts_per_image": 8}, device="cpu")
     ours = TimedTrainer(settings, vit, some_images)
-    rounds = train_speed.play_rounds(TrainSpeedConfig(rounds=2), ours, vit, some_images)
+    rounds = train_speed.play_rounds(TrainSpeedConfig(rounds=2), ours)
     assert {name: len(figures) for name, figures in rounds.items()} == dict.fromkeys(
-        ("ours", "forward", "like-benchmarl", "benchmarl"), 2
+        ("ours", "forward", "rollout", "like-benchmarl", "benchmarl"), 2
     )
     for figures in rounds["benchmarl"]:
         assert figures["seconds"] > 0
@@ -126,9 +139,7 @@ def test_benchmarl_takes_turns_on_the_same_game(vit, some_images):
         (["--rounds", "0"], "rounds=0"),
         (["--num-envs", "12"], "num_envs"),
         (["--tokens", "60"], "tokens=60: a square number"),
-        (["--after", "499"], "after=(499,)"),
-        (["--after", "5", "1"], "after=(5, 1): must ascend by 11"),
-        (["--after", "0", "10", "--rounds", "9"], "after=(0, 10): must ascend by 11"),
+        (["--after", "401"], "after=401 must be"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(refusal, arguments, message):
