@@ -179,7 +179,7 @@ class TokenGame:
 
         Raises:
             GameError: there is no episode, or it is over.
-            ValueError: ``keep`` has the wrong shape or type.
+            ValueError: ``keep`` has the wrong shape or type, or the reward the wrong shape.
         """
         episode = self._episode
         if episode is None:
@@ -198,22 +198,24 @@ class TokenGame:
         count = alive.sum(1)
         cost = backbone.segment_macs(count, stage) / backbone.dense_macs
         tokens_run = (count + backbone.num_prefix).clamp(min=1)
-        facts = StageFacts(stage, before, alive, cost, cost / tokens_run, episode.alpha)
-        reward = self.reward.stage(facts)
+        # copies, since whoever gets them may change them: the tokens of the episode must not follow
+        facts = StageFacts(
+            stage, before.clone(), alive.clone(), cost, cost / tokens_run, episode.alpha
+        )
+        reward = self._paid(self.reward.stage(facts), alive)
         if stage + 1 < self.num_stages:
             self._episode = _Episode(
                 stage + 1, tokens, episode.labels, episode.dense_logits, episode.alpha, kept
             )
             view = View(backbone, tokens, stage + 1, episode.alpha)
-            return Stage(stage + 1, alive, reward, view)
+            return Stage(stage + 1, alive.clone(), reward, view)
 
         self._episode = None
         logits = backbone.finish(tokens).float()
         history = torch.stack(kept)
-        reward = reward + self.reward.terminal(
-            EndFacts(history, logits, episode.dense_logits, episode.labels)
-        )
         survivors = history.sum(2).T
+        facts_of_end = EndFacts(history, logits, episode.dense_logits, episode.labels)
+        reward = reward + self._paid(self.reward.terminal(facts_of_end), alive)
         outcome = Outcome(
             logits=logits,
             correct=logits.argmax(1) == episode.labels,
@@ -222,7 +224,17 @@ class TokenGame:
             # at the first stage all agents decide, then those that survived the stage before
             decisions=self.num_agents + survivors[:, :-1].sum(1),
         )
-        return Stage(stage + 1, alive, reward, None, outcome)
+        return Stage(stage + 1, alive.clone(), reward, None, outcome)
+
+    def _paid(self, reward: Tensor, alive: Tensor) -> Tensor:
+        """A reward of one's own as float32 [B, N]; other shapes could be broadcast by chance."""
+        if not isinstance(reward, Tensor) or reward.shape != alive.shape:
+            got = list(reward.shape) if isinstance(reward, Tensor) else repr(reward)
+            raise ValueError(
+                f"{type(self.reward).__name__} must pay {list(alive.shape)} (images, agents): "
+                f"got {got}"
+            )
+        return reward.float()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenGame:
         """Copies the game and its episode, but not the backbone.

@@ -32,7 +32,7 @@ class View:
         shared_alpha: alpha of all episodes, if it is the same and known to the host.
 
     Attributes:
-        alive: which patches still exist, bool [B, N].
+        alive: which patches still exist, bool [B, N]. A copy, so a policy may change it.
         image: index of the image that each living patch belongs to, int64 [R].
         patch: index of each living patch in its image, 0..N-1, int64 [R].
         count: number of living patches of each image, int64 [B].
@@ -55,7 +55,8 @@ class View:
         self.stage = stage
         self.alpha = alpha
         self._tokens = tokens
-        self.alive = tokens.alive[:, backbone.num_prefix :]
+        self._alive = tokens.alive[:, backbone.num_prefix :]
+        self.alive = self._alive.clone()
 
     def at_alpha(self, alpha: float) -> View:
         """The same patches with another alpha."""
@@ -65,7 +66,7 @@ class View:
     @cached_property
     def _places(self) -> Tensor:
         """Flat index of each living patch in [B, N], ascending, int64 [R]."""
-        flat = self.alive.flatten()
+        flat = self._alive.flatten()
         layout = self._tokens.layout
         if layout is None or flat.device.type == "cpu":
             return flat.nonzero().squeeze(1)
@@ -83,7 +84,7 @@ class View:
 
     @cached_property
     def count(self) -> Tensor:
-        return self.alive.sum(1)
+        return self._alive.sum(1)
 
     @cached_property
     def _rows(self) -> Tensor:

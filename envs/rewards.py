@@ -194,10 +194,10 @@ class ReleasedCodeReward:
 
     pot: float = 24.0
     keep: float = 0.7
-    alpha: float = 0.0
+    alpha: ClassVar[float] = 0.0  # it has no weight of compute
 
     def __post_init__(self) -> None:
-        _check("correct", pot=self.pot, alpha=self.alpha)
+        _check("correct", pot=self.pot)
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep={self.keep} must be a ratio in (0, 1]")
 

@@ -23,7 +23,7 @@ class LazyObservations(Observations):
     def __init__(self, view: View, fields: Sequence[str]) -> None:
         object.__setattr__(self, "view", view)
         object.__setattr__(self, "fields", tuple(fields))
-        object.__setattr__(self, "alive", view.alive)
+        object.__setattr__(self, "alive", view.alive.clone())  # whoever reads it may change it
 
     view: View
     fields: tuple[str, ...]
@@ -59,7 +59,7 @@ class LazyObservations(Observations):
 
     @cached_property
     def action_mask(self) -> Tensor:
-        return action_mask(self.alive)
+        return action_mask(self.view.alive)
 
 
 def action_mask(alive: Tensor) -> Tensor:

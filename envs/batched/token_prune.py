@@ -18,7 +18,7 @@ from prunevit.envs.data.image_set import ImageSet, Prefetchable, ReadRequest, Re
 from prunevit.envs.data.prefetch import Prefetcher
 from prunevit.envs.fields import DEFAULT_FIELDS, field_slices, state_size
 from prunevit.envs.game import InitialState, Outcome, Stage, TokenGame
-from prunevit.envs.rewards import LARGEST_NUMBER
+from prunevit.envs.rewards import LARGEST_NUMBER, ReleasedCodeReward
 from prunevit.envs.vit.prefix_cache import PrefixCache
 from prunevit.envs.vit.tokens import Tokens
 
@@ -109,6 +109,11 @@ class BatchedTokenPrune:
             raise ValueError(
                 f"alpha_range={alpha_range}: two positive numbers of at most {LARGEST_NUMBER:g}, "
                 "the lower one first"
+            )
+        if alpha_range is not None and isinstance(game.reward, ReleasedCodeReward):
+            raise ValueError(
+                f"alpha_range={alpha_range} with a ReleasedCodeReward, which has no alpha: choose "
+                "another reward, or no range"
             )
         self.game = game
         self.images = images

@@ -257,6 +257,25 @@ def test_any_callable_is_a_policy(make_vit, images):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("training", [False, True])
+@torch.no_grad()
+def test_a_policy_may_write_on_what_it_is_shown(vit, images, training):
+    def careful(view):
+        return view.alive & (view.scatter(view.patch) < 9 - 4 * view.stage)
+
+    def careless(view):
+        view.alive[:, 9 - 4 * view.stage :] = False
+        assert len(view.image) == len(view.patch) == len(view.token) == view.count.sum()
+        return view.alive
+
+    ours, expected = (
+        prune(vit, policy, STAGES).train(training).trace(images) for policy in (careless, careful)
+    )
+    assert torch.equal(ours.logits, expected.logits)
+    assert torch.equal(ours.alive, expected.alive)
+    assert torch.equal(ours.macs, expected.macs)
+
+
 def test_shares_are_numbers_of_patches(vit, images):
     for tokens, counts in {
         (0.5, 0.25): (8, 4),

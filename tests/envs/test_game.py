@@ -122,6 +122,28 @@ def test_actions_of_the_pruned_are_ignored(game, batch, keeps):
     assert_same(play(game, images, labels, keep), play(game, images, labels, obedient))
 
 
+class Careless(TeamReward):
+    """Writes on the facts."""
+
+    def stage(self, facts):
+        paid = super().stage(facts)
+        facts.alive[:] = facts.kept[:] = False
+        return paid
+
+
+def test_who_changes_what_the_game_tells_changes_nothing_else(vit, batch, keeps):
+    backbone = StagedViT(vit, STAGES)
+    keep = keeps(BATCH, len(STAGES), PATCHES)
+    expected = play(TokenGame(backbone), *batch, keep)
+    game = TokenGame(backbone, Careless())
+    stages = [game.reset(*batch)]
+    for decision in keep:
+        for told in (stages[-1].alive, stages[-1].view.alive):
+            told &= decision  # as a policy may decide
+        stages.append(game.step(decision))
+    assert_same(stages[-1:], expected[-1:])
+
+
 @pytest.mark.parametrize("reward", REWARDS)
 @pytest.mark.parametrize("kwargs", [{}, {"class_token": False, "global_pool": "avg"}])
 def test_packed_and_masked_are_the_same_game(make_vit, batch, keeps, reward, kwargs):
@@ -294,6 +316,40 @@ def test_each_episode_has_its_price(vit, batch, keeps):
             assert torch.equal(stage.view.alpha, seen)
             shown = stage.view.field("alpha")[:, 0]
             assert torch.equal(shown, seen[stage.view.image].clamp(min=1e-3).log())
+
+
+# --- a reward of one's own ---
+
+
+class Pays:
+    alpha, needs_dense, pays_pruned = 0.0, False, True
+
+    def __init__(self, of_stage, at_end):
+        self.stage = lambda facts: of_stage
+        self.terminal = lambda facts: at_end
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [torch.ones(BATCH), torch.ones(BATCH, 1), torch.ones(PATCHES), torch.tensor(1.0), 1.0, None],
+)
+def test_rewards_of_another_shape_are_refused(vit, batch, wrong):
+    """Some would be broadcast to every agent."""
+    backbone = StagedViT(vit, STAGES[-1:])
+    right = torch.ones(BATCH, PATCHES)
+    for reward in (Pays(wrong, right), Pays(right, wrong)):
+        game = TokenGame(backbone, reward)
+        game.reset(*batch)
+        with pytest.raises(ValueError, match=r"Pays must pay \[6, 16\] \(images, agents\): got"):
+            game.step(KEEP_ALL)
+
+
+def test_rewards_of_any_type_are_numbers(vit, batch):
+    one = torch.ones(BATCH, PATCHES)
+    for paid in (one.bool(), one.long(), one.double()):
+        game = TokenGame(StagedViT(vit, STAGES[-1:]), Pays(paid, paid))
+        game.reset(*batch)
+        assert torch.equal(game.step(KEEP_ALL).reward, 2 * one)
 
 
 # --- what is refused ---

@@ -196,6 +196,11 @@ def test_an_unknown_option_is_refused(name):
         make_reward(name, lam=0.5, gamma=1.0)
 
 
+def test_an_alpha_that_would_do_nothing_is_refused():
+    with pytest.raises(ValueError, match="'released-code' has no alpha: it takes keep, pot"):
+        make_reward("released-code", alpha=0.1)
+
+
 def test_the_largest_and_the_smallest_numbers_are_taken():
     for number in (0.0, LARGEST_NUMBER):
         assert TeamReward(alpha=number, beta=number).beta == number
@@ -212,7 +217,7 @@ def test_the_largest_and_the_smallest_numbers_are_taken():
             for reward, numbers in (
                 (TeamReward, ("alpha", "beta")),
                 (MarkovGameReward, ("alpha", "beta")),
-                (ReleasedCodeReward, ("alpha", "pot")),
+                (ReleasedCodeReward, ("pot",)),
             )
             for number in numbers
             for value in (-1.0, math.nan, math.inf, 1e300)  # that one is infinite in float32

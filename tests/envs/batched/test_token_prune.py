@@ -11,6 +11,7 @@ from prunevit.envs.batched.token_prune import BatchedTokenPrune, draw_distinct
 from prunevit.envs.data.cluttered_digits import ClutteredDigits
 from prunevit.envs.fields import DEFAULT_FIELDS, FIELDS, field_slices
 from prunevit.envs.game import GameError, TokenGame
+from prunevit.envs.rewards import ReleasedCodeReward
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
 
@@ -20,8 +21,15 @@ PARTS = ("observation", "state", "alive", "action_mask")
 
 @pytest.fixture
 def make_env(vit, some_images):
-    def make(num_envs=6, rollouts=1, images=some_images, observation=DEFAULT_FIELDS, **options):
-        game = TokenGame(StagedViT(vit, STAGES), rollouts_per_image=rollouts)
+    def make(
+        num_envs=6,
+        rollouts=1,
+        images=some_images,
+        observation=DEFAULT_FIELDS,
+        reward=None,
+        **options,
+    ):
+        game = TokenGame(StagedViT(vit, STAGES), reward, rollouts)
         return BatchedTokenPrune(game, images, num_envs, observation, **options)
 
     return make
@@ -118,6 +126,15 @@ def test_an_episode_is_the_games(make_env, some_images, keeps, fields, rollouts)
     assert env.outcome is None
 
 
+def test_who_changes_what_was_observed_changes_nothing_else(make_env):
+    env = make_env()
+    observed = env.reset(seed=0)
+    observed.alive[:] = False
+    assert observed.action_mask.all()
+    assert observed.observation.any(-1).all()
+    assert env.step(torch.ones(6, PATCHES, dtype=torch.int64)).observations.alive.all()
+
+
 def test_action_masks():
     """Everybody may prune, the living may keep."""
     assert action_mask(torch.tensor([[True, False]])).tolist() == [[[True, True], [True, False]]]
@@ -144,6 +161,11 @@ def test_each_image_is_played_under_a_price_of_its_own(make_env):
 def test_a_range_of_alphas_is_positive_and_ascending(make_env, alphas):
     with pytest.raises(ValueError, match=r"two positive numbers of at most 1e\+12, the lower one"):
         make_env(alpha_range=alphas)
+
+
+def test_a_range_of_alphas_needs_a_reward_that_has_one(make_env):
+    with pytest.raises(ValueError, match="ReleasedCodeReward, which has no alpha"):
+        make_env(observation=("alpha",), reward=ReleasedCodeReward(), alpha_range=(0.01, 0.1))
 
 
 # --- seeds ---
