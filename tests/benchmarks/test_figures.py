@@ -1,16 +1,11 @@
 """Figures are drawn from the records alone, and show what these say."""
 
+import json
+
 import pytest
 from matplotlib.figure import Figure
 
-from prunevit.benchmarks.figures import (
-    draw,
-    draw_line,
-    draw_tradeoff,
-    in_percent,
-    main,
-    methods_of,
-)
+from prunevit.benchmarks.figures import draw, draw_line, load, main
 from prunevit.benchmarks.records import FIELDS, Records
 
 
@@ -31,49 +26,17 @@ ROWS = [
 ]
 
 
-def test_ours_comes_first():
-    assert methods_of([row["method"] for row in ROWS]) == ["mappo", "a"]
+@pytest.fixture
+def loaded(tmp_path):
+    """What is shown of records."""
 
+    def write_and_load(rows):
+        records = Records(tmp_path / "records.jsonl")
+        for row in rows:
+            records.put(row)
+        return load(tmp_path)
 
-def test_a_line_goes_through_the_means():
-    axes = Figure().subplots()
-    rows = [row for row in ROWS if row["method"] == "a"] + [record("a", 0, 0.7, 0.9, speedup=None)]
-    draw_line(axes, in_percent(rows), "speedup", "percent")
-    (line,) = axes.lines
-    assert line.get_xdata() == pytest.approx([1 / 0.3, 2.0])  # what was not timed is out
-    assert line.get_ydata() == pytest.approx([80.5, 80.5])
-
-
-def put(folder, rows):
-    records = Records(folder / "records.jsonl")
-    for row in rows:
-        records.put(row)
-
-
-def more(*names):
-    return [record(name, 0, 0.3, 0.9, alpha=0.2) for name in names]
-
-
-@pytest.mark.parametrize(
-    ("rows", "names"),
-    [
-        (ROWS, ["tradeoff.png", "knob.png", "adaptive.png"]),
-        (ROWS[:4], ["tradeoff.png", "adaptive.png"]),
-        ([*ROWS, *more("no-stage")], ["tradeoff.png", "ablations.png", "knob.png", "adaptive.png"]),
-        (more("no-stage"), ["ablations.png"]),
-        (more("benchmarl-qmix"), ["libraries.png"]),
-        (
-            [*ROWS, *more("mappo-fine-tuned")],
-            ["tradeoff.png", "fine_tuning.png", "knob.png", "adaptive.png"],
-        ),
-    ],
-)
-def test_what_the_records_show_is_drawn(tmp_path, rows, names):
-    put(tmp_path, rows)
-    figures = draw(tmp_path)
-    assert list(figures) == names
-    for figure in figures.values():
-        assert any(axes.has_data() for axes in figure.axes)
+    return write_and_load
 
 
 def lines_of(figure):
@@ -81,20 +44,53 @@ def lines_of(figure):
     return {line.get_label(): line for line in figure.axes[0].lines}
 
 
-def test_fine_tuned_methods_are_dashed_and_ours_is_black():
-    lines = lines_of(draw_tradeoff(in_percent([*ROWS, *more("mappo-fine-tuned")])))
-    styles = {name: (line.get_linestyle(), line.get_color()) for name, line in lines.items()}
-    assert styles["mappo"] == ("-", "black")
-    assert styles["mappo-fine-tuned"][0] == "--"
-    assert len({color for _, color in styles.values()}) == 4
+def test_a_line_goes_through_the_means(loaded):
+    axes = Figure().subplots()
+    rows = [row for row in ROWS if row["method"] == "a"] + [record("a", 0, 0.7, 0.9, speedup=None)]
+    draw_line(axes, loaded(rows), "speedup", "percent")
+    (line,) = axes.lines
+    assert line.get_xdata() == pytest.approx([1 / 0.3, 2.0])  # what was not timed is out
+    assert line.get_ydata() == pytest.approx([80.5, 80.5])
 
 
-def test_methods_judged_on_fewer_images_are_left_out(tmp_path):
-    bound = record("oracle", 0, 0.3, 1.0, dense_accuracy=0.5, left=[0, 1, 0])
-    put(tmp_path, [bound, *ROWS])
-    lines = lines_of(draw(tmp_path)["tradeoff.png"])
-    assert set(lines) == {"mappo", "a", "dense"}
+def test_ours_comes_first_and_is_black(loaded):
+    figure = draw(loaded(ROWS))
+    lines = lines_of(figure)
+    assert list(lines) == ["mappo", "a", "dense"]
+    assert lines["mappo"].get_color() == "black"
+    assert len({line.get_color() for line in lines.values()}) == 3
     assert lines["dense"].get_ydata()[0] == pytest.approx(95)
+    assert len(figure.axes) == 2
+
+
+def test_speed_is_shown_where_it_was_measured(loaded):
+    rows = [row | {"speedup": None} for row in ROWS]
+    assert len(draw(loaded(rows)).axes) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        record("no-stage", 0, 0.3, 0.9),
+        record("benchmarl-qmix", 0, 0.3, 0.9),
+        record("mappo-fine-tuned", 0, 0.3, 0.9, fine_tuned=True),
+        record("oracle", 0, 0.3, 1.0, dense_accuracy=0.5, left=[0, 1, 0]),  # on fewer images
+    ],
+)
+def test_what_is_no_rival_is_left_out(loaded, other):
+    assert set(loaded([other, *ROWS])["method"]) == {"mappo", "a"}
+
+
+def test_the_command_writes_a_figure(tmp_path, capsys):
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    main([str(tmp_path)])
+    assert (tmp_path / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == f"{tmp_path / 'tradeoff.png'}\n"
+
+
+def test_records_that_are_not_shown_alone_are_refused(loaded):
+    with pytest.raises(ValueError, match="no records of methods that are shown"):
+        loaded([record("no-stage", 0, 0.3, 0.9)])
 
 
 def test_folders_without_records_are_refused(tmp_path):
