@@ -30,6 +30,7 @@ from prunevit.benchmarks.methods.registry import METHODS
 from prunevit.benchmarks.protocol import Benchmark, UnreachableError, judge, judge_dense
 from prunevit.benchmarks.records import FILE, Record, Records, command
 from prunevit.benchmarks.tasks import TASKS
+from prunevit.cli import prog
 from prunevit.envs.data.datasets import open_images
 from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.data_config import model_data_config
@@ -242,8 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     with ends_in_one_line(*COMMAND_ERRORS):
         arguments = rename_flags(sys.argv[1:] if arguments is None else arguments, COMPARE_FLAGS)
-        prog = "python -m benchmarks.compare"
-        config = tyro.cli(CompareConfig, description=__doc__, args=arguments, prog=prog)
+        config = tyro.cli(CompareConfig, description=__doc__, args=arguments, prog=prog())
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         print(table(compare(config)))

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from prunevit.benchmarks.bootstrap import interval
 from prunevit.benchmarks.methods.recipes import RECIPES
 from prunevit.benchmarks.records import FILE, read
+from prunevit.cli import prog
 from prunevit.trainers.common.checkpoint import write_atomically
 
 OURS = "mappo"
@@ -110,8 +111,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    prog = "python -m benchmarks.figures"
-    config = tyro.cli(FiguresConfig, description=__doc__, args=arguments, prog=prog)
+    config = tyro.cli(FiguresConfig, description=__doc__, args=arguments, prog=prog())
     try:
         save_figure(draw(load(config.results)), config.results / FIGURE)
         print(config.results / FIGURE)

@@ -17,6 +17,7 @@ import pandas as pd
 import tyro
 
 from prunevit.benchmarks.markdown import markdown_table, mean_and_deviation
+from prunevit.cli import prog
 
 ONE_RUNS_OWN = {"seed", "run_name", "resume", "device", "threads", "accumulate"}
 
@@ -71,7 +72,7 @@ class SummaryConfig:
 
 def main() -> None:
     """The command line."""
-    config = tyro.cli(SummaryConfig, description=__doc__, prog="python -m benchmarks.summary")
+    config = tyro.cli(SummaryConfig, description=__doc__, prog=prog())
     if not config.runs:
         sys.exit("error: name at least one run folder, as runs/NAME")
     try:

@@ -25,6 +25,7 @@ from prunevit.benchmarks.markdown import markdown_table, mean_and_deviation, mea
 from prunevit.benchmarks.marl import compare as marl
 from prunevit.benchmarks.methods.registry import METHODS
 from prunevit.benchmarks.records import FILE, read
+from prunevit.cli import prog
 from prunevit.trainers.common.checkpoint import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -304,8 +305,7 @@ class TablesConfig:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    prog = "python -m benchmarks.tables"
-    config = tyro.cli(TablesConfig, description=__doc__, args=arguments, prog=prog)
+    config = tyro.cli(TablesConfig, description=__doc__, args=arguments, prog=prog())
     all_stale = []
     for page in pages():
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import runpy
 import sys
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from prunevit.versions import __version__
@@ -22,6 +23,7 @@ class Command(NamedTuple):
     summary: str
 
 
+TYPED = "__typed__"  # what ``main`` tells a subcommand's module, among its globals
 COMMANDS = {
     "train": Command("prunevit.trainers.mappo", "train a pruning policy with MAPPO"),
     "sb3": Command("prunevit.trainers.sb3", "train a policy with Stable-Baselines3"),
@@ -37,6 +39,17 @@ COMMANDS = {
     "train-speed": Command("prunevit.benchmarks.speed.train_speed", "time the trainer"),
     "marl": Command("prunevit.benchmarks.marl.compare", "compare MARL trainers"),
 }
+
+
+def prog() -> str:
+    """What was typed to begin this process's command, without its arguments: ``prunevit train`` or
+    ``python -m trainers.mappo``.
+    """
+    begun = sys.modules["__main__"]
+    if TYPED in vars(begun):
+        return vars(begun)[TYPED]
+    spec = begun.__spec__
+    return Path(sys.argv[0]).name if spec is None else f"python -m {spec.name}"
 
 
 def usage() -> str:
@@ -83,4 +96,5 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(f"unknown command {name!r}: {advice}")
     else:
         sys.argv[1:] = rest
-        runpy.run_module(COMMANDS[name].module, run_name="__main__", alter_sys=True)
+        typed = {TYPED: f"prunevit {name}"}
+        runpy.run_module(COMMANDS[name].module, typed, run_name="__main__", alter_sys=True)

@@ -84,6 +84,7 @@ def test_a_command_gets_the_rest_of_the_arguments_and_gives_its_exit_code():
     ended = run("train", "--seed", "no number")
     assert ended.returncode == 2
     assert "--seed" in ended.stdout + ended.stderr
+    assert "prunevit train --help" in ended.stdout + ended.stderr
     ended = run("train", "--resume", "no-such-run")
     assert ended.returncode == 1
     assert ended.stderr.count("\n") == 1

@@ -253,7 +253,7 @@ def train(config: BackboneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m trainers.backbone``."""
     with ends_in_one_line(*COMMAND_ERRORS):
-        config = parse_arguments(BackboneConfig, arguments, "backbone", __doc__)
+        config = parse_arguments(BackboneConfig, arguments, __doc__)
         report = train(config, join_ranks(device_of(config)))
         if report:
             print(f"test accuracy {report['test_accuracy']:.4f} after {report['seconds']:.0f} s")

@@ -305,7 +305,7 @@ def write_networks(run: RunFolder, trainer: Trainer) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m trainers.dynamic_vit``."""
     with ends_in_one_line(*COMMAND_ERRORS):
-        config = parse_arguments(DynamicViTConfig, arguments, "dynamic_vit", __doc__)
+        config = parse_arguments(DynamicViTConfig, arguments, __doc__)
         report = train(config)
         print(table(report["policies"], "validation"))
         print(f"{report['seconds']:.0f} s, seed {report['seed']}")

@@ -301,7 +301,7 @@ def train(config: FinetuneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m trainers.finetune``."""
     with ends_in_one_line(*COMMAND_ERRORS):
-        config = parse_arguments(FinetuneConfig, arguments, "finetune", __doc__)
+        config = parse_arguments(FinetuneConfig, arguments, __doc__)
         report = train(config, join_ranks(device_of(config)))
         if report:
             print(table(report["models"], "validation"))

@@ -33,6 +33,7 @@ from prunevit.benchmarks.figures import MARKERS, save_figure
 from prunevit.benchmarks.markdown import markdown_table, mean_and_interval
 from prunevit.benchmarks.marl.protocol import TASKS, Curve, Learn, Settings, env_maker
 from prunevit.benchmarks.records import FILE, Record, Records, command
+from prunevit.cli import prog
 from prunevit.envs.old_names import COMPARE_FLAGS, rename_flags
 from prunevit.trainers.common.settings import Count, Threads
 from prunevit.trainers.common.settings import Settings as CommandSettings
@@ -223,9 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     with ends_in_one_line(ValueError, OSError, ImportError):
         arguments = rename_flags(sys.argv[1:] if arguments is None else arguments, COMPARE_FLAGS)
-        config = tyro.cli(
-            MarlCompareConfig, description=__doc__, args=arguments, prog=f"python -m {MODULE}"
-        )
+        config = tyro.cli(MarlCompareConfig, description=__doc__, args=arguments, prog=prog())
         rows = compare(config)
         save_figure(draw(rows), config.out / FIGURE)
         print(table(rows))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from prunevit.benchmarks.noise_images import NoiseImages
 from prunevit.benchmarks.speed.train_speed import alive_before, decisions_of
+from prunevit.cli import prog
 from prunevit.envs.adapters.common import GameArguments
 from prunevit.envs.adapters.epymarl import TokenPruneAgents
 from prunevit.envs.adapters.gymnasium import TokenPruneVector
@@ -208,8 +209,7 @@ def timed(
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     with ends_in_one_line(*COMMAND_ERRORS):
-        prog = "python -m benchmarks.speed.env_speed"
-        config = tyro.cli(EnvSpeedConfig, description=__doc__, args=arguments, prog=prog)
+        config = tyro.cli(EnvSpeedConfig, description=__doc__, args=arguments, prog=prog())
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         figures = measure(config)

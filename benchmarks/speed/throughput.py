@@ -47,6 +47,7 @@ from prunevit.benchmarks.speed.variants import (
     pass_peak_of,
 )
 from prunevit.benchmarks.speed.workload import load
+from prunevit.cli import prog
 from prunevit.envs.devices import pick_device
 from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.run import COMMAND_ERRORS
@@ -188,8 +189,7 @@ def main() -> None:
     """The command line."""
     records: list[Record] = []
     with ends_in_one_line(*COMMAND_ERRORS):
-        prog = "python -m benchmarks.speed.throughput"
-        config = tyro.cli(ThroughputConfig, description=__doc__, prog=prog)
+        config = tyro.cli(ThroughputConfig, description=__doc__, prog=prog())
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         for measured in measure(config):

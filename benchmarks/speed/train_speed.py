@@ -37,6 +37,7 @@ from prunevit.agents.policies.actor_critic import TokenActor
 from prunevit.benchmarks.machine import MIB, peak_memory
 from prunevit.benchmarks.markdown import records_table
 from prunevit.benchmarks.noise_images import NoiseImages
+from prunevit.cli import prog
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.data.datasets import open_images
 from prunevit.envs.data.image_set import ImageSet
@@ -307,8 +308,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     with ends_in_one_line(*COMMAND_ERRORS):
-        prog = "python -m benchmarks.speed.train_speed"
-        config = tyro.cli(TrainSpeedConfig, description=__doc__, args=arguments, prog=prog)
+        config = tyro.cli(TrainSpeedConfig, description=__doc__, args=arguments, prog=prog())
         if config.tokens is not None:
             config.benchmarl = False
         elif config.benchmarl and importlib.util.find_spec("benchmarl") is None:

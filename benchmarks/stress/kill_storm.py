@@ -24,6 +24,7 @@ import torch
 import tyro
 from safetensors.torch import load_file
 
+from prunevit.cli import prog
 from prunevit.trainers import mappo
 from prunevit.trainers.common.checkpoint import load_newest
 from prunevit.trainers.common.config import MappoConfig
@@ -125,9 +126,8 @@ def storm(config: KillStormConfig, folder: Path) -> str:
 
 def main() -> None:
     """The command line."""
-    prog = "python -m benchmarks.stress.kill_storm"
     with ends_in_one_line(KillStormError, OSError):
-        config = tyro.cli(KillStormConfig, description=__doc__, prog=prog)
+        config = tyro.cli(KillStormConfig, description=__doc__, prog=prog())
         with tempfile.TemporaryDirectory(prefix="kill-storm-") as folder:
             print(storm(config, Path(folder)))
 

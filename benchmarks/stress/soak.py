@@ -23,6 +23,7 @@ from scipy.stats import linregress
 from prunevit.benchmarks.machine import MIB
 from prunevit.benchmarks.noise_images import NoiseImages
 from prunevit.benchmarks.stress.kill_storm import silence
+from prunevit.cli import prog
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.data.digits import IMAGE_SIZE
 from prunevit.envs.game import TokenGame
@@ -176,7 +177,7 @@ def soak(config: SoakConfig) -> dict[str, Sampler]:
 def main() -> None:
     """The command line."""
     with ends_in_one_line(SoakError, ValueError, OSError):
-        config = tyro.cli(SoakConfig, description=__doc__, prog="python -m benchmarks.stress.soak")
+        config = tyro.cli(SoakConfig, description=__doc__, prog=prog())
         if min(config.steps, config.iterations) < SAMPLES:
             raise ValueError(f"give at least {SAMPLES} steps and iterations")
         samples = {

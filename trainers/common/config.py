@@ -258,4 +258,4 @@ def parse(arguments: Sequence[str]) -> MappoConfig:
             env = arguments[i + 1]
         elif argument.startswith("--env="):
             env = argument.removeprefix("--env=")
-    return parse_arguments(MappoConfig, arguments, "mappo", default=defaults_for(env))
+    return parse_arguments(MappoConfig, arguments, default=defaults_for(env))

@@ -5,6 +5,7 @@ The trained actor is written as this project's own, so ``PrunedViT.from_run`` re
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -73,9 +74,9 @@ class LibraryConfig(StagedViTSettings):
     """The run is written to runs/RUN_NAME. By default LIBRARY-ALGORITHM-seedSEED-TIME."""
 
     @property
+    @abstractmethod
     def learner(self) -> str:
         """The algorithm's name."""
-        raise NotImplementedError
 
     @property
     def folder(self) -> Path:
@@ -236,6 +237,6 @@ def run_command(
         description: for the help.
     """
     with ends_in_one_line(*COMMAND_ERRORS, ImportError):
-        config = parse_arguments(kind, arguments, kind.library, description)
+        config = parse_arguments(kind, arguments, description)
         results = train(config)
         print(table({name: asdict(result) for name, result in results.items()}))

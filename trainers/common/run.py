@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -45,7 +46,7 @@ class TrainingError(RuntimeError):
 COMMAND_ERRORS = (ValueError, OSError, CheckpointError, TrainingError, RanksError)
 
 
-class RunSettings(Settings):
+class RunSettings(Settings, ABC):
     """Settings of a training that has a run folder.
 
     Attributes:
@@ -57,9 +58,9 @@ class RunSettings(Settings):
     resume: Path | None = None
 
     @property
+    @abstractmethod
     def folder(self) -> Path:
         """Where a new run is written."""
-        raise NotImplementedError
 
     def reaching_out(self) -> list[str]:
         """Settings that have code imported or something fetched. A run's files may be a

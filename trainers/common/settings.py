@@ -16,6 +16,7 @@ from typing import get_type_hints as type_hints
 
 import tyro
 
+from prunevit.cli import prog
 from prunevit.envs.old_names import TRAINER_FLAGS, rename_flags, rename_observation
 from prunevit.envs.rewards import LARGEST_NUMBER
 
@@ -189,17 +190,14 @@ S = TypeVar("S", bound=Settings)
 def parse_arguments(
     kind: type[S],
     arguments: Sequence[str] | None,
-    command: str,
     description: str | None = None,
     default: S | None = None,
 ) -> S:
-    """Reads the command line of ``python -m trainers.COMMAND``. Old names are accepted with a
-    warning on the standard error output.
+    """Reads a command line. Old names are accepted with a warning on the standard error output.
 
     Args:
         kind: the settings.
         arguments: the arguments; the process's own if None.
-        command: the command's name.
         description: for the help; the docstring of ``kind`` if None.
         default: the settings if no arguments are given.
     """
@@ -207,7 +205,7 @@ def parse_arguments(
     return tyro.cli(
         kind,
         args=rename_observation(arguments),
-        prog=f"python -m trainers.{command}",
+        prog=prog(),
         description=description,
         default=kind() if default is None else default,
     )

@@ -248,6 +248,6 @@ def test_names_of_before_are_taken_with_a_warning(capsys):
     arguments = ["--alpha-range", "0.1", "0.5", "--observation", "token", "cls_attention", "budget"]
     assert parse(arguments).observation == ("token", "cls_attention", "alpha")
     assert capsys.readouterr().err == "warning: the observation budget is called alpha now\n"
-    flags = parse_arguments(FinetuneConfig, ["--budget", "0.3"], "finetune")
+    flags = parse_arguments(FinetuneConfig, ["--budget", "0.3"])
     assert flags.alpha == 0.3
     assert capsys.readouterr().err == "warning: --budget is called --alpha now\n"

@@ -13,6 +13,8 @@ from prunevit.envs.data import cluttered_digits
 from prunevit.trainers import mappo
 from prunevit.trainers.common.checkpoint import CheckpointError
 from prunevit.trainers.common.config import MappoConfig
+from prunevit.trainers.common.integrations import LibraryConfig
+from prunevit.trainers.common.recipe import Recipe
 from prunevit.trainers.common.run import RunFolder, device_of, iteration_seed, open_run
 
 TRAIN_SIZE = 20_000  # training digits by default, which other tests make smaller
@@ -80,3 +82,9 @@ def test_to_repeat_a_runs_own_settings_is_no_change(old_run):
 def test_each_iteration_and_each_seed_draw_their_own_numbers():
     seeds = {iteration_seed(seed, iteration) for seed in range(3) for iteration in range(100)}
     assert len(seeds) == 300
+
+
+@pytest.mark.parametrize(("kind", "missing"), [(Recipe, "folder"), (LibraryConfig, "learner")])
+def test_settings_that_leave_out_what_a_run_needs_cannot_be_made(kind, missing):
+    with pytest.raises(TypeError, match=f"abstract .*{missing}"):
+        kind()
