@@ -69,13 +69,6 @@ ADAPTERS = {
     "RLlib": ("rllib", "256"),
     "EPyMARL": ("epymarl", "1"),
 }
-MARL = {
-    "ours-mappo": "**our MAPPO**",
-    "ours-ippo": "**our IPPO**",
-    "benchmarl-mappo": "BenchMARL's MAPPO",
-    "benchmarl-ippo": "BenchMARL's IPPO",
-    "sb3-ppo": "SB3's PPO",
-}
 
 
 def load(name: str) -> Any:
@@ -221,21 +214,6 @@ def adapters() -> str:
     return markdown_table(["library", *files], lines)
 
 
-def marl_trainers() -> str:
-    """Returns and CPU seconds of the MARL trainers."""
-    data = marl.with_methods(read(RESULTS / "marl" / FILE, marl.FIELDS))
-    lines = []
-    for method, title in MARL.items():
-        cells = [title]
-        for task in marl.TASKS:
-            group = data[(data["task"] == task) & (data["method"] == method)]
-            cells += [mean_and_interval(group[kind].tolist()) for kind in ("greedy", "sampled")]
-            cells.append(f"{group['cpu_seconds'].mean():.0f}")
-        lines.append(cells)
-    header = [column for task in marl.TASKS for column in (f"{task}, greedy", "sampled", "CPU s")]
-    return markdown_table(["method", *header], lines)
-
-
 TABLES: Mapping[str, Callable[[], str]] = {
     "default-run": default_run,
     "accuracy-rewards": accuracy_rewards,
@@ -252,7 +230,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "throughput": throughput,
     "iteration-cost": iteration_cost,
     "adapters": adapters,
-    "marl": marl_trainers,
+    "marl": lambda: marl.table(read(RESULTS / "marl" / FILE, marl.FIELDS)),
 }
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from prunevit.benchmarks.marl.protocol import Curve, Settings, env_maker
+from prunevit.benchmarks.marl.protocol import Curve, env_maker
 from prunevit.extras import needs
+from prunevit.trainers.common.config import MappoConfig as OurConfig
+from prunevit.trainers.mappo import ADAM_EPS
 
 with needs("marl-peers"):
     from benchmarl.algorithms import IppoConfig, MappoConfig
@@ -87,21 +89,22 @@ class CurveCallback(Callback):
         self.curve.after(iteration, shared.mlp.get_stateful_net())
 
 
-def experiment_config(settings: Settings, folder: str) -> ExperimentConfig:
-    """``settings`` under BenchMARL's names; the rest is its default."""
+def experiment_config(config: OurConfig, folder: str) -> ExperimentConfig:
+    """Our settings under BenchMARL's names; the rest is its default."""
+    frames = config.num_envs * config.rollout_steps
     return dataclasses.replace(
         ExperimentConfig.get_from_yaml(),
         prefer_continuous_actions=False,
-        gamma=settings.gamma,
-        lr=settings.lr,
-        adam_eps=settings.adam_eps,
-        clip_grad_val=settings.max_grad_norm,
-        max_n_iters=settings.iterations,
+        gamma=config.gamma,
+        lr=config.lr,
+        adam_eps=ADAM_EPS,
+        clip_grad_val=config.max_grad_norm,
+        max_n_iters=config.iterations,
         max_n_frames=None,
-        on_policy_collected_frames_per_batch=settings.frames_per_iteration,
-        on_policy_n_envs_per_worker=settings.num_envs,
-        on_policy_n_minibatch_iters=settings.epochs,
-        on_policy_minibatch_size=max(settings.frames_per_iteration // settings.minibatches, 1),
+        on_policy_collected_frames_per_batch=frames,
+        on_policy_n_envs_per_worker=config.num_envs,
+        on_policy_n_minibatch_iters=config.epochs,
+        on_policy_minibatch_size=max(frames // config.minibatches, 1),
         evaluation=False,
         render=False,
         loggers=[],
@@ -110,24 +113,24 @@ def experiment_config(settings: Settings, folder: str) -> ExperimentConfig:
     )
 
 
-def learn(task: str, algorithm: str, seed: int, settings: Settings, curve: Curve) -> None:
+def learn(task: str, algorithm: str, config: OurConfig, curve: Curve) -> None:
     """Trains to the end, passing each iteration's policy to ``curve``."""
     model = MlpConfig(
-        num_cells=list(settings.hidden), layer_class=nn.Linear, activation_class=nn.Tanh
+        num_cells=list(config.hidden), layer_class=nn.Linear, activation_class=nn.Tanh
     )
     with tempfile.TemporaryDirectory() as folder:
         experiment = Experiment(
             task=GameTask(task),
             algorithm_config=dataclasses.replace(
                 ALGORITHMS[algorithm].get_from_yaml(),
-                clip_epsilon=settings.clip,
-                entropy_coef=settings.entropy,
-                critic_coef=settings.value_weight,
-                lmbda=settings.gae_lambda,
+                clip_epsilon=config.clip,
+                entropy_coef=config.entropy,
+                critic_coef=config.value_weight,
+                lmbda=config.gae_lambda,
             ),
             model_config=model,
-            seed=seed,
-            config=experiment_config(settings, folder),
+            seed=config.seed,
+            config=experiment_config(config, folder),
             callbacks=[CurveCallback(curve)],
         )
         experiment.run()

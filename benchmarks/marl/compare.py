@@ -17,10 +17,10 @@ import importlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,13 +31,20 @@ from matplotlib.figure import Figure
 from prunevit.benchmarks.bootstrap import interval
 from prunevit.benchmarks.figures import MARKERS, save_figure
 from prunevit.benchmarks.markdown import markdown_table, mean_and_interval
-from prunevit.benchmarks.marl.protocol import TASKS, Curve, Learn, Settings, env_maker
+from prunevit.benchmarks.marl.protocol import (
+    SHARED,
+    TASKS,
+    Curve,
+    Learn,
+    configuration,
+    env_maker,
+)
 from prunevit.benchmarks.records import FILE, Record, Records, command
 from prunevit.cli import prog
 from prunevit.envs.old_names import COMPARE_FLAGS, rename_flags
-from prunevit.trainers.common.settings import Count, Threads
-from prunevit.trainers.common.settings import Settings as CommandSettings
+from prunevit.trainers.common.settings import Count, Settings, Threads
 from prunevit.trainers.common.signals import ends_in_one_line
+from prunevit.trainers.mappo import ADAM_EPS
 from prunevit.versions import version_of
 
 MODULE = "benchmarks.marl.compare"
@@ -47,13 +54,24 @@ FIELDS = {
     *KEY, "frames", "points", "greedy", "sampled", "wall_seconds", "cpu_seconds", "threads",
     "settings", "versions", "command",
 }  # fmt: skip
-# library, whose module of this folder has a function learn, and algorithm
+
+
+class Method(NamedTuple):
+    """Who is compared: the title in tables, the library, whose module of this folder has a function
+    ``learn``, and the algorithm.
+    """
+
+    title: str
+    library: str
+    algorithm: str
+
+
 METHODS = {
-    "ours-mappo": ("ours", "mappo"),
-    "ours-ippo": ("ours", "ippo"),
-    "benchmarl-mappo": ("benchmarl", "mappo"),
-    "benchmarl-ippo": ("benchmarl", "ippo"),
-    "sb3-ppo": ("sb3", "ppo"),
+    "ours-mappo": Method("**our MAPPO**", "ours", "mappo"),
+    "ours-ippo": Method("**our IPPO**", "ours", "ippo"),
+    "benchmarl-mappo": Method("BenchMARL's MAPPO", "benchmarl", "mappo"),
+    "benchmarl-ippo": Method("BenchMARL's IPPO", "benchmarl", "ippo"),
+    "sb3-ppo": Method("SB3's PPO", "sb3", "ppo"),
 }
 PACKAGES = {
     "ours": ("prunevit",),
@@ -63,7 +81,7 @@ PACKAGES = {
 
 
 @dataclass
-class MarlCompareConfig(CommandSettings):
+class MarlCompareConfig(Settings):
     """What is compared."""
 
     tasks: tuple[str, ...] = tuple(TASKS)
@@ -103,13 +121,12 @@ def learner(library: str) -> Learn:
     return importlib.import_module(f"prunevit.benchmarks.marl.{library}").learn
 
 
-def train(
-    config: MarlCompareConfig, task: str, method: str, seed: int, settings: Settings
-) -> Record:
+def train(config: MarlCompareConfig, task: str, method: str, seed: int) -> Record:
     """Trains once; returns the record."""
-    library, algorithm = METHODS[method]
+    _, library, algorithm = METHODS[method]
+    settings = configuration(task, algorithm, seed, config.frames)
     curve = Curve(task, settings, config.evaluations, config.episodes)
-    learner(library)(task, algorithm, seed, settings, curve)
+    learner(library)(task, algorithm, settings, curve)
     packages = ("torch", "pettingzoo", TASKS[task].split(".")[0], *PACKAGES[library])
     return {
         "task": task,
@@ -123,16 +140,17 @@ def train(
         "wall_seconds": curve.seconds,
         "cpu_seconds": curve.cpu_seconds,
         "threads": torch.get_num_threads(),
-        "settings": settings_of(config, settings),
+        "settings": settings_of(config),
         "versions": {package: version_of(package) for package in packages},
         "command": command(MODULE),
     }
 
 
-def settings_of(config: MarlCompareConfig, settings: Settings) -> dict[str, Any]:
+def settings_of(config: MarlCompareConfig) -> dict[str, Any]:
     """What all records of a folder have in common, as JSON values."""
-    own = {name: getattr(config, name) for name in ("evaluations", "episodes", "threads")}
-    return json.loads(json.dumps(asdict(settings) | own))
+    names = ("frames", "evaluations", "episodes", "threads")
+    own = {name: getattr(config, name) for name in names}
+    return json.loads(json.dumps(SHARED | own | {"adam_eps": ADAM_EPS}))
 
 
 def compare(config: MarlCompareConfig) -> list[Record]:
@@ -147,15 +165,14 @@ def compare(config: MarlCompareConfig) -> list[Record]:
     for task in config.tasks:
         env_maker(task)
     for method in config.methods:
-        learner(METHODS[method][0])
-    settings = Settings(frames=config.frames)
+        learner(METHODS[method].library)
     records = Records(config.out / FILE, KEY, FIELDS)
-    records.require(settings_of(config, settings))
+    records.require(settings_of(config))
     torch.set_num_threads(config.threads)
     # seeds outermost: a machine that slows down, or an end before the last seed, affects all alike
     for seed, task, method in product(range(config.seeds), config.tasks, config.methods):
-        if records.find(task, *METHODS[method], seed) is None:
-            row = train(config, task, method, seed, settings)
+        if records.find(task, *METHODS[method][1:], seed) is None:
+            row = train(config, task, method, seed)
             records.put(row)
             print(
                 f"{task}, {method}, seed {seed}: {row['greedy'][-1]:.2f} greedy, "
@@ -170,7 +187,7 @@ def with_methods(rows: Sequence[Record]) -> pd.DataFrame:
     ``sampled_curve`` beside the returns at the end; ours first.
     """
     data = pd.DataFrame(rows)
-    names = {method: name for name, method in METHODS.items()}
+    names = {(library, algorithm): name for name, (_, library, algorithm) in METHODS.items()}
     pairs = zip(data["library"], data["algorithm"], strict=True)
     data["method"] = pd.Categorical([names[pair] for pair in pairs], list(METHODS))
     for kind in ("greedy", "sampled"):
@@ -180,19 +197,20 @@ def with_methods(rows: Sequence[Record]) -> pd.DataFrame:
 
 
 def table(rows: Sequence[Record]) -> str:
-    """A line for each task and method: returns at the end, over the seeds, and seconds."""
-    digits = {"greedy": 2, "sampled": 2, "wall_seconds": 0, "cpu_seconds": 0}
-    groups = with_methods(rows).groupby(["task", "method"], sort=False, observed=True)
-    lines = [
-        [task, method, str(len(group)), f"{group['frames'].iloc[0]:,}"]
-        + [mean_and_interval(group[name].tolist(), digits[name]) for name in digits]
-        for (task, method), group in groups
-    ]
-    header = [
-        "task", "method", "seeds", "frames", "return, greedy", "return, sampled", "seconds",
-        "CPU seconds",
-    ]  # fmt: skip
-    return markdown_table(header, sorted(lines, key=lambda line: list(TASKS).index(line[0])))
+    """A line for each method: returns at the end, over the seeds, and CPU seconds of a training."""
+    data = with_methods(rows)
+    tasks = [task for task in TASKS if task in set(data["task"])]
+    lines = []
+    for method, runs in data.groupby("method", observed=True):
+        cells = [METHODS[method].title]
+        for task in tasks:
+            group = runs[runs["task"] == task]
+            kinds = ("greedy", "sampled") if len(group) else ()
+            cells += [mean_and_interval(group[kind].tolist()) for kind in kinds] or ["", ""]
+            cells.append(f"{group['cpu_seconds'].mean():.0f}" if len(group) else "")
+        lines.append(cells)
+    header = [column for task in tasks for column in (f"{task}, greedy", "sampled", "CPU s")]
+    return markdown_table(["method", *header], lines)
 
 
 def draw(rows: Sequence[Record]) -> Figure:

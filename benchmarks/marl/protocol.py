@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
 
 import torch
 from pettingzoo import ParallelEnv
 from torch import Tensor
 
 from prunevit.envs.batched.make_pettingzoo import make_pettingzoo
+from prunevit.trainers.common.config import PETTINGZOO_PREFIX, MappoConfig, defaults_for
 
 EVALUATION_SEED = 987_654_321  # of the first episode; each next episode adds one
 
@@ -20,38 +22,38 @@ TASKS = {
     "simple_spread": "mpe2.simple_spread_v3",
     "simple_reference": "mpe2.simple_reference_v3",
 }
+CRITICS = {"mappo": "central", "ippo": "local", "ppo": "local"}
+# equal for all libraries, wherever they mean the same
+SHARED: dict[str, Any] = {
+    "num_envs": 16, "rollout_steps": 128, "hidden": (64, 64), "epochs": 5, "minibatches": 8,
+    "lr": 7e-4, "gamma": 0.99, "gae_lambda": 0.95, "clip": 0.2, "entropy": 0.01,
+    "value_weight": 1.0, "max_grad_norm": 10.0,
+}  # fmt: skip
 
 Act = Callable[[Tensor], Tensor]
 """Observations of the agents, as the game gives them, [N, D_obs] -> logits of actions [N, A]."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Settings that are equal for all libraries, wherever they mean the same."""
+def configuration(task: str, algorithm: str, seed: int, frames: int) -> MappoConfig:
+    """Our settings of a training, from which the other libraries take theirs.
 
-    frames: int  # steps of the game in a training; all agents act in each step
-    num_envs: int = 16  # copies of the game
-    rollout_steps: int = 128  # of each copy in an iteration
-    hidden: tuple[int, ...] = (64, 64)  # widths of the hidden layers, of actor and critic
-    epochs: int = 5
-    minibatches: int = 8
-    lr: float = 7e-4  # of Adam, constant
-    adam_eps: float = 1e-5
-    gamma: float = 0.99
-    gae_lambda: float = 0.95
-    clip: float = 0.2
-    entropy: float = 0.01
-    value_weight: float = 1.0
-    max_grad_norm: float = 10.0
-
-    @property
-    def frames_per_iteration(self) -> int:
-        return self.num_envs * self.rollout_steps
-
-    @property
-    def iterations(self) -> int:
-        """The fewest that give ``frames``."""
-        return -(-self.frames // self.frames_per_iteration)
+    Args:
+        task: of ``TASKS``.
+        algorithm: of ``CRITICS``.
+        seed: of the training.
+        frames: steps of the game, rounded up to whole iterations; all agents act in each step.
+    """
+    return replace(
+        defaults_for(f"{PETTINGZOO_PREFIX}{TASKS[task]}"),
+        **SHARED,
+        iterations=-(-frames // (SHARED["num_envs"] * SHARED["rollout_steps"])),
+        critic=CRITICS[algorithm],
+        critic_hidden=SHARED["hidden"],
+        critic_norm=False,  # the other libraries' critics have none
+        lr_schedule="constant",
+        seed=seed,
+        device="cpu",
+    )
 
 
 def env_maker(task: str) -> Callable[[], ParallelEnv]:
@@ -99,10 +101,10 @@ class Curve:
         cpu_seconds: of this process in them.
     """
 
-    def __init__(self, task: str, settings: Settings, points: int, episodes: int) -> None:
-        last = settings.iterations
+    def __init__(self, task: str, config: MappoConfig, points: int, episodes: int) -> None:
+        last = config.iterations
         self._task = task
-        self._per_iteration = settings.frames_per_iteration
+        self._per_iteration = config.num_envs * config.rollout_steps
         self._episodes = episodes
         self._due = {round(point * last / points) for point in range(points + 1)}
         self._started: tuple[float, float] | None = None
@@ -127,7 +129,7 @@ class Curve:
         self._started = time.perf_counter(), time.process_time()
 
 
-Learn = Callable[[str, str, int, Settings, Curve], None]
-"""A library's training: task, algorithm, seed, settings, and the curve, to which it passes its
-policy after each iteration.
+Learn = Callable[[str, str, MappoConfig, Curve], None]
+"""A library's training: task, algorithm, our settings, and the curve, to which it passes its policy
+before it and after each iteration.
 """

@@ -10,8 +10,10 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.utils import set_random_seed
 from torch import Tensor
 
-from prunevit.benchmarks.marl.protocol import Curve, Settings, env_maker
+from prunevit.benchmarks.marl.protocol import Curve, env_maker
 from prunevit.extras import needs
+from prunevit.trainers.common.config import MappoConfig
+from prunevit.trainers.mappo import ADAM_EPS
 
 with needs("marl-peers"):
     import supersuit
@@ -39,28 +41,28 @@ def make_envs(task: str, copies: int, seed: int) -> Any:
     return envs
 
 
-def learn(task: str, algorithm: str, seed: int, settings: Settings, curve: Curve) -> None:
+def learn(task: str, algorithm: str, config: MappoConfig, curve: Curve) -> None:
     """Trains to the end, passing each iteration's policy to ``curve``."""
     assert algorithm == "ppo"
-    set_random_seed(seed)
-    envs = make_envs(task, settings.num_envs, seed)
-    decisions = envs.num_envs * settings.rollout_steps
+    set_random_seed(config.seed)
+    envs = make_envs(task, config.num_envs, config.seed)
+    decisions = envs.num_envs * config.rollout_steps
     model = PPO(
         "MlpPolicy",
         envs,
-        n_steps=settings.rollout_steps,
-        batch_size=max(decisions // settings.minibatches, 2),
-        n_epochs=settings.epochs,
-        learning_rate=settings.lr,
-        gamma=settings.gamma,
-        gae_lambda=settings.gae_lambda,
-        clip_range=settings.clip,
-        ent_coef=settings.entropy,
-        vf_coef=settings.value_weight,
-        max_grad_norm=settings.max_grad_norm,
+        n_steps=config.rollout_steps,
+        batch_size=max(decisions // config.minibatches, 2),
+        n_epochs=config.epochs,
+        learning_rate=config.lr,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        clip_range=config.clip,
+        ent_coef=config.entropy,
+        vf_coef=config.value_weight,
+        max_grad_norm=config.max_grad_norm,
         policy_kwargs={
-            "net_arch": list(settings.hidden),
-            "optimizer_kwargs": {"eps": settings.adam_eps},
+            "net_arch": list(config.hidden),
+            "optimizer_kwargs": {"eps": ADAM_EPS},
         },
         device="cpu",
     )
@@ -71,7 +73,7 @@ def learn(task: str, algorithm: str, seed: int, settings: Settings, curve: Curve
         return distribution.logits
 
     curve.after(0, act)
-    for iteration in range(1, settings.iterations + 1):
+    for iteration in range(1, config.iterations + 1):
         # one iteration; episodes continue in the next
         model.learn(decisions, reset_num_timesteps=False)
         curve.after(iteration, act)

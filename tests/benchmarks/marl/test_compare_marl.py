@@ -8,15 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from prunevit.benchmarks.marl import compare, ours, protocol
+from prunevit.benchmarks.marl import compare, protocol
 from prunevit.benchmarks.marl.compare import METHODS, MarlCompareConfig, draw, main, table
-from prunevit.benchmarks.marl.protocol import EVALUATION_SEED, TASKS, Curve, Settings, mean_return
+from prunevit.benchmarks.marl.protocol import (
+    EVALUATION_SEED,
+    SHARED,
+    TASKS,
+    Curve,
+    configuration,
+    mean_return,
+)
 
 pytestmark = [
     pytest.mark.integration("marl-peers"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),
 ]
-TINY = Settings(frames=32, num_envs=2, rollout_steps=8, hidden=(8, 4), epochs=1, minibatches=2)
+TINY = {"num_envs": 2, "rollout_steps": 8, "hidden": (8, 4), "epochs": 1, "minibatches": 2}
 AGENTS, SEEN, ACTIONS = 3, 18, 5  # of simple_spread
 
 
@@ -32,6 +39,12 @@ def leftwards(observation):
     return (
         torch.nn.functional.one_hot(torch.ones(len(observation), dtype=torch.long), ACTIONS) * 9.0
     )
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    for name, value in TINY.items():
+        monkeypatch.setitem(SHARED, name, value)
 
 
 # --- the judge ---
@@ -71,9 +84,11 @@ def test_a_curve_has_its_points_and_its_clock_stops_while_it_judges(monkeypatch)
         return float(next(now))
 
     monkeypatch.setattr(protocol, "mean_return", judged)
-    settings = Settings(frames=33, num_envs=2, rollout_steps=2)
-    assert settings.iterations == 9
-    curve = Curve("simple_spread", settings, 3, 1)
+    monkeypatch.setitem(SHARED, "num_envs", 2)
+    monkeypatch.setitem(SHARED, "rollout_steps", 2)
+    config = configuration("simple_spread", "mappo", 0, frames=33)
+    assert config.iterations == 9
+    curve = Curve("simple_spread", config, 3, 1)
     for iteration in range(10):
         clock["now"] += 1  # an iteration takes a second; the first stands for setting up
         curve.after(iteration, leftwards)
@@ -100,34 +115,37 @@ class Watched:
 
 
 def trained(name, seed):
-    (library, algorithm), watched = METHODS[name], Watched()
-    compare.learner(library)("simple_spread", algorithm, seed, TINY, watched)
+    (_, library, algorithm), watched = METHODS[name], Watched()
+    config = configuration("simple_spread", algorithm, seed, frames=32)
+    compare.learner(library)("simple_spread", algorithm, config, watched)
     return watched.logits
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_everybody_learns_is_seen_after_each_iteration_and_repeats(name):
+def test_everybody_learns_is_seen_after_each_iteration_and_repeats(tiny, name):
     logits = trained(name, 0)
-    assert [tuple(each.shape) for each in logits] == [(AGENTS, ACTIONS)] * (TINY.iterations + 1)
+    assert [tuple(each.shape) for each in logits] == [(AGENTS, ACTIONS)] * 3
     for before, after in itertools.pairwise(logits):
         assert not torch.equal(before, after)
     torch.testing.assert_close(logits, trained(name, 0))
     assert not torch.equal(logits[-1], trained(name, 1)[-1])
 
 
-def test_settings_reach_everybody():
+def test_settings_reach_everybody(monkeypatch):
     from prunevit.benchmarks.marl import benchmarl
 
-    settings = Settings(
-        frames=64, num_envs=4, rollout_steps=8, hidden=(7,), epochs=3, minibatches=2, lr=1e-3,
-        gamma=0.9, max_grad_norm=2.0,
-    )  # fmt: skip
-    own = ours.configuration("simple_reference", "ippo", 3, settings)
+    changes = {
+        "num_envs": 4, "rollout_steps": 8, "hidden": (7,), "epochs": 3, "minibatches": 2,
+        "lr": 1e-3, "gamma": 0.9, "max_grad_norm": 2.0,
+    }  # fmt: skip
+    for name, value in changes.items():
+        monkeypatch.setitem(SHARED, name, value)
+    own = configuration("simple_reference", "ippo", 3, frames=64)
     assert (own.env, own.critic, own.seed) == (
         "pettingzoo:mpe2.simple_reference_v3", "local", 3,
     )  # fmt: skip
     assert (own.hidden, own.critic_hidden, own.lr_schedule) == ((7,), (7,), "constant")
-    theirs = benchmarl.experiment_config(settings, "somewhere")
+    theirs = benchmarl.experiment_config(own, "somewhere")
     for config in (own, theirs):
         assert (config.lr, config.gamma) == (1e-3, 0.9)
     assert (own.iterations, theirs.max_n_iters) == (2, 2)
@@ -168,32 +186,32 @@ def test_benchmarls_copies_play_episodes_of_their_own():
 # --- the protocol ---
 
 
-def record(config, task, method, seed, settings):
+def record(config, task, method, seed):
     """As ``compare.train`` makes it, of a training that never was."""
-    library, algorithm = METHODS[method]
+    _, library, algorithm = METHODS[method]
     end = {"mappo": -20.0, "ippo": -21.0, "ppo": -22.0}[algorithm] + seed
     return {
         "task": task, "library": library, "algorithm": algorithm, "seed": seed,
         "frames": 40, "points": [0, 20, 40], "greedy": [-50.0, -30.0, end],
         "sampled": [-27.0, -26.0, end - 1], "wall_seconds": 7.0, "cpu_seconds": 5.0, "threads": 1,
-        "settings": compare.settings_of(config, settings), "versions": {}, "command": "",
+        "settings": compare.settings_of(config), "versions": {}, "command": "",
     }  # fmt: skip
 
 
 def rows_of(methods=tuple(METHODS), seeds=2):
     config = MarlCompareConfig()
     return [
-        record(config, task, name, seed, Settings(frames=40))
+        record(config, task, name, seed)
         for seed in range(seeds)
         for task in TASKS
         for name in methods
     ]
 
 
-def test_a_record_says_all_that_was_done(monkeypatch):
+def test_a_record_says_all_that_was_done(tiny, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compare", "--seeds", "1"])
-    config = MarlCompareConfig(evaluations=2, episodes=1)
-    row = compare.train(config, "simple_reference", "ours-ippo", 4, TINY)
+    config = MarlCompareConfig(frames=32, evaluations=2, episodes=1)
+    row = compare.train(config, "simple_reference", "ours-ippo", 4)
     assert row.keys() == compare.FIELDS
     assert (row["library"], row["algorithm"], row["seed"]) == ("ours", "ippo", 4)
     assert (row["frames"], row["points"]) == (32, [0, 16, 32])
@@ -209,11 +227,11 @@ def test_a_killed_comparison_goes_on_where_it_stood(tmp_path, monkeypatch):
     config = MarlCompareConfig(methods=("ours-mappo", "sb3-ppo"), seeds=2, out=tmp_path / "new")
     calls = []
 
-    def training(config, task, method, seed, settings):
+    def training(config, task, method, seed):
         if len(calls) == 3:
             raise KeyboardInterrupt
         calls.append((seed, task, method))
-        return record(config, task, method, seed, settings)
+        return record(config, task, method, seed)
 
     monkeypatch.setattr(compare, "train", training)
     with pytest.raises(KeyboardInterrupt):
@@ -246,14 +264,20 @@ def test_records_of_other_settings_are_not_mixed(tmp_path, monkeypatch):
         main([*arguments, "--episodes", "7", "--frames", "6000"])
 
 
-def test_the_table_has_means_and_intervals_ours_first(capsys):
+def test_the_table_has_means_and_intervals_ours_first():
     lines = table(rows_of(methods=("sb3-ppo", "ours-mappo"))).splitlines()
-    assert [line.split(" | ")[:2] for line in lines[2:]] == [
-        ["| simple_spread", "ours-mappo"], ["| simple_spread", "sb3-ppo"],
-        ["| simple_reference", "ours-mappo"], ["| simple_reference", "sb3-ppo"],
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| **our MAPPO**", "| SB3's PPO"]
+    cells = "-19.50 [-20.00, -19.00] | -20.50 [-21.00, -20.00] | 5"
+    assert lines[2] == f"| **our MAPPO** | {cells} | {cells} |"
+    assert lines[0].count("simple_") == 2
+
+
+def test_the_table_of_a_killed_comparison_has_gaps():
+    rows = [
+        row for row in rows_of(seeds=1)
+        if (row["task"], row["library"]) != ("simple_reference", "sb3")
     ]  # fmt: skip
-    ended = "| 2 | 40 | -19.50 [-20.00, -19.00] | -20.50 [-21.00, -20.00] | 7 | 5 |"
-    assert lines[2].endswith(ended)
+    assert table(rows).splitlines()[-1] == "| SB3's PPO | -22.00 | -23.00 | 5 | | | |"
 
 
 def test_old_flags_are_still_taken(tmp_path, monkeypatch, capsys):
@@ -263,7 +287,7 @@ def test_old_flags_are_still_taken(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr()
     assert "warning: --entrants is called --methods now\n" in shown.err
     assert "warning: --games is called --tasks now\n" in shown.err
-    assert "| simple_spread | sb3-ppo | 1 |" in shown.out
+    assert "| SB3's PPO | -22.00 | -23.00 | 5 |" in shown.out
 
 
 def test_the_curves_are_means_over_the_seeds():
@@ -296,7 +320,7 @@ def test_wrong_settings_are_refused(tmp_path, refusal, arguments, message):
 def test_a_missing_library_is_told_before_anything_is_trained(
     tmp_path, monkeypatch, missing, method
 ):
-    library = METHODS[method][0]
+    library = METHODS[method].library
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.delitem(sys.modules, f"prunevit.benchmarks.marl.{library}")
     with pytest.raises(SystemExit, match=rf"{missing} is missing\..*\[marl-peers\]"):
@@ -316,4 +340,5 @@ def test_ours_and_sb3_get_better_at_spreading(tmp_path, capsys):
         assert after > before + 1
     assert (tmp_path / "curves.png").is_file()
     shown = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[1] for line in shown[-3:]] == ["ours-mappo", "ours-ippo", "sb3-ppo"]
+    titles = [METHODS[name].title for name in ("ours-mappo", "ours-ippo", "sb3-ppo")]
+    assert [line.split(" | ")[0] for line in shown[-3:]] == [f"| {title}" for title in titles]
