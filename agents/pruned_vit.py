@@ -253,7 +253,7 @@ class PrunedViT(
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, **hub_options: Any
     ) -> PrunedViT:
-        """Loads a model that ``save_pretrained`` wrote, in evaluation mode.
+        """Loads a model that ``save_pretrained`` wrote, in evaluation mode and float32.
 
         Args:
             pretrained_model_name_or_path: a folder, or a name on the hub.

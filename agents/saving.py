@@ -19,7 +19,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from prunevit.agents.policies.policy import Policy
-from prunevit.agents.policies.serialization import SavedModelError, describe_policy, make_policy
+from prunevit.agents.policies.serialization import (
+    SavedModelError,
+    check_policy_rebuilds,
+    describe_policy,
+    make_policy,
+)
 from prunevit.envs.old_names import rename_parameters, rename_settings
 from prunevit.envs.vit.create import check_described, create_backbone
 from prunevit.envs.vit.described import (
@@ -60,14 +65,18 @@ def write(
     """Writes ``config.json`` and ``model.safetensors`` to ``folder``.
 
     Raises:
-        SavedModelError: policies of this class can't be saved, or the backbone can't be rebuilt
-            from its name and ``model_kwargs``.
+        SavedModelError: policies of this class can't be saved, the policy was changed in a way that
+            its description doesn't have, or the backbone can't be rebuilt from its name and
+            ``model_kwargs``.
     """
+    described = describe_policy(policy)
+    if isinstance(policy, nn.Module):
+        check_policy_rebuilds(policy, make_policy(described, backbone), backbone)
     config = {
         "format": FORMAT,
         "backbone": describe_backbone(backbone, model_kwargs),
         "prune_before": list(backbone.prune_before),
-        "policy": describe_policy(policy),
+        "policy": described,
         "versions": {name: version_of(name) for name in ("prunevit", "timm", "torch")},
     }
     # safetensors refuses tensors that share memory or are not contiguous

@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from prunevit.agents.policies.actor_critic import TokenActor
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.agents.policies.heuristics import AdaptiveSampling, AttentionThreshold, KeepAll, TopK
 from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.policies.policy import Policy
-from prunevit.envs.fields import field_slices
+from prunevit.envs.fields import field_size, field_slices
 from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.timm_models.supported import some_tensor
+from prunevit.envs.vit.untouched import has_own_hooks
 
 # policies without weights, and the arguments that define them, which are also attributes
 PLAIN_POLICIES: dict[str, tuple[type, tuple[str, ...]]] = {
@@ -22,6 +25,8 @@ PLAIN_POLICIES: dict[str, tuple[type, tuple[str, ...]]] = {
     "threshold": (AttentionThreshold, ("thresholds",)),
     "adaptive-sampling": (AdaptiveSampling, ("samples",)),
 }
+PROBED = 64  # observations on which a policy and what will be read of it are compared
+PROBE_TOLERANCE = 1e-5
 
 
 class SavedModelError(ValueError):
@@ -37,7 +42,8 @@ def describe_policy(policy: Policy) -> dict[str, Any]:
     for kind, (plain, arguments) in PLAIN_POLICIES.items():
         if type(policy) is plain:
             return {"kind": kind} | {name: getattr(policy, name) for name in arguments}
-    if isinstance(policy, LearnedPolicy) and isinstance(policy.actor, TokenActor):
+    # not of subclasses, which may decide in another way
+    if type(policy) is LearnedPolicy and type(policy.actor) is TokenActor:
         return {
             "kind": "learned",
             "observation": list(policy.fields),
@@ -47,7 +53,7 @@ def describe_policy(policy: Policy) -> dict[str, Any]:
             "threshold": policy.threshold,
             "dither": policy.dither,
         }
-    if isinstance(policy, DynamicViTPolicy):
+    if type(policy) is DynamicViTPolicy:
         return {"kind": "dynamic-vit", "keep": policy.keep, "hidden": policy.hidden}
     raise SavedModelError(
         f"a {type(policy).__name__} has no form on disk: LearnedPolicy, DynamicViTPolicy and "
@@ -79,6 +85,49 @@ def make_policy(described: Mapping[str, Any], backbone: StagedViT) -> Policy:
     policy.threshold = described.get("threshold", 0.5)
     policy.dither = described.get("dither", False)
     return policy
+
+
+@torch.no_grad()
+def check_policy_rebuilds(policy: nn.Module, again: Any, backbone: StagedViT) -> None:
+    """Checks that ``again`` with the weights of ``policy`` decides as ``policy`` does.
+
+    Raises:
+        SavedModelError: it doesn't, since ``policy`` was changed.
+    """
+    replaced = [name for name in vars(policy) if callable(getattr(type(policy), name, None))]
+    problem = None
+    if has_own_hooks(policy) or replaced:
+        problem = f"it has {', '.join(replaced) or 'hooks'} of its own"
+    else:
+        try:
+            again.load_state_dict(policy.state_dict())
+        except RuntimeError as error:
+            problem = " ".join(str(error).split()).rstrip(".")
+    if problem is None:
+        outputs = [
+            _on_a_probe(each, backbone) for each in (policy, again.to(some_tensor(policy).device))
+        ]
+        if not torch.allclose(*outputs, rtol=0, atol=PROBE_TOLERANCE, equal_nan=True):
+            problem = "its networks have other outputs"
+    if problem is not None:
+        raise SavedModelError(
+            f"the policy would not come back as it is: {problem}. Hooks, replaced methods, other "
+            "layers and quantised layers can't be saved: remove them, and add them again after "
+            "loading"
+        )
+
+
+def _on_a_probe(policy: Any, backbone: StagedViT) -> Tensor:
+    """What the networks of a policy give for random observations."""
+    random = torch.Generator().manual_seed(0)
+    device = some_tensor(policy).device
+    if isinstance(policy, LearnedPolicy):
+        size = sum(field_size(backbone, name) for name in policy.fields)
+        return policy.actor(torch.randn(PROBED, size, generator=random).to(device))
+    tokens = torch.randn(PROBED, backbone.width, generator=random).to(device)
+    image = torch.zeros(PROBED, dtype=torch.int64, device=device)
+    alive = torch.ones(PROBED, device=device)
+    return torch.cat([predict(tokens, image, 1, alive) for predict in policy.predictors])
 
 
 def learned_policy(

@@ -91,7 +91,7 @@ def timm_block(
     Calls the block as timm does, once for each number of tokens, on the images that have so many:
     hooks and replaced layers see what they would see in timm's model.
     """
-    outputs, paid = [], []
+    outputs, paid, attn = [], [], block.attn
     for rows, images, length in layout.groups():
         part = x[rows].unflatten(0, (images, length))
         rope = rotary.slice_rows(rows).patches(index, images) if rotary else None
@@ -101,6 +101,8 @@ def timm_block(
             out, q, k = _observed_block(ops, block, index, part, rope)
             group = Layout.uniform(images, length, layout.width, x.device)
             query = _packed_query(q.flatten(0, 1), group, num_query_tokens)
+            if not attn.fused_attn:  # fused kernels take the usual scale, whatever attn.scale is
+                query = query * (attn.scale / attn.head_dim**-0.5)
             paid.append(attention_received(query, k.flatten(0, 1), group))
         outputs.append(out.flatten(0, 1))
     if not outputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,8 @@ def create_backbone(
         checkpoint: local weights instead: safetensors, or a PyTorch file of plain tensors. A file
             that ``trainers.backbone`` wrote contains its ``num_classes`` and ``kwargs``.
         num_classes: outputs of the head; the model's own if None.
-        untrained: leave the weights random, even those of "digits_vit".
+        untrained: leave the weights random, even those of "digits_vit". Without it, random weights
+            cause a warning.
         kwargs: further arguments of the model, such as ``img_size``, ``patch_size`` or ``depth``.
             ``embed_layer`` may also be a name in ``STEMS``.
 
@@ -74,6 +76,12 @@ def create_backbone(
         vars(model)["pretrained_cfg"]["label_names"] = described["class_names"]
     if file is not None:
         load_weights(model, name, file)
+    elif not pretrained and not untrained:
+        warnings.warn(
+            f"the weights of {name} are random: give pretrained weights or a checkpoint, or a "
+            "model of your own, as timm.create_model(..., pretrained=True)",
+            stacklevel=2,
+        )
     return model.eval()
 
 

@@ -134,6 +134,12 @@ def count_linear_macs(module: nn.Module) -> int:
     return sum(layer.in_features * layer.out_features for layer in _linear_layers(module))
 
 
+@torch.compiler.disable
+def head_size(model: Any) -> tuple[str, int]:
+    """What the multiply-accumulates of the head depend on."""
+    return model.global_pool, count_linear_macs(model.head)
+
+
 def _linear_layers(module: nn.Module) -> list[Any]:
     """The linear layers in ``module``: torch's, quantised ones, and those in adapters."""
     layers = [part for part in module.modules() if _is_linear(part)]

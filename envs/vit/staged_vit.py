@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from prunevit.envs.vit.execution import embed_chunks, num_chunks, run_blocks
 from prunevit.envs.vit.layout import Layout
-from prunevit.envs.vit.macs import Macs
+from prunevit.envs.vit.macs import Macs, head_size
 from prunevit.envs.vit.timm_models.heads import (
     classify_pooled,
     classify_prefix,
@@ -104,8 +104,7 @@ class StagedViT(nn.Module):
         self._look_at_head()
 
     def _look_at_head(self) -> None:
-        self.num_classes = count_classes(self.model)
-        self.keeps_last_patch = not head_reads_prefix(self.model)
+        self._counted_head = head_size(self.model)
         self._macs = Macs.of(self.model, self.image_shape)
         self.dense_macs = self._macs.dense(self.num_slots)
 
@@ -113,6 +112,14 @@ class StagedViT(nn.Module):
         """As in timm: gives the model a new, untrained head."""
         self.model.reset_classifier(num_classes, global_pool)
         self._look_at_head()
+
+    @property
+    def num_classes(self) -> int:
+        return count_classes(self.model)
+
+    @property
+    def keeps_last_patch(self) -> bool:
+        return not head_reads_prefix(self.model)
 
     @property
     def num_stages(self) -> int:
@@ -146,6 +153,8 @@ class StagedViT(nn.Module):
         reason = why_bypassed(self.model)
         if reason is not None:
             raise UnsupportedBackboneError(reason)
+        if head_size(self.model) != self._counted_head:
+            self._look_at_head()  # the model was given another head
         if tuple(images.shape[1:]) != self.image_shape:
             raise ValueError(
                 f"images of shape {list(images.shape[1:])}: the backbone was staged for "

@@ -61,8 +61,8 @@ def is_untouched(module: nn.Module, may_draw: bool = False) -> bool:
     """Whether ``module`` and all its submodules are timm's own, without anything added.
 
     False if any of them has hooks, a replaced forward, another class than those of timm's models,
-    or parameters other than plain ones. Hooks on all modules together are left to
-    ``has_global_hooks``.
+    another attention scale, or parameters other than plain ones. Hooks on all modules together are
+    left to ``has_global_hooks``.
 
     Args:
         module: a part of the model.
@@ -76,6 +76,8 @@ def is_untouched(module: nn.Module, may_draw: bool = False) -> bool:
     for parameter in own["_parameters"].values():
         if parameter is not None and not is_plain(parameter):
             return False
+    if "head_dim" in own and own["scale"] != own["head_dim"] ** -0.5:
+        return False  # an attention scale that our kernels don't know
     if own["training"] and not may_draw and _draws(module):
         return False
     for child in own["_modules"].values():

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from prunevit.agents import (
     AdaptiveSampling,
@@ -22,6 +23,7 @@ from prunevit.agents import (
     TopK,
     prune,
 )
+from prunevit.agents.policies.actor_critic import TokenActor
 from prunevit.agents.policies.learned import dither_levels
 from prunevit.agents.policies.serialization import SavedModelError, learned_policy
 from prunevit.envs.fields import DEFAULT_FIELDS
@@ -771,6 +773,61 @@ def test_a_policy_without_a_form_on_disk_is_not_saved(vit, tmp_path):
     stranger = LearnedPolicy(torch.nn.Sequential(torch.nn.Linear(66, 2)), ("token", "cls", "stage"))
     with pytest.raises(SavedModelError, match="LearnedPolicy has no form on disk"):
         prune(vit, stranger, STAGES, SHAPE).save_pretrained(tmp_path)
+
+
+class Flipped(LearnedPolicy):
+    def keep(self, view, margin):
+        return super().keep(view, -margin)
+
+
+class FlippedActor(TokenActor):
+    def forward(self, observation):
+        return super().forward(observation).flip(-1)
+
+
+CHANGED_POLICIES = {
+    "subclass": (lambda policy: setattr(policy, "__class__", Flipped), "a Flipped has no form"),
+    "subclass of the actor": (
+        lambda policy: setattr(policy.actor, "__class__", FlippedActor),
+        "LearnedPolicy has no form",
+    ),
+    "hook": (
+        lambda policy: policy.register_forward_hook(lambda _, __, keep: ~keep),
+        "it has hooks of its own",
+    ),
+    "method": (
+        lambda policy: setattr(policy, "keep", lambda view, margin: margin < 0),
+        "it has keep of its own",
+    ),
+    "hook on the actor": (
+        lambda policy: policy.actor.register_forward_hook(lambda _, __, out: out.flip(-1)),
+        "other outputs",
+    ),
+    "activation": (lambda policy: setattr(policy.actor.net, "2", nn.ReLU()), "other outputs"),
+    "prior": (lambda policy: setattr(policy.actor, "attention", 0), "other outputs"),
+    "layer": (
+        lambda policy: setattr(policy.actor.net, "3", nn.Sequential(policy.actor.net[3])),
+        r"net\.3",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), CHANGED_POLICIES.values(), ids=CHANGED_POLICIES.keys()
+)
+def test_a_policy_that_would_come_back_different_is_not_saved(vit, tmp_path, change, message):
+    model = pruned(vit)
+    change(model.policy)
+    with pytest.raises(SavedModelError, match=message):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_changed_predictor_is_not_saved(vit, tmp_path):
+    model = pruned(vit, DynamicViTPolicy(32, len(STAGES)))
+    model.policy.predictors[1].read[2] = nn.ReLU()
+    with pytest.raises(SavedModelError, match="other outputs"):
+        model.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "policy.safetensors"])

@@ -44,7 +44,7 @@ def assets(weights, tmp_path, monkeypatch):
 
 def small(seed=0, **kwargs):
     torch.manual_seed(seed)
-    return create_backbone(VIT, num_classes=5, **(SMALL | kwargs))
+    return create_backbone(VIT, num_classes=5, untrained=True, **(SMALL | kwargs))
 
 
 def same(model, weights):
@@ -69,6 +69,14 @@ def test_digits_vit_takes_the_digits(assets):
     assert model(images.load([0, 1])[0]).shape == (2, 10)
     assert model.patch_embed.num_patches == 64
     assert sum(parameter.numel() for parameter in model.parameters()) < 1_300_000
+
+
+def test_random_weights_are_told_unless_they_are_wanted(recwarn):
+    create_backbone()
+    create_backbone(VIT, untrained=True, **SMALL)
+    assert not recwarn
+    with pytest.warns(UserWarning, match=f"weights of {VIT} are random: give pretrained weights"):
+        create_backbone(VIT, **SMALL)
 
 
 def test_damaged_or_missing_shipped_weights_are_named(assets, tmp_path):

@@ -163,6 +163,12 @@ def unfused(model):
         block.attn.fused_attn = False
 
 
+def scaled(model):
+    unfused(model)
+    for block in model.blocks:
+        block.attn.scale *= 3
+
+
 class Swapped:
     """What FSDP's classes have of their own."""
 
@@ -199,6 +205,7 @@ CHANGES = {
     "norm of the head": norm_hook,
     "pooling": pool_replaced,
     "unfused": unfused,
+    "attention scale": scaled,
     "swapped class": class_swapped,
     "double": lambda model: model.double(),
 }
@@ -265,7 +272,7 @@ def test_any_of_it_together(make_vit, name, changes, seed, batch, with_attention
 def test_attention_maps_are_those_of_the_survivors(make_vit):
     """Hooks on ``attn_drop`` are how attention maps are taken; each fires once for each length."""
     model, maps = make_vit(), []
-    unfused(model)
+    scaled(model)
     for block in model.blocks:
         block.attn.attn_drop.register_forward_hook(lambda _, __, out: maps.append(out))
     staged = StagedViT(model, STAGES)
@@ -429,6 +436,31 @@ def test_a_head_of_another_size_counts(make_vit):
     assert staged.num_classes == 9
     dense = StagedViT(make_vit(), STAGES).dense_macs
     assert staged.dense_macs - dense == 4 * model.embed_dim
+
+
+@torch.no_grad()
+def test_a_head_that_is_replaced_later_counts(make_vit):
+    """Not only through ``reset_classifier`` of ours."""
+    changes = (
+        lambda model: setattr(model, "head", nn.Linear(model.embed_dim, 9)),
+        lambda model: model.reset_classifier(9),
+        lambda model: model.reset_classifier(9, "max"),
+    )
+    nobody = torch.zeros(2, BATCH, PATCHES, dtype=torch.bool)
+    for change in changes:
+        model = make_vit(class_token=False, global_pool="avg")
+        staged = StagedViT(model, STAGES)
+        change(model)
+        anew = StagedViT(model, STAGES)
+        assert staged.num_classes == 9
+        passed, logits = play(staged, draw_images(), nobody)
+        assert logits.shape == (BATCH, 9)
+        assert torch.equal(staged.total_macs(passed[-1]), anew.total_macs(passed[-1]))
+        assert staged.dense_macs == anew.dense_macs
+    model = make_vit()
+    staged = StagedViT(model, STAGES)
+    model.reset_classifier(9, "avg")  # reads patches, where the class token was enough
+    assert play(staged, draw_images(), nobody)[1].isfinite().all()
 
 
 # --- quantised ---
