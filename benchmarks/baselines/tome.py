@@ -1,9 +1,13 @@
 """Token merging, written from the paper "Token Merging: Your ViT But Faster" (arXiv 2210.09461).
 
 In every block, between attention and MLP, the r patches that are most like another one are
-averaged into it. Deciding who merges (``match``) is apart from doing it (``merge``). LayerScale and
-the norms of queries and keys are applied where a backbone has them. Prefix tokens are set aside:
-the paper protects the class token, and what holds for it holds for the others.
+averaged into it. Deciding who merges (``match``) is apart from doing it (``merge``).
+
+With a class token, alone or with a distillation token, this is the original code
+(github.com/facebookresearch/ToMe), whose outputs are in tests/fixtures/originals. Elsewhere we
+differ by choice. The original lets registers merge; here all prefix tokens are protected. Without a
+class token its patches lose their order, and its mean counts a token once however many patches it
+stands for. It ignores LayerScale and the norms of queries and keys.
 """
 
 from __future__ import annotations
@@ -24,31 +28,44 @@ POOLINGS = ("token", "avg", "map")
 
 
 class Matching(NamedTuple):
-    """Who merges into whom. Patches at even places are sources, those at odd places targets."""
+    """Which sources merge into which targets."""
 
     stays: Tensor  # sources that stay, ascending, int64 [B, sources - r]
     merges: Tensor  # sources that merge, int64 [B, r]
     into: Tensor  # the target of each of these, int64 [B, r]
 
 
-def match(keys: Tensor, count: int) -> Matching:
-    """Bipartite soft matching: each source proposes to the target with the most similar of the
-    ``keys`` [B, N, d], and the ``count`` best pairs merge, at most N // 2.
+def split(patches: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
+    """Sources and targets among patches [B, N, ...]: tokens at even and at odd places of an image,
+    prefix tokens included in the count.
     """
-    keys = F.normalize(keys, dim=-1)
-    similarity = keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)  # [B, sources, targets]
+    first = num_prefix % 2
+    return patches[:, first::2], patches[:, 1 - first :: 2]
+
+
+def match(sources: Tensor, targets: Tensor, count: int) -> Matching:
+    """Bipartite soft matching: each source proposes to the most similar target, and the ``count``
+    best pairs merge.
+
+    Args:
+        sources: keys [B, sources, d].
+        targets: keys [B, targets, d].
+        count: r, at most the number of sources.
+    """
+    similarity = F.normalize(sources, dim=-1) @ F.normalize(targets, dim=-1).transpose(1, 2)
     best, target = similarity.max(2)
     order = best.argsort(dim=1, descending=True)
     merges, stays = order[:, :count], order[:, count:].sort(1).values
     return Matching(stays=stays, merges=merges, into=target.gather(1, merges))
 
 
-def merge(x: Tensor, size: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:
+def merge(x: Tensor, size: Tensor, num_prefix: int, matching: Matching) -> tuple[Tensor, Tensor]:
     """Averages merging patches, each weighted with the number of patches it stands for.
 
     Args:
         x: patches [B, N, D].
         size: how many of the first patches each stands for, [B, N, 1].
+        num_prefix: number of prefix tokens before the patches, see ``split``.
         matching: who merges.
 
     Returns:
@@ -57,8 +74,8 @@ def merge(x: Tensor, size: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:
     """
     stays, merges, into = (part[..., None] for part in matching)
     width = x.shape[2]
-    sources, targets = x[:, ::2], x[:, 1::2]
-    source_size, target_size = size[:, ::2], size[:, 1::2]
+    sources, targets = split(x, num_prefix)
+    source_size, target_size = split(size, num_prefix)
     moved_size = source_size.gather(1, merges)
     moved = sources.gather(1, merges.expand(-1, -1, width)) * moved_size
     total_size = target_size.scatter_add(1, into, moved_size)
@@ -123,8 +140,8 @@ class ToMeViT(nn.Module):
         count = min(wanted, (x.shape[1] - prefix) // 2)
         if count:
             size = torch.ones_like(x[..., :1]) if size is None else size
-            matching = match(k[:, :, prefix:].mean(1), count)
-            patches, patch_size = merge(x[:, prefix:], size[:, prefix:], matching)
+            matching = match(*split(k[:, :, prefix:].mean(1), prefix), count)
+            patches, patch_size = merge(x[:, prefix:], size[:, prefix:], prefix, matching)
             x = torch.cat([x[:, :prefix], patches], dim=1)
             size = torch.cat([size[:, :prefix], patch_size], dim=1)
         return x + block.ls2(block.mlp(block.norm2(x))), size

@@ -12,6 +12,7 @@ from prunevit.benchmarks.baselines.tome import (
     match,
     merge,
     merges_at,
+    split,
     token_counts,
 )
 from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
@@ -82,25 +83,34 @@ def test_a_pass_has_as_many_tokens_as_the_schedule_says(vit, images):
 
 
 def test_the_most_similar_pairs_merge():
-    # sources stand at places 0, 2, 4; targets at 1, 3, 5
-    keys = torch.tensor([[[1, 0], [1, 0.2], [0, 1], [0, -1], [3, 0.1], [-1, -1.0]]])
-    matching = match(keys, 2)
-    assert matching.merges.tolist() == [[2, 0]]  # place 4, then 0: cosine, not length
+    sources = torch.tensor([[[1, 0], [0, 1], [3, 0.1]]])
+    targets = torch.tensor([[[1, 0.2], [0, -1], [-1, -1.0]]])
+    matching = match(sources, targets, 2)
+    assert matching.merges.tolist() == [[2, 0]]  # cosine, not length
     assert matching.into.tolist() == [[0, 0]]
     assert matching.stays.tolist() == [[1]]
 
 
+def test_sources_are_the_tokens_at_even_places():
+    patches = torch.arange(5)[None]
+    for prefix, places in {0: [0, 2, 4], 1: [1, 3], 2: [0, 2, 4], 5: [1, 3]}.items():
+        sources, targets = split(patches, prefix)
+        assert sources[0].tolist() == places
+        assert sorted([*places, *targets[0].tolist()]) == list(range(5))
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
 @pytest.mark.parametrize("patches", [8, 9])
-def test_merging_is_the_mean_of_all_patches_behind_a_token(patches):
+def test_merging_is_the_mean_of_all_patches_behind_a_token(patches, prefix):
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(2, patches, 4, generator=generator)
     x, size = first, torch.ones(2, patches, 1)
     behind = [[{i} for i in range(patches)] for _ in range(2)]
     for count in (3, 2, 1):
-        matching = match(x, count)
-        x, size = merge(x, size, matching)
+        matching = match(*split(x, prefix), count)
+        x, size = merge(x, size, prefix, matching)
         for image, groups in enumerate(behind):
-            sources, targets = groups[::2], groups[1::2]
+            sources, targets = groups[prefix::2], groups[1 - prefix :: 2]
             merges, into = matching.merges[image].tolist(), matching.into[image].tolist()
             for source, target in zip(merges, into, strict=True):
                 targets[target] = targets[target] | sources[source]

@@ -1,0 +1,110 @@
+"""Rivals against outputs of their authors' code, see tests/fixtures/originals/README.md."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+
+from prunevit.benchmarks.baselines import evit, tome
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "originals"
+SIZES = {
+    "img_size": 56, "patch_size": 4, "embed_dim": 32, "depth": 6, "num_heads": 2, "mlp_ratio": 2.0,
+    "num_classes": 10,
+}  # fmt: skip
+BOUND = {"rtol": 0, "atol": 1e-4}
+
+
+def fixed_weights(module, seed):
+    """Random weights that anyone can draw again; attention is sharp, and norms are not neutral."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, parameter in sorted(module.named_parameters()):
+        drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        if parameter.dim() > 1 and name.endswith("weight"):
+            drawn *= 1.5 * drawn[0].numel() ** -0.5
+        elif name.endswith("weight"):
+            drawn = 1 + 0.1 * drawn
+        elif name.endswith("bias"):
+            drawn *= 0.1
+        weights[name] = drawn
+    return weights
+
+
+def fixed_model(kind=VisionTransformer):
+    model = kind(**SIZES).double().eval().requires_grad_(False)
+    model.load_state_dict(fixed_weights(model, 0))
+    return model
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(3, 3, 56, 56, generator=generator, dtype=torch.float64)
+
+
+def original(method, case):
+    """What the authors' code did."""
+    return json.loads((FIXTURES / f"{method}.json").read_text(encoding="utf-8"))[case]
+
+
+def assert_same_logits(logits, recorded):
+    expected = torch.tensor(recorded, dtype=torch.float64)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits, expected, **BOUND)
+
+
+@pytest.mark.parametrize("schedule", ["even", "uneven"])
+@pytest.mark.parametrize("kind", [VisionTransformer, VisionTransformerDistilled])
+def test_tome_merges_the_originals_tokens(images, monkeypatch, kind, schedule):
+    name = "class token" if kind is VisionTransformer else "distilled"
+    theirs = original("tome", f"{name}, {schedule}")
+    model = fixed_model(kind)
+    prefix = model.num_prefix_tokens
+    # where each patch is in the end, followed through every merge
+    place = torch.arange(196).expand(3, -1)
+    merge = tome.merge
+
+    def followed(x, size, num_prefix, matching):
+        nonlocal place
+        staying, count = matching.stays.shape[1], x.shape[1]
+        sources, targets = tome.split(torch.arange(count)[None], num_prefix)
+        moved = torch.empty(3, count, dtype=torch.int64)
+        moved[:, targets[0]] = staying + torch.arange(targets.shape[1])
+        for image in range(3):
+            moved[image, sources[0, matching.stays[image]]] = torch.arange(staying)
+            moved[image, sources[0, matching.merges[image]]] = staying + matching.into[image]
+        place = moved.gather(1, place)
+        return merge(x, size, num_prefix, matching)
+
+    monkeypatch.setattr(tome, "merge", followed)
+    logits = tome.ToMeViT(model, theirs["merges"])(images)
+    assert (place + prefix).tolist() == [image[prefix:] for image in theirs["place"]]
+    assert_same_logits(logits, theirs["logits"])
+
+
+@pytest.mark.parametrize("case", ["fused", "unfused"])
+def test_evit_keeps_the_originals_tokens(images, monkeypatch, case):
+    theirs = original("evit", case)
+    stages = [i + 1 for i, rate in enumerate(theirs["keep_rates"]) if rate < 1]
+    tokens = [len(kept[0]) for kept in theirs["kept"]]
+    reorganise = evit.reorganise
+    # which patch each is; fused ones are numbered from 196 on
+    numbers, kept = torch.arange(196).expand(3, -1), []
+
+    def followed(patches, attention, count, with_fused):
+        nonlocal numbers
+        stage = len(kept)
+        numbers = numbers.gather(1, attention.topk(count).indices.sort(1).values)
+        kept.append(numbers.tolist())
+        if with_fused:
+            numbers = torch.cat([numbers, torch.full((3, 1), 196 + stage)], dim=1)
+        return reorganise(patches, attention, count, with_fused)
+
+    monkeypatch.setattr(evit, "reorganise", followed)
+    logits = evit.EViT(fixed_model(), stages, tokens, case == "fused")(images)
+    assert kept == theirs["kept"]
+    assert_same_logits(logits, theirs["logits"])
