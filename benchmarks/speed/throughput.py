@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -39,14 +39,14 @@ import tyro
 from prunevit.benchmarks.machine import MIB
 from prunevit.benchmarks.markdown import records_table
 from prunevit.benchmarks.speed.variants import (
-    Variant,
+    VARIANTS,
+    Name,
+    Workload,
     calls,
-    gmacs,
-    make_plan,
+    load,
     pass_peak,
     pass_peak_of,
 )
-from prunevit.benchmarks.speed.workload import load
 from prunevit.cli import prog
 from prunevit.envs.devices import pick_device
 from prunevit.trainers.common.checkpoint import write_json
@@ -76,14 +76,12 @@ class ThroughputConfig(Settings):
     """Images a call."""
     image_sizes: tuple[Count, ...] = ()
     """Heights and widths in pixels, as 224 384 512; the model's own if none is given."""
-    variants: tuple[Variant, ...] = get_args(Variant)
+    variants: tuple[Name, ...] = get_args(Name)
     """Which are measured; dense always is."""
     images: Count = 32
     """Different images a pass goes over, rounded up to a multiple of all batch sizes."""
     rounds: Count = 15
-    """Timed passes of each variant, all of them in turns."""
-    warmup: int = 2
-    """Passes of each variant before those."""
+    """Timed passes of each variant, all of them in turns, after one that is not counted."""
     memory: bool = True
     """Measure peak memory; on a CPU this starts a process for each variant."""
     threads: Threads | None = None
@@ -107,60 +105,64 @@ def measure(config: ThroughputConfig) -> Iterator[list[Record]]:
     if config.run is not None and config.image_sizes:
         raise ValueError("a run brings its own model: leave out image_sizes")
     device = pick_device(config.device)
-    variants = [name for name in get_args(Variant) if name == "dense" or name in config.variants]
-    multiple = math.lcm(*config.batch_sizes)
-    count = math.ceil(config.images / multiple) * multiple
+    count = config.images + -config.images % math.lcm(*config.batch_sizes)
     for image_size in config.image_sizes or (None,):
         make = partial(
             load, config.model, config.prune_before, config.keep, count, image_size, config.run,
             config.device, getattr(torch, config.dtype),
         )  # fmt: skip
         workload = make()
-        plan = make_plan(workload, with_merges="tome" in variants)
         for batch_size in dict.fromkeys(config.batch_sizes):
-            peaks = {}
-            for name in variants if config.memory else ():
-                if device.type == "cuda":
-                    peaks[name] = pass_peak(name, workload, plan, batch_size)
-                    continue
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                    task = (name, make, plan, batch_size, torch.get_num_threads())
-                    peaks[name] = process.submit(pass_peak_of, *task).result()
-            settings = {
-                "model": config.model if config.run is None else str(config.run),
-                "batch_size": batch_size,
-                "image_size": workload.packed.image_shape[-1],
-                "threads": torch.get_num_threads(),
-                "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-                "dtype": config.dtype,
-                "load": os.getloadavg()[0],
-            }
-            passes = {name: calls(name, workload, plan, batch_size) for name in variants}
-            timings = interleaved(
-                passes,
-                config.rounds,
-                config.warmup,
-                workload.images.device,
-                each_call=batch_size == 1,
-            )
-            costs = {name: gmacs(name, workload, plan, batch_size) for name in variants}
-            records = []
-            for name, timing in timings.items():
-                faster = speedup(timings["dense"], timing)
-                record = {"variant": name} | settings
-                record |= {
-                    "images_per_second": count / timing.seconds,
-                    "spread": timing.spread,
-                    "gmacs": costs[name],
-                    "speedup": faster,
-                    "efficiency": faster * costs[name] / costs["dense"],
-                }
-                if timing.calls:
-                    record |= {"p50": timing.latency(50), "p95": timing.latency(95)}  # seconds
-                if config.memory:
-                    record["peak_memory"] = peaks[name]  # bytes
-                records.append(record)
-            yield records
+            yield compare(config, make, workload, batch_size, device)
+
+
+def compare(
+    config: ThroughputConfig,
+    make: Callable[[], Workload],
+    workload: Workload,
+    batch_size: int,
+    device: torch.device,
+) -> list[Record]:
+    """Records of all variants at one batch size; ``make`` makes the workload in other processes."""
+    names = [name for name in VARIANTS if name == "dense" or name in config.variants]
+    peaks = {}
+    for name in names if config.memory else ():
+        if device.type == "cuda":
+            peaks[name] = pass_peak(name, workload, batch_size)
+            continue
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            task = (name, make, batch_size, torch.get_num_threads())
+            peaks[name] = process.submit(pass_peak_of, *task).result()
+    settings = {
+        "model": config.model if config.run is None else str(config.run),
+        "batch_size": batch_size,
+        "image_size": workload.packed.image_shape[-1],
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "dtype": config.dtype,
+        "load": os.getloadavg()[0],
+    }
+    passes = {name: calls(name, workload, batch_size) for name in names}
+    timings = interleaved(passes, config.rounds, 1, device, each_call=batch_size == 1)
+    gmacs = {name: VARIANTS[name].macs(workload, batch_size) / 1e9 for name in names}
+    records = []
+    for name in names:
+        timing = timings[name]
+        faster = speedup(timings["dense"], timing)
+        record = {"variant": name} | settings
+        record |= {
+            "images_per_second": len(workload.images) / timing.seconds,
+            "spread": timing.spread,
+            "gmacs": gmacs[name],
+            "speedup": faster,
+            "efficiency": faster * gmacs[name] / gmacs["dense"],
+        }
+        if timing.calls:
+            record |= {"p50": timing.latency(50), "p95": timing.latency(95)}  # seconds
+        if config.memory:
+            record["peak_memory"] = peaks[name]  # bytes
+        records.append(record)
+    return records
 
 
 def table(records: Sequence[Record]) -> str:

@@ -129,7 +129,7 @@ def test_the_fine_tuned_model_is_judged_like_it(folder, images):
 def test_the_run_is_timed(folder):
     run(
         throughput.main,
-        f"throughput --run {folder}/runs/deit --batch-sizes 8 --images 16 --rounds 2 --warmup 1 "
+        f"throughput --run {folder}/runs/deit --batch-sizes 8 --images 16 --rounds 2 "
         f"--variants dense packed uniform --no-memory --threads 1 --out {folder}/speed.json",
     )
     records = read(folder / "speed.json")

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,13 +18,10 @@ from prunevit.benchmarks.speed.throughput import (
     measure,
 )
 from prunevit.benchmarks.speed.variants import (
-    calls,
-    gmacs,
-    make_plan,
-)
-from prunevit.benchmarks.speed.workload import (
+    VARIANTS,
     DrawnPolicy,
     Workload,
+    calls,
     draw_keep,
     load,
     untrained_policy,
@@ -55,8 +51,11 @@ def make_workload(model, keep=None, stages=STAGES):
     images = torch.randn(IMAGES, *packed.image_shape)
     if keep is None:
         keep = draw_keep((IMAGES, len(stages), packed.num_patches), 0.7)
-    masked = StagedViT(model, stages, "masked")
-    return Workload(packed, masked, untrained_policy(packed), images, keep)
+    return Workload(packed, untrained_policy(packed), images, keep)
+
+
+def gmacs(variant, workload, batch_size=BATCH):
+    return VARIANTS[variant].macs(workload, batch_size) / 1e9
 
 
 @pytest.fixture
@@ -64,14 +63,9 @@ def workload(make_vit):
     return make_workload(make_vit(img_size=64))
 
 
-@pytest.fixture
-def plan(workload):
-    return make_plan(workload)
-
-
 @torch.no_grad()
-def logits(variant, workload, plan, batch_size=BATCH):
-    return torch.cat([call() for call in calls(variant, workload, plan, batch_size)])
+def logits(variant, workload, batch_size=BATCH):
+    return torch.cat([call() for call in calls(variant, workload, batch_size)])
 
 
 # --- the same work ---
@@ -81,11 +75,10 @@ def logits(variant, workload, plan, batch_size=BATCH):
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_variants_with_a_pattern_agree(make_vit, kwargs, batch_size):
     workload = make_workload(make_vit(img_size=64, **kwargs))
-    plan = make_plan(workload, with_merges=False)
-    packed, masked, padded = (logits(v, workload, plan, batch_size) for v in PATTERNED)
+    packed, masked, padded = (logits(v, workload, batch_size) for v in PATTERNED)
     torch.testing.assert_close(masked, packed, rtol=0, atol=1e-4)
     torch.testing.assert_close(padded, packed, rtol=0, atol=1e-4)
-    dense = logits("dense", workload, plan, batch_size)
+    dense = logits("dense", workload, batch_size)
     assert (dense - packed).abs().amax(1).min() > 1e-3  # something was pruned in every image
 
 
@@ -95,10 +88,9 @@ def test_images_that_lose_everything_or_nothing_agree(make_vit):
         keep[1, 1:] = False
         keep[2] = False
         workload = make_workload(make_vit(img_size=64, **kwargs), keep)
-        plan = make_plan(workload, with_merges=False)
-        packed = logits("packed", workload, plan)
-        torch.testing.assert_close(logits("padded", workload, plan), packed, rtol=0, atol=1e-4)
-        dense = logits("dense", workload, plan)
+        packed = logits("packed", workload)
+        torch.testing.assert_close(logits("padded", workload), packed, rtol=0, atol=1e-4)
+        dense = logits("dense", workload)
         torch.testing.assert_close(packed[3:], dense[3:], rtol=0, atol=1e-4)
 
 
@@ -134,7 +126,7 @@ def test_padded_pays_attention_to_living_tokens_alone(make_vit, kwargs):
         torch.testing.assert_close(padded, packed, rtol=1e-4, atol=1e-5)
 
 
-def test_uniform_runs_timms_blocks_without_a_mask(workload, plan):
+def test_uniform_runs_timms_blocks_without_a_mask(workload):
     masks, lengths = [], []
 
     def note(_, inputs, options):
@@ -143,11 +135,11 @@ def test_uniform_runs_timms_blocks_without_a_mask(workload, plan):
 
     blocks = workload.packed.model.blocks
     hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
-    logits("uniform", workload, plan, IMAGES)
+    logits("uniform", workload, IMAGES)
     assert masks == [None] * len(masks)
     # the blocks before the stages are run with their attention visible, not through the hook
-    assert lengths == [plan.tokens[-1] + 1]
-    logits("padded", workload, plan, IMAGES)
+    assert lengths == [workload.tokens[-1] + 1]
+    logits("padded", workload, IMAGES)
     assert masks[-1] is not None
     for hook in hooks:
         hook.remove()
@@ -158,10 +150,9 @@ def test_uniform_runs_timms_blocks_without_a_mask(workload, plan):
 
 def test_peers_cost_as_much_as_ours_and_not_more(make_vit):
     workload = make_workload(make_vit(img_size=128, depth=6), stages=(1, 3, 5))
-    plan = make_plan(workload)
-    ours = gmacs("packed", workload, plan, BATCH)
+    ours = gmacs("packed", workload)
     for peer in ("tome", "uniform"):
-        assert 0.98 * ours < gmacs(peer, workload, plan, BATCH) <= ours, peer
+        assert 0.98 * ours < gmacs(peer, workload) <= ours, peer
 
 
 @pytest.mark.parametrize("kwargs", BACKBONES.values(), ids=BACKBONES)
@@ -171,7 +162,7 @@ def test_our_cost_is_what_a_pass_says_it_was(make_vit, kwargs):
     workload = make_workload(make_vit(img_size=64, **kwargs), keep)
     policy = DrawnPolicy(workload.policy, torch.from_numpy(keep))
     trace = PrunedViT(workload.packed, policy).eval().trace(workload.images)
-    assert trace.macs.double().mean().item() == make_plan(workload, with_merges=False).macs
+    assert trace.macs.double().mean().item() == workload.macs()
     assert torch.equal(trace.alive[1:], torch.from_numpy(keep[1:]))
     assert workload.policy.macs_per_decision > 0
 
@@ -187,37 +178,30 @@ def test_our_cost_is_what_a_pass_says_it_was(make_vit, kwargs):
         ("uniform", 1e-6),
     ],
 )
-def test_costs_are_what_pytorch_counts(workload, plan, variant, tolerance, monkeypatch):
+def test_costs_are_what_pytorch_counts(workload, variant, tolerance, monkeypatch):
     """The policy apart: it multiplies what patches share only once, and is charged in full."""
     # the counter's hooks on all modules would keep pruned tokens from them
     monkeypatch.setattr("prunevit.envs.vit.execution.has_global_hooks", lambda: False)
+    workload.policy.forward = lambda view: view.alive
+    passes = calls(variant, workload, BATCH)
     with FlopCounterMode(display=False) as counter:
-        workload.policy.forward = lambda view: view.alive
-        for call in calls(variant, workload, plan, BATCH):
+        for call in passes:
             call()
     counted = counter.get_total_flops() / 2 / IMAGES
-    charged = gmacs(variant, workload, plan, BATCH) * 1e9
+    charged = gmacs(variant, workload) * 1e9
     if variant in PATTERNED:
-        decisions = 64 + plan.keep[:, :-1].sum((1, 2)).mean()
+        decisions = 64 + workload.keep[:, :-1].sum((1, 2)).mean()
         charged -= decisions * workload.policy.macs_per_decision
     assert charged == pytest.approx(counted, rel=tolerance)
 
 
-def test_masked_and_padded_pay_for_what_they_carry(workload, plan):
+def test_masked_and_padded_pay_for_what_they_carry(workload):
     cost = {
-        variant: gmacs(variant, workload, plan, BATCH)
-        for variant in ("dense", "packed", "masked", "padded")
+        variant: gmacs(variant, workload) for variant in ("dense", "packed", "masked", "padded")
     }
     assert cost["packed"] < cost["padded"] < cost["masked"]
     assert cost["masked"] > cost["dense"]
-    assert gmacs("padded", workload, plan, 1) == pytest.approx(cost["packed"])
-
-
-def test_a_policy_is_asked_where_nothing_was_drawn(workload):
-    asked = make_plan(replace(workload, keep=None), with_merges=False)
-    alive = PrunedViT(workload.packed, workload.policy).eval().trace(workload.images).alive
-    assert np.array_equal(asked.keep, alive.numpy())
-    assert asked.merges == ()
+    assert gmacs("padded", workload, 1) == pytest.approx(cost["packed"])
 
 
 def test_a_run_brings_its_backbone_policy_and_images(tmp_path, monkeypatch):
@@ -241,8 +225,9 @@ def test_a_run_brings_its_backbone_policy_and_images(tmp_path, monkeypatch):
     expected = test.load([0, 1, 2])[0]
     correlation = np.corrcoef(workload.images.flatten().numpy(), expected.flatten().numpy())
     assert correlation[0, 1] > 0.999
-    keep = make_plan(workload, with_merges=False).keep
-    assert 0 < keep.mean() < 1
+    alive = PrunedViT(backbone, policy).eval().trace(workload.images).alive
+    assert np.array_equal(workload.keep, alive.numpy())
+    assert 0 < workload.keep.mean() < 1
     (records,) = measure(config)
     assert {record["model"] for record in records} == {str(tmp_path)}
 
@@ -290,7 +275,6 @@ def tiny_config(**changes):
         "batch_sizes": (1, 2),
         "images": 3,
         "rounds": 2,
-        "warmup": 0,
         "memory": False,
     }
     return ThroughputConfig(**settings | changes)
@@ -322,7 +306,7 @@ def test_the_command_writes_records(tmp_path, monkeypatch, capsys):
     out = tmp_path / "deep" / "records.json"
     arguments = [
         *TINY, "--no-memory", "--batch-sizes", "1", "2", "--images", "2", "--rounds", "1",
-        "--warmup", "0", "--out", str(out),
+        "--out", str(out),
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["throughput", *arguments])
     throughput.main()
