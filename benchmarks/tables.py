@@ -144,7 +144,7 @@ def run_row(title: str, name: str, policy: str) -> list[str]:
 
 
 def default_run() -> str:
-    """The default run's policies."""
+    """The policies of the default run without a critic."""
     header = ["policy", "test accuracy", "GMACs, share of dense", "measured speed"]
     titles = {
         "dense": "dense (timm's own model)",
@@ -156,10 +156,12 @@ def default_run() -> str:
 
 
 def accuracy_rewards() -> str:
-    """The learned policy of the default run, and of one that is paid for confidence."""
+    """The learned policy of runs without a critic, which are paid for the dense model's answer or
+    for confidence.
+    """
     header = ["set-up", "test accuracy", "GMACs, share of dense"]
     titles = {
-        "default": "default (`--critic none`), paid for staying near the dense model's answer",
+        "default": "`--critic none`, paid for staying near the dense model's answer",
         "confidence": "paid for the true class's probability instead (`--accuracy confidence`)",
     }
     return markdown_table(header, [run_row(titles[name], name, "learned")[:3] for name in titles])

@@ -1,4 +1,5 @@
-"""Maps names in files of versions before 0.2 to today's names. Nothing else knows old names.
+"""Maps names in files of versions before 0.2 to today's names, and tells defaults of that time that
+files leave out. Nothing else knows them.
 
 The project was called tokenprune then.
 """
@@ -27,6 +28,7 @@ METADATA = {
     "tokenprune-checkpoint-1": "prunevit-checkpoint-1",
     "tokenprune-checkpoint-2": "prunevit-checkpoint-2",
 }
+TEAM_ALPHA = 0.08  # of the team reward, where a run's settings name none
 
 
 def rename_settings(values: Any) -> Any:
@@ -41,6 +43,14 @@ def rename_settings(values: Any) -> Any:
     if isinstance(renamed.get("policy"), dict):
         renamed["policy"] = rename_settings(renamed["policy"])
     return renamed
+
+
+def fill_in_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run begun before 0.2, with the alpha that its reward had then."""
+    is_default = values.get("reward") == "team" and values.get("alpha_range") is None
+    if is_default and "alpha" in values and values["alpha"] is None:
+        return {**values, "alpha": TEAM_ALPHA}
+    return dict(values)
 
 
 def rename_record(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -126,7 +126,7 @@ class TeamReward:
     that the model was trained on.
     """
 
-    alpha: float = 0.08
+    alpha: float = 0.06
     beta: float = 1.0
     accuracy: Accuracy = "kl"
     pays_pruned: ClassVar[bool] = True

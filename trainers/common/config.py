@@ -116,7 +116,7 @@ class MappoConfig(RunSettings):
     """Rounds of playing and learning."""
     hidden: Widths = (32,)
     """Widths of the actor's hidden layers."""
-    critic: CriticKind = "none"
+    critic: CriticKind = "central"
     """central sees observation and state (MAPPO), local the observation alone (IPPO); none leaves
     the baseline to the rollouts of the same image, as RLOO and GRPO do.
     """

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from torch import nn
 
 from prunevit.envs.data.datasets import DIGITS, is_on_disk
-from prunevit.envs.old_names import rename_settings
+from prunevit.envs.old_names import fill_in_defaults, rename_settings
 from prunevit.envs.vit.described import description_problem
 from prunevit.envs.vit.digits_vit import DIGITS_VIT
 from prunevit.trainers.common.checkpoint import (
@@ -134,6 +134,8 @@ class RunFolder:
                 f"{self.config} was written by {writer}, here is prunevit {__version__}: "
                 "resume the run with the version that began it"
             )
+        if version is None:
+            values = fill_in_defaults(values)
         try:
             return kind.from_json(values)
         except ValueError as error:

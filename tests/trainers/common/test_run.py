@@ -41,6 +41,20 @@ def test_a_run_of_before_goes_on_as_the_version_that_began_it_would_have(old_run
     assert len((old_run / "metrics.jsonl").read_text().splitlines()) == 4
 
 
+@pytest.mark.parametrize(
+    ("changes", "alpha"),
+    [({}, None), ({"alpha_range": None}, 0.08), ({"alpha_range": None, "alpha": 0.5}, 0.5),
+     ({"alpha_range": None, "version": "0.2.0"}, None)],
+)  # fmt: skip
+def test_a_run_of_before_keeps_the_alpha_that_was_the_default(old_run, changes, alpha):
+    run = RunFolder(old_run)
+    written = json.loads(run.config.read_text()) | {"observation": ["stage", "alpha"]} | changes
+    if written["alpha_range"] is None:
+        written["observation"] = ["stage"]
+    run.config.write_text(json.dumps(written))
+    assert run.read_settings(MappoConfig).alpha == alpha
+
+
 def test_settings_say_which_version_wrote_them(tmp_path):
     run = RunFolder(tmp_path / "new")
     run.create(MappoConfig(seed=5))
