@@ -10,11 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from prunevit.agents.policies.learned import LearnedPolicy
+from prunevit.agents.policies.serialization import own_additions
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.envs.observations import View
 from prunevit.envs.vit.blocks import masked_attention_received
 from prunevit.envs.vit.staged_vit import StagedViT
-from prunevit.envs.vit.timm_models.heads import classify_prefix, pools_tokens
+from prunevit.envs.vit.timm_models.heads import (
+    classify_prefix,
+    is_head_untouched,
+    pools_tokens,
+)
 from prunevit.envs.vit.tokens import Tokens
 from prunevit.envs.vit.untouched import is_untouched
 
@@ -34,13 +39,13 @@ class OneImage(nn.Module):
         model: the pruned ViT.
 
     Raises:
-        ExportError: its policy is not a ``LearnedPolicy``, or its backbone has rotary positions or
-            pools over all tokens.
+        ExportError: its policy is not a ``LearnedPolicy``, something was added to either, or its
+            backbone has rotary positions or pools over all tokens.
     """
 
     def __init__(self, model: PrunedViT) -> None:
         super().__init__()
-        if not isinstance(model.policy, LearnedPolicy):
+        if type(model.policy) is not LearnedPolicy:
             raise ExportError(
                 f"a {type(model.policy).__name__} can't be exported: only a LearnedPolicy can"
             )
@@ -58,6 +63,9 @@ class OneImage(nn.Module):
                 "blocks with hooks, replaced or quantised layers can't be exported: remove or "
                 "merge them"
             )
+        added = own_additions(model.policy)
+        if added is not None:
+            raise ExportError(f"the policy can't be exported: {added}")
         self.backbone: StagedViT = model.backbone
         self.policy: LearnedPolicy = model.policy
 
@@ -82,7 +90,9 @@ class OneImage(nn.Module):
             if not last:
                 view = View(backbone, tokens, stage, torch.zeros(1, device=x.device))
                 tokens = self._prune(tokens, self._decide(view))
-        return classify_prefix(backbone.model, tokens.x[None, : backbone.num_prefix])
+        # what was put into a head may look at all tokens
+        read = backbone.num_prefix if is_head_untouched(backbone.model) else None
+        return classify_prefix(backbone.model, tokens.x[None, :read])
 
     def _decide(self, view: View) -> Tensor:
         view = self.policy.under_own_alpha(view)

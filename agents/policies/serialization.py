@@ -87,6 +87,14 @@ def make_policy(described: Mapping[str, Any], backbone: StagedViT) -> Policy:
     return policy
 
 
+def own_additions(policy: nn.Module) -> str | None:
+    """What was added to a policy besides weights and settings, if anything."""
+    if has_own_hooks(policy):
+        return "it has hooks of its own"
+    replaced = [name for name in vars(policy) if callable(getattr(type(policy), name, None))]
+    return f"it has {', '.join(replaced)} of its own" if replaced else None
+
+
 @torch.no_grad()
 def check_policy_rebuilds(policy: nn.Module, again: Any, backbone: StagedViT) -> None:
     """Checks that ``again`` with the weights of ``policy`` decides as ``policy`` does.
@@ -94,11 +102,8 @@ def check_policy_rebuilds(policy: nn.Module, again: Any, backbone: StagedViT) ->
     Raises:
         SavedModelError: it doesn't, since ``policy`` was changed.
     """
-    replaced = [name for name in vars(policy) if callable(getattr(type(policy), name, None))]
-    problem = None
-    if has_own_hooks(policy) or replaced:
-        problem = f"it has {', '.join(replaced) or 'hooks'} of its own"
-    else:
+    problem = own_additions(policy)
+    if problem is None:
         try:
             again.load_state_dict(policy.state_dict())
         except RuntimeError as error:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prunevit.agents import KeepAll, prune
+from prunevit.agents import KeepAll, LearnedPolicy, prune
 from prunevit.agents.export import ExportError, OneImage, export_onnx
 from prunevit.agents.policies.serialization import learned_policy
 from prunevit.envs.fields import DEFAULT_FIELDS
@@ -37,6 +37,16 @@ def test_one_image_is_what_the_pruned_vit_does(make_vit, images, kwargs):
         torch.testing.assert_close(one(image[None]), model(image[None]), rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_head_that_looks_at_all_tokens_does_so(make_vit, images):
+    vit = make_vit()
+    vit.norm.register_forward_hook(lambda _, __, out: out - out.mean(1, keepdim=True))
+    model = pruned(vit)
+    one = OneImage(model).eval()
+    for image in images:
+        torch.testing.assert_close(one(image[None]), model(image[None]), rtol=0, atol=1e-5)
+
+
 @pytest.mark.integration("onnx")
 @torch.no_grad()
 def test_onnxruntime_gives_the_same_logits(vit, images, tmp_path):
@@ -58,4 +68,15 @@ def test_what_has_no_onnx_form_is_refused(vit, make_vit, tmp_path):
         export_onnx(prune(vit, KeepAll(), STAGES), tmp_path / "pruned.onnx")
     with pytest.raises(ExportError, match="pools over all of its tokens"):
         export_onnx(pruned(make_vit(global_pool="avg")), tmp_path / "pruned.onnx")
+    hooked, replaced, other = (pruned(vit) for _ in range(3))
+    hooked.policy.register_forward_hook(lambda _, __, keep: ~keep)
+    replaced.policy.forward = lambda view: view.alive
+    other.policy.__class__ = type("Other", (LearnedPolicy,), {})
+    for model, message in [
+        (hooked, "it has hooks of its own"),
+        (replaced, "it has forward of its own"),
+        (other, "a Other can't be exported"),
+    ]:
+        with pytest.raises(ExportError, match=message):
+            export_onnx(model, tmp_path / "pruned.onnx")
     assert not list(tmp_path.iterdir())
