@@ -33,57 +33,68 @@ if _CPU_ATTENTION not in flop_registry:  # before torch 2.15 fused attention on 
         return sdpa_flop_count(q, k, v)
 
 
+# constant, linear and quadratic coefficient
+Polynomial = tuple[int, int, int]
+
+
 @dataclass(frozen=True)
 class Macs:
     """Multiply-accumulates of a backbone's parts, equal to those of ``torch.utils.flop_counter``.
 
     Attributes:
         embed: of the patch embedding of an image.
-        per_token: of the linear layers of each block, for one token.
+        of_blocks: of each block, as a polynomial in the number of tokens.
         width: attention width: heads times head size.
-        head_fit: of the head: constant, linear and quadratic coefficient in the number of tokens.
+        of_head: of the head, likewise.
     """
 
     embed: int
-    per_token: tuple[int, ...]
+    of_blocks: tuple[Polynomial, ...]
     width: int
-    head_fit: tuple[int, int, int]
+    of_head: Polynomial
 
     @staticmethod
     def of(model: Any, image_shape: tuple[int, int, int]) -> Macs:
         """Counts the parts of ``model`` for images of ``image_shape`` (C, H, W)."""
         some = some_tensor(model)
         blank = torch.zeros(1, *image_shape, dtype=some.dtype, device=some.device)
-        sizes = [model.num_prefix_tokens + n for n in (1, 2, 3)]
-        costs = []
+        ops, width = model_ops(model), attention_width(model)
+
+        def of_block(block: Any) -> Polynomial:
+            if not _has_other_products(block):
+                return 0, count_linear_macs(block), 2 * width
+
+            def cost(tokens: int) -> int:
+                image = blank.new_zeros(1, tokens, model.embed_dim)
+                return _count_macs(model, partial(ops.dense_block, block, image, None, None))
+
+            return _fit(cost, model.num_prefix_tokens)
+
+        def head_cost(tokens: int) -> int:
+            if model.global_pool == "":
+                return 0  # without pooling there is no output to pay for
+            rows = blank.new_zeros(tokens, model.embed_dim)
+            if pools_tokens(model):
+                layout = Layout.of(np.array([tokens]), width, blank.device)
+                return _count_macs(model, partial(classify_pooled, model, rows, layout))
+            prefix = rows[None, : model.num_prefix_tokens]
+            return _count_macs(model, partial(classify_prefix, model, prefix))
+
         with in_eval_mode(model), _without_hooks(model):
-            embedding = _count_macs(model, partial(model_ops(model).embed, model, blank))
-            for n in sizes:
-                layout = Layout.of(np.array([n]), attention_width(model), blank.device)
-                rows = blank.new_zeros(n, model.embed_dim)
-                if model.global_pool == "":
-                    costs.append(0)  # without pooling there is no output to pay for
-                elif pools_tokens(model):
-                    costs.append(_count_macs(model, partial(classify_pooled, model, rows, layout)))
-                else:
-                    prefix = rows[None, : model.num_prefix_tokens]
-                    costs.append(_count_macs(model, partial(classify_prefix, model, prefix)))
-        # attention pooling is at most quadratic in the tokens, so three points fix the head's cost
-        quadratic = (costs[2] - 2 * costs[1] + costs[0]) // 2
-        linear = costs[1] - costs[0] - quadratic * (sizes[1] ** 2 - sizes[0] ** 2)
-        constant = costs[0] - linear * sizes[0] - quadratic * sizes[0] ** 2
-        return Macs(
-            embed=embedding,
-            per_token=tuple(count_linear_macs(block) for block in model.blocks),
-            width=attention_width(model),
-            head_fit=(constant, linear, quadratic),
-        )
+            return Macs(
+                embed=_count_macs(model, partial(ops.embed, model, blank)),
+                of_blocks=tuple(map(of_block, model.blocks)),
+                width=width,
+                of_head=_fit(head_cost, model.num_prefix_tokens),
+            )
 
     def blocks(self, tokens: Any, start: int, stop: int) -> Any:
         """Of the blocks ``start`` to ``stop - 1`` on ``tokens`` tokens, an int or int64 tensor."""
-        return tokens * sum(self.per_token[start:stop]) + tokens**2 * (
-            2 * self.width * (stop - start)
-        )
+        total = [
+            sum(coefficients) for coefficients in zip(*self.of_blocks[start:stop], strict=True)
+        ]
+        constant, linear, quadratic = total or (0, 0, 0)
+        return constant + tokens * linear + tokens**2 * quadratic
 
     def attention_received(self, tokens: Any) -> Any:
         """Of one query against ``tokens`` keys, which gives the attention that each receives."""
@@ -91,12 +102,21 @@ class Macs:
 
     def head(self, tokens: Any) -> Any:
         """Of the pooling and the classifier, on ``tokens`` tokens."""
-        constant, linear, quadratic = self.head_fit
+        constant, linear, quadratic = self.of_head
         return constant + tokens * linear + tokens**2 * quadratic
 
     def dense(self, tokens: int) -> int:
         """Of the unpruned model on images of ``tokens`` tokens."""
-        return self.embed + self.blocks(tokens, 0, len(self.per_token)) + self.head(tokens)
+        return self.embed + self.blocks(tokens, 0, len(self.of_blocks)) + self.head(tokens)
+
+
+def _fit(cost: Callable[[int], int], prefix: int) -> Polynomial:
+    """The cost for any number of tokens, which is at most quadratic: three points fix it."""
+    first, second, third = (prefix + n for n in (1, 2, 3))
+    costs = cost(first), cost(second), cost(third)
+    quadratic = (costs[2] - 2 * costs[1] + costs[0]) // 2
+    linear = costs[1] - costs[0] - quadratic * (second**2 - first**2)
+    return costs[0] - linear * first - quadratic * first**2, linear, quadratic
 
 
 @contextmanager
@@ -149,6 +169,17 @@ def _linear_layers(module: nn.Module) -> list[Any]:
         for layer in layers
         if not any(part is not layer and _is_linear(part) for part in layer.modules())
     ]
+
+
+def _has_other_products(module: nn.Module) -> bool:
+    """Whether weights outside of linear layers may multiply tokens, as those of a convolution."""
+    linear = {part for layer in module.modules() if _is_linear(layer) for part in layer.modules()}
+    return any(
+        weight.dim() > 1
+        for part in module.modules()
+        if part not in linear
+        for weight in part.parameters(recurse=False)
+    )
 
 
 def _is_linear(module: nn.Module) -> bool:

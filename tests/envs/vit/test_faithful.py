@@ -463,6 +463,39 @@ def test_a_head_that_is_replaced_later_counts(make_vit):
     assert play(staged, draw_images(), nobody)[1].isfinite().all()
 
 
+class ConvMlp(nn.Module):
+    """An MLP that mixes neighbours, and one whose weights belong to no linear layer."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.weight = next(part for part in mlp.modules() if isinstance(part, nn.Linear)).weight
+        width = self.weight.shape[1]
+        self.conv = nn.Conv1d(len(self.weight), width, 3, padding=1)
+
+    def forward(self, x):
+        hidden = nn.functional.linear(x, self.weight)
+        return self.conv(hidden.transpose(1, 2)).transpose(1, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit", "eva02"])
+def test_layers_that_are_not_linear_count(make_vit, name):
+    model, plain = make(make_vit, name, [])
+    plain = StagedViT(plain, STAGES)
+    model.blocks[2].mlp = ConvMlp(model.blocks[2].mlp)
+    wide, width = model.blocks[2].mlp.weight.shape
+    staged = StagedViT(model, STAGES)
+    keep = torch.zeros(2, BATCH, PATCHES, dtype=torch.bool)
+    keep[..., :5] = True
+    counts = []
+    for each in (staged, plain):
+        passed, _ = play(each, draw_images(), keep)
+        counts.append(each.total_macs(passed[-1]))
+    tokens = 5 + staged.num_prefix
+    linear = sum(p.numel() for n, p in plain.model.blocks[2].mlp.named_parameters() if p.dim() > 1)
+    assert (counts[0] - counts[1]).tolist() == [tokens * (4 * width * wide - linear)] * BATCH
+
+
 # --- quantised ---
 
 
