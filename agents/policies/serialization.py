@@ -109,10 +109,9 @@ def check_policy_rebuilds(policy: nn.Module, again: Any, backbone: StagedViT) ->
         except RuntimeError as error:
             problem = " ".join(str(error).split()).rstrip(".")
     if problem is None:
-        outputs = [
-            _on_a_probe(each, backbone) for each in (policy, again.to(some_tensor(policy).device))
-        ]
-        if not torch.allclose(*outputs, rtol=0, atol=PROBE_TOLERANCE, equal_nan=True):
+        again.to(some_tensor(policy).device)
+        ours, rebuilt = (_on_a_probe(each, backbone) for each in (policy, again))
+        if not torch.allclose(ours, rebuilt, rtol=0, atol=PROBE_TOLERANCE, equal_nan=True):
             problem = "its networks have other outputs"
     if problem is not None:
         raise SavedModelError(
