@@ -60,6 +60,8 @@ def pytest_addoption(parser):
         default=200,
         help="how many random command lines of trainers.mappo are tried (default: 200)",
     )
+    parser.addoption("--kills", type=int, default=3, help="how many trainings are killed")
+    parser.addoption("--soak", metavar="FILE", help="soak for long; write what was held to FILE")
 
 
 VIT = "vit_tiny_patch16_224"

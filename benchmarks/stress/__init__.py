@@ -1,1 +1,0 @@
-"""Long runs that look for leaks, and for what a kill breaks."""
