@@ -2,13 +2,12 @@
 
 from prunevit.agents.policies.actor_critic import TokenActor
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
-from prunevit.agents.policies.heuristics import AdaptiveSampling, AttentionThreshold, KeepAll, TopK
+from prunevit.agents.policies.heuristics import AttentionThreshold, KeepAll, TopK
 from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.policies.policy import Policy
 from prunevit.agents.pruned_vit import PrunedViT, prune
 
 __all__ = [
-    "AdaptiveSampling",
     "AttentionThreshold",
     "DynamicViTPolicy",
     "KeepAll",

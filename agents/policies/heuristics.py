@@ -93,42 +93,6 @@ class AttentionThreshold:
         return view.scatter(view.cls_attention >= least)
 
 
-class AdaptiveSampling:
-    """Adaptive Token Sampling, "ATS" (arXiv 2111.15667, section 3).
-
-    Patches are sampled by inverse transform, so that few are kept if few have all the attention.
-    The significance scores of the living patches are normalised to a distribution, whose cumulative
-    sum is read at the K fixed quantiles 1/2K, 3/2K, ..., (2K-1)/2K. A patch that contains several
-    quantiles is kept once.
-
-    There are two differences from the paper. Its significance score is the class attention times
-    the norm of the value vector; here values don't leave the block, so it is the attention alone.
-    The paper removes patches between the attention and the MLP of a block, here they are removed
-    after both, which costs a little more and leaves the survivors unchanged.
-
-    Args:
-        samples: K for each stage, an upper bound of the number of patches kept.
-    """
-
-    needs_attention = True
-    macs_per_decision = 0
-
-    def __init__(self, samples: Sequence[int]) -> None:
-        if not all(isinstance(number, Integral) for number in samples):
-            raise ValueError(f"samples={tuple(samples)}: each must be a whole number of patches")
-        self.samples = _checked("samples", samples)
-
-    def __call__(self, view: View) -> Tensor:
-        count = at_stage("samples", self.samples, view)
-        reached = view.scatter(view.cls_attention).cumsum(1)
-        quantiles = (torch.arange(count, device=reached.device) + 0.5) / max(count, 1)
-        # the first patch at which the sum reaches the quantile: never one without attention
-        patch = torch.searchsorted(reached, reached[:, -1:] * quantiles)
-        # NaN attention would select an index after the last patch
-        patch = patch.clamp(max=view.backbone.num_patches - 1)
-        return torch.zeros_like(view.alive).scatter_(1, patch, True) & view.alive
-
-
 def keep_highest(view: View, scores: Tensor, count: int) -> Tensor:
     """Selects the ``count`` living patches of each image with the highest scores.
 

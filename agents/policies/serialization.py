@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prunevit.agents.policies.actor_critic import TokenActor
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
-from prunevit.agents.policies.heuristics import AdaptiveSampling, AttentionThreshold, KeepAll, TopK
+from prunevit.agents.policies.heuristics import AttentionThreshold, KeepAll, TopK
 from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.policies.policy import Policy
 from prunevit.envs.fields import field_size, field_slices
@@ -23,7 +23,11 @@ PLAIN_POLICIES: dict[str, tuple[type, tuple[str, ...]]] = {
     "keep-all": (KeepAll, ()),
     "top-k": (TopK, ("tokens", "score", "seed")),
     "threshold": (AttentionThreshold, ("thresholds",)),
-    "adaptive-sampling": (AdaptiveSampling, ("samples",)),
+}
+# policies that saved models of before can have, and why there are none any more
+GONE_POLICIES = {
+    "adaptive-sampling": "it was not ATS as published, which prunes inside of blocks: see "
+    "prunevit.benchmarks.baselines.ats",
 }
 PROBED = 64  # observations on which a policy and what will be read of it are compared
 PROBE_TOLERANCE = 1e-5
@@ -65,7 +69,7 @@ def make_policy(described: Mapping[str, Any], backbone: StagedViT) -> Policy:
     """Builds the policy that ``describe_policy`` described, with untrained weights.
 
     Raises:
-        SavedModelError: the kind of policy is unknown.
+        SavedModelError: the kind of policy is unknown or gone.
     """
     kind = described["kind"]
     if kind in PLAIN_POLICIES:
@@ -73,6 +77,8 @@ def make_policy(described: Mapping[str, Any], backbone: StagedViT) -> Policy:
         return plain(**{name: described[name] for name in arguments})
     if kind == "dynamic-vit":
         return dynamic_vit_policy(backbone, described["keep"], described["hidden"])
+    if kind in GONE_POLICIES:
+        raise SavedModelError(f"policy {kind!r} is gone: {GONE_POLICIES[kind]}")
     if kind != "learned":
         raise SavedModelError(f"unknown kind of policy {kind!r}: of another version?")
     policy = learned_policy(

@@ -30,8 +30,8 @@ def check_plain(model: Any) -> Any:
     else:
         return model
     raise UnsupportedBackboneError(
-        f"padded, tome, evit and uniform are written for timm's plain Block with Attention, not "
-        f"for {kind}: leave them out"
+        f"padded, ats, tome, evit and uniform are written for timm's plain Block with Attention, "
+        f"not for {kind}: leave them out"
     )
 
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from prunevit.agents.policies.heuristics import AdaptiveSampling, AttentionThreshold, Score, TopK
+from prunevit.agents.policies.heuristics import AttentionThreshold, Score, TopK
 from prunevit.agents.policies.oracle import Oracle
 from prunevit.agents.pruned_vit import PrunedViT, Trace
 from prunevit.benchmarks.baselines import evit as evit_baseline
 from prunevit.benchmarks.baselines import tome as tome_baseline
+from prunevit.benchmarks.baselines.ats import ATS
 from prunevit.benchmarks.protocol import (
     Benchmark,
     FixedScheduleModel,
@@ -81,8 +82,8 @@ def adaptive_sampling(bench: Benchmark, seed: int) -> Method:
     """ATS, with the same number of samples at every stage."""
     backbone = bench.backbone
 
-    def make(knobs: Knobs) -> PrunedViT:
-        return PrunedViT(backbone, AdaptiveSampling([knobs["samples"]] * backbone.num_stages))
+    def make(knobs: Knobs) -> ATS:
+        return ATS(backbone, [knobs["samples"]] * backbone.num_stages)
 
     def cost(samples: int) -> float:
         return bench.validate(make({"samples": samples})).gmacs
@@ -90,7 +91,7 @@ def adaptive_sampling(bench: Benchmark, seed: int) -> Method:
     def tune(gmacs: float) -> Knobs:
         # samples often fall on the same patch, so many more than there are patches can be needed
         most = 64 * backbone.num_patches
-        samples = bisect_left(range(most + 1), gmacs, lo=1, hi=most, key=cost)
+        samples = bisect_left(range(most + 1), gmacs, lo=2, hi=most, key=cost)
         if samples == most and cost(most) < gmacs:
             raise UnreachableError(f"{most} samples cost less")
         return {"samples": samples}

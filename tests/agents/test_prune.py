@@ -14,7 +14,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from prunevit.agents import (
-    AdaptiveSampling,
     AttentionThreshold,
     DynamicViTPolicy,
     KeepAll,
@@ -289,8 +288,6 @@ def test_shares_are_numbers_of_patches(vit, images):
     for tokens in ((98.0, 1), (-1, 1), ("a", 1), (1.5, 1)):
         with pytest.raises(ValueError, match="whole number of patches, as 98, or a share"):
             TopK(tokens)
-    with pytest.raises(ValueError, match="each must be a whole number of patches"):
-        AdaptiveSampling((0.5, 0.5))
 
 
 def test_every_parameter_that_asks_for_a_gradient_gets_one(vit, images):
@@ -432,10 +429,9 @@ def test_what_is_cached_is_nobodys_tensor(vit):
         TopK((9, 4), "attention"),
         TopK((9, 4), "random", seed=3),
         AttentionThreshold((0.9, 1.1)),
-        AdaptiveSampling((12, 6)),
         DynamicViTPolicy(32, 2, keep=0.6, hidden=8),
     ],
-    ids=["learned", "keep all", "attention", "random", "threshold", "adaptive sampling", "dynamic"],
+    ids=["learned", "keep all", "attention", "random", "threshold", "dynamic"],
 )
 @torch.no_grad()
 def test_what_was_saved_comes_back(make_vit, images, tmp_path, policy):
@@ -613,6 +609,10 @@ def test_damaged_files_are_refused(vit, make_vit, tmp_path):
     for change, message in [
         ({"format": 2}, "written in format 2, this version reads 1"),
         ({"policy": {"kind": "magic"}}, "unknown kind of policy 'magic'"),
+        (
+            {"policy": {"kind": "adaptive-sampling", "samples": [9, 4]}},
+            "policy 'adaptive-sampling' is gone: it was not ATS as published",
+        ),
         ({"backbone": {"name": "vit_tiny_patch16_224"}}, "configuration is damaged"),
         ({"backbone": described["backbone"] | {"name": "vit_none"}}, "unknown backbone 'vit_none'"),
         ({"policy": described["policy"] | {"hidden": [9]}}, "doesn't fit its configuration"),

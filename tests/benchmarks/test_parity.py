@@ -9,6 +9,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
 from prunevit.benchmarks.baselines import evit, tome
+from prunevit.benchmarks.baselines.ats import ATS
+from prunevit.envs.vit.staged_vit import StagedViT
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "originals"
 SIZES = {
@@ -108,3 +110,12 @@ def test_evit_keeps_the_originals_tokens(images, monkeypatch, case):
     logits = evit.EViT(fixed_model(), stages, tokens, case == "fused")(images)
     assert kept == theirs["kept"]
     assert_same_logits(logits, theirs["logits"])
+
+
+@pytest.mark.parametrize("samples", [60, 196, 400])
+def test_ats_samples_the_originals_tokens(images, samples):
+    theirs = original("ats", f"{samples} samples")
+    trace = ATS(StagedViT(fixed_model(), (2, 4, 5)), (samples,) * 3).trace(images)
+    kept = [[stage.nonzero()[:, 0].tolist() for stage in image] for image in trace.alive]
+    assert kept == theirs["kept"]
+    assert_same_logits(trace.logits, theirs["logits"])

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from prunevit.agents import (
-    AdaptiveSampling,
     AttentionThreshold,
     KeepAll,
     Policy,
@@ -129,39 +128,6 @@ def test_a_threshold_keeps_whoever_is_paid_enough(views):
     assert len(lengths.unique()) > 1
 
 
-@pytest.mark.parametrize("samples", [1, 3, 8, 40])
-def test_sampling_keeps_the_patches_that_the_quantiles_fall_on(views, samples):
-    policy = AdaptiveSampling((samples,) * 3)
-    assert isinstance(policy, Policy)
-    assert (policy.needs_attention, policy.macs_per_decision) == (True, 0)
-    for view in views:
-        keep, paid = policy(view), view.scatter(view.cls_attention.detach().double())
-        for image in range(BATCH):
-            expected = set()
-            for quantile in [(2 * i + 1) / (2 * samples) for i in range(samples)]:
-                reached = 0.0
-                for patch in view.alive[image].nonzero().flatten().tolist():
-                    reached += float(paid[image, patch] / paid[image].sum())
-                    if reached >= quantile:
-                        expected.add(patch)
-                        break
-            assert set(keep[image].nonzero().flatten().tolist()) == expected
-
-
-def test_sampling_keeps_few_where_few_hold_all_the_attention(views):
-    view = views[1]
-    first = (view.image == 2) & (view.patch == view.patch[view.image == 2][0])
-    view.cls_attention = torch.where(first, 1e4, 1.0)
-    kept = AdaptiveSampling((16, 16, 16))(view).sum(1)
-    assert kept[1] == view.count[1]  # an even share each: nobody is passed over
-    assert kept[2] == 1
-    assert kept[0] == 0  # nobody lives
-
-
-def test_no_samples_keep_nobody(views):
-    assert not AdaptiveSampling((0, 0, 0))(views[0]).any()
-
-
 # --- bad input ---
 
 
@@ -174,5 +140,3 @@ def test_what_is_refused(views):
         AttentionThreshold((float("nan"),))
     with pytest.raises(ValueError, match="tokens for 2 stages, the backbone has 3"):
         TopK((4, 4))(views[0])
-    with pytest.raises(ValueError, match="samples for 1 stages, the backbone has 3"):
-        AdaptiveSampling((4,))(views[0])
