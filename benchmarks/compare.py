@@ -14,7 +14,7 @@ killed comparison goes on where it stood.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -211,32 +211,46 @@ def measure(
         }
 
 
-def table(rows: Sequence[Record]) -> str:
-    """A line for each method and operating point, over the seeds, the most accurate first. Methods
-    that were judged on fewer images say on how many.
+def table(methods: Iterable[tuple[str, pd.DataFrame]], with_speeds: bool = True) -> str:
+    """A row for each method, and a column for each operating point: test accuracy and, where it was
+    timed, the speed-up in the same cell, or in a row of its own if there are intervals. A cell with
+    fewer seeds says how many.
+
+    Args:
+        methods: title and records of each.
+        with_speeds: show how many times as fast as dense each is.
     """
-    data = pd.DataFrame(rows)
-    data["images"] = data["left"].map(sum)
-    data["loss"] = data["dense_accuracy"] - data["accuracy"]
-    data["share"] = data["gmacs"] / data["dense_gmacs"]
+    methods = list(methods)
+    points = sorted({point for _, rows in methods for point in rows["point"]})
     lines = []
-    for point, at_point in data.groupby("point"):
-        methods = at_point.groupby("method", sort=False)
-        for name, group in sorted(methods, key=lambda item: -item[1]["accuracy"].mean()):
-            images, speeds = group["images"].min(), group["speedup"].dropna().tolist()
-            lines.append(
-                [
-                    f"{100 * point:.0f}%",
-                    name if images == data["images"].max() else f"{name} ({images} images)",
-                    str(len(group)),
-                    mean_and_interval((100 * group["accuracy"]).tolist()),
-                    mean_and_interval((100 * group["loss"]).tolist()),
-                    f"{100 * group['share'].mean():.1f}",
-                    mean_and_interval(speeds, unit="x") if speeds else "not timed",
-                ]
-            )
-    header = ["point", "method", "seeds", "accuracy", "loss", "GMACs, % of dense", "speed-up"]
-    return markdown_table(header, lines)
+    for title, rows in methods:
+        groups = [rows[rows["point"] == point] for point in points]
+        most = max(len(group) for group in groups)
+        accuracies, speeds = [title], [""]
+        for group in groups:
+            percent = (100 * group["accuracy"]).tolist()
+            cell = mean_and_interval(percent) if percent else "not reached"
+            accuracies.append(cell + (f", {len(group)} seeds" if 0 < len(group) < most else ""))
+            timed = group["speedup"].dropna().tolist() if with_speeds else []
+            speeds.append(mean_and_interval(timed, unit="x") if timed else "")
+        if most == 1:
+            cells = zip(accuracies[1:], speeds[1:], strict=True)
+            lines.append([title, *(", ".join(filter(None, cell)) for cell in cells)])
+        else:
+            lines += [accuracies, speeds] if any(speeds) else [accuracies]
+    first, *others = (f"at {point:.0%}" for point in points)
+    return markdown_table(["method", f"{first} of dense GMACs", *others], lines)
+
+
+def report(config: CompareConfig) -> None:
+    """Compares, and prints all records of the folder, the most accurate method first."""
+    rows = compare(config)
+    if not rows:
+        return  # no method reached a point
+    data = pd.DataFrame(rows)
+    print(f"dense: {100 * data['dense_accuracy'].iloc[0]:.2f}")
+    methods = [(METHODS[name].title, group) for name, group in data.groupby("method")]
+    print(table(sorted(methods, key=lambda method: -method[1]["accuracy"].mean())))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -246,7 +260,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = tyro.cli(CompareConfig, description=__doc__, args=arguments, prog=prog())
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        print(table(compare(config)))
+        report(config)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ import numpy as np
 import pandas as pd
 import tyro
 
+from prunevit.benchmarks.compare import table
 from prunevit.benchmarks.machine import MIB
-from prunevit.benchmarks.markdown import markdown_table, mean_and_deviation, mean_and_interval
+from prunevit.benchmarks.markdown import markdown_table, mean_and_deviation
 from prunevit.benchmarks.marl import compare as marl
 from prunevit.benchmarks.methods.registry import METHODS
 from prunevit.benchmarks.records import FILE, read
@@ -76,52 +77,26 @@ def load(name: str) -> Any:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
-def method_rows(
-    title: str, rows: pd.DataFrame, points: Sequence[float], with_speeds: bool
-) -> list[list[str]]:
-    """A method's row: test accuracy at each point and, where it was timed, the speed-up in the same
-    cell, or in a row of its own if there are intervals. A cell with fewer seeds says how many.
-    """
-    groups = [rows[rows["point"] == point] for point in points]
-    most = max(len(group) for group in groups)
-    accuracies, speeds = [title], [""]
-    for group in groups:
-        cell = (
-            mean_and_interval((100 * group["accuracy"]).tolist()) if len(group) else "not reached"
-        )
-        accuracies.append(cell + (f", {len(group)} seeds" if 0 < len(group) < most else ""))
-        timed = group["speedup"].dropna().tolist() if with_speeds else []
-        speeds.append(mean_and_interval(timed, unit="x") if timed else "")
-    if not any(speeds):
-        return [accuracies]
-    if most > 1:
-        return [accuracies, speeds]
-    return [[title, *map(", ".join, zip(accuracies[1:], speeds[1:], strict=True))]]
-
-
 def comparison(
     *parts: tuple[str, Sequence[str]], with_speeds: bool = False, seed: int | None = None
 ) -> str:
-    """A row for each method, a column for each operating point.
+    """The table of ``benchmarks.compare`` of committed records.
 
     Args:
         parts: folders of the results, and methods.
         with_speeds: show how many times as fast as dense each is.
         seed: take this seed alone.
     """
-    lines: list[list[str]] = []
-    points: list[float] = []
-    for folder, methods in parts:
+    methods = []
+    for folder, names in parts:
         data = pd.DataFrame(read(RESULTS / folder / FILE))
         data = data if seed is None else data[data["seed"] == seed]
-        points = points or sorted(set(data[data["method"].isin(methods)]["point"]))
-        for method in methods:
-            title = f"{METHODS[method].title} (`{method}`)"
-            title = f"**{title}**" if method == "mappo" else title
+        for name in names:
+            title = f"{METHODS[name].title} (`{name}`)"
+            title = f"**{title}**" if name == "mappo" else title
             title += ", within two minutes" if folder == TWO_MINUTES else ""
-            lines += method_rows(title, data[data["method"] == method], points, with_speeds)
-    first, *others = (f"at {point:.0%}" for point in points)
-    return markdown_table(["method", f"{first} of dense GMACs", *others], lines)
+            methods.append((title, data[data["method"] == name]))
+    return table(methods, with_speeds)
 
 
 def run_row(title: str, name: str, policy: str) -> list[str]:

@@ -376,6 +376,27 @@ def test_a_recipe_is_as_long_as_it_says_unless_told_otherwise(bench):
     assert RECIPES["mappo"].settings(free)["iterations"] == 400
 
 
+def test_the_command_prints_the_most_accurate_first(monkeypatch, capsys):
+    rows = [
+        {
+            "method": name,
+            "point": 0.4,
+            "accuracy": accuracy,
+            "dense_accuracy": 0.95,
+            "speedup": None,
+        }
+        for name, accuracy in (("norm", 0.8), ("tome", 0.9))
+    ]
+    monkeypatch.setattr(comparison, "compare", lambda config: rows)
+    main([])
+    dense, *lines = capsys.readouterr().out.splitlines()
+    assert dense == "dense: 95.00"
+    assert lines[2:] == [
+        f"| {METHODS[name].title} | {percent}.00 |"
+        for name, percent in (("tome", 90), ("norm", 80))
+    ]
+
+
 # --- what is refused ---
 
 

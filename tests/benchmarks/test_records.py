@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from prunevit.benchmarks.bootstrap import interval
-from prunevit.benchmarks.compare import table
 from prunevit.benchmarks.markdown import mean_and_deviation, mean_and_interval
 from prunevit.benchmarks.records import FIELDS, Records, differences, read
 
@@ -103,28 +102,3 @@ def test_cells_tell_mean_and_spread():
     assert mean_and_interval([1.0, 2.0, 3.0, 4.0], unit="x") == f"2.50x [{low:.2f}, {high:.2f}]"
     assert mean_and_interval([2.0, 2.0]) == "2.00"
     assert mean_and_deviation([1.0, 3.0], unit="%") == "2.00 ± 1.41%"
-
-
-def test_the_table_says_who_was_judged_on_fewer_images():
-    text = table([record("oracle", left=[1, 2]), record("b")])
-    assert "| oracle (3 images) |" in text
-    assert "| b |" in text
-
-
-def test_the_table_ranks_methods_at_each_point():
-    rows = [
-        record("worse", accuracy=0.8),
-        record("better", accuracy=0.94, speedup=2.0),
-        record("better", seed=1, accuracy=0.92, speedup=3.0),
-        record("worse", point=0.3, accuracy=0.5),
-    ]
-    lines = table(rows).splitlines()[2:]
-    cells = [[part.strip() for part in line.split("|")[1:-1]] for line in lines]
-    assert [row[:3] for row in cells] == [
-        ["30%", "worse", "1"], ["40%", "better", "2"], ["40%", "worse", "1"],
-    ]  # fmt: skip
-    assert cells[1][3].startswith("93.00 [")
-    assert cells[1][4].startswith("2.00 [")
-    assert cells[1][5] == "40.0"
-    assert cells[1][6].startswith("2.50x [")
-    assert cells[0][6] == "not timed"

@@ -4,8 +4,9 @@ import pandas as pd
 import pytest
 
 from prunevit.benchmarks import tables
+from prunevit.benchmarks.compare import table
 from prunevit.benchmarks.records import FILE, read
-from prunevit.benchmarks.tables import TABLES, comparison, main, method_rows, refresh, same
+from prunevit.benchmarks.tables import TABLES, comparison, main, refresh, same
 
 UPPER_BOUNDS = {"oracle", "oracle-no-labels"}  # judged on few images
 PAGE = "Before.\n<!-- table: a -->\n{}<!-- end -->\nAfter.\n"
@@ -34,18 +35,31 @@ def record(point, accuracy, speedup=None, method="m", seed=0):
     }  # fmt: skip
 
 
+def cells(rows, **options):
+    """The cells of a table, line by line."""
+    lines = table([("M", pd.DataFrame(rows))], **options).splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
 def test_one_seed_has_its_speed_in_the_same_cell():
-    rows = pd.DataFrame([record(0.3, 0.9, 2.0), record(0.5, 0.95, 1.5)])
-    assert method_rows("M", rows, [0.3, 0.5], True) == [["M", "90.00, 2.00x", "95.00, 1.50x"]]
-    assert method_rows("M", rows, [0.3, 0.5], False) == [["M", "90.00", "95.00"]]
+    rows = [record(0.3, 0.9, 2.0), record(0.5, 0.95), record(0.7, 0.95, 1.5)]
+    assert cells(rows)[2] == ["M", "90.00, 2.00x", "95.00", "95.00, 1.50x"]
+    assert cells(rows, with_speeds=False)[2] == ["M", "90.00", "95.00", "95.00"]
 
 
 def test_seeds_have_means_and_their_speeds_a_row():
     rows = [record(0.3, accuracy, accuracy, seed=i) for i, accuracy in enumerate((0.5, 0.9))]
-    rows.append(record(0.5, 0.9, 2.0))
-    accuracies, speeds = method_rows("M", pd.DataFrame(rows), [0.3, 0.5, 0.7], True)
-    assert accuracies == ["M", "70.00 [50.00, 90.00]", "90.00, 1 seeds", "not reached"]
-    assert speeds == ["", "0.70x [0.50, 0.90]", "2.00x", ""]
+    header, _, accuracies, speeds = cells([*rows, record(0.5, 0.9, 2.0)])
+    assert header == ["method", "at 30% of dense GMACs", "at 50%"]
+    assert accuracies == ["M", "70.00 [50.00, 90.00]", "90.00, 1 seeds"]
+    assert speeds == ["", "0.70x [0.50, 0.90]", "2.00x"]
+
+
+def test_points_that_another_method_reached_are_gaps():
+    methods = [(name, pd.DataFrame([record(point, 0.9)])) for name, point in (("A", 1), ("B", 0.5))]
+    assert table(methods).splitlines()[2:] == [
+        "| A | not reached | 90.00 |", "| B | 90.00 | not reached |"
+    ]  # fmt: skip
 
 
 def test_a_comparison_reads_the_records_of_its_folders(tmp_path, monkeypatch):
