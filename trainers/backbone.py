@@ -182,8 +182,7 @@ def finish(
         "config": config.to_json(),
         "versions": versions(),
     }
-    names = test.class_names
-    weights = write_backbone(run.path, model.state_dict(), config, len(names), names)
+    weights = write_backbone(run.path, model, config, test.class_names)
     shipped = {
         "backbone": config.backbone,
         "model_kwargs": config.model_kwargs,
@@ -232,8 +231,7 @@ def train(config: BackboneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
     workers = ranks.workers(config.workers, device)
     images = TrainingImages(config.dataset, config, data_config, device, ranks)
     loss = CrossEntropy(model, config)
-    steps = config.epochs * images.steps_an_epoch
-    learner = Learner(model.train(), loss, config, steps, ranks)
+    learner = Learner(model.train(), loss, config, images.steps, ranks)
     averaged = learner.ema.module
 
     def evaluate() -> Record:
@@ -242,8 +240,7 @@ def train(config: BackboneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
 
     def write_weights_so_far() -> None:
         if ranks.is_first:
-            names = test.class_names
-            write_backbone(run.path, averaged.state_dict(), config, len(names), names)
+            write_backbone(run.path, averaged, config, test.class_names)
 
     mixup = make_mixup(config, num_classes)
     train_epochs(run, config, learner, images, evaluate, mixup, after_epoch=write_weights_so_far)

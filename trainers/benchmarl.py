@@ -25,15 +25,7 @@ from prunevit.trainers.common.integrations import GAMMA, LibraryConfig, LibraryR
 from prunevit.trainers.common.settings import Positive
 
 with needs("benchmarl"):
-    from benchmarl.algorithms import (
-        IppoConfig,
-        IqlConfig,
-        IsacConfig,
-        MappoConfig,
-        MasacConfig,
-        QmixConfig,
-        VdnConfig,
-    )
+    from benchmarl.algorithms import algorithm_config_registry
     from benchmarl.algorithms.common import AlgorithmConfig
     from benchmarl.experiment import Callback, Experiment, ExperimentConfig
     from benchmarl.models.mlp import Mlp, MlpConfig
@@ -44,15 +36,7 @@ REPLAYED_ITERATIONS = 8  # frames are large: each holds the observations of all 
 REPLAY_STEPS = 8  # gradient steps per iteration of an off-policy algorithm
 EXPLORING = 0.5  # share of the training over which exploration is annealed
 
-ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
-    "mappo": MappoConfig,
-    "ippo": IppoConfig,
-    "qmix": QmixConfig,
-    "vdn": VdnConfig,
-    "iql": IqlConfig,
-    "masac": MasacConfig,
-    "isac": IsacConfig,
-}
+Algorithm = Literal["mappo", "ippo", "qmix", "vdn", "iql", "masac", "isac"]
 
 
 @dataclass
@@ -61,7 +45,7 @@ class BenchmarlConfig(LibraryConfig):
 
     library = "benchmarl"
 
-    algorithm: Literal["mappo", "ippo", "qmix", "vdn", "iql", "masac", "isac"] = "mappo"
+    algorithm: Algorithm = "mappo"
     """The algorithm."""
     minutes: Positive | None = None
     """Time limit of the training in minutes. By default there is none."""
@@ -106,11 +90,11 @@ class SavedExperiment(Experiment):
 
 def algorithm_config(name: str) -> AlgorithmConfig:
     """BenchMARL's default settings of an algorithm, adapted to the game."""
-    kind = ALGORITHMS[name]
+    config = algorithm_config_registry[name].get_from_yaml()
     if name in ("mappo", "ippo"):
         # lambda 1 doesn't bootstrap: the values of pruned tokens can't tell images apart
-        return dataclasses.replace(kind.get_from_yaml(), lmbda=1.0, entropy_coef=3e-4)
-    return kind.get_from_yaml()
+        return dataclasses.replace(config, lmbda=1.0, entropy_coef=3e-4)
+    return config
 
 
 def experiment_config(config: BenchmarlConfig, stages: int, folder: Path) -> ExperimentConfig:

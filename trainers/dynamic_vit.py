@@ -41,7 +41,6 @@ from prunevit.trainers.common.report import table
 from prunevit.trainers.common.run import (
     COMMAND_ERRORS,
     RUNS,
-    RunFolder,
     TrainingError,
     iteration_seed,
     open_run,
@@ -52,7 +51,6 @@ from prunevit.trainers.common.settings import (
     Positive,
     Range,
     Seed,
-    Threads,
     Weight,
     parse_arguments,
 )
@@ -96,10 +94,6 @@ class DynamicViTConfig(StagedViTSettings):
     """Iterations between two checkpoints."""
     seed: Seed = 0
     """Seeds weights, images and the Gumbel noise."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    threads: Threads | None = None
-    """CPU threads. By default torch's own choice."""
     run_name: str = "dynamic-vit"
     """The run is written to runs/RUN_NAME."""
     resume: Path | None = None
@@ -134,6 +128,8 @@ class Trainer:
         TrainingError: there are fewer images than a batch holds, or more classes than the backbone
             has.
     """
+
+    is_resumable = True  # each step draws its images and noise from a seed of its own
 
     def __init__(
         self,
@@ -207,10 +203,6 @@ class Trainer:
             waits = group["scale"] < 1 and done < BACKBONE_START
             group["lr"] = 0.0 if waits else rate * group["scale"]
 
-    @property
-    def is_resumable(self) -> bool:
-        return True
-
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next iteration depends on."""
         trained = {"backbone": self.backbone.model.state_dict()} if self.config.fine_tune else {}
@@ -252,9 +244,23 @@ def train(config: DynamicViTConfig) -> dict[str, Any]:
     trainer = Trainer(backbone, policy, images, config)
     run.restore(trainer)
     run.create(config)
+
+    def evaluate_now() -> dict[str, float]:
+        result = evaluate(PrunedViT(backbone, policy), validation, config.eval_size)
+        return {"validation_accuracy": result.accuracy, "validation_gmacs": result.gmacs}
+
+    monitor = Monitor(
+        evaluate_now,
+        progress=lambda record: f"loss {record['loss']:.3f} kept {record['keep_ratio']:.3f}",
+        activity=lambda: f"training on {config.batch_size} images",
+    )
     with says_how_to_go_on(run.path, resume_flags(run.path, config)):
-        loop.train(run, trainer, make_monitor(trainer, validation), config)
-    write_networks(run, trainer)
+        loop.train(run, trainer, monitor, config)
+    run.write_networks(policy=policy)
+    if config.fine_tune:
+        described = replace(config, model_kwargs=all_model_kwargs(config))
+        names = backbone.model.pretrained_cfg.get("label_names")
+        write_backbone(run.path, model, described, names)
 
     result = evaluate(PrunedViT(backbone, policy), validation)
     decisions = backbone.num_patches * (1 + sum(result.kept[:-1]))
@@ -275,31 +281,6 @@ def train(config: DynamicViTConfig) -> dict[str, Any]:
     }
     write_json(run.path / "report.json", report)
     return report
-
-
-def make_monitor(trainer: Trainer, validation: ImageSet) -> Monitor:
-    """Makes what the loop evaluates and shows."""
-
-    def evaluate_now() -> dict[str, float]:
-        pruned = PrunedViT(trainer.backbone, trainer.policy)
-        result = evaluate(pruned, validation, trainer.config.eval_size)
-        return {"validation_accuracy": result.accuracy, "validation_gmacs": result.gmacs}
-
-    return Monitor(
-        evaluate_now,
-        progress=lambda record: f"loss {record['loss']:.3f} kept {record['keep_ratio']:.3f}",
-        activity=lambda: f"training on {trainer.config.batch_size} images",
-    )
-
-
-def write_networks(run: RunFolder, trainer: Trainer) -> None:
-    """Writes the predictors, and with ``fine_tune`` the backbone."""
-    policy, config, model = trainer.policy, trainer.config, trainer.backbone.model
-    run.write_networks(policy=policy)
-    if config.fine_tune:
-        described = replace(config, model_kwargs=all_model_kwargs(config))
-        names: Any = model.pretrained_cfg.get("label_names")
-        write_backbone(run.path, model.state_dict(), described, model.num_classes, names)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

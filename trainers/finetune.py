@@ -13,8 +13,6 @@ first epoch and one after each), checkpoints, and at the end ``report.json`` and
 from __future__ import annotations
 
 import copy
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,28 +205,6 @@ def load_run(config: FinetuneConfig, device: torch.device) -> tuple[PrunedViT, s
     return model, config.dataset or own
 
 
-def evaluate_model(
-    model: PrunedViT, validation: ImageSet, ranks: Ranks = ALONE, workers: int = 0
-) -> Record:
-    """Evaluates ``model`` on the validation split; returns the fields of a record."""
-    result = evaluate(model, validation, None, ranks, workers)
-    return {
-        "validation_accuracy": result.accuracy,
-        "validation_gmacs": result.gmacs,
-        "validation_kept": list(result.kept),
-    }
-
-
-def write_model(model: PrunedViT, folder: Path) -> None:
-    """Writes ``model`` as ``save_pretrained`` does; ``folder`` only exists once it is complete."""
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        written = Path(temporary) / folder.name
-        model.save_pretrained(written)
-        if folder.exists():
-            shutil.rmtree(folder)
-        written.replace(folder)
-
-
 def finish(
     run: RunFolder,
     config: FinetuneConfig,
@@ -238,7 +214,7 @@ def finish(
 ) -> dict[str, Any]:
     """Writes the model and its report; returns the report."""
     backbone = model.backbone
-    write_model(model, run.path / "model")
+    model.save_pretrained(run.path / "model")
     dense_gmacs = backbone.dense_macs / 1e9
     unpruned = accuracy(backbone.model, validation, backbone.device, workers=workers)
     names = ("accuracy", "gmacs", "kept")
@@ -283,12 +259,16 @@ def train(config: FinetuneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
     workers = ranks.workers(config.workers, device)
     images = TrainingImages(dataset, config, data_config, device, ranks)
     validation = open_images(dataset, "validation", data_config, size=config.validation_size)
-    steps = config.epochs * images.steps_an_epoch
-    learner = Learner(model, Distillation(teacher, config), config, steps, ranks)
+    learner = Learner(model, Distillation(teacher, config), config, images.steps, ranks)
     averaged = learner.ema.module
 
     def evaluate_averaged() -> Record:
-        return evaluate_model(averaged, validation, ranks, workers)
+        result = evaluate(averaged, validation, None, ranks, workers)
+        return {
+            "validation_accuracy": result.accuracy,
+            "validation_gmacs": result.gmacs,
+            "validation_kept": list(result.kept),
+        }
 
     def evaluate_first() -> Record:
         dense = accuracy(teacher, validation, device, ranks, workers)

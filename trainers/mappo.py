@@ -9,7 +9,6 @@ With ``--critic none`` that is the only baseline, as in RLOO (arXiv 2402.14740) 
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,7 @@ from prunevit.trainers.common.experiments import Experiment, make_experiment
 from prunevit.trainers.common.gae import gae, leave_one_out
 from prunevit.trainers.common.loop import Monitor, NotFiniteError
 from prunevit.trainers.common.report import format_report
-from prunevit.trainers.common.rollout import Batch, Rollout, masked_log_probs, sample
+from prunevit.trainers.common.rollout import Batch, Rollout, join, masked_log_probs, sample
 from prunevit.trainers.common.run import (
     COMMAND_ERRORS,
     RunFolder,
@@ -110,19 +109,15 @@ class Learner(nn.Module):
         """
         return masked_log_probs(self.actor(observation).index_select(0, seen), mask)
 
-    def states(self, observed: Observations) -> tuple[Tensor | None, Tensor | None]:
-        """The distinct states, and in which each distinct observation was made, for a critic that
-        sees them.
-        """
-        return observed.distinct_states() if self.config.critic == "central" else (None, None)
-
     @torch.no_grad()
     def values(self, observed: Observations) -> Tensor:
         """V of every agent [B, N]; zero for pruned agents, and for all without a critic."""
         dense = torch.zeros(observed.alive.shape, device=observed.alive.device)
         if self.critic is not None:
             observation, seen = observed.distinct()
-            normed = self.critic(observation, *self.states(observed)).index_select(0, seen)
+            sees_state = self.config.critic == "central"
+            states = observed.distinct_states() if sees_state else (None, None)
+            normed = self.critic(observation, *states).index_select(0, seen)
             dense[observed.alive] = self.value_norm.denormalise(normed)
         return dense
 
@@ -193,10 +188,10 @@ def compute_advantages(rollout: Rollout, learner: Learner, env: BatchedEnv) -> B
         # subtract from theirs, so they can't be compared with the living
         compared = alive if learner.critic is not None else torch.ones_like(alive)
         advantage = leave_one_out(advantage, compared, env.rollouts_per_start)
-    observation, seen = _joined([observed.distinct() for observed in rollout.observations])
+    observation, seen = join([observed.distinct() for observed in rollout.observations])
     state, state_of = None, None
-    if learner.config.critic == "central":
-        state, state_of = _joined([observed.distinct_states() for observed in rollout.observations])
+    if config.critic == "central":
+        state, state_of = join([observed.distinct_states() for observed in rollout.observations])
     return Batch(
         observation=observation,
         seen=seen,
@@ -210,13 +205,6 @@ def compute_advantages(rollout: Rollout, learner: Learner, env: BatchedEnv) -> B
         advantage=normalise(advantage[alive], learner.ranks),
         count=learner.ranks.mean_count(len(seen)),
     )
-
-
-def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Several tensors of rows, each with an index into them, as one tensor and one index."""
-    offsets = itertools.accumulate((len(rows) for rows, _ in parts), initial=0)
-    index = [index + first for (_, index), first in zip(parts, offsets, strict=False)]
-    return torch.cat([rows for rows, _ in parts]), torch.cat(index)
 
 
 def normalise(advantage: Tensor, ranks: Ranks = ALONE) -> Tensor:
@@ -309,7 +297,7 @@ def update(learner: Learner, batch: Batch, generator: torch.Generator) -> dict[s
         NotFiniteError: a loss or a gradient is not finite, and the weights may not be either.
     """
     config, optimizer, ranks = learner.config, learner.optimizer, learner.ranks
-    history: dict[str, list[Tensor]] = {}  # one entry a step
+    history: list[Tensor] = []  # the terms of each step
     for _ in range(config.epochs):
         for minibatch in minibatches(batch, config.minibatches, generator, ranks):
             if learner.critic is not None:
@@ -321,17 +309,14 @@ def update(learner: Learner, batch: Batch, generator: torch.Generator) -> dict[s
                 config.max_grad_norm,
             )
             optimizer.step()
-            for name, term in terms.items():
-                history.setdefault(name, []).append(term)
-    history = {name: list(ranks.average(torch.stack(each))) for name, each in history.items()}
-    sums = {name: float(sum(each, torch.zeros_like(each[0]))) for name, each in history.items()}
-    if not all(map(math.isfinite, sums.values())):
+            history.append(torch.stack(list(terms.values())))
+    steps = ranks.average(torch.stack(history))  # [steps, terms]
+    not_finite = (~steps.isfinite()).nonzero().tolist()
+    if not_finite:
         # name the first term of the first step: from there it spreads to all others
-        steps = zip(*history.values(), strict=True)
-        first = next(step for step in steps if not torch.stack(step).isfinite().all())
-        finite = torch.stack(first).isfinite().tolist()
-        raise NotFiniteError(list(history)[finite.index(False)])
-    return {name: total / len(history[name]) for name, total in sums.items()}
+        raise NotFiniteError(list(terms)[not_finite[0][1]])
+    totals = sum(steps, torch.zeros_like(steps[0])).tolist()
+    return {name: total / len(steps) for name, total in zip(terms, totals, strict=True)}
 
 
 def learning_rate(config: MappoConfig, iteration: int) -> float:

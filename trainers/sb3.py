@@ -6,16 +6,15 @@ the end it is evaluated in a ViT that really drops the pruned tokens.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from gymnasium.spaces import Box
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
@@ -53,12 +52,7 @@ class Normalised(BaseFeaturesExtractor):
 
 def tensorboard_folder(folder: Path) -> str | None:
     """Where SB3 writes its TensorBoard log; None if TensorBoard is missing, as SB3 would fail."""
-    try:
-        with needs("train"):
-            importlib.import_module("tensorboard")
-    except ImportError:
-        return None
-    return str(folder)
+    return str(folder) if find_spec("tensorboard") else None
 
 
 def make_algorithm(config: Sb3Config, env: TokenVecEnv, stages: int, folder: Path) -> BaseAlgorithm:
@@ -87,32 +81,26 @@ def make_algorithm(config: Sb3Config, env: TokenVecEnv, stages: int, folder: Pat
         "seed": config.seed,
         "device": env.device,
     }
-    on_policy: dict[str, Any] = {"n_steps": stages, "ent_coef": 0.003}
-    # an iteration has four minibatches
-    minibatch = max(env.num_envs * stages // 4, 1)
-    if config.algo == "ppo":
-        return PPO(
-            "MlpPolicy", rollout_buffer_class=TokenRolloutBuffer, batch_size=minibatch, n_epochs=4,
-            **on_policy, **shared,
-        )  # fmt: skip
-    if config.algo == "a2c":
-        return A2C("MlpPolicy", rollout_buffer_class=TokenRolloutBuffer, **on_policy, **shared)
     if config.algo == "dqn":
         return TokenDQN(
             "MlpPolicy", buffer_size=200_000, learning_starts=env.num_envs * stages,
             train_freq=stages, gradient_steps=8, batch_size=2048,
             target_update_interval=10 * env.num_envs, exploration_fraction=0.5, **shared,
         )  # fmt: skip
+    shared |= {"n_steps": stages, "ent_coef": 0.003}
+    if config.algo == "a2c":
+        return A2C("MlpPolicy", rollout_buffer_class=TokenRolloutBuffer, **shared)
+    # an iteration has four minibatches
+    shared |= {"batch_size": max(env.num_envs * stages // 4, 1), "n_epochs": 4}
+    if config.algo == "ppo":
+        return PPO("MlpPolicy", rollout_buffer_class=TokenRolloutBuffer, **shared)
     # our adapter comes first: without sb3-contrib, its error names the extra
     from prunevit.envs.adapters.sb3_contrib import MaskableTokenRolloutBuffer
 
     with needs("sb3"):
         from sb3_contrib import MaskablePPO
 
-    return MaskablePPO(
-        "MlpPolicy", rollout_buffer_class=MaskableTokenRolloutBuffer, batch_size=minibatch,
-        n_epochs=4, **on_policy, **shared,
-    )  # fmt: skip
+    return MaskablePPO("MlpPolicy", rollout_buffer_class=MaskableTokenRolloutBuffer, **shared)
 
 
 def actor_of(model: BaseAlgorithm) -> nn.Module:
@@ -120,7 +108,7 @@ def actor_of(model: BaseAlgorithm) -> nn.Module:
     which the higher wins.
     """
     policy: Any = model.policy
-    if isinstance(policy, ActorCriticPolicy) or hasattr(policy, "mlp_extractor"):
+    if hasattr(policy, "mlp_extractor"):
         return nn.Sequential(
             policy.features_extractor, policy.mlp_extractor.policy_net, policy.action_net
         )

@@ -370,7 +370,7 @@ def test_what_can_not_be_resumed_is_named(config):
         ("config.json", b'{"epochs": ', "config.json is damaged"),
         ("config.json", edited(epoques=3), "unknown settings: epoques"),
         ("config.json", edited(epochs=-3), "epochs=-3 must be at least 1"),
-        ("config.json", edited(model_kwargs=MODEL | {"depth": 1}), r"another backbone.*blocks\.1"),
+        ("config.json", edited(model_kwargs=MODEL | {"depth": 1}), r"fit the run.*blocks\.1"),
         ("checkpoint.safetensors", contents["checkpoint.safetensors"][:-9], "damaged"),
         ("metrics.jsonl", b"", "lacks records"),
         ("metrics.jsonl", b"{", "can't be resumed"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prunevit.envs.data.datasets import DIGITS, read_class_names
 from prunevit.envs.devices import pick_device
@@ -17,7 +17,7 @@ from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.weights import read_description, write_weights
 from prunevit.trainers.common.checkpoint import write_atomically
 from prunevit.trainers.common.run import RunSettings
-from prunevit.trainers.common.settings import JsonObject
+from prunevit.trainers.common.settings import JsonObject, Threads
 
 # arguments of create_backbone that are settings of their own, or follow from the dataset
 OWN_SETTINGS = ("name", "pretrained", "checkpoint", "num_classes", "untrained")
@@ -36,7 +36,7 @@ class BackboneSettings(Protocol):
 
 @dataclass
 class StagedViTSettings(RunSettings):
-    """Which ViT is pruned before which blocks, and on which images."""
+    """Which ViT is pruned before which blocks, on which images, and where it runs."""
 
     backbone: str = "digits_vit"
     """digits_vit (trained, comes with the package) or any timm model name."""
@@ -48,6 +48,10 @@ class StagedViTSettings(RunSettings):
     """digits, folder:PATH, or a name that timm.data.create_dataset takes."""
     prune_before: tuple[int, ...] | None = (1, 3)
     """Blocks, counted from 0, before which tokens can be pruned. None: all but the first."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    threads: Threads | None = None
+    """CPU threads. By default torch's own choice."""
 
 
 def check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:
@@ -94,21 +98,18 @@ def all_model_kwargs(config: BackboneSettings) -> dict[str, Any]:
 
 
 def write_backbone(
-    folder: Path,
-    weights: Mapping[str, Tensor],
-    config: BackboneSettings,
-    num_classes: int,
-    class_names: Sequence[str] | None = None,
+    folder: Path, model: nn.Module, config: BackboneSettings, class_names: Sequence[str] | None
 ) -> Path:
-    """Writes trained weights with the description of their model; returns the file.
+    """Writes a trained model's weights with the description of the model; returns the file.
 
     Raises:
         OSError: the disk is full or not writable.
     """
     path = folder / "backbone.safetensors"
+    num_classes: Any = model.num_classes
     write = partial(
         write_weights,
-        weights=weights,
+        weights=model.state_dict(),
         name=config.backbone,
         num_classes=num_classes,
         model_kwargs=config.model_kwargs,

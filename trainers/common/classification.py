@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from prunevit.envs.data.datasets import open_images
 from prunevit.envs.data.image_set import ImageSet, Reseedable
 from prunevit.envs.data.prefetch import prefetch
-from prunevit.trainers.common.checkpoint import CheckpointError
 from prunevit.trainers.common.distributed import ALONE, Ranks
 from prunevit.trainers.common.recipe import Recipe
 from prunevit.trainers.common.run import TrainingError
@@ -66,6 +65,10 @@ class TrainingImages:
         device: the backbone's device.
         ranks: the processes that share each batch.
 
+    Attributes:
+        steps_an_epoch: number of batches of an epoch.
+        steps: number of batches of the whole training.
+
     Raises:
         DatasetError: the split can't be opened.
         TrainingError: there are fewer images than a batch holds, or a batch can't be shared evenly.
@@ -90,6 +93,7 @@ class TrainingImages:
             raise TrainingError(str(error)) from error
         images = len(self._open(seed=0))
         self.steps_an_epoch = images // recipe.batch_size
+        self.steps = recipe.epochs * self.steps_an_epoch
         if not self.steps_an_epoch:
             raise TrainingError(
                 f"{images} training images of {dataset} don't fill a batch of {recipe.batch_size}"
@@ -205,15 +209,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what ``state_dict`` returned.
-
-        Raises:
-            CheckpointError: the state is of another model or version.
-        """
-        try:
-            self.model.load_state_dict(state["model"])
-            self.ema.module.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"the checkpoint is of another backbone: {reason}") from error
+        """Restores what ``state_dict`` returned."""
+        self.model.load_state_dict(state["model"])
+        self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])

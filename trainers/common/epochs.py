@@ -53,7 +53,6 @@ def train_epochs(
         TrainingError: the loss is not finite.
     """
     ranks = run.ranks
-    place: Place | None = None
 
     def record(results: Record) -> None:
         run.records.append({"epoch": len(run.records), **results, "seconds": run.seconds})
@@ -65,18 +64,16 @@ def train_epochs(
     def save(place: Place) -> None:
         run.save(learner.state_dict() | {"epoch": len(run.records), "place": place})
 
-    if run.is_begun:
-        state = run.load()
-        learner.load_state_dict(state)
-        place = state.get("place")
-        ranks.wait()  # all must have read the checkpoint before the first overwrites it
-    else:
+    state = run.restore(learner)
+    ranks.wait()  # all must have read the checkpoint before the first overwrites it
+    if state is None:
         run.create(settings)
         if evaluate_first is not None:
             record(evaluate_first())
     # within an epoch the ranks' generators differ, and only the first rank saves its own
     saver = save if ranks.count == 1 else None
     done = len(run.records) - (evaluate_first is not None)
+    place: Place | None = None if state is None else state.get("place")
     flags = resume_flags(run.path, settings)
     with says_how_to_go_on(run.path, flags), ranks.stop_together():
         for epoch in range(done, learner.recipe.epochs):

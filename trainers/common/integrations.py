@@ -35,7 +35,6 @@ from prunevit.trainers.common.settings import (
     Count,
     Positive,
     Seed,
-    Threads,
     Widths,
     parse_arguments,
 )
@@ -66,10 +65,6 @@ class LibraryConfig(StagedViTSettings):
     """Widths of the networks' hidden layers."""
     seed: Seed = 0
     """Seeds weights, images and actions."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    threads: Threads | None = None
-    """CPU threads. By default torch's own choice."""
     run_name: str | None = None
     """The run is written to runs/RUN_NAME. By default LIBRARY-ALGORITHM-seedSEED-TIME."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -111,6 +113,13 @@ class Batch:
                 rows["state"] = self.state[used]
             batches.append(replace(self, **rows))
         return batches
+
+
+def join(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Several tensors of rows, each with an index into them, as one tensor and one index."""
+    offsets = accumulate((len(rows) for rows, _ in parts), initial=0)
+    index = [index + first for (_, index), first in zip(parts, offsets, strict=False)]
+    return torch.cat([rows for rows, _ in parts]), torch.cat(index)
 
 
 def _span(index: Tensor) -> tuple[slice, Tensor]:

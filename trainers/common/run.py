@@ -184,14 +184,14 @@ class RunFolder:
             raise CheckpointError(f"{self.path} can't be resumed: {error}") from error
         return state
 
-    def restore(self, trainer: Stateful) -> None:
-        """Restores ``trainer`` from the checkpoint, if there is one.
+    def restore(self, trainer: Stateful) -> dict[str, Any] | None:
+        """Restores ``trainer`` from the checkpoint, if there is one, and returns its state.
 
         Raises:
             CheckpointError: as of ``load``; or the checkpoint is of another model.
         """
         if not self.is_begun:
-            return
+            return None
         state = self.load()
         try:
             trainer.load_state_dict(state)
@@ -200,6 +200,7 @@ class RunFolder:
             raise CheckpointError(
                 f"{self.checkpoint} doesn't fit the run in {self.config}: {reason}"
             ) from error
+        return state
 
     def write_networks(self, **networks: nn.Module | None) -> None:
         """Writes each network that isn't None to NAME.safetensors."""

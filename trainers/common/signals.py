@@ -5,11 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_CODE = 128  # plus the signal's number, as shells report it
@@ -47,20 +47,22 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def signals_are_noted(numbers: list[int]) -> Iterator[None]:
-    """A context in which signals are appended to ``numbers`` instead of raised."""
-    before = {
-        each: signal.signal(each, lambda number, _: numbers.append(number)) for each in SIGNALS
-    }
+def _handled_by(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    before = {each: signal.signal(each, handler) for each in SIGNALS}
     try:
         yield
     finally:
-        _handle(before)
+        for each, handler_before in before.items():
+            signal.signal(each, handler_before)
 
 
-def _handle(handlers: Mapping[signal.Signals, Any]) -> None:
-    for each, handler in handlers.items():
-        signal.signal(each, handler)
+def signals_are_noted(numbers: list[int]) -> AbstractContextManager[None]:
+    """A context in which signals are appended to ``numbers`` instead of raised."""
+    return _handled_by(lambda number, _: numbers.append(number))
+
+
+def _told(error: BaseException) -> str:
+    return "; ".join([str(error), *getattr(error, "__notes__", ())])
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
@@ -76,23 +78,20 @@ def ends_in_one_line(*errors: type[Exception]) -> Iterator[None]:
     A signal raises ``Stopped`` wherever the main thread is, even in the middle of an iteration: a
     scheduler may not wait for the end of a long one.
     """
-    before = {each: signal.signal(each, _stop) for each in SIGNALS}
-    try:
-        yield
-    except errors as error:
-        message = "; ".join([str(error), *getattr(error, "__notes__", ())])
-        sys.exit(f"error: {' '.join(message.split())}")
-    except (MemoryError, RuntimeError) as error:
-        if not _is_lack_of_memory(error):
-            raise
-        reason = " ".join(str(error).split())[:MEMORY_REASON]
-        sys.exit(f"error: out of memory, try smaller batches or a smaller model: {reason}")
-    except Stopped as stopped:
-        if stopped.is_told:
-            print("; ".join([str(stopped), *getattr(stopped, "__notes__", ())]), file=sys.stderr)
-        sys.exit(stopped.exit_code)
-    finally:
-        _handle(before)
+    with _handled_by(_stop):
+        try:
+            yield
+        except errors as error:
+            sys.exit(f"error: {' '.join(_told(error).split())}")
+        except (MemoryError, RuntimeError) as error:
+            if not _is_lack_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())[:MEMORY_REASON]
+            sys.exit(f"error: out of memory, try smaller batches or a smaller model: {reason}")
+        except Stopped as stopped:
+            if stopped.is_told:
+                print(_told(stopped), file=sys.stderr)
+            sys.exit(stopped.exit_code)
 
 
 @contextmanager
@@ -102,12 +101,8 @@ def finishing_first() -> Iterator[None]:
         yield  # only the main thread gets signals
         return
     held: list[int] = []
-    before = {each: signal.signal(each, lambda number, _: held.append(number)) for each in SIGNALS}
-    try:
+    with signals_are_noted(held):
         yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
     if held:
         signal.raise_signal(held[0])
 
