@@ -139,12 +139,7 @@ class TokenGame:
         Returns:
             the images before the first stage, and the labels on the backbone's device.
         """
-        if is_random(self.backbone.model):
-            raise ValueError(
-                "the backbone is in training mode, in which the same episode would not end the "
-                "same way twice: call .eval() on it"
-            )
-        images, labels = self._checked(images, labels)
+        images, labels = checked_batch(self.backbone, images, labels)
         with record_function("blocks before the first stage"):
             tokens = self.backbone.begin(images)
             dense_logits = self.dense_logits(tokens) if self.reward.needs_dense else None
@@ -261,33 +256,6 @@ class TokenGame:
             tokens = self.backbone.advance(tokens, keep_all, stage, with_attention=False)
         return self.backbone.finish(tokens).float()
 
-    def _checked(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        shape = self.backbone.image_shape
-        if images.dim() != 4 or images.shape[1:] != shape or not images.is_floating_point():
-            raise ValueError(
-                f"the backbone takes floating point images [B, {', '.join(map(str, shape))}]: "
-                f"got {images.dtype} {list(images.shape)}"
-            )
-        if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
-            raise ValueError(
-                f"{len(images)} images need int64 labels [{len(images)}]: "
-                f"got {labels.dtype} {list(labels.shape)}"
-            )
-        finite = images.isfinite().flatten(1).all(1)
-        if not finite.all():
-            bad = (~finite).nonzero().flatten().tolist()
-            raise ValueError(f"images {bad} of the batch hold NaN or infinite values")
-        outside = (labels < 0) | (labels >= self.backbone.num_classes)
-        if outside.any():
-            raise ValueError(
-                f"labels {labels[outside].unique().tolist()} are outside the backbone's "
-                f"{self.backbone.num_classes} classes 0..{self.backbone.num_classes - 1}"
-            )
-        device = self.backbone.device
-        pinned = images.is_pinned()  # a copy from pinned memory need not be waited for
-        images = images.to(device, non_blocking=pinned).to(self.backbone.dtype)
-        return images, labels.to(device, non_blocking=pinned)
-
     def _checked_alphas(self, alpha: Tensor | None, labels: Tensor) -> Tensor:
         if alpha is None:
             return torch.full(labels.shape, self.reward.alpha, device=labels.device)
@@ -298,6 +266,50 @@ class TokenGame:
         if not ((alpha >= 0) & (alpha <= LARGEST_NUMBER)).all():
             raise ValueError(f"alpha={alpha.tolist()} must be numbers from 0 to {LARGEST_NUMBER:g}")
         return alpha.to(labels.device, torch.float32)
+
+
+def checked_batch(backbone: StagedViT, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Images and labels that ``backbone`` can be judged by, on its device.
+
+    Args:
+        backbone: the staged ViT.
+        images: floating point [B, C, H, W].
+        labels: int64 [B].
+
+    Raises:
+        ValueError: images have the wrong size, type or channels or are not finite, labels are out
+            of range, or the backbone is in training mode.
+    """
+    if is_random(backbone.model):
+        raise ValueError(
+            "the backbone is in training mode, in which the same images would not end the same "
+            "way twice: call .eval() on it"
+        )
+    shape = backbone.image_shape
+    if images.dim() != 4 or images.shape[1:] != shape or not images.is_floating_point():
+        raise ValueError(
+            f"the backbone takes floating point images [B, {', '.join(map(str, shape))}]: "
+            f"got {images.dtype} {list(images.shape)}"
+        )
+    if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"{len(images)} images need int64 labels [{len(images)}]: "
+            f"got {labels.dtype} {list(labels.shape)}"
+        )
+    finite = images.isfinite().flatten(1).all(1)
+    if not finite.all():
+        bad = (~finite).nonzero().flatten().tolist()
+        raise ValueError(f"images {bad} of the batch hold NaN or infinite values")
+    outside = (labels < 0) | (labels >= backbone.num_classes)
+    if outside.any():
+        raise ValueError(
+            f"labels {labels[outside].unique().tolist()} are outside the backbone's "
+            f"{backbone.num_classes} classes 0..{backbone.num_classes - 1}"
+        )
+    device = backbone.device
+    pinned = images.is_pinned()  # a copy from pinned memory need not be waited for
+    images = images.to(device, non_blocking=pinned).to(backbone.dtype)
+    return images, labels.to(device, non_blocking=pinned)
 
 
 @dataclass(frozen=True)

@@ -198,6 +198,10 @@ class BatchedTokenPrune:
         else:
             with record_function("load images"):
                 self.pixels, labels = self._load(chosen)
+            if len(labels) != count:
+                raise ValueError(
+                    f"the data set returned {len(labels)} images where {count} were asked"
+                )
             stage = self.game.reset(self.pixels, labels, self._draw_alphas(count))
         times = self.rollouts_per_start
         self.indices = chosen.repeat_interleave(times).to(self.device)

@@ -13,6 +13,7 @@ from prunevit.agents.policies.heuristics import Score, TopK
 from prunevit.agents.pruned_vit import PrunedViT, Trace
 from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.data.prefetch import prefetch
+from prunevit.envs.game import checked_batch
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common.distributed import ALONE, Ranks
 
@@ -61,6 +62,10 @@ def evaluate(
             None.
         ranks: the processes that share the images; each returns the result of all.
         workers: processes per rank that load the images.
+
+    Raises:
+        ValueError: the backbone is in training mode, the images or their labels are not what it
+            can be judged by, or ``size`` is below 1.
     """
     return evaluate_traces(
         lambda pixels, _: model.trace(pixels), model.backbone, images, size, ranks, workers
@@ -79,19 +84,24 @@ def evaluate_traces(
     """Does what ``evaluate`` does for a model that may use the labels, such as an oracle.
     Its ``trace_of`` takes images [B, C, H, W] and labels [B] on the device of ``backbone``.
     """
+    if size is not None and size < 1:
+        raise ValueError(f"size={size} must be at least 1")
     count = len(images) if size is None else min(size, len(images))
     device = backbone.device
     right, macs, kept = 0, 0, torch.zeros(backbone.num_stages)
     left = torch.zeros(backbone.num_patches + 1, dtype=torch.int64)
     for pixels, labels in _batches(images, count, device, ranks, workers):
-        trace = trace_of(pixels.to(device, backbone.dtype), labels.to(device))
-        right += int((trace.logits.argmax(1).cpu() == labels).sum())
+        pixels, labels = checked_batch(backbone, pixels, labels)
+        trace = trace_of(pixels, labels)
+        right += int((trace.logits.argmax(1) == labels).sum())
         macs += int(trace.macs.sum())
         survivors = trace.alive.sum(2).cpu()  # [B, T]
         kept += survivors.sum(0) / backbone.num_patches
         left += survivors[:, -1].bincount(minlength=len(left))
     right, macs = ranks.total(right), ranks.total(macs)
     kept, left = (ranks.total_of(each) for each in (kept, left))
+    if left.sum() != count:
+        raise ValueError(f"the data set returned {int(left.sum())} images where {count} were asked")
     return Evaluation(
         right / count, macs / count / 1e9, tuple((kept / count).tolist()), tuple(left.tolist())
     )

@@ -276,6 +276,20 @@ def test_named_images_do_not_use_the_seed_up(make_env):
 # --- what is refused ---
 
 
+def test_fewer_images_than_asked(make_env, some_images):
+    class Lossy:
+        num_classes = some_images.num_classes
+
+        def __len__(self):
+            return len(some_images)
+
+        def load(self, indices):
+            return tuple(each[1:] for each in some_images.load(indices))
+
+    with pytest.raises(ValueError, match="returned 5 images where 6 were asked"):
+        make_env(images=Lossy()).reset(seed=0)
+
+
 @pytest.mark.parametrize(("num_envs", "rollouts"), [(0, 1), (-3, 1), (0, 4), (6, 4), (3, 4)])
 def test_environments_come_in_multiples_of_the_rollouts(make_env, num_envs, rollouts):
     message = f"num_envs={num_envs} must be a positive multiple of rollouts_per_image={rollouts}"

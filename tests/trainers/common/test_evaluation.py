@@ -71,6 +71,41 @@ def test_dense_costs_what_the_model_costs(staged, some_images):
     assert found.kept == (1, 1, 1)
 
 
+def test_what_can_not_be_judged_is_refused(staged, some_images):
+    class Other:
+        num_classes, class_names = some_images.num_classes, some_images.class_names
+
+        def __init__(self, change):
+            self.change = change
+
+        def __len__(self):
+            return len(some_images)
+
+        def load(self, indices):
+            return self.change(*some_images.load(indices))
+
+    model = PrunedViT(staged, KeepAll())
+    for change, message in [
+        (lambda images, labels: (images, labels[:, None]), r"need int64 labels \[12\]"),
+        (lambda images, labels: (images, labels.float()), r"need int64 labels \[12\]"),
+        (lambda images, labels: (images.byte(), labels), "floating point images"),
+        (lambda images, labels: (images * torch.nan, labels), "NaN"),
+        (lambda images, labels: (images, labels + 1), "outside the backbone's 5 classes"),
+        (lambda images, labels: (images[1:], labels[1:]), "11 images where 12 were asked"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            evaluate(model, Other(change))
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"size={size} must be at least 1"):
+            evaluate(model, some_images, size)
+
+
+def test_training_mode_is_not_evaluated(make_vit, some_images):
+    model = PrunedViT(StagedViT(make_vit(drop_path_rate=0.5).train(), (1, 3)), KeepAll())
+    with pytest.raises(ValueError, match="in training mode"):
+        evaluate(model, some_images)
+
+
 # --- schedules that cost as much ---
 
 
