@@ -20,6 +20,7 @@ from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.policies.policy import Policy
 from prunevit.envs.observations import View
 from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
 from prunevit.envs.vit.tokens import Tokens
 
 Decide = Callable[[View], Tensor]
@@ -117,7 +118,8 @@ class PrunedViT(
         return (logits, alive) if return_keep else logits
 
     # torch.compile compiles only the blocks, which take most of the time: what happens between them
-    # has different shapes and branches each time
+    # has different shapes and branches each time. Those with hooks, and all where gradients may be
+    # needed, run uncompiled
     @torch.compiler.disable(recursive=False)
     def _classify(self, images: Tensor) -> tuple[Tensor, Tensor]:
         tokens, alive = self._run(images)
@@ -323,8 +325,16 @@ def prune(
             ``depth`` or ``embed_dim``. Only ``save_pretrained`` needs them.
 
     Raises:
-        UnsupportedBackboneError: the model can't run on part of its tokens.
+        UnsupportedBackboneError: the model can't run on part of its tokens, or can't be copied.
         ValueError: stages are out of range, or the policy was made for another backbone.
     """
-    backbone = StagedViT(copy.deepcopy(vit), prune_before)
+    try:
+        own = copy.deepcopy(vit)
+    # torch says it by errors of many kinds
+    except Exception as error:
+        raise UnsupportedBackboneError(
+            f"{type(vit).__name__} can't be copied ({error}): prune it before it is sharded or "
+            "wrapped, or take PrunedViT(StagedViT(vit, prune_before), policy), which uses it itself"
+        ) from error
+    backbone = StagedViT(own, prune_before)
     return PrunedViT(backbone, _frozen(copy.deepcopy(policy)), model_kwargs).eval()

@@ -39,7 +39,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         mixed = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
         assert isinstance(mixed, Tensor)  # without return_aux
         return mixed.flatten(1)
-    # the number of buckets differs from batch to batch, so a compiler must not look inside
+    # what differs from layout to layout is no business of a compiler
     attend = _opaque_attend if torch.compiler.is_compiling() else _attend
     padding = layout.padding
     if padding is None:
@@ -78,7 +78,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, bias: Tensor | Non
     [cells, heads, head_dim] -> [cells, heads * head_dim].
     """
     mixed, start = [], 0
-    for images, length, padded in buckets.tolist():
+    for images, length, padded in buckets.view(-1, 3).tolist():
         stop = start + images * length
         mask = None
         if padded and bias is not None:
@@ -111,28 +111,66 @@ def _(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, bias: Tensor | None) -> 
     return q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
 
 
-def attention_received(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
+def attention_received(q: Tensor, k: Tensor, layout: Layout, num_query_tokens: int) -> Tensor:
     """The attention that every row receives from one query of its image, averaged over heads.
 
     With the query of the class token this is the first row of each image's attention matrix.
 
     Args:
-        q: one query for each image [B, heads, head_dim].
+        q: queries of all rows [S, heads, head_dim].
         k: keys of all rows [S, heads, head_dim].
         layout: which rows belong to which image.
+        num_query_tokens: an image's query is the mean of those of this many first tokens, or of all
+            its tokens if 0.
 
     Returns:
         [S]; sums to 1 over each image.
     """
+    receive = _opaque_received if torch.compiler.is_compiling() else _received
+    received = receive(q, k, layout.image, layout.buckets, num_query_tokens)
+    assert isinstance(received, Tensor)
+    return received
+
+
+def _received(
+    q: Tensor, k: Tensor, image: Tensor, buckets: Tensor, num_query_tokens: int
+) -> Tensor:
+    calls = buckets.view(-1, 3).tolist()
     scale = q.shape[-1] ** -0.5
-    if layout.uniform_length is not None:
+    if len(calls) == 1 and not calls[0][2]:
         # images of one length need no gathering
-        images = k.unflatten(0, (-1, layout.uniform_length))
-        return ((images * q[:, None]).sum(-1) * scale).softmax(1).mean(-1).flatten()
-    scores = (q[layout.image] * k).sum(-1) * scale  # [S, heads]
-    index = layout.image[:, None].expand_as(scores)
-    best = scores.new_full((len(layout.lengths), scores.shape[1]), -torch.inf)
+        queries, keys = (rows.unflatten(0, calls[0][:2]) for rows in (q, k))
+        query = queries[:, : num_query_tokens or None].mean(1, keepdim=True)
+        return ((keys * query).sum(-1) * scale).softmax(1).mean(-1).flatten()
+    images = sum(call[0] for call in calls)
+    query = _mean_query(q, image, images, num_query_tokens)
+    scores = (query[image] * k).sum(-1) * scale  # [S, heads]
+    index = image[:, None].expand_as(scores)
+    best = scores.new_full((images, scores.shape[1]), -torch.inf)
     best = best.scatter_reduce(0, index, scores, "amax")
-    weights = (scores - best[layout.image]).exp()
-    total = torch.zeros_like(best).index_add(0, layout.image, weights)
-    return (weights / total[layout.image]).mean(1)
+    weights = (scores - best[image]).exp()
+    total = torch.zeros_like(best).index_add(0, image, weights)
+    return (weights / total[image]).mean(1)
+
+
+def _mean_query(q: Tensor, image: Tensor, images: int, num_query_tokens: int) -> Tensor:
+    """The query of each image: [S, heads, head_dim] -> [B, heads, head_dim]."""
+    if not num_query_tokens:
+        total = q.new_zeros(images, *q.shape[1:]).index_add(0, image, q)
+        count = image.new_zeros(images).index_add(0, image, torch.ones_like(image))
+        return total / count.to(q.dtype)[:, None, None]
+    starts = torch.searchsorted(image, torch.arange(images, device=q.device))
+    return q[starts[:, None] + torch.arange(num_query_tokens, device=q.device)].mean(1)
+
+
+@torch.library.custom_op("prunevit::attention_received", mutates_args=())
+def _opaque_received(
+    q: Tensor, k: Tensor, image: Tensor, buckets: Tensor, num_query_tokens: int
+) -> Tensor:
+    """``_received`` as one operator without a gradient."""
+    return _received(q, k, image, buckets, num_query_tokens).to(q.dtype)
+
+
+@_opaque_received.register_fake
+def _(q: Tensor, k: Tensor, image: Tensor, buckets: Tensor, num_query_tokens: int) -> Tensor:
+    return q.new_empty(q.shape[0])

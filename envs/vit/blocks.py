@@ -22,7 +22,6 @@ from prunevit.envs.vit.timm_models.rope import RotaryEmbedding
 def packed_block(
     ops: ModelOps,
     block: Any,
-    index: int,
     x: Tensor,
     layout: Layout,
     rotary: RotaryEmbedding | None,
@@ -33,29 +32,32 @@ def packed_block(
     Args:
         ops: the operations of the model.
         block: timm's block.
-        index: index of the block in the model.
         x: rows [S, D].
         layout: layout of the rows.
-        rotary: their rotary embedding, if the model has one.
+        rotary: their rotary embedding in this block, if the model has one.
         num_query_tokens: also return the attention that each row receives from the mean query of
             this many first tokens of its image, or of all its tokens if 0; None returns none.
 
     Returns:
         rows [S, D], and the attention received [S] or None.
     """
-    plain = layout.uniform_length is not None and num_query_tokens is None
+    # a compiler would make graphs of their own for images of one length
+    plain = (
+        not torch.compiler.is_compiling()
+        and layout.uniform_length is not None
+        and num_query_tokens is None
+    )
     if plain and not uses_onednn(block.attn.proj, x):
         images = x.unflatten(0, (-1, layout.uniform_length))
-        rope = rotary.patches(index, len(images)) if rotary else None
+        rope = rotary.patches(len(images)) if rotary else None
         return ops.dense_block(block, images, None, rope).flatten(0, 1), None
-    x, received = _packed_attention(ops, block, index, x, layout, rotary, num_query_tokens)
+    x, received = _packed_attention(ops, block, x, layout, rotary, num_query_tokens)
     return ops.steps(block).mlp(block, x), received
 
 
 def _packed_attention(
     ops: ModelOps,
     block: Any,
-    index: int,
     x: Tensor,
     layout: Layout,
     rotary: RotaryEmbedding | None,
@@ -67,20 +69,21 @@ def _packed_attention(
     """
     attn, steps = block.attn, ops.steps(block)
     source = steps.pre_attention(block, x)
-    q, k, v = ops.project(block, source, rotary.rows(index, len(x)) if rotary else None)
+    q, k, v = ops.project(block, source, rotary.rows() if rotary else None)
     mixed = attn.norm(varlen_attention(q, k, v, layout))
     if getattr(attn, "gate", None) is not None:
         mixed = mixed * attn.gate(source).sigmoid()
     received = None
     if num_query_tokens is not None:
-        received = attention_received(_packed_query(q, layout, num_query_tokens), k, layout)
+        received = attention_received(q, k, layout, num_query_tokens)
     return steps.residual(block, x, linear(attn.proj, mixed)), received
 
 
+# the lengths of images differ from batch to batch: nothing to compile
+@torch.compiler.disable
 def timm_block(
     ops: ModelOps,
     block: Any,
-    index: int,
     x: Tensor,
     layout: Layout,
     rotary: RotaryEmbedding | None,
@@ -94,16 +97,16 @@ def timm_block(
     outputs, paid, attn = [], [], block.attn
     for rows, images, length in layout.groups():
         part = x[rows].unflatten(0, (images, length))
-        rope = rotary.slice_rows(rows).patches(index, images) if rotary else None
+        rope = rotary.slice_rows(rows).patches(images) if rotary else None
         if num_query_tokens is None:
             out = ops.dense_block(block, part, None, rope)
         else:
-            out, q, k = _observed_block(ops, block, index, part, rope)
+            out, q, k = _observed_block(ops, block, part, rope)
             group = Layout.uniform(images, length, layout.width, x.device)
-            query = _packed_query(q.flatten(0, 1), group, num_query_tokens)
             if not attn.fused_attn:  # fused kernels take the usual scale, whatever attn.scale is
-                query = query * (attn.scale / attn.head_dim**-0.5)
-            paid.append(attention_received(query, k.flatten(0, 1), group))
+                q = q * (attn.scale / attn.head_dim**-0.5)
+            rows_of = (q.flatten(0, 1), k.flatten(0, 1))
+            paid.append(attention_received(*rows_of, group, num_query_tokens))
         outputs.append(out.flatten(0, 1))
     if not outputs:
         return x, None if num_query_tokens is None else x.new_zeros(0)
@@ -113,7 +116,6 @@ def timm_block(
 def _observed_block(
     ops: ModelOps,
     block: Any,
-    index: int,
     images: Tensor,
     rope: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,8 +128,8 @@ def _observed_block(
         out = ops.dense_block(block, images, None, rope)
     if len(seen) != 2:
         raise RuntimeError(
-            f"the attention of block {index} was replaced, so that the attention which tokens "
-            "receive can't be observed: choose a policy without needs_attention"
+            "the attention of a block was replaced, so that the attention which tokens receive "
+            "can't be observed: choose a policy without needs_attention"
         )
     q, k = seen["q_norm"], seen["k_norm"]  # [B, heads, L, head_dim]
     if rope is not None:
@@ -169,7 +171,6 @@ def _rotate_patches(attn: Any, rows: Tensor, rope: Tensor) -> Tensor:
 def masked_block(
     ops: ModelOps,
     block: Any,
-    index: int,
     x: Tensor,
     alive: Tensor,
     rotary: RotaryEmbedding | None,
@@ -180,10 +181,9 @@ def masked_block(
     Args:
         ops: the operations of the model.
         block: timm's block.
-        index: index of the block in the model.
         x: rows of all slots [B * L, D].
         alive: which tokens still exist, bool [B, L].
-        rotary: rotary embedding, if the model has one.
+        rotary: rotary embedding in this block, if the model has one.
         num_query_tokens: as for ``packed_block``.
 
     Returns:
@@ -192,17 +192,17 @@ def masked_block(
     images = x.unflatten(0, alive.shape)
     received = None
     if num_query_tokens is not None:
-        slots = rotary.slots(index) if rotary else None
+        slots = rotary.slots() if rotary else None
         received = masked_attention_received(ops, block, images, alive, slots, num_query_tokens)
         received = received.flatten()
-    rope = rotary.patches(index, len(images)) if rotary else None
+    rope = rotary.patches(len(images)) if rotary else None
     return ops.dense_block(block, images, alive[:, None, None, :], rope).flatten(0, 1), received
 
 
+@torch.compiler.disable
 def timm_block_on_slots(
     ops: ModelOps,
     block: Any,
-    index: int,
     x: Tensor,
     alive: Tensor,
     rotary: RotaryEmbedding | None,
@@ -221,7 +221,7 @@ def timm_block_on_slots(
     layout = Layout.of(lengths[order], block.attn.num_heads * block.attn.head_dim, alive.device)
     of_rows = rotary.take(position) if rotary else None
     out, received = timm_block(
-        ops, block, index, x.index_select(0, slot), layout, of_rows, num_query_tokens
+        ops, block, x.index_select(0, slot), layout, of_rows, num_query_tokens
     )
     if received is not None:
         received = received.new_zeros(len(x)).index_copy(0, slot, received)
@@ -255,16 +255,6 @@ def masked_attention_received(
     scores = torch.einsum("bhd,blhd->bhl", query, k) * block.attn.scale
     scores = scores.masked_fill(~alive[:, None, :], -torch.inf)
     return scores.softmax(-1).mean(1)
-
-
-def _packed_query(q: Tensor, layout: Layout, num_query_tokens: int) -> Tensor:
-    """The mean query of each image's query tokens: [S, heads, size] -> [B, heads, size]."""
-    if not num_query_tokens:
-        return layout.mean(q)
-    if layout.uniform_length is not None:
-        return q.unflatten(0, (-1, layout.uniform_length))[:, :num_query_tokens].mean(1)
-    places = torch.arange(num_query_tokens, device=q.device)
-    return q[layout.starts[:, None] + places].mean(1)
 
 
 def _masked_query(q: Tensor, alive: Tensor, num_query_tokens: int) -> Tensor:

@@ -25,6 +25,8 @@ from prunevit.envs.vit.tokens import Segment, Tokens
 from prunevit.envs.vit.torch_compile import compile_block
 from prunevit.envs.vit.untouched import has_global_hooks, has_hooks, is_untouched
 
+eager_block = torch.compiler.disable(packed_block)
+
 # Rows of more bytes than this leave a CPU's caches between blocks, and the system has to allocate
 # much of the memory for each block's results again, page by page. In chunks of 2 to 4 MiB,
 # 1,024 images of 65 tokens of width 64 take three quarters of the time (one core), and 64 images of
@@ -54,7 +56,7 @@ def run_blocks(
         stop: the block after the last one.
         num_query_tokens: fill ``Tokens.attention`` with the attention received from this many first
             tokens in the last block, see ``packed_block``; None leaves it empty.
-        torch_compile: compile the blocks of packed execution.
+        torch_compile: compile the blocks of packed execution, unless gradients may be needed.
         chunked: run large batches in chunks of images where that is allowed.
     """
     tokens = make()
@@ -67,17 +69,20 @@ def run_blocks(
             return _run_chunks(model, ops, tokens, start, stop, num_query_tokens, count)
     x, received = tokens.x, None
     tokens = replace(tokens, x=x.new_empty(0))
-    packed = compile_block() if torch_compile else packed_block
-    recomputes = model.grad_checkpointing and torch.is_grad_enabled()
+    gradients = torch.is_grad_enabled()
+    # the operators that hide layouts from compilers have no gradients
+    packed = eager_block if gradients else compile_block() if torch_compile else packed_block
+    recomputes = model.grad_checkpointing and gradients
     for i, plain in zip(range(start, stop), untouched, strict=True):
-        block, rotary = model.blocks[i], tokens.rotary
+        block, rotary = model.blocks[i], tokens.rotary.of_block(i) if tokens.rotary else None
         queries = num_query_tokens if i == stop - 1 else None
         run: Callable[..., tuple[Tensor, Tensor | None]]
         if masked:
-            run = partial(masked_block if plain else timm_block_on_slots, ops, block, i)
+            run = partial(masked_block if plain else timm_block_on_slots, ops, block)
         else:
-            run = partial(packed if plain else timm_block, ops, block, i)
-        arguments = (x, tokens.alive if masked else tokens.layout, rotary, queries)
+            run = partial(packed if plain else timm_block, ops, block)
+        where: Any = tokens.alive if masked else tokens.layout
+        arguments = (x, where, rotary, queries)
         # as timm's models do: what a block computes for the backward pass is computed again there
         x, received = checkpoint(run, *arguments) if recomputes else run(*arguments)
     segment = Segment(tokens.alive, start, stop, received is not None)

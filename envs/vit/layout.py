@@ -41,7 +41,8 @@ class Padding:
     bias: Tensor
 
 
-@dataclass(frozen=True)
+# not frozen: of a frozen one, the compiler of torch 2.6 looks at all fields, used or not
+@dataclass(eq=False)
 class Layout:
     """Where the images of a packed tensor begin and end; made once a stage, used by every layer.
 
@@ -51,8 +52,9 @@ class Layout:
         image: packed index of the image that each row belongs to, int64 [S].
         width: attention width of a row: heads times head size.
         uniform_length: rows of every image if all have the same number, else None.
-        buckets: the attention calls, int64 [buckets, 3] on the host: number of images, cells of an
-            image, and whether any of them is padding.
+        buckets: the attention calls, int64 [3 * buckets] on the host: of each call the number of
+            images, cells of an image, and whether any of them is padding. Flat, since compilers
+            take a dimension of size 1 for another kind of tensor.
         padding: how rows are spread over cells; None if the cells are the rows themselves.
         cu_seqlens: cumulative lengths, int32 [B + 1], as variable-length kernels take them.
         max_seqlen: rows of the longest image.
@@ -87,7 +89,7 @@ class Layout:
             image=torch.repeat_interleave(on_device, output_size=int(cu_seqlens[-1])),
             width=width,
             uniform_length=None,
-            buckets=torch.from_numpy(buckets),
+            buckets=torch.from_numpy(buckets.flatten()),
             padding=_pad(lengths, buckets, device),
             cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)).to(device),
             max_seqlen=int(lengths.max(initial=0)),
@@ -100,15 +102,14 @@ class Layout:
         if not images:
             return Layout.of(np.zeros(0, np.int64), width, device)
         starts = torch.arange(0, images * length, length, device=device)
-        alone = images == 1
         ends = (images + 1) * length
         return Layout(
             lengths=np.full(images, length, np.int64),
             starts=starts,
-            image=starts.expand(length) if alone else _image_of_row(images, length, device),
+            image=_image_of_row(images, length, device),
             width=width,
             uniform_length=length,
-            buckets=torch.tensor([[images, length, 0]]),
+            buckets=torch.tensor([images, length, 0]),
             padding=None,
             cu_seqlens=torch.arange(0, ends, length, dtype=torch.int32, device=device),
             max_seqlen=length,
@@ -184,6 +185,8 @@ class Layout:
 
 def _image_of_row(images: int, length: int, device: torch.device) -> Tensor:
     """``Layout.image`` of images of one length."""
+    if images == 1:
+        return torch.zeros(length, dtype=torch.int64, device=device)
     return torch.arange(images, device=device)[:, None].expand(-1, length).flatten()
 
 
@@ -212,7 +215,7 @@ def _estimated_seconds(lengths: NDArray[np.int64], edges: NDArray[np.int64], wid
 
 
 def _buckets(lengths: NDArray[np.int64], edges: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``Layout.buckets``."""
+    """``Layout.buckets``, [buckets, 3]."""
     if not len(lengths):
         return np.zeros((0, 3), np.int64)
     longest = np.maximum.reduceat(lengths, edges[:-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ class PrefixCache:
     """Keeps the tokens of images before the first stage, up to a limit of memory.
 
     The images that come first are kept. Images are drawn uniformly, so none is more likely than
-    another to come again.
+    another to come again. The backbone may move to another device. What it computed in another type
+    of numbers is forgotten.
 
     Args:
         backbone: the staged ViT.
@@ -43,6 +45,7 @@ class PrefixCache:
         self._slot = torch.full((num_images,), -1, dtype=torch.int64)  # -1: not in the cache
         self._used = 0
         self._cached: dict[str, Tensor] = {}  # [capacity, ...], by name
+        self._dtype = backbone.dtype
         self._rotary: RotaryEmbedding | None = None
         self.hits = 0.0
 
@@ -51,6 +54,9 @@ class PrefixCache:
 
         Raises what ``run`` raises.
         """
+        if self._dtype != self._backbone.dtype:
+            self._slot.fill_(-1)
+            self._used, self._cached, self._dtype = 0, {}, self._backbone.dtype
         slot = self._slot[indices]
         known = slot >= 0
         missing = indices[~known].unique()
@@ -68,7 +74,10 @@ class PrefixCache:
         self._store(missing, computed)
         self.hits = float(known.float().mean())
         x, attention = tensors.pop("x"), tensors.pop("attention", None)
-        return self._backbone.restore(x, attention, self._rotary), tensors
+        rotary = self._rotary
+        if rotary is not None:
+            rotary = replace(rotary, sin_cos=rotary.sin_cos.to(device))
+        return self._backbone.restore(x, attention, rotary), tensors
 
     def _compute(self, indices: Tensor) -> dict[str, Tensor]:
         """What is to be cached of each of the images [n], on the backbone's device."""

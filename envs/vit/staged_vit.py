@@ -51,8 +51,9 @@ class StagedViT(nn.Module):
             every block but the first.
         execution: "packed" removes pruned tokens. "masked" keeps all tokens and masks the
             attention; it is slower, and the reference, for gradients too.
-        torch_compile: compile the blocks of packed execution with ``torch.compile``. Each new kind
-            of layout takes half a minute. Without gradients only.
+        torch_compile: compile the blocks of packed execution with ``torch.compile``, which takes
+            half a minute for each of at most six graphs. Where gradients may be needed, they run
+            uncompiled.
 
     Attributes:
         num_patches: N.
@@ -202,7 +203,7 @@ class StagedViT(nn.Module):
             row=torch.arange(alive.numel(), device=x.device),
             layout=layout,
             attention=None,
-            rotary=rotary,
+            rotary=rotary.of_images(batch, layout is not None) if rotary else None,
         )
 
     def restore(

@@ -16,8 +16,8 @@ from prunevit.envs.vit.blocks import packed_block
 def compile_block() -> Callable[..., tuple[Tensor, Tensor | None]]:
     """Returns ``packed_block`` compiled.
 
-    It compiles once for each kind of layout, with and without the attention received, but not for
-    each number of tokens or each block.
+    It compiles with and without padding, with and without the attention received, and for a single
+    row, but not for each number of tokens or images, or each block.
     """
     return torch.compile(packed_block, dynamic=True)
 

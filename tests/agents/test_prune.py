@@ -409,6 +409,13 @@ def test_adapters_are_named(make_vit):
         prune(Adapted(make_vit()), KeepAll(), STAGES)
 
 
+def test_a_model_that_can_not_be_copied_is_refused_with_the_way_out(make_vit):
+    vit = make_vit()
+    vit.cached = vit.pos_embed * 2  # part of a graph
+    with pytest.raises(UnsupportedBackboneError, match=r"can't be copied \(.*PrunedViT\(StagedViT"):
+        prune(vit, KeepAll(), STAGES)
+
+
 def test_what_is_cached_is_nobodys_tensor(vit):
     """A tensor that was made while an exporter ran would be a fake one for ever."""
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode

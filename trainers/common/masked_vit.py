@@ -113,7 +113,7 @@ def _blocks(
 ) -> Tensor:
     """timm's own blocks on all tokens, [B, L, D]."""
     for i in range(start, stop):
-        rope = begun.rotary.patches(i, len(x)) if begun.rotary else None
+        rope = begun.rotary.of_block(i).patches(len(x)) if begun.rotary else None
         x = backbone.ops.dense_block(backbone.model.blocks[i], x, bias, rope)
     return x
 

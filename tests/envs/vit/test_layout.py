@@ -59,7 +59,7 @@ def test_cells_hold_every_row_once(monkeypatch, lengths, width):
     monkeypatch.setattr(layout_module, "BUCKET_WIDTHS", (width,))
     layout = layout_of(lengths)
     image, cell = 0, 0
-    for images, longest, padded in layout.buckets.tolist():
+    for images, longest, padded in layout.buckets.view(-1, 3).tolist():
         held = lengths[image : image + images]
         assert longest == max(held)
         assert longest - min(held) < width
@@ -86,7 +86,7 @@ def test_cells_hold_every_row_once(monkeypatch, lengths, width):
 def test_buckets_are_those_that_should_take_the_least_time():
     """Few long images are worth a call each, many short ones are padded to share it."""
     assert layout_of([400, 500, 600]).padding is None
-    assert layout_of([2, 3, 4] * 100).buckets.tolist() == [[300, 4, 1]]
+    assert layout_of([2, 3, 4] * 100).buckets.tolist() == [300, 4, 1]
     for lengths in LENGTHS.values():
         layout = layout_of(lengths)
         if not lengths:
@@ -96,7 +96,7 @@ def test_buckets_are_those_that_should_take_the_least_time():
             layout_module._estimated_seconds(layout.lengths, np.array(e), HEADS * SIZE)
             for e in edges
         ]
-        chosen = np.cumsum([0, *layout.buckets[:, 0].tolist()]).tolist()
+        chosen = np.cumsum([0, *layout.buckets[::3].tolist()]).tolist()
         assert chosen == edges[int(np.argmin(costs))]
 
 
@@ -168,14 +168,17 @@ def test_gradients_stay_within_an_image():
 
 
 @each_lengths
-def test_first_row_attention_is_a_row_of_the_matrix(lengths):
-    layout = layout_of(lengths)
-    q = torch.randn(len(lengths), HEADS, SIZE, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_received_attention_is_what_a_query_pays(lengths, count):
+    """The first rows of the matrix, or all of them."""
+    lengths = [length + 1 for length in lengths]
+    q = draw(lengths, HEADS, SIZE)
     # far from zero: a softmax that does not subtract the maximum would overflow
     k = draw(lengths, HEADS, SIZE) + 300
-    paid = attention_received(q, k, layout)
-    assert paid.shape == (sum(lengths),)
-    for ours, query, keys in zip(by_image(paid, lengths), q, by_image(k, lengths), strict=True):
+    received = attention_received(q, k, layout_of(lengths), count)
+    assert received.shape == (sum(lengths),)
+    for ours, queries, keys in zip(*(by_image(x, lengths) for x in (received, q, k)), strict=True):
+        query = queries[: count or None].mean(0)
         scores = torch.einsum("hd,lhd->hl", query, keys) / SIZE**0.5
         torch.testing.assert_close(ours, scores.softmax(1).mean(0), rtol=1e-3, atol=1e-5)
 
@@ -239,11 +242,11 @@ def test_everything_is_made_on_the_device_of_the_rows(lengths):
     layout = Layout.of(np.array(lengths, np.int64), HEADS * SIZE, meta)
     assert {layout.starts.device, layout.image.device, layout.cu_seqlens.device} == {meta}
     assert layout.buckets.device == CPU
-    assert len(layout.buckets) == 1  # a call each would keep a GPU waiting
+    assert len(layout.buckets) == 3  # a call each would keep a GPU waiting
     rows = torch.empty(sum(lengths), 6, device=meta)
     rest, without = layout.without_first(rows, 1)
     padded, valid = layout.pad(rows)
-    q, k = (torch.empty(n, HEADS, SIZE, device=meta) for n in (len(lengths), sum(lengths)))
+    k = torch.empty(sum(lengths), HEADS, SIZE, device=meta)
     for made in (
         layout.mean(rows),
         layout.max(rows),
@@ -252,7 +255,8 @@ def test_everything_is_made_on_the_device_of_the_rows(lengths):
         rest,
         without.image,
         varlen_attention(k, k, k, layout),
-        attention_received(q, k, layout),
+        attention_received(k, k, layout, 1),
+        attention_received(k, k, layout, 0),
     ):
         assert made.device == meta
 

@@ -96,3 +96,42 @@ def test_an_image_that_is_asked_for_twice_is_run_once(vit, some_images):
     assert tensors["labels"].tolist() == some_images.labels[[7, 2, 7]].tolist()
     first, _, third = tokens.x.unflatten(0, (3, -1))
     assert torch.equal(first, third)
+
+
+def make_cache(backbone, images):
+    """A cache, and the indices of what was computed for it."""
+    asked = []
+
+    def run(indices):
+        asked.extend(indices.tolist())
+        return backbone.begin(images.load(indices)[0].to(backbone.dtype)), {}
+
+    return PrefixCache(backbone, run, len(images), 1e9), asked
+
+
+@torch.no_grad()
+def test_a_backbone_that_moves_takes_its_images_along(make_vit, some_images):
+    """ "meta" stands for a GPU."""
+    backbone = StagedViT(make_vit("eva02_tiny_patch14_224", patch_size=8), (2,))
+    cache, asked = make_cache(backbone, some_images)
+    indices = torch.tensor([7, 2])
+    cache.load(indices)
+    backbone.to("meta")
+    tokens, _ = cache.load(indices)
+    parts = (tokens.x, tokens.alive, tokens.rotary.slot, tokens.rotary.rows())
+    assert {part.device.type for part in parts} == {"meta"}
+    assert asked == [2, 7]
+
+
+@torch.no_grad()
+def test_what_was_computed_in_another_type_is_computed_again(make_vit, some_images):
+    backbone = StagedViT(make_vit("eva02_tiny_patch14_224", patch_size=8), (2,))
+    cache, asked = make_cache(backbone, some_images)
+    indices = torch.tensor([7, 2])
+    cache.load(indices)
+    backbone.double()
+    for _ in range(2):
+        tokens, _ = cache.load(indices)
+        expected = backbone.begin(some_images.load(indices)[0].double())
+        torch.testing.assert_close(tokens.x, expected.x, rtol=1e-9, atol=1e-9)
+    assert asked == [2, 7, 2, 7]
