@@ -154,7 +154,7 @@ class ATS(nn.Module):
         attn, steps = block.attn, backbone.ops.steps(block)
         source = steps.pre_attention(block, tokens.x)
         q, k, v = backbone.ops.project(block, source, None)
-        paid = attention_received(q[layout.starts], k, layout)
+        paid = attention_received(q, k, layout, 1)
         significance = paid * v.flatten(1).norm(dim=1)  # [S]
         patches = tokens.alive[:, prefix:]
         row = tokens.row.view(len(patches), -1)
