@@ -148,6 +148,7 @@ def build(config: BackboneConfig, num_classes: int, has_weights: bool) -> nn.Mod
         checkpoint=checkpoint,
         num_classes=num_classes,
         untrained=not pretrained and checkpoint is None,
+        new_head=True,
         **config.model_kwargs,
     )
 

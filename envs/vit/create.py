@@ -23,6 +23,7 @@ def create_backbone(
     checkpoint: Path | str | None = None,
     num_classes: int | None = None,
     untrained: bool = False,
+    new_head: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """Builds a backbone in evaluation mode on the CPU.
@@ -34,11 +35,14 @@ def create_backbone(
             lie on a hub or in a folder, only with ``pretrained``.
         pretrained: download timm's weights, which is the only use of the network here.
             "digits_vit" always has its trained weights, which are part of the package.
-        checkpoint: local weights instead: safetensors, or a PyTorch file of plain tensors. A file
-            that ``trainers.backbone`` wrote contains its ``num_classes`` and ``kwargs``.
+        checkpoint: local weights instead: safetensors, or a PyTorch file of plain tensors, under
+            timm's names or those that timm knows of the model's authors. Position embeddings are
+            resampled to the model's image size. A file that ``trainers.backbone`` wrote contains
+            its ``num_classes`` and ``kwargs``.
         num_classes: outputs of the head; the model's own if None.
         untrained: leave the weights random, even those of "digits_vit". Without it, random weights
             cause a warning.
+        new_head: begin with a random head, with a warning, if the checkpoint has none of this size.
         kwargs: further arguments of the model, such as ``img_size``, ``patch_size`` or ``depth``.
             ``embed_layer`` may also be a name in ``STEMS``.
 
@@ -75,7 +79,7 @@ def create_backbone(
         # where timm keeps those of models from the hub
         vars(model)["pretrained_cfg"]["label_names"] = described["class_names"]
     if file is not None:
-        load_weights(model, name, file)
+        load_weights(model, name, file, new_head)
     elif not pretrained and not untrained:
         warnings.warn(
             f"the weights of {name} are random: give pretrained weights or a checkpoint, or a "

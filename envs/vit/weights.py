@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -81,15 +83,52 @@ def read_description(path: Path, name: str) -> dict[str, Any]:
     return described
 
 
-def load_weights(model: nn.Module, name: str, path: Path) -> None:
+def load_weights(model: nn.Module, name: str, path: Path, new_head: bool = False) -> None:
     """Loads the weights in ``path`` into ``model``, the backbone ``name``.
+
+    Weights that timm's model doesn't have in this form go through timm's own filter for it, which
+    knows the authors' names and resamples position embeddings to the model's image size.
+
+    Args:
+        model: the model.
+        name: its name, for messages.
+        path: safetensors, or a PyTorch file of plain tensors.
+        new_head: keep the head that the model was built with, with a warning, if the file has none
+            or one of another size.
 
     Raises:
         BackboneError: the file is damaged, or its tensors don't fit the model.
     """
+    weights = _read_tensors(path)
+    own = model.state_dict()
+    if _shapes(weights) != _shapes(own):
+        weights = _filtered(model, weights, path)
+    begun_anew = [key for key in _head_keys(model) if _shape(weights, key) != _shape(own, key)]
+    if new_head:
+        weights = {key: tensor for key, tensor in weights.items() if key not in begun_anew}
+        weights |= {key: own[key] for key in begun_anew if key in own}
+    differences = _differences(weights, own)
+    if differences:
+        more = f" (and {len(differences) - 3} more differences)" if len(differences) > 3 else ""
+        hint = ""
+        if len(differences) == len(begun_anew):
+            hint = "; python -m trainers.backbone trains a head, and starts from such a file"
+        raise BackboneError(
+            f"the checkpoint {path} doesn't fit {name}: {'; '.join(differences[:3])}{more}{hint}"
+        )
+    model.load_state_dict(weights)
+    if begun_anew and new_head:
+        warnings.warn(
+            f"{path} has no head for {model.num_classes} classes: {name} begins with a random one",
+            stacklevel=3,
+        )
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         weights = load_state_dict(str(path), weights_only=True)
-        shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+        if not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+            raise ValueError("it holds other things than tensors")
     # what PyTorch raises for files that are truncated, not its own, or not of plain tensors
     except (
         SafetensorError,
@@ -105,20 +144,48 @@ def load_weights(model: nn.Module, name: str, path: Path) -> None:
         raise BackboneError(
             f"the checkpoint {path} is damaged, or not a file of plain tensors: {reason}"
         ) from error
-    own = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    return dict(weights)
+
+
+def _filtered(model: nn.Module, weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """``weights`` under the names and in the shapes of ``model``, as far as timm can tell."""
+    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if adapt is None:
+        return weights
+    try:
+        return dict(adapt(weights, model))
+    # filters of many models, which expect what their authors wrote
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BackboneError(f"timm can't adapt the checkpoint {path}: {reason}") from error
+
+
+def _head_keys(model: nn.Module) -> list[str]:
+    """Names of the weights of a timm model's classifiers, whether it has them or not."""
+    heads = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else heads
+    return [f"{head}.{part}" for head in heads for part in ("weight", "bias")]
+
+
+def _shape(weights: Mapping[str, Tensor], key: str) -> tuple[int, ...] | None:
+    return tuple(weights[key].shape) if key in weights else None
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in weights.items()}
+
+
+def _differences(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """What keeps ``weights`` from being those of a model that has ``own``, sorted."""
+    found, wanted = _shapes(weights), _shapes(own)
     differences = [
-        f"{key} is {shapes[key]} in the file and {own[key]} in the model"
-        for key in own.keys() & shapes.keys()
-        if own[key] != shapes[key]
+        f"{key} is {found[key]} in the file and {wanted[key]} in the model"
+        for key in wanted.keys() & found.keys()
+        if wanted[key] != found[key]
     ]
-    differences += [f"{key} is missing in the file" for key in own.keys() - shapes.keys()]
-    differences += [f"{key} is unknown to the model" for key in shapes.keys() - own.keys()]
-    if differences:
-        more = f" (and {len(differences) - 3} more differences)" if len(differences) > 3 else ""
-        raise BackboneError(
-            f"the checkpoint {path} doesn't fit {name}: {'; '.join(sorted(differences)[:3])}{more}"
-        )
-    model.load_state_dict(weights)
+    differences += [f"{key} is missing in the file" for key in wanted.keys() - found.keys()]
+    differences += [f"{key} is unknown to the model" for key in found.keys() - wanted.keys()]
+    return sorted(differences)
 
 
 def sha256(path: Path) -> str:

@@ -20,7 +20,7 @@ from prunevit.trainers.common.run import RunSettings
 from prunevit.trainers.common.settings import JsonObject, Threads
 
 # arguments of create_backbone that are settings of their own, or follow from the dataset
-OWN_SETTINGS = ("name", "pretrained", "checkpoint", "num_classes", "untrained")
+OWN_SETTINGS = ("name", "pretrained", "checkpoint", "num_classes", "untrained", "new_head")
 
 
 class BackboneSettings(Protocol):

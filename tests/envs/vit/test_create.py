@@ -2,6 +2,7 @@ import json
 import socket
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
@@ -44,7 +45,7 @@ def assets(weights, tmp_path, monkeypatch):
 
 def small(seed=0, **kwargs):
     torch.manual_seed(seed)
-    return create_backbone(VIT, num_classes=5, untrained=True, **(SMALL | kwargs))
+    return create_backbone(VIT, untrained=True, **({"num_classes": 5} | SMALL | kwargs))
 
 
 def same(model, weights):
@@ -284,7 +285,15 @@ def test_weights_that_share_memory_are_written(tmp_path):
     assert torch.equal(loaded["b"], shared.T)
 
 
-@pytest.mark.parametrize("nest", [lambda w: w, lambda w: {"model": w, "epoch": 3}])
+@pytest.mark.parametrize(
+    "nest",
+    [
+        lambda w: w,
+        lambda w: {"model": w, "epoch": 3},
+        lambda w: {"state_dict": {f"module.{key}": tensor for key, tensor in w.items()}},
+        lambda w: {f"visual.trunk.{key}": tensor for key, tensor in w.items()},  # OpenCLIP's
+    ],
+)
 def test_a_checkpoint_of_pytorch(tmp_path, nest):
     model = small(seed=1)
     torch.save(nest(model.state_dict()), tmp_path / "w.pth")
@@ -351,3 +360,51 @@ def test_differences_to_the_model_are_named(tmp_path):
         create_backbone(VIT, checkpoint=file, num_classes=5, **SMALL)
     with pytest.raises(BackboneError, match=r"and \d+ more differences"):
         create_backbone(VIT, checkpoint=file, num_classes=5, **(SMALL | {"depth": 2}))
+
+
+# --- weights of other image sizes and heads ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_position_embeddings_are_resampled_as_timm_does(tmp_path, dtype):
+    file = tmp_path / "w.pth"
+    larger = small(img_size=48).to(dtype).state_dict()
+    torch.save(larger, file)
+    ours = create_backbone(VIT, checkpoint=file, num_classes=5, **SMALL)
+    timms = timm.create_model(
+        VIT, pretrained=True, pretrained_cfg_overlay={"file": str(file), "num_classes": 5},
+        num_classes=5, **SMALL,
+    )  # fmt: skip
+    assert same(ours, timms.state_dict())
+    assert ours.pos_embed.shape != larger["pos_embed"].shape
+    assert ours.pos_embed.dtype == torch.float32
+
+
+@pytest.mark.parametrize("had", [0, 7])
+def test_a_head_that_a_file_lacks_is_begun_anew_only_where_it_is_trained(tmp_path, had):
+    file = tmp_path / "w.pth"
+    weights = small(seed=1, num_classes=had).state_dict()
+    torch.save(weights, file)
+    with pytest.raises(BackboneError, match=r"head.bias is .*trainers.backbone trains a head"):
+        create_backbone(VIT, checkpoint=file, num_classes=5, **SMALL)
+    torch.manual_seed(2)
+    with pytest.warns(UserWarning, match=r"w\.pth has no head for 5 classes: .* a random one"):
+        model = create_backbone(VIT, checkpoint=file, num_classes=5, new_head=True, **SMALL)
+    built = small(seed=2).state_dict()
+    body = {key: t for key, t in weights.items() if not key.startswith("head")}
+    assert same(model, body | {key: built[key] for key in ("head.weight", "head.bias")})
+    without = create_backbone(VIT, checkpoint=file, num_classes=had, new_head=True, **SMALL)
+    assert same(without, weights)
+
+
+def test_a_new_head_excuses_no_other_difference(tmp_path):
+    file = tmp_path / "w.pth"
+    weights = small(num_classes=0).state_dict()
+    for changed, message in (
+        ({k: v for k, v in weights.items() if k != "cls_token"}, "224: cls_token is missing"),
+        (weights | {"extra": torch.zeros(1)}, "224: extra is unknown to the model$"),
+        (weights | {"head.extra": torch.zeros(1)}, "224: head.extra is unknown to the model$"),
+    ):
+        torch.save(changed, file)
+        with pytest.raises(BackboneError, match=message):
+            create_backbone(VIT, checkpoint=file, num_classes=5, new_head=True, **SMALL)
