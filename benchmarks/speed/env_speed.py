@@ -20,7 +20,6 @@ import tyro
 from torch import Tensor, nn
 
 from prunevit.benchmarks.noise_images import NoiseImages
-from prunevit.benchmarks.speed.train_speed import alive_before, decisions_of
 from prunevit.cli import prog
 from prunevit.envs.adapters.common import GameArguments
 from prunevit.envs.adapters.epymarl import TokenPruneAgents
@@ -66,6 +65,11 @@ class EnvSpeedConfig(Settings):
     """auto, cpu, cuda or mps."""
     out: Path | None = None
     """Also write the figures to this JSON file."""
+
+
+def alive_before(keeps: Tensor) -> Tensor:
+    """Which agents decide at each stage, under joint actions ``keeps``: both int64 [T, B, N]."""
+    return torch.cat([torch.ones_like(keeps[:1]), keeps[:-1]]).cumprod(0)
 
 
 def adapters(
@@ -149,7 +153,7 @@ def _rllib(keeps: Tensor, game: GameArguments) -> Play:
             {name: action for name, action, living in zip(names, *of_image, strict=True) if living}
             for of_image in zip(keep.tolist(), alive.tolist(), strict=True)
         ]
-        for keep, alive in zip(keeps, alive_before(list(keeps == 1)), strict=True)
+        for keep, alive in zip(keeps, alive_before(keeps), strict=True)
     ]
     return _episode(env, actions)
 
@@ -183,7 +187,7 @@ def measure(config: EnvSpeedConfig) -> dict[str, Any]:
         players = adapters(
             model, images, keeps, {"prune_before": config.prune_before, "device": device}
         )
-        figures[count] = timed(players, decisions_of(list(keeps == 1)), config.rounds, device)
+        figures[count] = timed(players, int(alive_before(keeps).sum()), config.rounds, device)
     return {
         "backbone": config.backbone,
         "threads": torch.get_num_threads(),

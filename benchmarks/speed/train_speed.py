@@ -112,25 +112,11 @@ def bare_forward(env: BatchedTokenPrune, images: Tensor, keeps: Sequence[Tensor]
     backbone.finish(tokens)
 
 
-def alive_before(keeps: Sequence[Tensor]) -> list[Tensor]:
-    """Which agents decide at each stage, bool [B, N]; ``keeps`` are joint actions, alike."""
-    alive = [torch.ones_like(keeps[0])]
-    for keep in keeps[:-1]:
-        alive.append(alive[-1] & keep)
-    return alive
-
-
-def decisions_of(keeps: Sequence[Tensor]) -> int:
-    """How often a living agent decides; arguments as of ``alive_before``."""
-    return sum(int(alive.sum()) for alive in alive_before(keeps))
-
-
 class NotingGame(TokenGame):
-    """Notes the joint actions of the last episodes."""
+    """Notes the joint actions of the last episodes: ``keeps``, bool [B, N] a stage."""
 
     def reset(self, images: Tensor, labels: Tensor, alpha: Tensor | None = None) -> Stage:
-        self.images = images.to(self.backbone.device)  # [n, C, H, W]
-        self.keeps: list[Tensor] = []  # bool [B, N] a stage
+        self.keeps: list[Tensor] = []
         return super().reset(images, labels, alpha)
 
     def step(self, keep: Tensor) -> Stage:
@@ -170,7 +156,7 @@ class TimedTrainer:
     def forward(self) -> Figures:
         """Runs the bare forward passes of the last episodes, on the same tokens."""
         start = now(self.env.device)
-        bare_forward(self.env, self.game.images, self.game.keeps)
+        bare_forward(self.env, self.env.pixels.to(self.env.device), self.game.keeps)
         return self._figures(start)
 
     def rollout(self) -> Figures:
@@ -184,9 +170,10 @@ class TimedTrainer:
 
     def _figures(self, start: float) -> Figures:
         seconds = now(self.env.device) - start
-        keeps = self.game.keeps
-        kept = float(keeps[0].float().mean())
-        return {"seconds": seconds, "decisions": float(decisions_of(keeps)), "kept": kept}
+        outcome = self.env.outcome
+        assert outcome is not None
+        decisions, kept = int(outcome.decisions.sum()), float(outcome.kept[:, 0].float().mean())
+        return {"seconds": seconds, "decisions": decisions, "kept": kept / self.env.num_agents}
 
 
 def set_up(config: TrainSpeedConfig) -> TimedTrainer:

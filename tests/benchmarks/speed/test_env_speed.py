@@ -6,8 +6,7 @@ import json
 import pytest
 import torch
 
-from prunevit.benchmarks.speed.env_speed import adapters, main
-from prunevit.benchmarks.speed.train_speed import decisions_of
+from prunevit.benchmarks.speed.env_speed import adapters, alive_before, main
 from prunevit.envs.game import TokenGame
 
 
@@ -46,7 +45,7 @@ def test_every_adapter_is_measured_beside_the_bare_game(tmp_path, capsys):
 
 def test_only_living_agents_decide():
     keeps = torch.tensor([[[1, 0, 1]], [[1, 1, 0]], [[0, 0, 0]]])
-    assert decisions_of(list(keeps == 1)) == 3 + 2 + 1
+    assert alive_before(keeps).tolist() == [[[1, 1, 1]], [[1, 0, 1]], [[1, 0, 0]]]
 
 
 @pytest.mark.parametrize("batch", [1, 3])
