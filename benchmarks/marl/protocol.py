@@ -14,7 +14,12 @@ from pettingzoo import ParallelEnv
 from torch import Tensor
 
 from prunevit.envs.batched.make_pettingzoo import make_pettingzoo
-from prunevit.trainers.common.config import PETTINGZOO_PREFIX, MappoConfig, defaults_for
+from prunevit.trainers.common.config import (
+    PETTINGZOO_PREFIX,
+    CriticKind,
+    MappoConfig,
+    defaults_for,
+)
 
 EVALUATION_SEED = 987_654_321  # of the first episode; each next episode adds one
 
@@ -22,7 +27,7 @@ TASKS = {
     "simple_spread": "mpe2.simple_spread_v3",
     "simple_reference": "mpe2.simple_reference_v3",
 }
-CRITICS = {"mappo": "central", "ippo": "local", "ppo": "local"}
+CRITICS: dict[str, CriticKind] = {"mappo": "central", "ippo": "local", "ppo": "local"}
 # equal for all libraries, wherever they mean the same
 SHARED: dict[str, Any] = {
     "num_envs": 16, "rollout_steps": 128, "hidden": (64, 64), "epochs": 5, "minibatches": 8,

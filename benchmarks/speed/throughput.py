@@ -35,6 +35,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import tyro
+from torch import Tensor
 
 from prunevit.benchmarks.machine import MIB
 from prunevit.benchmarks.markdown import records_table
@@ -142,7 +143,9 @@ def compare(
         "dtype": config.dtype,
         "load": os.getloadavg()[0],
     }
-    passes = {name: calls(name, workload, batch_size) for name in names}
+    passes: dict[str, list[Callable[[], Tensor]]] = {
+        name: calls(name, workload, batch_size) for name in names
+    }
     timings = interleaved(passes, config.rounds, 1, device, each_call=batch_size == 1)
     gmacs = {name: VARIANTS[name].macs(workload, batch_size) / 1e9 for name in names}
     records = []
