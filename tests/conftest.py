@@ -15,6 +15,7 @@ from timm.layers import Attention
 from prunevit.envs.data import cluttered_digits
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common import report
+from prunevit.trainers.common.checkpoint import write_atomically
 from prunevit.trainers.common.timing import time_models
 
 # The same examples every time, however fast the machine is; to look for others, give
@@ -226,4 +227,18 @@ def timed_here():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "images_per_second", images_per_second)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def blank_figures():
+    """Reports write figures without drawing them, which would take longer than the runs: those of
+    ``test_report.py`` and of processes of their own are drawn.
+    """
+
+    def save(figure, path):
+        write_atomically(path, lambda temporary: Image.new("L", (1, 1)).save(temporary, "png"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "save_figure", save)
         yield

@@ -108,3 +108,25 @@ def test_the_runtime_and_the_images_know_nothing_of_the_game(folder):
 def test_the_rest_of_envs_knows_nothing_of_the_adapters():
     found = arrows("envs", "envs.adapters")
     assert not [arrow for arrow in found if not inside(arrow.split()[0], "envs.adapters")]
+
+
+def at_import(tree):
+    """The modules that are imported with a module: not those in functions, or for types alone."""
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            yield from at_import(ast.Module(node.orelse, []))
+        elif isinstance(node, ast.If | ast.With | ast.Try):
+            yield from at_import(node)
+            yield from at_import(ast.Module(getattr(node, "orelse", []), []))
+
+
+@pytest.mark.parametrize("folder", ["prunevit", "envs", "agents", "trainers"])
+def test_the_extra_train_is_imported_where_it_is_used_only(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        for module in at_import(ast.parse(path.read_text(encoding="utf-8"))):
+            assert module.partition(".")[0] not in ("matplotlib", "tensorboard"), path
+            assert not module.startswith("torch.utils.tensorboard"), path

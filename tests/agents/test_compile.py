@@ -52,7 +52,7 @@ SIZES = [1, 2, 3, 1, 5, 4, 12, 1, 1, 7]
     ("name", "kwargs"),
     [
         ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False}),
-        ("eva02_tiny_patch14_224", {}),
+        pytest.param("eva02_tiny_patch14_224", {}, marks=pytest.mark.stress),
     ],
 )
 def test_new_numbers_of_tokens_compile_nothing_anew(make_vit, name, kwargs):
@@ -72,6 +72,7 @@ def test_new_numbers_of_tokens_compile_nothing_anew(make_vit, name, kwargs):
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.stress
 @torch.no_grad()
 def test_chunks_compile_nothing_anew(vit, monkeypatch):
     """Neither their number nor their sizes are a compiler's business."""
@@ -84,6 +85,7 @@ def test_chunks_compile_nothing_anew(vit, monkeypatch):
     assert counters["stats"]["unique_graphs"] <= 3
 
 
+@pytest.mark.stress
 @torch.no_grad()
 def test_compiled_is_what_eager_is(vit):
     backbone = StagedViT(vit, STAGES)
@@ -95,7 +97,7 @@ def test_compiled_is_what_eager_is(vit):
             torch.testing.assert_close(compiled(images), model(images), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.stress), True])
 def test_gradients_are_those_of_eager_blocks(make_vit, training):
     model, eager = (prune(make_vit(), Draw(), STAGES).train(training) for _ in range(2))
     compiled = torch.compile(model, backend="eager")

@@ -168,26 +168,26 @@ def test_the_test_split_is_read_once_at_the_end(config, monkeypatch):
     assert reads == (["train"] * 5 + ["validation"]) * 3 + ["test"]
 
 
-def test_another_seed_is_another_run(config):
+def test_another_seed_is_another_run(config, run_once):
+    whole = run_once(train, config)
     train(config)
     train(replace(config, seed=1, run_name="other"))
-    train(replace(config, run_name="again"))
-    assert same_run("r", "again")
+    assert same_run(whole, "r")
     assert not same_run("r", "other")
 
 
-def test_a_checkpoint_is_where_training_begins(config):
-    train(config)
-    start = Path("runs/r/backbone.safetensors")
+def test_a_checkpoint_is_where_training_begins(config, run_once):
+    start = run_once(train, config) / "backbone.safetensors"
     train(replace(config, checkpoint=start, lr=1e-12, epochs=1, run_name="tuned"))
     before, after = load_file(start), load_file("runs/tuned/backbone.safetensors")
     assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
 
 
-def test_the_arguments_of_a_checkpoints_model_need_not_be_given_again(config, monkeypatch):
+def test_the_arguments_of_a_checkpoints_model_need_not_be_given_again(
+    config, run_once, monkeypatch
+):
     """Neither to begin with it, nor to go on, nor to load what comes of it."""
-    train(config)
-    start = Path("runs/r/backbone.safetensors")
+    start = run_once(train, config) / "backbone.safetensors"
     tuned = replace(config, checkpoint=start, model_kwargs={}, epochs=2, run_name="tuned")
     with monkeypatch.context() as context:
         context.setattr(RunFolder, "save", stop_after_an_epoch(RunFolder.save))
@@ -256,11 +256,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(config, tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["stopped", "killed"])
-def test_an_epoch_that_was_cut_off_is_not_lost(config, monkeypatch, ending):
+def test_an_epoch_that_was_cut_off_is_not_lost(config, run_once, monkeypatch, ending):
     config = replace(
         config, mixup=0.2, cutmix=1.0, model_kwargs=MODEL | {"embed_layer": "conv_stem"}
     )
-    train(replace(config, run_name="whole"))
+    whole = run_once(train, config)
     last, learn, taken = 8, classification.Learner.learn, []
 
     def learn_to_the_end(self, inputs, targets, step):
@@ -286,7 +286,7 @@ def test_an_epoch_that_was_cut_off_is_not_lost(config, monkeypatch, ending):
     assert len(read_metrics("r")) == 1
     train(BackboneConfig(resume=Path("runs/r")))
     assert taken[last + 1] == (last if ending == "killed" else last + 1)
-    assert same_run("whole", "r")
+    assert same_run(whole, "r")
 
 
 def test_many_ranks_can_not_go_on_from_within_an_epoch_of_one(tmp_path):
@@ -300,8 +300,8 @@ def test_many_ranks_can_not_go_on_from_within_an_epoch_of_one(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "checkpoint.safetensors", "backbone.json"])
-def test_a_run_whose_disk_is_full_can_be_resumed(config, monkeypatch, file):
-    train(replace(config, run_name="whole"))
+def test_a_run_whose_disk_is_full_can_be_resumed(config, run_once, monkeypatch, file):
+    whole = run_once(train, config)
     replace_file = Path.replace
 
     def fail(path, target):
@@ -316,17 +316,17 @@ def test_a_run_whose_disk_is_full_can_be_resumed(config, monkeypatch, file):
         with pytest.raises(OSError, match="No space left on device"):
             train(config)
     train(BackboneConfig(resume=Path("runs/r")))
-    assert same_run("whole", "r")
+    assert same_run(whole, "r")
 
 
-def test_a_run_that_never_ended_an_epoch_begins_anew(config, monkeypatch):
-    train(replace(config, run_name="whole"))
+def test_a_run_that_never_ended_an_epoch_begins_anew(config, run_once, monkeypatch):
+    whole = run_once(train, config)
     with monkeypatch.context() as context:
         context.setattr(epochs, "train_epoch", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config)
     train(BackboneConfig(resume=Path("runs/r")))
-    assert same_run("whole", "r")
+    assert same_run(whole, "r")
 
 
 def test_a_finished_run_can_be_finished_again(config):

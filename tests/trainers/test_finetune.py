@@ -287,10 +287,10 @@ def test_a_run_tells_all_about_itself(config):
     assert report["versions"]["torch"] == torch.__version__.split("+")[0]
 
 
-def test_the_averaged_weights_are_saved(config):
-    train(config)
-    state = load_checkpoint(Path("runs/r/checkpoint.safetensors"))
-    written = weights_of("r")
+def test_the_averaged_weights_are_saved(config, run_once):
+    whole = run_once(train, config)
+    state = load_checkpoint(whole / "checkpoint.safetensors")
+    written = weights_of(whole)
     assert all(torch.equal(tensor, written[name]) for name, tensor in state["ema"].items())
     assert not all(torch.equal(tensor, written[name]) for name, tensor in state["model"].items())
 
@@ -343,8 +343,8 @@ def test_other_policies_have_no_alpha_and_can_not_dither(config, run, monkeypatc
 
 
 @pytest.mark.parametrize("step", [2, STEPS + 2])
-def test_a_killed_run_goes_on_as_if_nothing_had_been(config, monkeypatch, step):
-    train(replace(config, run_name="whole"))
+def test_a_killed_run_goes_on_as_if_nothing_had_been(config, run_once, monkeypatch, step):
+    whole = run_once(train, config)
     learn, taken = classification.Learner.learn, []
 
     def learn_or_die(self, inputs, targets, now):
@@ -360,7 +360,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(config, monkeypatch, step):
     assert not Path("runs/r/report.json").exists()
     train(FinetuneConfig(resume=Path("runs/r")))
     assert taken[step : step + 2] == [step, step]  # those before are not taken again
-    assert same_run("whole", "r")
+    assert same_run(whole, "r")
 
 
 def test_a_finished_run_can_be_finished_again(config, monkeypatch):
@@ -387,14 +387,15 @@ def test_a_model_that_can_not_be_written_leaves_none(config, monkeypatch):
     assert not Path("runs/r/report.json").exists()
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"optimizer": "sgd"}])
-def test_another_seed_or_optimizer_is_another_run(config, change):
-    config = replace(config, epochs=1)
+def test_a_seed_is_a_run(config, run_once):
     train(config)
-    train(replace(config, run_name="other", **change))
-    train(replace(config, run_name="again"))
-    assert same_run("r", "again")
-    assert not same_run("r", "other")
+    assert same_run("r", run_once(train, config))
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"optimizer": "sgd"}])
+def test_another_seed_or_optimizer_is_another_run(config, run_once, change):
+    train(replace(config, **change))
+    assert not same_run("r", run_once(train, config))
 
 
 def test_a_run_is_not_overwritten(config):

@@ -137,6 +137,11 @@ def new_figure(path: Path, size: tuple[float, float]) -> Figure | None:
     return Figure(figsize=size, layout="constrained")
 
 
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes ``figure`` as a PNG file."""
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=80))
+
+
 @torch.inference_mode()
 def draw_pruned(experiment: PruningExperiment, model: PrunedViT, images: Any, path: Path) -> None:
     """Draws a few images stage by stage, pruned patches whited out, with label, prediction and
@@ -166,7 +171,7 @@ def draw_pruned(experiment: PruningExperiment, model: PrunedViT, images: Any, pa
             f"patches {kept}",
             fontsize=9,
         )
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=80))
+    save_figure(figure, path)
 
 
 def draw_curve(folder: Path) -> None:
@@ -195,4 +200,4 @@ def draw_curve(folder: Path) -> None:
         axes.set_xlabel("iteration")
         axes.set_title(name.replace("_", " "), fontsize=10)
         axes.legend(fontsize=7)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=80))
+    save_figure(figure, path)

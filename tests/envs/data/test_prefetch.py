@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.data.datasets import open_images
@@ -206,7 +207,9 @@ def test_how_other_libraries_start_processes_is_their_own_matter(tmp_path):
 
 
 @pytest.mark.timeout(60)
-def test_a_process_that_dies_is_an_error_where_its_batch_is_due(tmp_path):
+def test_a_process_that_dies_is_an_error_where_its_batch_is_due(tmp_path, monkeypatch):
+    # seconds after which torch looks whether somebody died
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
     taken = FORK.Event()
 
     def harm(index):

@@ -45,7 +45,7 @@ def test_a_compiled_game_is_the_same_and_compiles_no_number_of_tokens_anew(vit, 
     graphs = []
     # nothing pruned, more and more, all; in batches of several sizes
     kinds = [(24, (1.0, 0.9)), (24, (0.5, 0.5)), (9, (0.3, 1.0)), (24, (0.0, 0.0))]
-    for batch, shares in kinds + [(size, (0.6, 0.7)) for size in range(2, 24)]:
+    for batch, shares in kinds + [(size, (0.6, 0.7)) for size in (2, 3, 10, 23)]:
         games = (play(game, images[:batch], labels[:batch], shares) for game in (plain, fast))
         torch.testing.assert_close(*games, rtol=0, atol=1e-5)
         graphs.append(counters["stats"]["unique_graphs"])

@@ -26,6 +26,14 @@ def few_images(monkeypatch):
     monkeypatch.setattr(cluttered_digits, "DEFAULT_SIZES", SIZES)
 
 
+SAVE_FIGURE = report.save_figure
+
+
+@pytest.fixture
+def real_figures(monkeypatch):
+    monkeypatch.setattr(report, "save_figure", SAVE_FIGURE)
+
+
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     """Digits on a small random ViT."""
@@ -165,6 +173,7 @@ def test_the_table_compares_with_dense():
 # --- pictures ---
 
 
+@pytest.mark.usefixtures("real_figures")
 def test_pruned_patches_are_white_stage_by_stage(task, actor, tmp_path, monkeypatch):
     strips = []
     draw = report.stage_strip
@@ -192,12 +201,14 @@ def test_pruned_patches_are_white_stage_by_stage(task, actor, tmp_path, monkeypa
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.usefixtures("real_figures")
 def test_fewer_images_than_pictures_are_no_problem(task, actor, tmp_path):
     images = datasets.open_images("digits", "test", task.data_config, size=2)
     draw_pruned(task, task.pruned(actor), images, tmp_path / "pruned.png")
     read_png(tmp_path / "pruned.png")
 
 
+@pytest.mark.usefixtures("real_figures")
 @pytest.mark.parametrize(
     ("records", "panels"),
     [

@@ -1,6 +1,8 @@
 """Variants take turns, the warm-up doesn't count, and ratios are those of one round."""
 
+import multiprocessing
 import os
+import threading
 
 import pytest
 import torch
@@ -75,6 +77,21 @@ def test_a_process_of_its_own_times_the_same_models(staged, some_images):
     assert min(found.values()) > 0
 
 
+def test_what_is_served_is_timed_until_the_connection_is_closed(staged, some_images):
+    pixels, _ = some_images.load(range(8))
+    here, there = multiprocessing.Pipe()
+    server = threading.Thread(target=timing._serve, args=(there, torch.get_num_threads()))
+    server.start()
+    for rounds in (1, 2):
+        here.send(({"dense": staged.model}, pixels, 4, rounds))
+        found = here.recv()["dense"]
+        assert len(found.passes) == rounds
+        assert min(found.passes) > 0
+    here.close()
+    server.join(60)
+    assert not server.is_alive()
+
+
 class Dies(torch.nn.Module):
     """Ends its process."""
 
@@ -82,7 +99,9 @@ class Dies(torch.nn.Module):
         os._exit(1)
 
 
-@pytest.mark.stress
-def test_a_process_that_dies_is_an_error():
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.stress)])
+def test_a_process_that_dies_is_an_error(monkeypatch, start):
+    context = multiprocessing.get_context(start)
+    monkeypatch.setattr(timing.multiprocessing, "get_context", lambda _: context)
     with pytest.raises(RuntimeError, match="process that timed the models died"):
         images_per_second({"dies": Dies()}, torch.zeros(2, 1), batch_size=1)
