@@ -123,11 +123,25 @@ class View:
 
         Of the last block, averaged over heads. 1 is an even share among all patches of the image,
         and the value of all patches before the first block.
+
+        Raises:
+            ValueError: the policy said that it would not need it.
         """
-        received = self._tokens.attention
+        received = self._received
         if received is None:
             return torch.ones(len(self._places), device=self.alive.device)
         return received[self._rows].float() * self.backbone.num_patches
+
+    @property
+    def _received(self) -> Tensor | None:
+        """``Tokens.attention``, None before the first block."""
+        received = self._tokens.attention
+        if received is None and self.backbone.prune_before[self.stage] > 0:
+            raise ValueError(
+                "class attention was not observed, since the policy says needs_attention = False: "
+                "let it say True"
+            )
+        return received
 
     @cached_property
     def brightness(self) -> Tensor:
@@ -175,7 +189,7 @@ class View:
         if name == "position":
             return patch_positions(self.backbone).to(self.alive.device), self.patch
         if name == "cls_attention":
-            received = self._tokens.attention
+            received = self._received
             if received is None:
                 return torch.ones(1, 1, device=self.alive.device), None
             return received[:, None].float() * self.backbone.num_patches, self._rows
@@ -215,8 +229,8 @@ class View:
                 values = tokens.x.index_select(0, layout.starts).float()
             elif name == "stage":
                 values = self.stage_one_hot[None]
-            elif name == "cls_attention" and tokens.attention is not None:
-                values = tokens.attention[:, None].float() * backbone.num_patches
+            elif name == "cls_attention" and self._received is not None:
+                values = self._received[:, None].float() * backbone.num_patches
             elif name == "cls_attention":
                 values, of_rows = torch.ones(1, 1, device=self.alive.device), False
             elif name == "alpha" and self._shared_alpha is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Literal, TypeVar, get_args
@@ -60,6 +61,12 @@ class TopK:
 
     def _scores(self, view: View) -> Tensor:
         if self.score == "attention":
+            if view.backbone.prune_before[view.stage] == 0:
+                warnings.warn(
+                    "before block 0 all patches have the same attention: top-k keeps any of them. "
+                    "Choose another score, or a later block in prune_before",
+                    stacklevel=2,
+                )
             return view.cls_attention
         if self.score == "norm":
             return view.token.norm(dim=1)

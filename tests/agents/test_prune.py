@@ -277,6 +277,28 @@ def test_a_policy_may_write_on_what_it_is_shown(vit, images, training):
     assert torch.equal(ours.macs, expected.macs)
 
 
+def test_attention_that_was_not_asked_for_is_not_made_up(vit, images):
+    class Forgetful:
+        needs_attention = False
+
+        def __call__(self, view):
+            return view.scatter(view.cls_attention > 1)
+
+    with pytest.raises(ValueError, match="needs_attention = False: let it say True"):
+        prune(vit, Forgetful(), STAGES)(images)
+    policy = random_policy(StagedViT(vit, STAGES))
+    policy.needs_attention = False
+    with pytest.raises(ValueError, match="needs_attention = False: let it say True"):
+        prune(vit, policy, STAGES)(images)
+    # before the first block there is none
+    assert prune(vit, Forgetful(), (0,))(images, return_keep=True)[1].sum() == 0
+
+
+def test_attention_before_the_first_block_ranks_nothing(vit, images):
+    with pytest.warns(UserWarning, match="before block 0 all patches have the same attention"):
+        prune(vit, TopK((4, 2)), (0, 2))(images)
+
+
 def test_shares_are_numbers_of_patches(vit, images):
     for tokens, counts in {
         (0.5, 0.25): (8, 4),
