@@ -145,6 +145,8 @@ def _received(
     images = sum(call[0] for call in calls)
     query = _mean_query(q, image, images, num_query_tokens)
     scores = (query[image] * k).sum(-1) * scale  # [S, heads]
+    if scores.dtype in HALF_PRECISION:
+        scores = scores.float()  # sums of half precision stop growing
     index = image[:, None].expand_as(scores)
     best = scores.new_full((images, scores.shape[1]), -torch.inf)
     best = best.scatter_reduce(0, index, scores, "amax")
@@ -156,9 +158,10 @@ def _received(
 def _mean_query(q: Tensor, image: Tensor, images: int, num_query_tokens: int) -> Tensor:
     """The query of each image: [S, heads, head_dim] -> [B, heads, head_dim]."""
     if not num_query_tokens:
-        total = q.new_zeros(images, *q.shape[1:]).index_add(0, image, q)
+        wide = q.float() if q.dtype in HALF_PRECISION else q
+        total = wide.new_zeros(images, *q.shape[1:]).index_add(0, image, wide)
         count = image.new_zeros(images).index_add(0, image, torch.ones_like(image))
-        return total / count.to(q.dtype)[:, None, None]
+        return (total / count.to(wide.dtype)[:, None, None]).to(q.dtype)
     starts = torch.searchsorted(image, torch.arange(images, device=q.device))
     return q[starts[:, None] + torch.arange(num_query_tokens, device=q.device)].mean(1)
 

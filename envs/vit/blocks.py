@@ -261,5 +261,5 @@ def _masked_query(q: Tensor, alive: Tensor, num_query_tokens: int) -> Tensor:
     """The mean query of each image's query tokens: [B, L, heads, size] -> [B, heads, size]."""
     if num_query_tokens:
         return q[:, :num_query_tokens].mean(1)
-    weight = alive.to(q.dtype)[..., None, None]
-    return (q * weight).sum(1) / weight.sum(1)
+    weight = alive.float()[..., None, None]  # in half precision sums would overflow
+    return ((q * weight).sum(1) / weight.sum(1)).to(q.dtype)

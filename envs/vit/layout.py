@@ -151,9 +151,11 @@ class Layout:
 
     def mean(self, rows: Tensor) -> Tensor:
         """Averages over each image's rows: [S, ...] -> [B, ...]."""
-        total = rows.new_zeros(len(self.lengths), *rows.shape[1:]).index_add(0, self.image, rows)
-        count = torch.from_numpy(self.lengths).to(rows.device, rows.dtype)
-        return total / count.view(-1, *[1] * (rows.dim() - 1))
+        # sums of half precision would overflow, or stop growing
+        wide = rows.float() if rows.dtype.itemsize < 4 else rows
+        total = wide.new_zeros(len(self.lengths), *rows.shape[1:]).index_add(0, self.image, wide)
+        count = torch.from_numpy(self.lengths).to(wide.device, wide.dtype)
+        return (total / count.view(-1, *[1] * (rows.dim() - 1))).to(rows.dtype)
 
     def max(self, rows: Tensor) -> Tensor:
         """Takes the maximum over each image's rows: [S, D] -> [B, D]."""

@@ -46,6 +46,15 @@ def by_image(rows, lengths):
 # --- layout ---
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_averages_many_rows(dtype):
+    """Their sum is more than float16 holds."""
+    rows = torch.full((1_400, 3), 200.0, dtype=dtype)
+    found = layout_of([500, 900]).mean(rows)
+    assert found.dtype == dtype
+    assert torch.equal(found, rows[:2])
+
+
 @each_lengths
 def test_a_layout_tells_whose_rows_they_are(lengths):
     layout = layout_of(lengths)
