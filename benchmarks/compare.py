@@ -14,9 +14,8 @@ killed comparison goes on where it stood.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,7 +31,6 @@ from prunevit.benchmarks.records import FILE, Record, Records, command
 from prunevit.benchmarks.tasks import TASKS
 from prunevit.cli import prog
 from prunevit.envs.data.datasets import open_images
-from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.data_config import model_data_config
 from prunevit.envs.devices import pick_device
 from prunevit.envs.old_names import COMPARE_FLAGS, rename_flags
@@ -90,8 +88,8 @@ class CompareConfig(Settings):
             raise ValueError(f"unknown methods {', '.join(unknown) or '()'}: there are {known}")
 
 
-def open_benchmark(config: CompareConfig) -> tuple[Benchmark, ImageSet]:
-    """What methods share, and the test images.
+def open_benchmark(config: CompareConfig) -> Benchmark:
+    """What methods share.
 
     Raises:
         ValueError: data or weights are not named, unknown or damaged.
@@ -108,7 +106,7 @@ def open_benchmark(config: CompareConfig) -> tuple[Benchmark, ImageSet]:
     )
     model = model.to(pick_device(config.device)).to(memory_format=torch.channels_last)
     data_config = model_data_config(model)
-    bench = Benchmark(
+    return Benchmark(
         task=task,
         base=base,
         iterations=config.iterations,
@@ -116,12 +114,12 @@ def open_benchmark(config: CompareConfig) -> tuple[Benchmark, ImageSet]:
         backbone=StagedViT(model, task.prune_before),
         validation=open_images(base.dataset, "validation", data_config),
         size=config.eval_size,
+        test=open_images(base.dataset, "test", data_config),
         runs=config.out / "runs",
     )
-    return bench, open_images(base.dataset, "test", data_config)
 
 
-def settings_of(config: CompareConfig, bench: Benchmark, test: ImageSet) -> dict[str, Any]:
+def settings_of(config: CompareConfig, bench: Benchmark) -> dict[str, Any]:
     """What all records of a folder have in common."""
     names = ("backbone", "model_kwargs", "pretrained", "dataset")
     return {name: getattr(bench.base, name) for name in names} | {
@@ -129,7 +127,7 @@ def settings_of(config: CompareConfig, bench: Benchmark, test: ImageSet) -> dict
         "prune_before": list(bench.task.prune_before),
         "iterations": config.iterations,
         "eval_size": config.eval_size,
-        "test_size": min(config.test_size or len(test), len(test)),
+        "test_size": min(config.test_size or len(bench.test), len(bench.test)),
     }
 
 
@@ -142,21 +140,19 @@ def compare(config: CompareConfig) -> list[Record]:
     """
     records = Records(config.out / FILE)
     records.require({"task": config.task}, lambda row: {"task": row["task"]})
-    bench, test = open_benchmark(config)
-    settings = settings_of(config, bench, test)
+    bench = open_benchmark(config)
+    settings = settings_of(config, bench)
     records.require(settings)
     field = [
         (name, seed)
         for name in config.methods
         for seed in range(config.seeds if METHODS[name].is_seeded else 1)
     ]
-    # depends only on the number of images
-    dense_of = cache(lambda size: judge_dense(bench, test, size))
     for name, seed in field:
         due = [point for point in bench.task.points if records.find(name, seed, point) is None]
         if due:
             print(f"{name}, seed {seed}", flush=True)
-            for row in measure(name, seed, due, settings, bench, test, dense_of):
+            for row in measure(name, seed, due, settings, bench):
                 records.put(row)
                 print(
                     f"  {row['point']:.0%}: accuracy {100 * row['accuracy']:.2f} of "
@@ -164,22 +160,14 @@ def compare(config: CompareConfig) -> list[Record]:
                     flush=True,
                 )
     if config.speed:
-        time_untimed(field, records, bench, test)
+        time_untimed(field, records, bench)
     return records.rows
 
 
 def measure(
-    name: str,
-    seed: int,
-    points: Sequence[float],
-    settings: dict[str, Any],
-    bench: Benchmark,
-    test: ImageSet,
-    dense_of: Callable[[int], float],
+    name: str, seed: int, points: Sequence[float], settings: dict[str, Any], bench: Benchmark
 ) -> Iterator[Record]:
-    """Judges a method at ``points``, and trains it first where that is due. ``dense_of`` tells the
-    dense model's accuracy on so many test images.
-    """
+    """Judges a method at ``points``, and trains it first where that is due."""
     method = METHODS[name].open(bench, seed)
     size = min(settings["test_size"], method.most_images or settings["test_size"])
     for point in points:
@@ -188,7 +176,7 @@ def measure(
         except UnreachableError as error:
             print(f"  not at {point:.0%} of the dense compute: {error}", flush=True)
             continue
-        result = judge(method, knobs, bench, test, size)
+        result = judge(method, knobs, bench, size)
         yield {
             "task": bench.task.name,
             "method": name,
@@ -197,7 +185,7 @@ def measure(
             **knobs,
             "fine_tuned": METHODS[name].fine_tunes,
             "accuracy": result.accuracy,
-            "dense_accuracy": dense_of(size),
+            "dense_accuracy": judge_dense(bench, size),
             "images": size,
             "gmacs": result.gmacs,
             "dense_gmacs": bench.backbone.dense_macs / 1e9,

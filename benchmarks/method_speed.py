@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from prunevit.benchmarks.machine import hardware
-from prunevit.benchmarks.methods.registry import rebuild
+from prunevit.benchmarks.methods.registry import METHODS
 from prunevit.benchmarks.protocol import Benchmark
 from prunevit.benchmarks.records import Records, command
-from prunevit.envs.data.image_set import ImageSet
 from prunevit.trainers.common.timing import TimingProcess, speedup
 
 SPEED_BATCH = 64
@@ -19,34 +18,33 @@ SPEED_IMAGES = 256
 SPEED_ROUNDS = 9
 
 
-def time_untimed(
-    field: Sequence[tuple[str, int]], records: Records, bench: Benchmark, images: ImageSet
-) -> None:
+def time_untimed(field: Sequence[tuple[str, int]], records: Records, bench: Benchmark) -> None:
     """Writes into the records without a speed how many times faster than timm's dense model they
-    are, at batches of ``SPEED_BATCH``. Trains and judges nothing.
+    are, at batches of ``SPEED_BATCH``. Trains and judges nothing. An upper bound has no speed, and
+    neither has a learned method whose run is gone.
     """
     # evenly spread; some of them twice where there are fewer
-    chosen = [i * len(images) // SPEED_IMAGES for i in range(SPEED_IMAGES)]
-    pixels = images.load(chosen)[0].to(bench.backbone.device)
+    chosen = [i * len(bench.test) // SPEED_IMAGES for i in range(SPEED_IMAGES)]
+    pixels = bench.test.load(chosen)[0].to(bench.backbone.device)
     with TimingProcess() as process:
         for name, seed in field:
             found = (records.find(name, seed, point) for point in bench.task.points)
             rows = {str(row["point"]): row for row in found if row and row["speedup"] is None}
+            make = METHODS[name].open(bench, seed).make
+            if make is None or not rows:
+                continue
             try:
-                models = {key: rebuild(row, bench) for key, row in rows.items()}
+                models: dict[str, Any] = {key: make(row) for key, row in rows.items()}
             except ValueError as error:
                 print(f"{name}, seed {seed} can't be timed: {error}", flush=True)
                 continue
-            timed = {key: model for key, model in models.items() if model is not None}
-            if not timed:
-                continue
-            turns = {"dense": bench.model} | timed
+            turns = {"dense": bench.model} | models
             timings = process.time_models(turns, pixels, SPEED_BATCH, SPEED_ROUNDS)
-            for key in timed:
+            for key in models:
                 rows[key]["speedup"] = speedup(timings["dense"], timings[key])
                 rows[key].update(where(bench), speed_command=command("benchmarks.compare"))
             records.save()
-            said = ", ".join(f"{rows[key]['speedup']:.2f}x" for key in timed)
+            said = ", ".join(f"{rows[key]['speedup']:.2f}x" for key in models)
             print(f"{name}, seed {seed}: {said}", flush=True)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class UnreachableError(ValueError):
     """A method can't be brought to an operating point; the message says why."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # told apart by identity
 class Benchmark:
     """What all methods of a comparison share.
 
@@ -45,6 +46,7 @@ class Benchmark:
         backbone: the same model, staged.
         validation: images on which knobs are set.
         size: how many of them are used.
+        test: images that judge.
         runs: the folder of the trainings' runs.
     """
 
@@ -55,6 +57,7 @@ class Benchmark:
     backbone: StagedViT
     validation: ImageSet
     size: int
+    test: ImageSet
     runs: Path
 
     @property
@@ -142,19 +145,18 @@ def bisect(
     return low if at_least else high
 
 
-def judge(
-    method: Method, knobs: Knobs, bench: Benchmark, images: ImageSet, size: int
-) -> Evaluation:
-    """What a method does on ``size`` of ``images`` with these knobs."""
+def judge(method: Method, knobs: Knobs, bench: Benchmark, size: int) -> Evaluation:
+    """What a method does on ``size`` test images with these knobs."""
     if method.search is not None:
-        return evaluate_traces(method.search(knobs), bench.backbone, images, size)
+        return evaluate_traces(method.search(knobs), bench.backbone, bench.test, size)
     assert method.make is not None
-    return evaluate(method.make(knobs), images, size)
+    return evaluate(method.make(knobs), bench.test, size)
 
 
-def judge_dense(bench: Benchmark, images: ImageSet, size: int) -> float:
-    """The accuracy of timm's own model on ``size`` of ``images``."""
+@cache
+def judge_dense(bench: Benchmark, size: int) -> float:
+    """The accuracy of timm's own model on ``size`` test images."""
     backbone = bench.backbone
     kept = [backbone.num_patches] * backbone.num_stages
     dense = FixedScheduleModel(bench.model, backbone, backbone.dense_macs, kept)
-    return evaluate(dense, images, size).accuracy
+    return evaluate(dense, bench.test, size).accuracy

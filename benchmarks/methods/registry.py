@@ -6,12 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from torch import nn
-
 from prunevit.benchmarks.methods import learned, untrained
 from prunevit.benchmarks.methods.recipes import RECIPES
 from prunevit.benchmarks.protocol import Benchmark, Method
-from prunevit.benchmarks.records import Record
 
 
 @dataclass(frozen=True)
@@ -70,18 +67,3 @@ METHODS: Mapping[str, MethodSpec] = {
     name: MethodSpec(title, open, name in SEEDED, name.endswith("-fine-tuned"))
     for name, (title, open) in (UNSEEDED | SEEDED).items()
 }
-
-
-def rebuild(row: Record, bench: Benchmark) -> nn.Module | None:
-    """The model of a record, from its knobs and, for a learned method, its run; None for an upper
-    bound, which has no model.
-
-    Raises:
-        ValueError: the run is gone or damaged.
-    """
-    method = METHODS[row["method"]].open(bench, row["seed"])
-    if method.make is None:
-        return None
-    model = method.make(row)
-    assert isinstance(model, nn.Module)
-    return model

@@ -42,7 +42,7 @@ def small_digits(monkeypatch, tmp_path):
 
 @pytest.fixture
 def bench():
-    return open_benchmark(CompareConfig(**SETTINGS))[0]
+    return open_benchmark(CompareConfig(**SETTINGS))
 
 
 # --- knobs ---
@@ -137,7 +137,7 @@ def test_a_fixed_schedule_tells_what_it_was_given(bench):
 
 def spread_run(runs):
     """A run of ours whose policy tells patches and prices apart, as one iteration teaches none."""
-    base = open_benchmark(CompareConfig(**SETTINGS, out=runs.parent))[0]
+    base = open_benchmark(CompareConfig(**SETTINGS, out=runs.parent))
     folder = learned.trained_run(base, "mappo", 0, RECIPES["mappo"].settings(base))
     weights = load_file(folder / "policy.safetensors")
     for name, value in {"prior_weight": 0.1, "keep_bias": -0.3, "alpha_weight": -0.1}.items():
