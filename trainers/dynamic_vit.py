@@ -67,8 +67,6 @@ class DynamicViTConfig(StagedViTSettings):
 
     policy: Annotated[Literal["dynamic-vit"], tyro.conf.Suppress] = "dynamic-vit"
     """Marks the run's config.json as one of DynamicViT."""
-    pretrained: bool = False
-    """Download the timm model's weights."""
     augment: bool = True
     """Augment training images (photographs: with timm's training transform)."""
     keep: Annotated[float, Range(0, 1, open_low=True)] = 0.5

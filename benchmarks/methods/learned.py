@@ -8,7 +8,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,7 @@ from prunevit.benchmarks.protocol import Benchmark, Knobs, Method, UnreachableEr
 from prunevit.benchmarks.records import differences
 from prunevit.envs.old_names import rename_settings
 from prunevit.trainers import finetune
+from prunevit.trainers.common.backbones import StagedViTSettings
 from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.common.run import RunFolder
 from prunevit.trainers.dynamic_vit import DynamicViTConfig
@@ -86,9 +87,7 @@ def trained_run(bench: Benchmark, name: str, seed: int, changes: Mapping[str, An
 
 def shared_settings(bench: Benchmark, folder: Path, seed: int) -> dict[str, Any]:
     """Settings of another trainer: those that it shares with ``trainers.mappo``, and its run."""
-    names = (
-        "backbone", "model_kwargs", "checkpoint", "dataset", "prune_before", "device", "threads",
-    )  # fmt: skip
+    names = (field.name for field in fields(StagedViTSettings))
     settings = {name: getattr(bench.base, name) for name in names}
     if bench.iterations is not None:
         settings["iterations"] = bench.iterations
@@ -241,7 +240,7 @@ def dynamic_vit(bench: Benchmark, seed: int, fine_tune: bool = False) -> Method:
     """DynamicViT, trained for one share of patches; the knob is the share it keeps."""
     folder = bench.runs / f"dynamic-vit{'-fine-tuned' if fine_tune else ''}-{seed}"
     settings = {**bench.task.dynamic_vit, **shared_settings(bench, folder, seed)}
-    config = DynamicViTConfig(pretrained=bench.base.pretrained, fine_tune=fine_tune, **settings)
+    config = DynamicViTConfig(fine_tune=fine_tune, **settings)
     load = reader(bench, lambda folder: PrunedViT.from_run(folder))
 
     def make(knobs: Knobs) -> PrunedViT:
@@ -275,8 +274,6 @@ def benchmarl(algorithm: str, bench: Benchmark, seed: int) -> Method:
         from prunevit.trainers.benchmarl import BenchmarlConfig
         from prunevit.trainers.benchmarl import train as train_benchmarl
 
-        if bench.base.pretrained:
-            raise ValueError("BenchMARL can't take downloaded weights: give --checkpoint FILE")
         config = BenchmarlConfig(
             algorithm=cast("Any", algorithm),
             minutes=BENCHMARL_MINUTES,

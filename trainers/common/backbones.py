@@ -24,7 +24,7 @@ OWN_SETTINGS = ("name", "pretrained", "checkpoint", "num_classes", "untrained", 
 
 
 class BackboneSettings(Protocol):
-    """Which backbone, for which dataset; ``MappoConfig`` describes each setting."""
+    """Which backbone, for which dataset; ``StagedViTSettings`` describes each setting."""
 
     backbone: str
     model_kwargs: dict[str, Any]
@@ -42,6 +42,8 @@ class StagedViTSettings(RunSettings):
     """digits_vit (trained, comes with the package) or any timm model name."""
     model_kwargs: JsonObject = field(default_factory=dict)
     """Arguments of the backbone, such as {"img_size": 32, "patch_size": 4}."""
+    pretrained: bool = False
+    """Download the timm model's weights."""
     checkpoint: Path | None = None
     """File with the backbone's weights (safetensors, or a state dict of torch.save)."""
     dataset: str = "digits"
@@ -64,7 +66,7 @@ def check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:
         )
 
 
-def load_backbone(config: BackboneSettings) -> nn.Module:
+def load_backbone(config: StagedViTSettings) -> nn.Module:
     """Loads the backbone, frozen, on its device. A random one has the dataset's classes.
 
     Raises:

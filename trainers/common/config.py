@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from prunevit.envs.rewards import LARGEST_NUMBER
-from prunevit.trainers.common.run import RUNS, RunSettings
+from prunevit.trainers.common.backbones import StagedViTSettings
+from prunevit.trainers.common.run import RUNS
 from prunevit.trainers.common.settings import (
     Count,
     Decay,
@@ -18,7 +19,6 @@ from prunevit.trainers.common.settings import (
     Range,
     Seed,
     Share,
-    Threads,
     Weight,
     Widths,
     Workers,
@@ -34,7 +34,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass
-class MappoConfig(RunSettings):
+class MappoConfig(StagedViTSettings):
     """MAPPO on the token-pruning game, or on any PettingZoo ParallelEnv with homogeneous agents."""
 
     LATER: ClassVar[Mapping[str, object]] = {
@@ -53,22 +53,12 @@ class MappoConfig(RunSettings):
     """token-prune, or pettingzoo:MODULE (as in pettingzoo:mpe2.simple_spread_v3)."""
     env_kwargs: JsonObject = field(default_factory=dict)
     """Arguments of a PettingZoo environment, as {"N": 5}."""
-    backbone: str = "digits_vit"
-    """token-prune: digits_vit (trained, comes with the package) or any timm model name."""
-    model_kwargs: JsonObject = field(default_factory=dict)
-    """Arguments of the backbone, as {"img_size": 32, "patch_size": 4}."""
-    pretrained: bool = False
-    """Download the timm model's weights."""
-    checkpoint: Path | None = None
-    """A file with the backbone's weights (safetensors, or a state dict of torch.save)."""
     backbone_dtype: Dtype = "float32"
     """What the frozen backbone computes in, in training and in its evaluations; the policy, the
     rewards and all that is learned stay in float32."""
     compile: bool = False
     """Run the frozen backbone's blocks through torch.compile while training: a minute more at the
     start, and little gained on a CPU (docs/scaling.md). Needs a C++ compiler, on a GPU Triton."""
-    dataset: str = "digits"
-    """token-prune: digits, folder:PATH, or a name that timm.data.create_dataset takes."""
     augment: bool = True
     """Vary training images each time they are played (photographs: timm's training transform)."""
     cache_gb: Weight = 0.0
@@ -83,8 +73,6 @@ class MappoConfig(RunSettings):
     skip_bad_images: bool = False
     """Decode every image of a folder at the start, and leave out and list those that are damaged;
     otherwise the first one that is read ends the run."""
-    prune_before: tuple[int, ...] | None = (1, 3)
-    """Blocks, 0-based, before which tokens can be pruned; None: all but the first."""
     observation: tuple[str, ...] = ("token", "cls", "stage", "cls_attention")
     """What an agent sees: token cls stage position cls_attention alive_fraction alpha."""
     reward: str = "team"
@@ -159,10 +147,6 @@ class MappoConfig(RunSettings):
     """Iterations between two checkpoints."""
     seed: Seed = 0
     """Seeds weights, images, actions and the order of learning."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    threads: Threads | None = None
-    """CPU threads; torch's own choice if not given."""
     profile: bool = False
     """Trace the third and fourth iteration (trace.json, by torch.profiler) and print where an
     iteration goes; for that there must be four."""

@@ -82,7 +82,7 @@ class LibraryConfig(StagedViTSettings):
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values, and what else ``PrunedViT.from_run`` asks for."""
-        own = {"env": "token-prune", "pretrained": False, "attention_prior": 0.0}
+        own = {"env": "token-prune", "attention_prior": 0.0}
         return super().to_json() | own
 
 
@@ -113,8 +113,12 @@ class LibraryRun:
         self.folder = self._run.path
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        # on the CPU, from where an environment takes it to its device or to other processes
         backbone = create_backbone(
-            config.backbone, checkpoint=config.checkpoint, **config.model_kwargs
+            config.backbone,
+            pretrained=config.pretrained,
+            checkpoint=config.checkpoint,
+            **config.model_kwargs,
         ).requires_grad_(False)
         self._data_config = model_data_config(backbone)
         self.staged = StagedViT(backbone, config.prune_before)

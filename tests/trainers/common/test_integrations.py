@@ -80,6 +80,20 @@ def test_a_run_becomes_a_pruned_vit(tmp_path, monkeypatch):
     assert 0 < keep.float().mean() < 1
 
 
+def test_a_run_can_start_from_weights_that_timm_downloads(tmp_path, monkeypatch):
+    asked, create = [], integrations.create_backbone
+
+    def create_offline(*arguments, pretrained, **options):
+        asked.append(pretrained)
+        return create(*arguments, **options)
+
+    monkeypatch.setattr(integrations, "RUNS", tmp_path)
+    monkeypatch.setattr(integrations, "create_backbone", create_offline)
+    LibraryRun(Config(run_name="one", device="cpu", pretrained=True)).create()
+    assert asked == [True]
+    assert json.loads((tmp_path / "one" / "config.json").read_text())["pretrained"] is True
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
