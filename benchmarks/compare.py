@@ -195,7 +195,7 @@ def measure(
             **where(bench),
             "versions": versions(),
             "settings": settings,
-            "command": command("benchmarks.compare"),
+            "command": command(),
         }
 
 

@@ -42,7 +42,7 @@ def time_untimed(field: Sequence[tuple[str, int]], records: Records, bench: Benc
             timings = process.time_models(turns, pixels, SPEED_BATCH, SPEED_ROUNDS)
             for key in models:
                 rows[key]["speedup"] = speedup(timings["dense"], timings[key])
-                rows[key].update(where(bench), speed_command=command("benchmarks.compare"))
+                rows[key].update(where(bench), speed_command=command())
             records.save()
             said = ", ".join(f"{rows[key]['speedup']:.2f}x" for key in models)
             print(f"{name}, seed {seed}: {said}", flush=True)

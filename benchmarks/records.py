@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+from prunevit.cli import prog
 from prunevit.envs.old_names import rename_record
 from prunevit.trainers.common.checkpoint import write_records
 
@@ -115,6 +116,6 @@ def read(path: Path, fields: Set[str] = FIELDS) -> list[Record]:
     return rows
 
 
-def command(module: str) -> str:
+def command() -> str:
     """The call of this process, as it can be typed again."""
-    return f"python -m {module} {shlex.join(sys.argv[1:])}"
+    return f"{prog()} {shlex.join(sys.argv[1:])}"

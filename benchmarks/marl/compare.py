@@ -47,7 +47,6 @@ from prunevit.trainers.common.signals import ends_in_one_line
 from prunevit.trainers.mappo import ADAM_EPS
 from prunevit.versions import version_of
 
-MODULE = "benchmarks.marl.compare"
 FIGURE = "curves.png"
 KEY = ("task", "library", "algorithm", "seed")
 FIELDS = {
@@ -142,7 +141,7 @@ def train(config: MarlCompareConfig, task: str, method: str, seed: int) -> Recor
         "threads": torch.get_num_threads(),
         "settings": settings_of(config),
         "versions": {package: version_of(package) for package in packages},
-        "command": command(MODULE),
+        "command": command(),
     }
 
 

@@ -18,6 +18,7 @@ from prunevit.benchmarks.marl.protocol import (
     configuration,
     mean_return,
 )
+from prunevit.cli import prog
 
 pytestmark = [
     pytest.mark.integration("marl-peers"),
@@ -219,7 +220,7 @@ def test_a_record_says_all_that_was_done(tiny, monkeypatch):
     assert row["cpu_seconds"] > 0
     assert row["wall_seconds"] > 0
     assert row["versions"].keys() == {"torch", "pettingzoo", "mpe2", "prunevit"}
-    assert row["command"] == "python -m benchmarks.marl.compare --seeds 1"
+    assert row["command"] == f"{prog()} --seeds 1"
     assert json.loads(json.dumps(row)) == row
 
 
