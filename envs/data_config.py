@@ -18,7 +18,7 @@ def model_data_config(model: nn.Module) -> dict[str, Any]:
     pretrained weights and not a model that was built with other arguments.
 
     Returns:
-        timm's keys, and ``classes``, a ``ModelClasses``.
+        timm's keys, and ``classes``, a ``ModelClasses``, if the model says how many it has.
     """
     config = resolve_model_data_config(model)
     described: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
@@ -29,7 +29,9 @@ def model_data_config(model: nn.Module) -> dict[str, Any]:
     for key in ("mean", "std"):
         if len(config[key]) != channels:
             config[key] = (sum(config[key]) / len(config[key]),) * channels
-    if hasattr(model, "head"):
+    # a PrunedViT has no head of its own, but says how many outputs it has
+    count = count_classes(model) if hasattr(model, "head") else getattr(model, "num_classes", None)
+    if count is not None:
         names = described.get("label_names")
-        config["classes"] = ModelClasses(count_classes(model), tuple(names) if names else None)
+        config["classes"] = ModelClasses(count, tuple(names) if names else None)
     return config

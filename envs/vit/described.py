@@ -17,8 +17,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-# the part of timm's data configuration by which images are prepared
-DATA_KEYS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+# the part of timm's data configuration by which images and labels are prepared
+DATA_KEYS = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
 CFG = "pretrained_cfg"  # timm's attribute that has them
 OVERLAY = f"{CFG}_overlay"  # timm's argument that sets them
 # arguments of modules that decide where a model lies

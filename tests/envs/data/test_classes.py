@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from prunevit.agents import KeepAll, PrunedViT, prune
 from prunevit.envs.data.datasets import open_images, read_class_names
 from prunevit.envs.data.image_sources import DatasetError
 from prunevit.envs.data_config import model_data_config
@@ -168,6 +169,16 @@ def test_a_backbone_of_ours_remembers_its_classes(make_folder, tmp_path):
     assert labels_by_class(dataset, again)[1] == [names.index(str(i)) for i in range(12)]
     other = create_backbone(VIT, checkpoint=file, untrained=False)
     assert other.pretrained_cfg["label_names"] == names
+    # and when it is pruned, and saved
+    pruned = prune(again, KeepAll())
+    pruned.save_pretrained(tmp_path / "pruned")
+    for model in (pruned, PrunedViT.from_pretrained(tmp_path / "pruned")):
+        assert labels_by_class(dataset, model)[1] == [names.index(str(i)) for i in range(12)]
+
+
+def test_the_classes_of_a_pruned_model_are_counted(make_folder):
+    with pytest.raises(DatasetError, match=r"has 2 classes .* the backbone distinguishes 3"):
+        labels_by_class(make_folder(["a", "b"]), prune(build(3), KeepAll()))
 
 
 def test_a_model_of_ones_own_plays_the_digits():
