@@ -291,6 +291,20 @@ def test_fine_tuning_fetches_no_dataset_that_only_the_run_names(tmp_path, finish
     assert load_run(given, torch.device("cpu"))[1] == "folder:mine"
 
 
+def test_fine_tuning_asks_no_hub_that_only_the_run_names(tmp_path, finished_run):
+    name = HUB_NAMES[1]
+    hub = {"backbone": name, "pretrained": True}
+    changed(finished_run / "config.json", lambda values: values.update(hub))
+    config = FinetuneConfig(run=finished_run)
+    with pytest.raises(ValueError, match=f"if you trust it, give --backbone {name}"):
+        load_run(config, torch.device("cpu"))
+    with pytest.raises(ValueError, match=rf"--backbone hf-hub:my/own: the backbone .* is {name}"):
+        load_run(replace(config, backbone="hf-hub:my/own"), torch.device("cpu"))
+    write_json(tmp_path / "r/config.json", replace(config, backbone=name).to_json())
+    with pytest.raises(TrainingError, match=f"--backbone {name}"):
+        open_run(FinetuneConfig(resume=tmp_path / "r"))
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A folder with a model, as a stranger may have changed it afterwards."""

@@ -73,6 +73,7 @@ class FinetuneConfig(Recipe):
         "workers": None,
         "optimizer": "adamw",
         "dataset": None,
+        "backbone": None,
     }
 
     epochs: Count = 2
@@ -83,6 +84,9 @@ class FinetuneConfig(Recipe):
     run: Path | None = None
     """The finished run of trainers.mappo, such as runs/NAME. Its policy, backbone and dataset are
     used. Needed unless --resume is given."""
+    backbone: str | None = None
+    """The run's --backbone, hf-hub:OWNER/NAME or local-dir:PATH, which has to be given again: a
+    folder can't choose that alone. By default the run's own."""
     dataset: str | None = None
     """The dataset. By default the run's own, which has to be given if a library may fetch it, as
     hfds/OWNER/NAME: a folder can't choose that alone."""
@@ -179,10 +183,12 @@ def load_run(config: FinetuneConfig, device: torch.device) -> tuple[PrunedViT, s
 
     Raises:
         ValueError: the folder holds no finished run of the token game, its backbone is missing, or
-            its policy doesn't take this alpha or can't dither, or its dataset has to be given.
+            its policy doesn't take this alpha or can't dither, or its dataset or backbone has to be
+            given.
     """
     assert config.run is not None
-    model = PrunedViT.from_run(config.run)
+    _check_backbone(config.run, config.backbone)
+    model = PrunedViT.from_run(config.run, config.backbone)
     policy = model.policy
     if isinstance(policy, LearnedPolicy):
         policy.dither = config.dither
@@ -203,6 +209,23 @@ def load_run(config: FinetuneConfig, device: torch.device) -> tuple[PrunedViT, s
             f"--dataset {own}"
         )
     return model, config.dataset or own
+
+
+def _check_backbone(run: Path, given: str | None) -> None:
+    """Raises ValueError if ``run`` has another backbone than the one that was ``given``, or one
+    that has to be given and wasn't.
+    """
+    file = run / saving.CONFIG
+    if not file.is_file():
+        return  # which the run's reader will say
+    own = str(saving.read_json(file).get("backbone"))
+    if given is None and ":" in own:
+        raise ValueError(
+            f"{run} has its backbone from {own}, which no folder may choose: if you trust it, give "
+            f"--backbone {own}"
+        )
+    if given not in (None, own):
+        raise ValueError(f"--backbone {given}: the backbone of {run} is {own}")
 
 
 def finish(

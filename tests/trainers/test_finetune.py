@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load, save_file
 from timm.data import resolve_model_data_config
@@ -499,6 +500,22 @@ def test_bad_input_is_named_at_once(config, change, error, message):
 def test_values_that_make_no_sense_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         FinetuneConfig(**change)
+
+
+def test_a_backbone_from_a_hub_is_tuned(trained, config, tmp_path):
+    """A folder in the hub's format, of which timm reads the same as of the hub."""
+    kwargs = {name: value for name, value in TINY.items() if not name.endswith("_rate")}
+    kwargs |= {"img_size": 32, "patch_size": 8, "num_classes": 2}
+    vit = timm.create_model("vit_tiny_patch16_224", **kwargs)
+    spread_out(vit, seed=0)
+    timm.models.save_for_hf(vit, tmp_path / "hub", model_args=kwargs)
+    name = f"local-dir:{tmp_path / 'hub'}"
+    run = trained(backbone=name, pretrained=True, checkpoint=None)
+    report = train(replace(config, run=run, backbone=name, epochs=1))
+    assert report["config"]["backbone"] == name
+    tuned = PrunedViT.from_pretrained("runs/r/model").backbone.model
+    assert not torch.equal(tuned.blocks[1].mlp.fc1.weight, vit.blocks[1].mlp.fc1.weight)
+    assert torch.equal(tuned.blocks[0].mlp.fc1.weight, vit.blocks[0].mlp.fc1.weight)
 
 
 def run_main(monkeypatch, *arguments):

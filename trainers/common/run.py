@@ -272,7 +272,7 @@ def _check_safe(run: RunFolder, found: RunSettings, given: Mapping[str, Any]) ->
             f"{run.config} has code imported or something fetched: if you trust it, resume it with "
             f"{resume_flags(run.path, found)}"
         )
-    backbone = getattr(found, "backbone", DIGITS_VIT)
+    backbone = getattr(found, "backbone", None) or DIGITS_VIT
     problem = description_problem(
         DIGITS_VIT if ":" in backbone else backbone, getattr(found, "model_kwargs", {})
     )
