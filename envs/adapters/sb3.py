@@ -19,6 +19,7 @@ from gymnasium.spaces import Box, Discrete
 from numpy.typing import NDArray
 from stable_baselines3 import DQN
 from stable_baselines3.common.buffers import ReplayBuffer, RolloutBuffer
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
@@ -277,11 +278,12 @@ class TokenReplayBuffer(ReplayBuffer):
 
     Decisions are stored at the end of their episode, when all of their rewards are known.
 
-    ``TokenDQN`` uses it. With another algorithm, pass it as ``replay_buffer_class``, and the
-    algorithm's ``gamma`` in ``replay_buffer_kwargs``: SB3 doesn't tell a buffer.
+    ``TokenDQN`` uses it. With another algorithm, pass it as ``replay_buffer_class``, and ``gamma`` in
+    ``replay_buffer_kwargs``: SB3 tells no buffer the algorithm's. From SB3 2.7 on, this one counts for
+    what the algorithm learns too. Before, both must be the same.
 
     Args:
-        gamma: the algorithm's discount.
+        gamma: the discount.
         buffer_size: capacity in decisions.
         args: further arguments of ``ReplayBuffer``.
         n_envs: number of environments, B * N.
@@ -322,6 +324,13 @@ class TokenReplayBuffer(ReplayBuffer):
             self._store(seen, following, chosen, total, ended, living)
             ended = ~living
         self._episode = []
+
+    def _get_samples(self, *args: Any, **kwargs: Any) -> ReplayBufferSamples:
+        samples = super()._get_samples(*args, **kwargs)
+        if "discounts" not in samples._fields:
+            return samples
+        # or the algorithm would discount what follows by its own gamma
+        return samples._replace(discounts=torch.full_like(samples.rewards, self.gamma))
 
     def _store(self, *arrays: NDArray[Any]) -> None:
         *values, living = arrays

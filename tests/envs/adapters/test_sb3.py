@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
-from stable_baselines3 import PPO
+from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecFrameStack, VecMonitor, VecNormalize
 
 from prunevit.envs.adapters.sb3 import (
@@ -253,6 +254,24 @@ def test_the_discount_of_the_replay_is_the_algorithms(env):
     assert TokenDQN("MlpPolicy", env, gamma=0.5, **made).replay_buffer.gamma == 0.5
     with pytest.raises(ValueError, match=r"'gamma': 0.9}: gamma is the algorithm's, 0.5"):
         TokenDQN("MlpPolicy", env, gamma=0.5, replay_buffer_kwargs={"gamma": 0.9}, **made)
+
+
+@pytest.mark.skipif(
+    "discounts" not in ReplayBufferSamples._fields, reason="SB3 takes discounts from 2.7 on"
+)
+def test_the_discount_of_the_replay_is_the_only_one(game):
+    """Whatever another algorithm than ``TokenDQN`` was given."""
+    learned = []
+    for gamma, of_buffer in ((0.9, 0.9), (0.1, 0.9), (0.9, 0.1)):
+        model = DQN(
+            "MlpPolicy", TokenVecEnv(BATCH, **game), gamma=gamma, learning_starts=0, seed=0,
+            train_freq=len(STAGES), buffer_size=1000, replay_buffer_class=TokenReplayBuffer,
+            replay_buffer_kwargs={"gamma": of_buffer}, policy_kwargs={"net_arch": [8]},
+        )  # fmt: skip
+        model.learn(4 * len(STAGES) * ROWS)
+        learned.append(torch.cat([p.detach().flatten() for p in model.policy.parameters()]))
+    assert torch.equal(learned[0], learned[1])
+    assert not torch.allclose(learned[0], learned[2])
 
 
 @pytest.mark.parametrize("loaded", [True, False])
