@@ -21,7 +21,6 @@ def model_data_config(model: nn.Module) -> dict[str, Any]:
         timm's keys, and ``classes``, a ``ModelClasses``, if the model says how many it has.
     """
     config = resolve_model_data_config(model)
-    described: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     channels = getattr(model, "in_chans", config["input_size"][0])
     if size is not None:
@@ -29,9 +28,17 @@ def model_data_config(model: nn.Module) -> dict[str, Any]:
     for key in ("mean", "std"):
         if len(config[key]) != channels:
             config[key] = (sum(config[key]) / len(config[key]),) * channels
+    if (classes := model_classes(model)) is not None:
+        config["classes"] = classes
+    return config
+
+
+def model_classes(model: nn.Module) -> ModelClasses | None:
+    """The classes of a model as it is; None if it doesn't say how many it has."""
     # a PrunedViT has no head of its own, but says how many outputs it has
     count = count_classes(model) if hasattr(model, "head") else getattr(model, "num_classes", None)
-    if count is not None:
-        names = described.get("label_names")
-        config["classes"] = ModelClasses(count, tuple(names) if names else None)
-    return config
+    if count is None:
+        return None
+    described: Any = getattr(model, "pretrained_cfg", None) or {}
+    names = described.get("label_names")
+    return ModelClasses(count, tuple(names) if names else None)

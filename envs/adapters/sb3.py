@@ -278,9 +278,9 @@ class TokenReplayBuffer(ReplayBuffer):
 
     Decisions are stored at the end of their episode, when all of their rewards are known.
 
-    ``TokenDQN`` uses it. With another algorithm, pass it as ``replay_buffer_class``, and ``gamma`` in
-    ``replay_buffer_kwargs``: SB3 tells no buffer the algorithm's. From SB3 2.7 on, this one counts for
-    what the algorithm learns too. Before, both must be the same.
+    ``TokenDQN`` uses it. With another algorithm, pass it as ``replay_buffer_class``, and ``gamma``
+    in ``replay_buffer_kwargs``: SB3 tells no buffer the algorithm's. From SB3 2.7 on, this one
+    counts for what the algorithm learns too. Before, both must be the same.
 
     Args:
         gamma: the discount.

@@ -14,8 +14,10 @@ from torch.profiler import record_function
 from prunevit.envs.batched.inputs import KEEP, PRUNE, checked_seed, whole_numbers
 from prunevit.envs.batched.lazy_observations import LazyObservations, action_mask
 from prunevit.envs.batched.protocol import Observations, Transition
+from prunevit.envs.data.classes import check_labels
 from prunevit.envs.data.image_set import ImageSet, Prefetchable, ReadRequest, Reseedable
 from prunevit.envs.data.prefetch import Prefetcher
+from prunevit.envs.data_config import model_classes
 from prunevit.envs.fields import DEFAULT_FIELDS, field_slices, state_size
 from prunevit.envs.game import InitialState, Outcome, Stage, TokenGame
 from prunevit.envs.rewards import LARGEST_NUMBER, ReleasedCodeReward
@@ -100,11 +102,7 @@ class BatchedTokenPrune:
                 f"num_envs={num_shards * num_envs} with rollouts_per_image={rollouts} needs "
                 f"{needed} different images, the dataset has {len(images)}"
             )
-        if images.num_classes != game.backbone.num_classes:
-            raise ValueError(
-                f"the dataset has {images.num_classes} classes, the backbone distinguishes "
-                f"{game.backbone.num_classes}: labels must be outputs of the backbone"
-            )
+        check_labels(model_classes(game.backbone.model), images)
         if alpha_range is not None and not 0 < alpha_range[0] <= alpha_range[1] <= LARGEST_NUMBER:
             raise ValueError(
                 f"alpha_range={alpha_range}: two positive numbers of at most {LARGEST_NUMBER:g}, "

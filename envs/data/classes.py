@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
+from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.data.image_sources import CLASS_LIST, DatasetError, FolderSource, ImageSource
 
 SHOWN = 4  # names in a message
@@ -117,6 +118,38 @@ def with_labels_of(classes: ModelClasses, dataset: str, source: ImageSource) -> 
             stacklevel=3,
         )
     return source
+
+
+def check_labels(classes: ModelClasses | None, images: ImageSet) -> None:
+    """Checks that labels of ``images``, however they were opened, are outputs of the model.
+
+    Where names of the model's outputs are unknown, or are others than those of the images, only
+    numbers of classes can be compared; a warning shows both where one may be wrong.
+
+    Raises:
+        DatasetError: the images have other classes than the model, or in another order.
+    """
+    if classes is None:
+        return
+    names = tuple(getattr(images, "class_names", ()))
+    vocabularies = classes.vocabularies()
+    orders = [_find(names, words) for words in vocabularies] if names else []
+    found = [order.tolist() for order in orders if order is not None]
+    fits = images.num_classes == classes.count
+    if fits and [*range(classes.count)] in found:
+        return
+    if found or not fits:
+        raise DatasetError(
+            f"the dataset has {images.num_classes} classes ({_some(names)}), the backbone "
+            f"distinguishes {classes.count}{_known(vocabularies)}: labels must be outputs of the "
+            "backbone, in its order, as open_images(..., model_data_config(backbone)) makes them"
+        )
+    if vocabularies and names:
+        warnings.warn(
+            f"the dataset has the classes {_some(names)}, the backbone{_known(vocabularies)}: as "
+            "many, but other names. Labels must be in the order of the backbone's outputs",
+            stacklevel=3,
+        )
 
 
 def _find(names: Sequence[str], words: Sequence[str]) -> NDArray[np.int64] | None:

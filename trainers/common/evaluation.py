@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from prunevit.agents.policies.heuristics import Score, TopK
 from prunevit.agents.pruned_vit import PrunedViT, Trace
+from prunevit.envs.data.classes import check_labels
 from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.data.prefetch import prefetch
+from prunevit.envs.data_config import model_classes
 from prunevit.envs.game import checked_batch
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common.distributed import ALONE, Ranks
@@ -64,8 +66,8 @@ def evaluate(
         workers: processes per rank that load the images.
 
     Raises:
-        ValueError: the backbone is in training mode, the images or their labels are not what it
-            can be judged by, or ``size`` is below 1.
+        ValueError: the backbone is in training mode, the images, their labels or their classes are
+            not what it can be judged by, or ``size`` is below 1.
     """
     return evaluate_traces(
         lambda pixels, _: model.trace(pixels), model.backbone, images, size, ranks, workers
@@ -86,6 +88,7 @@ def evaluate_traces(
     """
     if size is not None and size < 1:
         raise ValueError(f"size={size} must be at least 1")
+    check_labels(model_classes(backbone.model), images)
     count = len(images) if size is None else min(size, len(images))
     device = backbone.device
     right, macs, kept = 0, 0, torch.zeros(backbone.num_stages)

@@ -10,12 +10,16 @@ from PIL import Image
 from torch import nn
 
 from prunevit.agents import KeepAll, PrunedViT, prune
+from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.data.datasets import open_images, read_class_names
 from prunevit.envs.data.image_sources import DatasetError
 from prunevit.envs.data_config import model_data_config
+from prunevit.envs.game import TokenGame
 from prunevit.envs.token_prune import TokenPruneEnv
 from prunevit.envs.vit.create import create_backbone
+from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.weights import write_weights
+from prunevit.trainers.common.evaluation import evaluate
 
 VIT = "vit_tiny_patch16_224"
 IMAGENETTE = {"n01440764": 0, "n02102040": 217, "n03888257": 701}
@@ -24,6 +28,14 @@ IMAGENETTE = {"n01440764": 0, "n02102040": 217, "n03888257": 701}
 def build(classes, **kwargs):
     arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
     return timm.create_model(VIT, num_classes=classes, **arguments | kwargs).eval()
+
+
+def play(model, images):
+    BatchedTokenPrune(TokenGame(StagedViT(model, (1, 2))), images, 2)
+
+
+def judged(model, images):
+    evaluate(PrunedViT(StagedViT(model, (1, 2)), KeepAll()), images)
 
 
 @pytest.fixture
@@ -200,3 +212,34 @@ def test_grey_photographs_for_a_model_of_ones_own(make_folder):
     loaded, _ = images.load([0])
     assert loaded.shape == (1, 1, 32, 32)
     torch.testing.assert_close(loaded, torch.full_like(loaded, -1.0))
+
+
+# --- images that were opened without the model ---
+
+
+def named(model, *names):
+    model.pretrained_cfg = dict(model.pretrained_cfg) | {"label_names": names}
+    return model
+
+
+@pytest.mark.parametrize("judge", [play, judged], ids=["game", "evaluation"])
+def test_images_in_another_order_than_the_models_are_refused(make_folder, judge):
+    """As timm's and torchvision's orders of numbered folders."""
+    dataset = make_folder(["2", "10"])
+    model = build(2)
+    config = model_data_config(model)
+    del config["classes"]
+    images = open_images(dataset, "test", config)
+    assert images.class_names == ("2", "10")
+    judge(model, images)  # nobody knows
+    judge(named(model, "2", "10"), images)
+    for names in (("10", "2"), ("2", "3", "10")):
+        with pytest.raises(
+            DatasetError, match=r"2 classes \(2, 10\), the backbone .* in its order"
+        ):
+            judge(named(build(len(names)), *names), images)
+    # opened with the model, they follow it
+    other = named(build(2), "10", "2")
+    judge(other, open_images(dataset, "test", model_data_config(other)))
+    with pytest.warns(UserWarning, match=r"classes 2, 10, the backbone \(cat, dog\).*other names"):
+        judge(named(model, "cat", "dog"), images)
