@@ -74,8 +74,8 @@ class BackboneConfig(Recipe):
     checkpoint: Path | None = None
     """Start from the weights in this file."""
     dataset: str = "digits"
-    """digits; folder:PATH, which has PATH/train/CLASS/*.jpg and the same in PATH/test; or a name of
-    timm.data.create_dataset, such as torch/cifar10:FOLDER or hfds/OWNER/NAME."""
+    """digits; folder:PATH, which has PATH/train/CLASS/NAME.jpg and the same in PATH/test; or a name
+    of timm.data.create_dataset, such as torch/cifar10:FOLDER or hfds/OWNER/NAME."""
     mixup: Weight = 0.0
     """Alpha of mixup; 0 turns it off."""
     cutmix: Weight = 0.0

@@ -58,6 +58,9 @@ class TokenPruneAgents(gymnasium.Env[tuple[NDArray[np.float32], ...], Sequence[i
     def step(  # type: ignore[override]
         self, actions: Sequence[int]
     ) -> tuple[tuple[NDArray[np.float32], ...], tuple[float, ...], bool, bool, dict[str, Any]]:
+        """Takes an action of each token, 1 to keep and 0 to prune; returns what ``gymma`` expects:
+        a tuple of observations and one of rewards, terminated, truncated, infos.
+        """
         env = self._held.env
         transition = env.step(to_actions(np.asarray(actions), env.device)[None])
         outcome = env.outcome

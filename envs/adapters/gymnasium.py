@@ -83,6 +83,12 @@ class TokenPruneGym(gymnasium.Env[Any, NDArray[np.int8]]):
     def step(
         self, action: ArrayLike
     ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """Takes a bit for each token, 1 to keep and 0 to prune.
+
+        Raises:
+            GameError: no episode is under way.
+            ValueError: the action is not N zeros and ones.
+        """
         env = self._held.env
         transition = env.step(to_actions(action, env.device)[None])
         self._alive = transition.observations.alive
@@ -185,6 +191,13 @@ class TokenPruneVector(VectorEnv[Any, Any, Any]):
         return self._give(observed.observation), self._infos(observed, nothing)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Takes a bit for each token of each image, [B, N]; ``autoreset_mode`` says what follows an
+        episode's end.
+
+        Raises:
+            GameError: no episode is under way.
+            ValueError: the actions are not B x N zeros and ones.
+        """
         env = self._held.env
         if self._over and self._autoreset is AutoresetMode.NEXT_STEP:
             observations, infos = self.reset()
