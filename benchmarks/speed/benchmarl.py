@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prunevit.benchmarks.speed.train_speed import Figures
 from prunevit.envs.adapters.benchmarl import TokenPruneTask
 from prunevit.envs.adapters.torchrl import GROUP
 from prunevit.envs.data.image_set import ImageSet
@@ -25,11 +24,13 @@ with needs("benchmarl"):
 
 
 class TimedIterations(Callback):
-    """Notes ``figures`` of each iteration, then calls ``take_turns``, whose time is not counted."""
+    """Notes the figures of each iteration, as ``benchmarks.speed.train_speed`` has them, then calls
+    ``take_turns``, whose time is not counted.
+    """
 
     def __init__(self, take_turns: Callable[[], None], device: torch.device) -> None:
         super().__init__()
-        self.figures: list[Figures] = []
+        self.figures: list[dict[str, float]] = []
         self._take_turns = take_turns
         self._device = device
         self._start = now(device)
@@ -53,7 +54,7 @@ def iterate(
     images: ImageSet,
     iterations: int,
     take_turns: Callable[[], None],
-) -> list[Figures]:
+) -> list[dict[str, float]]:
     """Trains, and calls ``take_turns`` after each iteration; returns the iterations' figures.
 
     Args:
