@@ -1,5 +1,6 @@
 """What several test files share: small ViTs in which every parameter matters, and a few images."""
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -20,7 +21,7 @@ from prunevit.trainers.common.timing import time_models
 
 # The same examples every time, however fast the machine is; to look for others, give
 # --hypothesis-profile=search.
-settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=40)
+settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=20)
 settings.register_profile("search", deadline=None, max_examples=1_000)
 settings.load_profile("fixed")
 
@@ -44,6 +45,16 @@ def is_installed(module):
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         return False
+
+
+def pytest_collection_finish():
+    """What has been imported stays, so the garbage collector need not look through it each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 def pytest_runtest_setup(item):

@@ -26,7 +26,7 @@ from prunevit.envs.vit.digits_vit import ASSETS
 from prunevit.trainers.common.evaluation import evaluate
 from prunevit.trainers.common.timing import Timing
 
-SETTINGS = {"eval_size": 20, "test_size": 30, "speed": False, "iterations": 1, "threads": 1}
+SETTINGS = {"eval_size": 12, "test_size": 16, "speed": False, "iterations": 1, "threads": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,9 @@ def test_who_is_compared_with_spends_at_least_as_much(bench, name):
 @pytest.mark.parametrize(("name", "dithers"), [("mappo", True), ("paper", False)])
 def test_ours_spend_at_most_as_much(bench, name, dithers, monkeypatch):
     """With an actor whose patches differ: price and threshold both move what it costs."""
-    bench = replace(bench, task=replace(bench.task, dithers=dithers))
+    bench = replace(
+        bench, task=replace(bench.task, dithers=dithers), base=replace(bench.base, num_envs=64)
+    )
     recipe = RECIPES[name]
     folder = learned.trained_run(bench, name, 0, recipe.settings(bench))
     model = PrunedViT.from_run(folder)
@@ -160,7 +162,7 @@ def test_records_are_complete_and_nothing_is_measured_twice(tmp_path, monkeypatc
     ]  # fmt: skip
     for row in rows:
         assert row["gmacs"] >= row["point"] * row["dense_gmacs"]
-        assert sum(row["left"]) == 30
+        assert sum(row["left"]) == SETTINGS["test_size"]
         assert len(row["kept"]) == 2
         assert 0 <= row["accuracy"] <= 1
         assert row["speedup"] is None
@@ -210,7 +212,7 @@ def test_speeds_come_later_without_training_or_judging(tmp_path, monkeypatch):
         methods=("attention", "oracle"), seeds=1, points=(0.9, 0.8),
         out=tmp_path, **SETTINGS,
     )  # fmt: skip
-    monkeypatch.setattr("prunevit.benchmarks.methods.untrained.ORACLE_IMAGES", 4)
+    monkeypatch.setattr("prunevit.benchmarks.methods.untrained.ORACLE_IMAGES", 2)
     rows = compare(config)
     assert all(row["speedup"] is None for row in rows)
     known = [dict(row) for row in rows]
@@ -254,12 +256,12 @@ def test_a_policy_whose_run_is_gone_gets_no_speed(tmp_path, capsys):
 
 
 def test_a_bound_is_judged_on_few_images(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr("prunevit.benchmarks.methods.untrained.ORACLE_IMAGES", 5)
+    monkeypatch.setattr("prunevit.benchmarks.methods.untrained.ORACLE_IMAGES", 3)
     methods = ("oracle", "oracle-no-labels")
     config = CompareConfig(methods=methods, points=(0.5,), out=tmp_path, **SETTINGS)
     for row in compare(config):
-        assert row["images"] == sum(row["left"]) == 5
-        assert row["dense_accuracy"] * 5 == pytest.approx(round(row["dense_accuracy"] * 5))
+        assert row["images"] == sum(row["left"]) == 3
+        assert row["dense_accuracy"] * 3 == pytest.approx(round(row["dense_accuracy"] * 3))
         assert row["gmacs"] >= bench.gmacs_at(0.5)
     bound = METHODS["oracle"].open(bench, 0)
     assert bound.make is None
@@ -429,8 +431,8 @@ def test_records_of_other_settings_are_refused(tmp_path):
     config = CompareConfig(out=tmp_path, methods=("attention",), points=(0.4,), **SETTINGS)
     compare(config)
     for change, named in (
-        ({"eval_size": 21}, "eval_size 20 for 21"),
-        ({"test_size": 29}, "test_size 30 for 29"),
+        ({"eval_size": 13}, "eval_size 12 for 13"),
+        ({"test_size": 15}, "test_size 16 for 15"),
         ({"iterations": 2}, "iterations 1 for 2"),
         ({"checkpoint": ASSETS / "digits_vit.safetensors"}, "weights None for"),
     ):

@@ -195,25 +195,27 @@ def test_nothing_pruned_equals_timm(build, family, execution):
 
 
 @each_family
-@each_execution
 @torch.no_grad()
-def test_pruned_equals_tokens_taken_out_by_hand(build, keeps, family, execution):
+def test_pruned_equals_tokens_taken_out_by_hand(build, keeps, family):
     model = build(family)
-    staged = StagedViT(model, STAGES, execution)
-    images = draw_images(staged)
-    keep = keeps(BATCH, len(STAGES), staged.num_patches)
-    passed = play(staged, images, keep)
-    logits = staged.finish(passed[-1])
-    for i, image in enumerate(images):
-        expected, attention, survivors = by_hand(
-            model, image, keep[:, i], STAGES, staged.keeps_last_patch
-        )
-        torch.testing.assert_close(logits[i], expected, rtol=0, atol=1e-4)
-        for stage in range(len(STAGES)):
-            torch.testing.assert_close(
-                attention_by_slot(passed[stage])[i], attention[stage], rtol=0, atol=1e-5
-            )
-            assert torch.equal(passed[stage + 1].alive[i, staged.num_prefix :], survivors[stage])
+    executions = [StagedViT(model, STAGES, execution) for execution in EXECUTIONS]
+    images = draw_images(executions[0])
+    keep = keeps(BATCH, len(STAGES), executions[0].num_patches)
+    keeps_last = executions[0].keeps_last_patch
+    by_image = [
+        by_hand(model, image, keep[:, i], STAGES, keeps_last) for i, image in enumerate(images)
+    ]
+    for staged in executions:
+        passed = play(staged, images, keep)
+        logits = staged.finish(passed[-1])
+        for i, (expected, attention, survivors) in enumerate(by_image):
+            torch.testing.assert_close(logits[i], expected, rtol=0, atol=1e-4)
+            for stage, tokens in enumerate(passed[:-1]):
+                torch.testing.assert_close(
+                    attention_by_slot(tokens)[i], attention[stage], rtol=0, atol=1e-5
+                )
+                alive = passed[stage + 1].alive[i, staged.num_prefix :]
+                assert torch.equal(alive, survivors[stage])
 
 
 @pytest.mark.parametrize(
@@ -369,8 +371,8 @@ def test_macs_of_pruned_images_are_those_of_the_flop_counter(build, keeps, famil
     """The counter sees products of matrices; the observed row is made of products of elements."""
     staged = StagedViT(build(family), STAGES)
     attn = staged.model.blocks[0].attn
-    keep = keeps(3, len(STAGES), staged.num_patches)
-    for i, image in enumerate(draw_images(staged, 3)):
+    keep = keeps(2, len(STAGES), staged.num_patches)
+    for i, image in enumerate(draw_images(staged, 2)):
         passed = []
 
         def run(image=image, keep=keep[:, i : i + 1], passed=passed):
@@ -389,7 +391,7 @@ def test_macs_of_pruned_images_are_those_of_the_flop_counter(build, keeps, famil
 def test_uniform_macs_are_those_of_images_that_keep_so_many(build, family, with_attention):
     staged = StagedViT(build(family), (0, 1, 3))
     images = draw_images(staged, 2)
-    for kept in ((12, 7, 7), (staged.num_patches,) * 3, (5, 1, 1), (3, 2, 0)):
+    for kept in ((12, 7, 7), (staged.num_patches,) * 3, (3, 2, 0)):
         keep = torch.zeros(3, 2, staged.num_patches, dtype=torch.bool)
         for stage, count in enumerate(kept):
             keep[stage, :, :count] = True

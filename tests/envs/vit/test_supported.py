@@ -177,38 +177,39 @@ def test_nothing_pruned_equals_timm(build, family, execution):
 
 
 @each_model
-@each_execution
 @pytest.mark.parametrize("pattern", ["random", "even"])
 @torch.no_grad()
-def test_pruned_equals_tokens_taken_out_by_hand(build, keeps, family, execution, pattern):
+def test_pruned_equals_tokens_taken_out_by_hand(build, keeps, family, pattern):
     model = build(family)
-    staged = StagedViT(model, STAGES, execution)
-    images = draw_images(staged)
+    executions = [StagedViT(model, STAGES, execution) for execution in EXECUTIONS]
+    images = draw_images(executions[0])
     draw = keeps if pattern == "random" else even_keep
-    keep = draw(BATCH, len(STAGES), staged.num_patches)
-    passed = play(staged, images, keep)
-    logits = staged.finish(passed[-1])
-    for i, image in enumerate(images):
-        expected, attention, survivors = by_hand(model, image, keep[:, i], staged.keeps_last_patch)
-        torch.testing.assert_close(logits[i], expected, rtol=0, atol=1e-4)
-        for stage in range(len(STAGES)):
-            if staged.has_class_token:
-                torch.testing.assert_close(
-                    attention_by_slot(passed[stage])[i], attention[stage], rtol=0, atol=1e-5
-                )
-            assert torch.equal(passed[stage + 1].alive[i, staged.num_prefix :], survivors[stage])
+    keep = draw(BATCH, len(STAGES), executions[0].num_patches)
+    keeps_last = executions[0].keeps_last_patch
+    by_image = [by_hand(model, image, keep[:, i], keeps_last) for i, image in enumerate(images)]
+    for staged in executions:
+        passed = play(staged, images, keep)
+        logits = staged.finish(passed[-1])
+        for i, (expected, attention, survivors) in enumerate(by_image):
+            torch.testing.assert_close(logits[i], expected, rtol=0, atol=1e-4)
+            for stage, tokens in enumerate(passed[:-1]):
+                if staged.has_class_token:
+                    torch.testing.assert_close(
+                        attention_by_slot(tokens)[i], attention[stage], rtol=0, atol=1e-5
+                    )
+                alive = passed[stage + 1].alive[i, staged.num_prefix :]
+                assert torch.equal(alive, survivors[stage])
 
 
-@each_model
 @pytest.mark.parametrize(
-    ("pattern", "batch"),
+    ("family", "pattern", "batch"),
     [
-        ("random", BATCH),
-        ("even", BATCH),
-        ("none", BATCH),
-        ("all", BATCH),
-        ("random", 1),
-        ("random", 0),
+        *((family, pattern, BATCH) for family in ROTARY for pattern in ("random", "even")),
+        *(
+            (family, pattern, batch)
+            for family in ("eva02", "no-class", "rope-mixed", "grouped-queries")
+            for pattern, batch in (("none", BATCH), ("all", BATCH), ("random", 1), ("random", 0))
+        ),
     ],
 )
 @torch.no_grad()
@@ -280,9 +281,9 @@ def test_macs_are_those_of_the_flop_counter(build, keeps, family):
     """The counter sees products of matrices; the observed row is made of products of elements."""
     model = build(family)
     staged = StagedViT(model, STAGES)
-    images = draw_images(staged, 3)
+    images = draw_images(staged, 2)
     assert staged.dense_macs == counted(lambda: model(images[:1]))
-    keep = keeps(3, len(STAGES), staged.num_patches)
+    keep = keeps(2, len(STAGES), staged.num_patches)
     attn = model.blocks[0].attn
     for i, image in enumerate(images):
         passed = []
