@@ -168,7 +168,7 @@ class PrunedViT(
             # autocast is for the blocks: rounding would change the decisions of the policy
             with torch.autocast(device, enabled=False):
                 return self._decide(images, tokens, stage)
-        alpha = torch.zeros(len(images), device=images.device)
+        alpha = torch.zeros(len(images), dtype=torch.float32, device=images.device)
         view = View(self.backbone, tokens, stage, alpha, images=images)
         keep = self.policy(view)
         if not isinstance(keep, Tensor):

@@ -93,9 +93,8 @@ def patch_positions(backbone: StagedViT) -> Tensor:
     The row and column in -1..1, and their sines and cosines at ``POSITION_OCTAVES`` frequencies.
     """
     rows, columns = backbone.grid_size
-    row, column = torch.meshgrid(
-        torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij"
-    )
+    places = (torch.linspace(-1, 1, n, dtype=torch.float32) for n in (rows, columns))
+    row, column = torch.meshgrid(*places, indexing="ij")
     place = torch.stack([row.flatten(), column.flatten()], dim=1)
     waves = [place * math.pi * 2**octave for octave in range(POSITION_OCTAVES)]
     return torch.cat([place] + [wave for w in waves for wave in (w.sin(), w.cos())], dim=1)

@@ -163,7 +163,9 @@ class TokenGame:
         alive = torch.ones(batch, self.num_agents, dtype=torch.bool, device=labels.device)
         start = View(self.backbone, unrepeated, 0, alphas) if times > 1 else None
         view = View(self.backbone, tokens, 0, alpha, start)
-        return Stage(0, alive, torch.zeros(alive.shape, device=labels.device), view)
+        return Stage(
+            0, alive, torch.zeros(alive.shape, dtype=torch.float32, device=labels.device), view
+        )
 
     @torch.no_grad()
     def step(self, keep: Tensor) -> Stage:
@@ -191,7 +193,7 @@ class TokenGame:
         alive = tokens.alive[:, backbone.num_prefix :]
         kept = (*episode.kept, alive)
         count = alive.sum(1)
-        cost = backbone.segment_macs(count, stage) / backbone.dense_macs
+        cost = backbone.segment_macs(count, stage).float() / backbone.dense_macs
         tokens_run = (count + backbone.num_prefix).clamp(min=1)
         # copies, since whoever gets them may change them: the tokens of the episode must not follow
         facts = StageFacts(
@@ -258,7 +260,9 @@ class TokenGame:
 
     def _checked_alphas(self, alpha: Tensor | None, labels: Tensor) -> Tensor:
         if alpha is None:
-            return torch.full(labels.shape, self.reward.alpha, device=labels.device)
+            return torch.full(
+                labels.shape, self.reward.alpha, dtype=torch.float32, device=labels.device
+            )
         if alpha.shape != labels.shape:
             raise ValueError(
                 f"alpha of shape {tuple(alpha.shape)}, one for each of {len(labels)} images"

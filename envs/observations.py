@@ -129,7 +129,7 @@ class View:
         """
         received = self._received
         if received is None:
-            return torch.ones(len(self._places), device=self.alive.device)
+            return torch.ones(len(self._places), dtype=torch.float32, device=self.alive.device)
         return received[self._rows].float() * self.backbone.num_patches
 
     @property
@@ -166,7 +166,9 @@ class View:
     @cached_property
     def stage_one_hot(self) -> Tensor:
         """The stage as a one-hot vector, float32 [T]."""
-        one_hot = torch.zeros(self.backbone.num_stages, device=self.alive.device)
+        one_hot = torch.zeros(
+            self.backbone.num_stages, dtype=torch.float32, device=self.alive.device
+        )
         one_hot[self.stage] = 1.0
         return one_hot
 
@@ -191,7 +193,7 @@ class View:
         if name == "cls_attention":
             received = self._received
             if received is None:
-                return torch.ones(1, 1, device=self.alive.device), None
+                return torch.ones(1, 1, dtype=torch.float32, device=self.alive.device), None
             return received[:, None].float() * self.backbone.num_patches, self._rows
         if name == "alive_fraction":
             return self.alive_fraction[:, None], self.image
@@ -232,10 +234,16 @@ class View:
             elif name == "cls_attention" and self._received is not None:
                 values = self._received[:, None].float() * backbone.num_patches
             elif name == "cls_attention":
-                values, of_rows = torch.ones(1, 1, device=self.alive.device), False
+                values, of_rows = (
+                    torch.ones(1, 1, dtype=torch.float32, device=self.alive.device),
+                    False,
+                )
             elif name == "alpha" and self._shared_alpha is not None:
                 values = torch.full(
-                    (1, 1), math.log(max(self._shared_alpha, ALPHA_FLOOR)), device=self.alive.device
+                    (1, 1),
+                    math.log(max(self._shared_alpha, ALPHA_FLOOR)),
+                    dtype=torch.float32,
+                    device=self.alive.device,
                 )
             else:
                 return None

@@ -177,7 +177,7 @@ class MarkovGameReward:
         return -(facts.alpha * facts.token_cost)[:, None] * facts.kept
 
     def terminal(self, facts: EndFacts) -> Tensor:
-        survivors = facts.kept[-1]
+        survivors = facts.kept[-1].float()
         share = survivors / survivors.sum(1, keepdim=True).clamp(min=1)
         return self.beta * accuracy_of(self.accuracy, facts)[:, None] * share
 
@@ -210,7 +210,8 @@ class ReleasedCodeReward:
         return -excess.abs().exp() * blamed
 
     def terminal(self, facts: EndFacts) -> Tensor:
-        shares = facts.kept / facts.kept.sum(2, keepdim=True).clamp(min=1)  # [T, B, N]
+        kept = facts.kept.float()
+        shares = kept / kept.sum(2, keepdim=True).clamp(min=1)  # [T, B, N]
         return self.pot * accuracy_of("correct", facts)[:, None] * shares.sum(0)
 
 

@@ -77,7 +77,7 @@ class TokenPruneGym(gymnasium.Env[Any, NDArray[np.int8]]):
         observed = env.reset(seed, indices=image_indices(options))
         self._alive = observed.alive
         self._pictures.begin(observed.alive)
-        nothing = torch.zeros(observed.alive.shape, device=env.device)
+        nothing = torch.zeros(observed.alive.shape, dtype=torch.float32, device=env.device)
         return to_numpy(observed.observation[0]), self._info(observed, nothing)
 
     def step(
@@ -187,7 +187,9 @@ class TokenPruneVector(VectorEnv[Any, Any, Any]):
                     f"reset_mask={mask!r}: all {self.num_envs} images begin and end together"
                 )
         observed = self._begin(seed, image_indices(options))
-        nothing = torch.zeros(observed.alive.shape, device=observed.alive.device)
+        nothing = torch.zeros(
+            observed.alive.shape, dtype=torch.float32, device=observed.alive.device
+        )
         return self._give(observed.observation), self._infos(observed, nothing)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -201,7 +203,7 @@ class TokenPruneVector(VectorEnv[Any, Any, Any]):
         env = self._held.env
         if self._over and self._autoreset is AutoresetMode.NEXT_STEP:
             observations, infos = self.reset()
-            none = torch.zeros(self.num_envs, device=env.device)
+            none = torch.zeros(self.num_envs, dtype=torch.float32, device=env.device)
             return observations, *map(self._give, (none, none.bool(), none.bool())), infos
         transition = env.step(to_actions(actions, env.device))
         self._pictures.add(env.survivors)

@@ -159,7 +159,9 @@ class TokenVecEnv(VecEnv):
     def _begin(self, seed: int | None, indices: Any) -> Observations:
         observed = self._held.env.reset(seed, indices=indices)
         self._alive = observed.alive
-        self._returns = torch.zeros(observed.alive.shape, device=observed.alive.device)
+        self._returns = torch.zeros(
+            observed.alive.shape, dtype=torch.float32, device=observed.alive.device
+        )
         return observed
 
     def _rows(self, values: Tensor) -> NDArray[Any]:

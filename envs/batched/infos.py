@@ -22,7 +22,7 @@ def episode_infos(env: BatchedTokenPrune, outcome: Outcome | None) -> dict[str, 
     """
     images = {"index": env.indices, "label": env.labels}
     if outcome is None:
-        zeros = torch.zeros(env.num_envs, device=env.device)
+        zeros = torch.zeros(env.num_envs, dtype=torch.float32, device=env.device)
         logits = zeros[:, None].expand(-1, env.game.backbone.num_classes)
         return images | {"logits": logits, "correct": zeros.bool(), "gmacs": zeros}
     return images | {

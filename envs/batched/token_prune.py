@@ -306,7 +306,7 @@ class BatchedTokenPrune:
     def _ended(self, stage: Stage) -> Observations:
         """The observations after the end: zeros that take no memory."""
         alive = torch.zeros_like(stage.alive)
-        zero = torch.zeros(1, device=self.device)
+        zero = torch.zeros(1, dtype=torch.float32, device=self.device)
         return Observations(
             observation=zero.expand(*alive.shape, *self.observation_space.shape),
             state=zero.expand(self.num_envs, *self.state_space.shape),

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from prunevit.agents.policies.heuristics import TopK
 from prunevit.envs.fields import FIELDS
 from prunevit.envs.game import GameError, TokenGame
 from prunevit.envs.rewards import (
@@ -467,3 +468,23 @@ def test_other_precisions_are_taken(game, batch):
             play(game, half.to(dtype), labels, [KEEP_ALL] * 3),
             play(game, half.float(), labels, [KEEP_ALL] * 3),
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("reward", REWARDS)
+def test_the_default_dtype_plays_no_part(vit, batch, keeps, reward, dtype):
+    game = TokenGame(StagedViT(vit, STAGES), reward)
+    keep = keeps(BATCH, len(STAGES), PATCHES)
+    expected = play(game, *batch, keep)
+    policy = TopK((0.7, 0.5, 0.2))
+    chosen = policy(expected[1].view)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = play(game, *batch, keep)
+        observed = [stage.view.living(FIELDS) for stage in found[:-1]]
+        assert {seen.dtype for seen in observed} == {torch.float32}
+        assert_same(found, expected)
+        assert torch.equal(policy(found[1].view), chosen)
+    finally:
+        torch.set_default_dtype(before)
