@@ -19,7 +19,7 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from prunevit.benchmarks.bootstrap import interval
+from prunevit.benchmarks.intervals import t_interval
 from prunevit.benchmarks.methods.recipes import RECIPES
 from prunevit.benchmarks.records import FILE, read
 from prunevit.cli import prog
@@ -72,7 +72,7 @@ def draw_line(axes: Axes, data: pd.DataFrame, x: str, y: str, **style: Any) -> N
     if groups:
         places = [group[x].mean() for group in groups]
         (line,) = axes.plot(places, [group[y].mean() for group in groups], **style)
-        low, high = np.array([interval(group[y]) for group in groups]).T
+        low, high = np.array([t_interval(group[y]) for group in groups]).T
         axes.fill_between(places, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
 
 

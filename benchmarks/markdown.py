@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from prunevit.benchmarks.bootstrap import interval
+from prunevit.benchmarks.intervals import t_interval
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -37,9 +37,11 @@ def records_table(
 
 def mean_and_interval(values: Sequence[float], digits: int = 2, unit: str = "") -> str:
     """``1.23 [1.20, 1.26]``: the mean and its 95% interval; the mean alone where all are equal."""
-    low, high = interval(values)
     mean = f"{sum(values) / len(values):.{digits}f}{unit}"
-    return mean if low == high else f"{mean} [{low:.{digits}f}, {high:.{digits}f}]"
+    if min(values) == max(values):
+        return mean
+    low, high = t_interval(values)
+    return f"{mean} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def mean_and_deviation(values: Sequence[float], digits: int = 2, unit: str = "") -> str:

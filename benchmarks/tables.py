@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import tyro
 
@@ -33,8 +32,6 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TWO_MINUTES = "digits/two-minutes"
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-INTERVAL = re.compile(r"\[(-?\d+\.\d+), (-?\d+\.\d+)\]")
-TOLERANCE = 0.0201  # of an interval's ends, which depend on what a version of scipy draws
 
 DIGITS = (
     "mappo", "dynamic-vit", "evit", "tome", "attention", "threshold", "ats", "random", "norm",
@@ -214,14 +211,6 @@ TABLES: Mapping[str, Callable[[], str]] = {
 # --- pages ---
 
 
-def same(found: str, wanted: str) -> bool:
-    """Whether a table is as it should be, but for the last digits of its intervals."""
-    if INTERVAL.sub("[]", found) != INTERVAL.sub("[]", wanted):
-        return False
-    ours, theirs = (np.array(INTERVAL.findall(text), dtype=float) for text in (found, wanted))
-    return np.allclose(ours, theirs, rtol=0, atol=TOLERANCE)
-
-
 def refresh(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> tuple[str, list[str]]:
     """A page with its tables written anew, and the names of those that were stale.
 
@@ -235,7 +224,7 @@ def refresh(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> tupl
         if name not in tables:
             raise ValueError(f"unknown table {name!r}: there are {', '.join(tables)}")
         wanted = tables[name]() + "\n"
-        if same(found, wanted):
+        if found == wanted:
             return match[0]
         stale.append(name)
         return start + wanted + end

@@ -28,8 +28,8 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 
-from prunevit.benchmarks.bootstrap import interval
 from prunevit.benchmarks.figures import MARKERS, save_figure
+from prunevit.benchmarks.intervals import t_interval
 from prunevit.benchmarks.markdown import markdown_table, mean_and_interval
 from prunevit.benchmarks.marl.protocol import (
     SHARED,
@@ -228,7 +228,7 @@ def draw(rows: Sequence[Record]) -> Figure:
             places = group["points"].iloc[0]
             (line,) = axes.plot(places, values.mean(0), label=name, marker=marker, markersize=4)
             color = line.get_color()
-            axes.fill_between(places, *interval(values), color=color, alpha=0.2, linewidth=0)
+            axes.fill_between(places, *t_interval(values), color=color, alpha=0.2, linewidth=0)
         axes.set_title(f"{task}, {kind} actions")
         axes.set_xlabel("frames")
         axes.set_ylabel("mean episode return")
