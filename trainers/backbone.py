@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from timm.data import Mixup, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from timm.layers import PatchDropout
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,7 +25,12 @@ from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.weights import sha256
 from prunevit.trainers.common.backbones import all_model_kwargs, check_model_kwargs, write_backbone
 from prunevit.trainers.common.checkpoint import write_json
-from prunevit.trainers.common.classification import Learner, TrainingImages, versions
+from prunevit.trainers.common.classification import (
+    Learner,
+    TrainingImages,
+    make_mixup,
+    versions,
+)
 from prunevit.trainers.common.distributed import ALONE, Ranks, join_ranks
 from prunevit.trainers.common.epochs import train_epochs
 from prunevit.trainers.common.evaluation import accuracy
@@ -153,18 +158,6 @@ def build(config: BackboneConfig, num_classes: int, has_weights: bool) -> nn.Mod
     )
 
 
-def make_mixup(config: BackboneConfig, num_classes: int) -> Mixup | None:
-    """timm's mixup and CutMix; None if both are turned off."""
-    if not config.mixup and not config.cutmix:
-        return None
-    return Mixup(
-        mixup_alpha=config.mixup,
-        cutmix_alpha=config.cutmix,
-        label_smoothing=config.label_smoothing,
-        num_classes=num_classes,
-    )
-
-
 def finish(
     run: RunFolder,
     config: BackboneConfig,
@@ -243,7 +236,7 @@ def train(config: BackboneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
         if ranks.is_first:
             write_backbone(run.path, averaged, config, test.class_names)
 
-    mixup = make_mixup(config, num_classes)
+    mixup = make_mixup(config.mixup, config.cutmix, config.label_smoothing, num_classes)
     train_epochs(run, config, learner, images, evaluate, mixup, after_epoch=write_weights_so_far)
     return finish(run, config, averaged, test, device, workers) if ranks.is_first else {}
 

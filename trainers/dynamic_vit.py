@@ -11,10 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
+from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
@@ -25,6 +26,7 @@ from prunevit.envs.data.datasets import open_images
 from prunevit.envs.data.image_set import ImageSet, Reseedable
 from prunevit.envs.data_config import model_data_config
 from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.untouched import has_global_hooks, is_untouched
 from prunevit.trainers.common import loop
 from prunevit.trainers.common.backbones import (
     StagedViTSettings,
@@ -33,7 +35,8 @@ from prunevit.trainers.common.backbones import (
     write_backbone,
 )
 from prunevit.trainers.common.checkpoint import write_json
-from prunevit.trainers.common.classification import versions
+from prunevit.trainers.common.classification import learning_rate, make_mixup, versions
+from prunevit.trainers.common.epochs import seed_global_generators
 from prunevit.trainers.common.evaluation import evaluate
 from prunevit.trainers.common.loop import Monitor, NotFiniteError
 from prunevit.trainers.common.masked_vit import losses, run_dense, run_masked
@@ -48,9 +51,11 @@ from prunevit.trainers.common.run import (
 )
 from prunevit.trainers.common.settings import (
     Count,
+    Decay,
     Positive,
     Range,
     Seed,
+    Share,
     Weight,
     parse_arguments,
 )
@@ -65,25 +70,42 @@ WEIGHT_DECAY = 0.05  # AdamW's, as in DeiT
 class DynamicViTConfig(StagedViTSettings):
     """How DynamicViT's predictors are trained."""
 
+    LATER: ClassVar[Mapping[str, object]] = {
+        **StagedViTSettings.LATER,
+        "warmup": 0.0,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "label_smoothing": 0.0,
+    }
+
     policy: Annotated[Literal["dynamic-vit"], tyro.conf.Suppress] = "dynamic-vit"
     """Marks the run's config.json as one of DynamicViT."""
     augment: bool = True
     """Augment training images (photographs: with timm's training transform)."""
     keep: Annotated[float, Range(0, 1, open_low=True)] = 0.5
     """Share of the remaining patches that each stage keeps."""
-    hidden: Count = 32
-    """Width of the predictors, a multiple of 4. The paper uses the backbone's width."""
+    hidden: Count | None = None
+    """Width of the predictors, a multiple of 4. By default the backbone's, as in the paper."""
+    mixup: Weight = 0.8
+    """Alpha of mixup; 0 turns it off."""
+    cutmix: Weight = 1.0
+    """Alpha of CutMix; 0 turns it off. With mixup as well, each batch gets one of the two."""
+    label_smoothing: Decay = 0.1
+    """Share of the target that is spread over all classes."""
     ratio_weight: Weight = 2.0
     """Weight of the loss that brings the share of kept patches to --keep. The paper uses 2."""
     fine_tune: bool = False
-    """Train the backbone too, as in the paper. By default it is frozen."""
+    """Train the backbone too, as in the paper. By default it is frozen. Class token and position
+    embedding always are."""
     iterations: Count = 480
     """Steps of the optimizer, one batch each."""
     batch_size: Count = 16
     """Images per step."""
     lr: Positive = 3e-3
-    """Initial learning rate of the predictors. It falls to zero along a cosine. The backbone, if it
-    is trained, has a hundredth of it."""
+    """Peak learning rate of the predictors: it warms up linearly, then falls to zero along a
+    cosine. The backbone, if it is trained, has a hundredth of it."""
+    warmup: Share = 5 / 30
+    """Share of all steps in which the learning rate warms up."""
     eval_every: Count = 120
     """Iterations between two evaluations on the validation split."""
     eval_size: Count = 1_000
@@ -100,8 +122,10 @@ class DynamicViTConfig(StagedViTSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.hidden % 4:
+        if self.hidden is not None and self.hidden % 4:
             raise ValueError(f"hidden={self.hidden} must be a multiple of 4")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f"mixup and cutmix need an even batch_size, got {self.batch_size}")
         if not self.run_name:
             raise ValueError("run_name is empty")
 
@@ -124,7 +148,7 @@ class Trainer:
 
     Raises:
         TrainingError: there are fewer images than a batch holds, or more classes than the backbone
-            has.
+            has, or its blocks are not timm's own.
     """
 
     is_resumable = True  # each step draws its images and noise from a seed of its own
@@ -145,24 +169,43 @@ class Trainer:
                 f"the dataset has {images.num_classes} classes, "
                 f"the backbone tells {backbone.num_classes} apart"
             )
+        if has_global_hooks() or not all(is_untouched(b, True) for b in backbone.model.blocks):
+            raise TrainingError(
+                "DynamicViT learns through the attention of timm's own blocks: these have hooks, "
+                "replaced layers or another attention scale"
+            )
         self.backbone = backbone
         self.policy = policy.to(backbone.device)
         self.images = images
         self.config = config
         self.iteration = 0
         self._teacher = backbone
-        groups: list[dict[str, Any]] = [{"params": list(policy.parameters()), "scale": 1.0}]
+        self._mixup = make_mixup(
+            config.mixup, config.cutmix, config.label_smoothing, backbone.num_classes
+        )
+        trained = {policy: 1.0}
         if config.fine_tune:
             self._teacher = copy.deepcopy(backbone)
-            backbone.model.requires_grad_(True)
-            groups.append({"params": list(backbone.model.parameters()), "scale": BACKBONE_LR})
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=WEIGHT_DECAY)
+            # as in the authors' code: neither class token nor position embedding is trained
+            for name, parameter in backbone.model.named_parameters():
+                parameter.requires_grad_(name not in backbone.model.no_weight_decay())
+            trained[backbone.model] = BACKBONE_LR
+        groups = [
+            group | {"scale": scale}
+            for module, scale in trained.items()
+            for group in param_groups_weight_decay(module, WEIGHT_DECAY)
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr)
 
     def iterate(self) -> dict[str, float]:
         """Takes a step; returns its losses and metrics."""
         seed = iteration_seed(self.config.seed, self.iteration)
         device = self.backbone.device
         pixels, labels = (part.to(device) for part in self._draw(seed))
+        targets = labels
+        if self._mixup is not None:
+            seed_global_generators(seed)
+            pixels, targets = self._mixup(pixels, labels)
         with torch.no_grad():
             begun = self._teacher.begin(pixels, with_attention=False, execution="masked")
             teacher = run_dense(self._teacher, begun)
@@ -171,7 +214,8 @@ class Trainer:
         noise = torch.Generator(device).manual_seed(seed)
         student = run_masked(self.backbone, self.policy, begun, noise)
         shares, weight = self.policy.shares(), self.config.ratio_weight
-        terms = losses(student, teacher, labels, shares, weight)
+        smoothing = 0.0 if self._mixup is not None else self.config.label_smoothing
+        terms = losses(student, teacher, targets, shares, weight, smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
         self._set_rates()
@@ -196,7 +240,7 @@ class Trainer:
 
     def _set_rates(self) -> None:
         done = self.iteration / self.config.iterations
-        rate = self.config.lr * 0.5 * (1 + math.cos(math.pi * done))
+        rate = learning_rate(self.config, self.iteration, self.config.iterations)
         for group in self.optimizer.param_groups:
             waits = group["scale"] < 1 and done < BACKBONE_START
             group["lr"] = 0.0 if waits else rate * group["scale"]
@@ -213,6 +257,8 @@ class Trainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""
+        if len(state["optimizer"]["param_groups"]) < len(self.optimizer.param_groups):
+            raise ValueError("it was begun when biases and norms decayed too: begin a new run")
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.config.fine_tune:

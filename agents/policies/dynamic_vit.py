@@ -20,8 +20,7 @@ from prunevit.envs.vit.staged_vit import StagedViT
 class KeepPredictor(nn.Module):
     """Predicts for each patch whether to keep it (equations 1 to 5 of the paper).
 
-    Half of a patch's features are its own, the other half are averaged over the image. The paper's
-    predictor is as wide as the backbone (``hidden`` = D).
+    Half of a patch's features are its own, the other half are averaged over the image.
 
     Args:
         width: D, the width of the backbone.
@@ -64,7 +63,7 @@ class DynamicViTPolicy(nn.Module):
         num_stages: T.
         keep: share of the patches that is kept from stage to stage. It can be changed after the
             training: ``policy.keep = 0.5`` makes the model cheaper.
-        hidden: width of the predictors.
+        hidden: width of the predictors; None for the paper's, which is D.
 
     Raises:
         ValueError: ``keep`` is not in (0, 1], or ``hidden`` is not a multiple of 4.
@@ -72,8 +71,11 @@ class DynamicViTPolicy(nn.Module):
 
     needs_attention = False
 
-    def __init__(self, width: int, num_stages: int, keep: float = 0.7, hidden: int = 32) -> None:
+    def __init__(
+        self, width: int, num_stages: int, keep: float = 0.7, hidden: int | None = None
+    ) -> None:
         super().__init__()
+        hidden = width if hidden is None else hidden
         if hidden < 4 or hidden % 4:
             raise ValueError(f"hidden={hidden} must be a multiple of 4")
         self.width = width

@@ -166,7 +166,7 @@ def learned_policy(
 
 
 def dynamic_vit_policy(
-    backbone: StagedViT, keep: float, hidden: int, seed: int = 0
+    backbone: StagedViT, keep: float, hidden: int | None, seed: int = 0
 ) -> DynamicViTPolicy:
     """Builds an untrained ``DynamicViTPolicy`` for ``backbone``; ``seed`` draws its weights."""
     with torch.random.fork_rng(devices=[]):

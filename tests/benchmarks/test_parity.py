@@ -8,9 +8,11 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
+from prunevit.agents import DynamicViTPolicy, PrunedViT
 from prunevit.benchmarks.baselines import evit, tome
 from prunevit.benchmarks.baselines.ats import ATS
 from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.trainers.common import masked_vit
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "originals"
 SIZES = {
@@ -119,3 +121,43 @@ def test_ats_samples_the_originals_tokens(images, samples):
     kept = [[stage.nonzero()[:, 0].tolist() for stage in image] for image in trace.alive]
     assert kept == theirs["kept"]
     assert_same_logits(trace.logits, theirs["logits"])
+
+
+def dynamic_vit(dtype):
+    """The fixed model, staged, and DynamicViT's policy with fixed predictors."""
+    backbone = StagedViT(fixed_model(), (1, 3, 4))
+    policy = DynamicViTPolicy(backbone.width, 3, 0.7)
+    weights = fixed_weights(policy, 2)
+    for name, parameter in policy.named_parameters():
+        parameter.data = weights[name].to(dtype)
+    return backbone, policy
+
+
+def test_dynamic_vit_keeps_the_originals_tokens(images):
+    theirs = original("dynamic_vit", "inference")
+    backbone, policy = dynamic_vit(torch.float32)
+    logits, alive = PrunedViT(backbone, policy)(images, return_keep=True)
+    kept = [[image.nonzero()[:, 0].tolist() for image in stage] for stage in alive.unbind(1)]
+    assert kept == theirs["kept"]
+    assert_same_logits(logits, theirs["logits"])
+
+
+def test_dynamic_vit_has_the_originals_losses_and_gradients(images, monkeypatch):
+    monkeypatch.setattr(masked_vit, "MAX_MASK_GRAD", float("inf"))  # it is ours alone
+    theirs = original("dynamic_vit", "training")
+    backbone, policy = dynamic_vit(torch.float64)
+    begun = backbone.begin(images, with_attention=False, execution="masked")
+    teacher = masked_vit.run_dense(backbone, begun)
+    student = masked_vit.run_masked(backbone, policy, begun, torch.Generator().manual_seed(3))
+    labels = torch.tensor(theirs["labels"])
+    terms = masked_vit.losses(student, teacher, labels, policy.shares(), 2.0)
+    terms["loss"].backward()
+    kept = [[image.nonzero()[:, 0].tolist() for image in stage] for stage in student.kept]
+    assert kept == theirs["kept"]
+    assert_same_logits(student.logits, theirs["logits"])
+    for name, value in theirs["losses"].items():
+        assert terms[name].item() == pytest.approx(value, abs=1e-4), name
+    for name, parameter in policy.named_parameters():
+        norm, first = theirs["gradients"][name]
+        assert float(parameter.grad.norm()) == pytest.approx(norm, rel=1e-4), name
+        assert float(parameter.grad.flatten()[0]) == pytest.approx(first, abs=1e-4 * norm), name

@@ -15,8 +15,14 @@ from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.weights import write_weights
 from prunevit.trainers import dynamic_vit
-from prunevit.trainers.common.run import TrainingError
-from prunevit.trainers.dynamic_vit import BACKBONE_START, DynamicViTConfig, Trainer
+from prunevit.trainers.common.run import RunFolder, TrainingError
+from prunevit.trainers.dynamic_vit import (
+    BACKBONE_LR,
+    BACKBONE_START,
+    WEIGHT_DECAY,
+    DynamicViTConfig,
+    Trainer,
+)
 
 STAGES = (1, 3)
 TINY = {"patch_size": 16, "embed_dim": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0}
@@ -70,11 +76,65 @@ def test_fine_tuning_starts_late_and_is_told_by_the_unpruned_model(make_vit, som
     assert all(torch.equal(value, start[key]) for key, value in teacher.items())
 
 
+def test_neither_biases_nor_norms_decay(make_vit, some_images):
+    trainer = trainer_on(make_vit(), some_images, fine_tune=True)
+    model, groups = trainer.backbone.model, trainer.optimizer.param_groups
+    modules = {BACKBONE_LR: model, 1.0: trainer.policy}
+    frozen = {"cls_token", "pos_embed"}
+    for scale, module in modules.items():
+        decays = {
+            id(parameter): group["weight_decay"]
+            for group in groups
+            if group["scale"] == scale
+            for parameter in group["params"]
+        }
+        found = {name: decays.pop(id(p), None) for name, p in module.named_parameters()}
+        assert not decays
+        assert {name for name in found if found[name] is None} <= frozen
+        for name in found.keys() - frozen:
+            is_matrix = dict(module.named_parameters())[name].dim() > 1
+            assert found[name] == (WEIGHT_DECAY if is_matrix else 0), name
+    assert not model.cls_token.requires_grad
+    assert not model.pos_embed.requires_grad
+
+
+def test_the_rate_warms_up(make_vit, some_images):
+    trainer = trainer_on(make_vit(), some_images, iterations=12, warmup=0.5, lr=0.6)
+    rates = []
+    for _ in range(12):
+        trainer.iterate()
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates[:6] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    assert rates[6:] == sorted(rates[6:], reverse=True)
+    assert rates[-1] < 0.1
+
+
+def test_images_and_labels_are_mixed(make_vit, some_images, monkeypatch):
+    seen = []
+    real = dynamic_vit.losses
+    monkeypatch.setattr(
+        dynamic_vit, "losses", lambda *args: seen.append(args[2].clone()) or real(*args)
+    )
+    for mixes in ({}, {}, {"mixup": 0.0, "cutmix": 0.0}):
+        trainer_on(make_vit(), some_images, **mixes).iterate()
+    mixed, again, plain = seen
+    assert torch.equal(mixed, again)
+    assert mixed.shape == (4, 5)
+    torch.testing.assert_close(mixed.sum(1), torch.ones(4))
+    assert plain.dtype == torch.int64
+    with pytest.raises(ValueError, match="mixup and cutmix need an even batch_size, got 3"):
+        DynamicViTConfig(batch_size=3)
+
+
 def test_what_it_can_not_learn_from_is_refused(make_vit, make_images):
     with pytest.raises(TrainingError, match="takes batch_size=40 images, the dataset has 12"):
         trainer_on(make_vit(), make_images(), batch_size=40)
     with pytest.raises(TrainingError, match="5 classes, the backbone tells 3 apart"):
         trainer_on(make_vit(num_classes=3), make_images())
+    hooked = make_vit()
+    hooked.blocks[2].mlp.register_forward_hook(lambda *_: None)
+    with pytest.raises(TrainingError, match="these have hooks"):
+        trainer_on(hooked, make_images())
 
 
 # --- runs ---
@@ -180,6 +240,30 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(arguments, monkeyp
     dense = load_file("tiny.safetensors")
     moved = not torch.equal(models[0].backbone.model.head.weight, dense["head.weight"])
     assert moved == fine_tune
+
+
+def test_a_run_of_before_is_read_but_can_not_go_on(arguments, monkeypatch):
+    """Then all parameters decayed, in one group, and these settings weren't there."""
+    run(arguments("old"))
+    config = Path("runs/old/config.json")
+    settings = json.loads(config.read_text())
+    for name in ("mixup", "cutmix", "label_smoothing", "warmup"):
+        del settings[name]
+    config.write_text(json.dumps(settings))
+    read = RunFolder(Path("runs/old")).read_settings(DynamicViTConfig)
+    assert (read.mixup, read.cutmix, read.label_smoothing, read.warmup) == (0, 0, 0, 0)
+    assert PrunedViT.from_run("runs/old").policy.hidden == 8
+    real = Trainer.state_dict
+
+    def of_before(trainer):
+        state = real(trainer)
+        state["optimizer"]["param_groups"] = state["optimizer"]["param_groups"][:1]
+        return state
+
+    monkeypatch.setattr(Trainer, "state_dict", of_before)
+    run(arguments("older"))
+    with pytest.raises(SystemExit, match="biases and norms decayed too: begin a new run"):
+        run(["--resume", "runs/older"])
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import platform
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from timm.data import Mixup
 from timm.optim import create_optimizer_v2, muon
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -47,12 +48,33 @@ def batches(size: int, batch_size: int, seed: int, ranks: Ranks = ALONE) -> Iter
         yield order[start + ranks.rank * mine :][:mine]
 
 
-def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+class Rates(Protocol):
+    """Settings of a learning rate: its peak, and the share of all steps in which it warms up."""
+
+    lr: float
+    warmup: float
+
+
+def learning_rate(recipe: Rates, step: int, steps: int) -> float:
     """Learning rate of a step: a linear warm-up, then a cosine to zero."""
     warmup = max(1, int(recipe.warmup * steps))
     if step < warmup:
         return recipe.lr * (step + 1) / warmup
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def make_mixup(
+    mixup: float, cutmix: float, label_smoothing: float, num_classes: int
+) -> Mixup | None:
+    """timm's mixup and CutMix with these alphas; None if both are 0."""
+    if not mixup and not cutmix:
+        return None
+    return Mixup(
+        mixup_alpha=mixup,
+        cutmix_alpha=cutmix,
+        label_smoothing=label_smoothing,
+        num_classes=num_classes,
+    )
 
 
 class TrainingImages:

@@ -9,11 +9,12 @@ from torch.nn import functional as F
 
 from prunevit.agents.policies.serialization import dynamic_vit_policy
 from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.trainers.common import masked_vit
 from prunevit.trainers.common.masked_vit import (
     Outputs,
-    attention_bias,
     gumbel_keep,
     losses,
+    masked_attention,
     run_dense,
     run_masked,
 )
@@ -61,17 +62,17 @@ def test_the_gradient_of_a_draw_is_that_of_the_softmax_behind_it():
     torch.testing.assert_close(gradient, expected)
 
 
-def test_attention_and_its_gradient_are_the_papers():
+def test_attention_and_its_gradient_are_the_papers(monkeypatch):
     """exp(P) G / sum(exp(P) G), pruned keys included in the gradient."""
+    monkeypatch.setattr(masked_vit, "EPSILON", 0.0)  # it is the authors' code's, not the paper's
     generator = seeded()
     scores = torch.randn(2, 3, 6, 6, generator=generator) * 3
     weight = torch.randn(2, 3, 6, 6, generator=generator)
-    kept = torch.tensor([[1, 0, 1, 0.0], [0, 0, 0, 1.0]], requires_grad=True)
-    ours = (scores + attention_bias(kept, 2)).softmax(-1)
+    kept = torch.tensor([[1, 1, 1, 0, 1, 0.0], [1, 1, 0, 0, 0, 1.0]], requires_grad=True)
+    ours = masked_attention(scores, kept)
     (gradient,) = torch.autograd.grad((ours * weight).sum(), kept)
 
-    mask = torch.cat([torch.ones(2, 2), kept], dim=1)
-    gate = torch.stack([mask] * 6, dim=1)
+    gate = torch.stack([kept] * 6, dim=1)
     gate = torch.where(torch.eye(6, dtype=torch.bool), torch.ones(()), gate)[:, None]
     unnormed = scores.exp() * gate
     theirs = unnormed / unnormed.sum(-1, keepdim=True)
@@ -137,3 +138,25 @@ def test_losses_are_the_papers():
     weighted = {"classification": 1, "kl": 0.5, "tokens": 0.5, "ratio": 3.0}
     total = sum(weight * float(terms[name]) for name, weight in weighted.items())
     assert float(terms["loss"]) == pytest.approx(total)
+
+
+def test_a_token_is_not_kept_for_its_distance_to_the_dense_model():
+    kept = torch.ones(2, 3, 4, requires_grad=True)
+    patches = torch.randn(3, 4, 5, generator=seeded(), requires_grad=True)
+    student = Outputs(torch.zeros(3, 2), patches, kept)
+    teacher = Outputs(torch.zeros(3, 2), torch.zeros(3, 4, 5), kept)
+    tokens = losses(student, teacher, torch.zeros(3, dtype=torch.int64), (0.5, 0.25), 2.0)["tokens"]
+    by_kept, by_patches = torch.autograd.grad(tokens, (kept, patches), allow_unused=True)
+    assert by_kept is None
+    assert by_patches.abs().sum() > 0
+
+
+def test_labels_may_be_mixed_and_smoothed():
+    outputs = Outputs(torch.tensor([[2, 0.0, 1]]), torch.zeros(1, 4, 3), torch.ones(2, 1, 4))
+
+    def classification(labels, smoothing=0.0):
+        return losses(outputs, outputs, labels, (1, 1), 2.0, smoothing)["classification"]
+
+    smoothed = classification(torch.tensor([0]), 0.3)
+    torch.testing.assert_close(smoothed, classification(torch.tensor([[0.8, 0.1, 0.1]])))
+    assert smoothed > classification(torch.tensor([0]))
