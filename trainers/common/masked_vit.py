@@ -22,8 +22,8 @@ EPSILON = 1e-6
 KL_WEIGHT, TOKEN_WEIGHT = 0.5, 0.5
 # Largest gradient of an image's loss to a keep mask. Neither in the paper nor in the authors' code:
 # the gradient to a pruned key is linear in exp(score), while its effect saturates. Where attention
-# is sharp, that gradient reached 1e7 here. Without this bound, the digits' predictors stay at 88.9%
-# on validation at half of the patches a stage, with it they get to 93.6%.
+# is sharp, that gradient reached 1e7 here. On the digits (--prune-before 1 3 --mixup 0 --cutmix 0
+# --label-smoothing 0), validation accuracy is 93.9% with this bound and 90.5% without.
 MAX_MASK_GRAD = 1.0
 
 
