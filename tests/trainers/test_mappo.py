@@ -403,7 +403,8 @@ def test_parts_are_of_a_caches_size_by_default(monkeypatch):
     make_trainer(4).iterate()
     (whole,) = set(parts)
     # three numbers are observed
-    monkeypatch.setattr(mappo, "CACHED_BYTES", whole * 3 * 4 // 2 // torch.get_num_threads())
+    half = whole * 3 * 4 // 2 // torch.get_num_threads()
+    monkeypatch.setattr("prunevit.trainers.common.rollout.CACHED_BYTES", half)
     parts.clear()
     make_trainer(4).iterate()
     assert max(parts) == -(-whole // 2)

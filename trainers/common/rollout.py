@@ -13,6 +13,10 @@ from prunevit.envs.batched.protocol import Observations
 from prunevit.trainers.common.distributed import Ranks
 
 MASKED_LOGIT = -1e9
+# With so many bytes of observations a thread, the actor's activations stay in a CPU's caches.
+# Measured with the default actor: an update on 112,000 decisions takes 0.6 times as long in such
+# micro-batches with one thread, 0.8 with two; on 30,000, which two threads take as one, no less.
+CACHED_BYTES = 1 << 23
 # what a batch holds for each decision
 OF_ROWS = ("seen", "mask", "action", "log_prob", "value", "returns", "advantage")
 
@@ -94,10 +98,15 @@ class Batch:
             **rows | {"seen": torch.arange(len(seen), device=seen.device)},
         )
 
-    def micro_batches(self, count: int) -> list[Batch]:
+    def micro_batches(self, count: int | None) -> list[Batch]:
         """Splits the rows into ``count`` batches (fewer where there are fewer rows) whose losses
-        and gradients add up to those of the whole.
+        and gradients add up to those of the whole. With None they fit a CPU's caches, and on
+        another device there is one.
         """
+        if count is None:
+            on_host = self.action.device.type == "cpu"
+            size = len(self.action) * self.observation[:1].nbytes
+            count = size // (CACHED_BYTES * torch.get_num_threads()) if on_host else 1
         count = min(count, len(self.seen))
         if count < 2:
             return [self]
