@@ -43,7 +43,8 @@ class StagedViT(nn.Module):
     The model is used as it is: neither changed nor copied. Hooks, replaced layers, quantised
     weights and dropout in training mode have the effect that they have in timm's own forward pass.
     Blocks that have any are called once for each number of tokens that images have left, which is
-    slower if there are many.
+    slower if there are many. Multiply-accumulates are those of the blocks as they are now: where
+    blocks are changed later, stage the model anew.
 
     Args:
         model: timm's ``VisionTransformer``, plain or distilled, or ``Eva``.

@@ -67,7 +67,7 @@ def evaluate(
 
     Raises:
         ValueError: the backbone is in training mode, the images, their labels or their classes are
-            not what it can be judged by, or ``size`` is below 1.
+            not what it can be judged by, its logits are NaN, or ``size`` is below 1.
     """
     return evaluate_traces(
         lambda pixels, _: model.trace(pixels), model.backbone, images, size, ranks, workers
@@ -96,6 +96,8 @@ def evaluate_traces(
     for pixels, labels in _batches(images, count, device, ranks, workers):
         pixels, labels = checked_batch(backbone, pixels, labels)
         trace = trace_of(pixels, labels)
+        if trace.logits.isnan().any():
+            raise ValueError("the model's logits are NaN: check its weights and its precision")
         right += int((trace.logits.argmax(1) == labels).sum())
         macs += int(trace.macs.sum())
         survivors = trace.alive.sum(2).cpu()  # [B, T]

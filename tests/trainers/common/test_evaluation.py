@@ -100,6 +100,13 @@ def test_what_can_not_be_judged_is_refused(staged, some_images):
             evaluate(model, some_images, size)
 
 
+def test_logits_that_are_no_numbers_are_not_class_zero(make_vit, some_images):
+    vit = make_vit()
+    vit.head.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match="logits are NaN"):
+        evaluate(PrunedViT(StagedViT(vit, (1, 3)), KeepAll()), some_images)
+
+
 def test_training_mode_is_not_evaluated(make_vit, some_images):
     model = PrunedViT(StagedViT(make_vit(drop_path_rate=0.5).train(), (1, 3)), KeepAll())
     with pytest.raises(ValueError, match="in training mode"):
