@@ -49,7 +49,7 @@ SEEDED: dict[str, tuple[str, Callable[[Benchmark, int], Method]]] = {
     "random": ("random top-k", partial(untrained.top_k, "random")),
     "dynamic-vit": ("DynamicViT, frozen backbone", learned.dynamic_vit),
     "dynamic-vit-fine-tuned": (
-        "DynamicViT as published: the backbone learns too",
+        "DynamicViT: the backbone learns too",
         partial(learned.dynamic_vit, fine_tune=True),
     ),
     **{name: (recipe.title, partial(learned.mappo, name)) for name, recipe in RECIPES.items()},
