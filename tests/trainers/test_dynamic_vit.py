@@ -163,7 +163,7 @@ def weights(tmp_path):
 def arguments(weights):
     def given(name, *more):
         text = (
-            f"--checkpoint {weights} --prune-before 1 2 --hidden 8 --iterations 5 --batch-size 8 "
+            f"--checkpoint {weights} --prune-before 1 2 --iterations 5 --batch-size 8 "
             f"--eval-every 2 --eval-size 20 --checkpoint-every 2 --device cpu --run-name {name}"
         )
         return [*text.split(), *more]
@@ -206,6 +206,7 @@ def test_a_run_leaves_what_it_found(arguments, monkeypatch, capsys):
         key: value.tolist() for key, value in trained.items()
     }
     assert (model.policy.keep, model.backbone.prune_before) == (0.5, (1, 2))
+    assert model.policy.hidden == model.backbone.width
 
 
 @pytest.mark.parametrize("fine_tune", [False, True])
@@ -244,7 +245,7 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(arguments, monkeyp
 
 def test_a_run_of_before_is_read_but_can_not_go_on(arguments, monkeypatch):
     """Then all parameters decayed, in one group, and these settings weren't there."""
-    run(arguments("old"))
+    run(arguments("old", "--hidden", "8"))
     config = Path("runs/old/config.json")
     settings = json.loads(config.read_text())
     for name in ("mixup", "cutmix", "label_smoothing", "warmup"):
