@@ -19,10 +19,11 @@ from prunevit.envs.vit.create import check_described, create_backbone
 from prunevit.envs.vit.described import size_problem
 from prunevit.envs.vit.digits_vit import DIGITS_VIT
 from prunevit.envs.vit.staged_vit import StagedViT
-from prunevit.envs.vit.weights import BackboneError, read_description
+from prunevit.envs.vit.weights import BackboneError, read_description, sha256
 
 P = TypeVar("P", bound=Policy)
 
+CHECKPOINT_SHA256 = "checkpoint_sha256"  # beside the settings, of the weights that were pruned
 RUN_WEIGHTS = "policy.safetensors"
 RUN_BACKBONE = "backbone.safetensors"  # if the run trained its backbone too
 
@@ -52,7 +53,7 @@ def read_run(
 
     Raises:
         SavedModelError: the folder has no finished run of the token game, its files are damaged,
-            or the weights of its backbone were random and are lost.
+            or the weights of its backbone were random and are lost, or are not the same any more.
         BackboneError: the backbone can't be built or loaded, or is nothing that a file may choose.
     """
     for name in (CONFIG, RUN_WEIGHTS):
@@ -113,4 +114,10 @@ def _run_backbone(
     if checkpoint is not None:
         kwargs = read_description(Path(checkpoint), name).get("model_kwargs", {}) | kwargs
     model = create_backbone(name, pretrained=pretrained, checkpoint=checkpoint, **kwargs)
+    digest = None if was_trained or checkpoint is None else config.get(CHECKPOINT_SHA256)
+    if digest is not None and sha256(Path(checkpoint)) != digest:
+        raise SavedModelError(
+            f"{checkpoint} holds other weights than those that {folder} learned to prune: put them "
+            "back, or train again"
+        )
     return StagedViT(model, config["prune_before"]), kwargs

@@ -39,7 +39,7 @@ BENCHMARL_ALGORITHMS = ("mappo", "ippo", "qmix", "vdn", "iql", "masac", "isac")
 # settings that change a policy by no more than rounding
 RUNS_OWN = {
     "threads", "device", "run", "run_name", "resume", "workers", "cache_gb", "profile",
-    "accumulate", "version",
+    "accumulate", "version", "checkpoint_sha256",
 }  # fmt: skip
 
 

@@ -18,7 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from prunevit import __version__
+from prunevit.agents import PrunedViT
 from prunevit.agents.policies.actor_critic import Critic, TokenActor
+from prunevit.agents.policies.serialization import SavedModelError
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.vit.blocks import packed_block
 from prunevit.envs.vit.create import create_backbone
@@ -506,6 +508,18 @@ def test_the_checkpoint_of_another_backbone_is_named(whole, tokens, tmp_path, we
     message = error_of(["--resume", folder])
     assert "doesn't fit the run" in message
     assert "size mismatch" in message
+
+
+def test_a_policy_is_not_put_on_other_weights(whole, tmp_path, weights):
+    other = tmp_path / "other.safetensors"
+    model = create_backbone(num_classes=2, untrained=True, **TINY)
+    write_weights(other, model.state_dict(), "digits_vit", 2, TINY)
+    folder = shutil.copytree(whole, tmp_path / "run")
+    PrunedViT.from_run(folder)
+    described = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(described.replace(str(weights), str(other)))
+    with pytest.raises(SavedModelError, match=r"other weights than those that .*run learned"):
+        PrunedViT.from_run(folder)
 
 
 @pytest.mark.parametrize(

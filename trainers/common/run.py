@@ -14,10 +14,12 @@ from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
+from prunevit.agents.run_reader import CHECKPOINT_SHA256
 from prunevit.envs.data.datasets import DIGITS, is_on_disk
 from prunevit.envs.old_names import fill_in_defaults, rename_settings
 from prunevit.envs.vit.described import description_problem
 from prunevit.envs.vit.digits_vit import DIGITS_VIT
+from prunevit.envs.vit.weights import sha256
 from prunevit.trainers.common.checkpoint import (
     CheckpointError,
     existing,
@@ -107,8 +109,13 @@ class RunFolder:
 
     def create(self, settings: Settings) -> None:
         """Writes the settings; does nothing if the run already has a file of them."""
-        if self.ranks.is_first and not self.config.exists():
-            write_json(self.config, {"version": __version__} | settings.to_json())
+        if not self.ranks.is_first or self.config.exists():
+            return
+        values = {"version": __version__} | settings.to_json()
+        checkpoint = getattr(settings, "checkpoint", None)
+        if checkpoint is not None:  # a policy is worth nothing on other weights
+            values[CHECKPOINT_SHA256] = sha256(checkpoint)
+        write_json(self.config, values)
 
     def read_settings(self, kind: type[S]) -> S:
         """Reads the settings that ``create`` wrote.
@@ -127,6 +134,7 @@ class RunFolder:
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{self.config} is damaged: {error}") from error
         values = rename_settings(values)
+        values.pop(CHECKPOINT_SHA256, None)
         version = values.pop("version", None)
         writer = "tokenprune, before 0.2" if version is None else f"prunevit {version}"
         if version is not None and _version(version) > _version(__version__):
