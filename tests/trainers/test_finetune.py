@@ -334,7 +334,7 @@ def test_a_policy_acts_under_the_given_alpha_and_dither(trained, config):
 def test_other_policies_have_no_alpha_and_can_not_dither(config, run, monkeypatch, change):
     backbone = PrunedViT.from_run(run).backbone
     other = PrunedViT(backbone, KeepAll())
-    monkeypatch.setattr(PrunedViT, "from_run", lambda folder: other)
+    monkeypatch.setattr(PrunedViT, "from_run", lambda folder, hub_backbone: other)
     with pytest.raises(ValueError, match="leave out --alpha and --dither"):
         train(replace(config, **change))
     assert not Path("runs").exists()
@@ -420,7 +420,7 @@ def test_what_can_not_be_resumed_is_named(config):
     described = json.loads((folder / "config.json").read_text())
     for content, error, message in (
         ('{"epochs": ', CheckpointError, "config.json is damaged"),
-        (json.dumps({"backbone": "digits_vit"}), CheckpointError, "unknown settings: backbone"),
+        (json.dumps({"critic": "local"}), CheckpointError, "unknown settings: critic"),
         (json.dumps(described | {"run": "runs/gone"}), SavedModelError, "runs/gone holds no"),
     ):
         (folder / "config.json").write_text(content)
