@@ -2,18 +2,19 @@
 is judged there.
 
 Every method has one knob. It is set on validation images such that the method's compute matches the
-operating point, a share of the dense model's: learned methods cost at most as much, and those they
-are compared with at least as much. The test images then judge once.
+operating point, a share of the dense model's, within 1% from either side. A method that can't be
+brought there is judged at the nearest compute that it can have. The test images judge once.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +26,25 @@ from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.common.evaluation import Evaluation, Traced, evaluate, evaluate_traces
 
-BISECTIONS = 12
+TOLERANCE = 0.01  # between compute on validation and the operating point, relative to the point
+CLOSE = TOLERANCE / 4  # where a search ends
+HALVINGS = 40  # of a search whose cost jumps over the point: down to what float32 tells apart
 
 Knobs = Mapping[str, Any]
+T = TypeVar("T")
 
 
 class UnreachableError(ValueError):
-    """A method can't be brought to an operating point; the message says why."""
+    """A method can't be brought to an operating point.
+
+    Args:
+        message: why not.
+        nearest: the knobs that come nearest to it; None if there are none.
+    """
+
+    def __init__(self, message: str, nearest: Knobs | None = None) -> None:
+        super().__init__(message)
+        self.nearest = nearest
 
 
 @dataclass(frozen=True, eq=False)  # told apart by identity
@@ -126,23 +139,70 @@ class FixedScheduleModel(nn.Module):
         return Trace(self(images), alive.expand(len(images), -1, -1), macs)
 
 
-def bisect(
-    cost: Callable[[float], float], low: float, high: float, target: float, at_least: bool
-) -> float:
-    """The knob between ``low`` and ``high``, both positive, whose cost in GMACs comes closest to
-    ``target`` from one side: at least as much, or at most. ``cost`` falls as the knob rises.
+def check_matched(cost: float, target: float, knobs: Knobs) -> None:
+    """Checks that ``knobs``, whose compute on validation is ``cost``, are within ``TOLERANCE``.
 
     Raises:
-        UnreachableError: the cost is on the wrong side of the target at the far end.
+        UnreachableError: they are not; it holds them.
     """
-    end = low if at_least else high
-    reached = cost(end)
-    if (reached < target) if at_least else (reached > target):
-        raise UnreachableError(f"its cost is {reached:.4f} GMACs at the {end:g} end of its knob")
-    for _ in range(BISECTIONS):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if cost(middle) > target else (low, middle)
-    return low if at_least else high
+    if abs(cost - target) > TOLERANCE * target:
+        raise UnreachableError(f"the nearest it can cost is {cost / target:.1%} of that", knobs)
+
+
+def search_knob(
+    cost: Callable[[float], float],
+    low: float,
+    high: float,
+    target: float,
+    knobs_of: Callable[[float], Knobs],
+) -> Knobs:
+    """Sets a knob such that it costs ``target``, from whichever side it comes nearest.
+
+    Args:
+        cost: knob -> GMACs of an image on validation, which never rise with the knob.
+        low: the lowest value of the knob, positive.
+        high: the highest.
+        target: GMACs of an image.
+        knobs_of: the knob as a record has it.
+
+    Raises:
+        UnreachableError: no value costs the target within ``TOLERANCE``; it holds the nearest.
+    """
+    tried = {low: cost(low), high: cost(high)}
+    if tried[low] > target > tried[high]:
+        for _ in range(HALVINGS):
+            middle = math.sqrt(low * high)
+            tried[middle] = cost(middle)
+            if abs(tried[middle] - target) <= CLOSE * target:
+                break
+            low, high = (middle, high) if tried[middle] > target else (low, middle)
+    best = min(tried, key=lambda knob: abs(tried[knob] - target))
+    knobs = knobs_of(best)
+    check_matched(tried[best], target, knobs)
+    return knobs
+
+
+def with_knobs(more: Knobs, tune: Callable[[], Knobs]) -> Knobs:
+    """``more`` beside what ``tune`` returns, or beside the nearest where it can't reach the point.
+
+    Raises:
+        UnreachableError: as ``tune`` does.
+    """
+    try:
+        return {**more, **tune()}
+    except UnreachableError as error:
+        nearest = error.nearest and {**more, **error.nearest}
+        raise UnreachableError(str(error), nearest) from error
+
+
+def nearest(choices: Sequence[T], cost: Callable[[T], float], target: float) -> tuple[T, float]:
+    """The one of ``choices``, sorted by rising ``cost``, that costs nearest to ``target``, and its
+    cost.
+    """
+    place = bisect_left(choices, target, key=cost)
+    around = choices[max(place - 1, 0) : place + 1]
+    best = min(around, key=lambda choice: abs(cost(choice) - target))
+    return best, cost(best)
 
 
 def judge(method: Method, knobs: Knobs, bench: Benchmark, size: int) -> Evaluation:

@@ -20,7 +20,14 @@ from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.agents.run_reader import RUN_WEIGHTS
 from prunevit.benchmarks.methods.recipes import RECIPES
-from prunevit.benchmarks.protocol import Benchmark, Knobs, Method, UnreachableError, bisect
+from prunevit.benchmarks.protocol import (
+    Benchmark,
+    Knobs,
+    Method,
+    UnreachableError,
+    search_knob,
+    with_knobs,
+)
 from prunevit.benchmarks.records import differences
 from prunevit.envs.old_names import rename_settings
 from prunevit.trainers import finetune
@@ -114,8 +121,8 @@ def set_to(model: PrunedViT, knobs: Knobs) -> PrunedViT:
 
 
 def tuned(bench: Benchmark, model: PrunedViT, gmacs: float) -> Knobs:
-    """The alpha at which ``model`` costs at most ``gmacs``, or the threshold where its policy
-    doesn't observe alpha. Where the task allows, with ``dither`` if that is better on validation.
+    """The alpha at which ``model`` costs ``gmacs``, or the threshold where its policy doesn't
+    observe alpha. Where the task allows, with ``dither`` if that is better on validation.
     """
     policy = model.policy
     assert isinstance(policy, LearnedPolicy)
@@ -124,7 +131,7 @@ def tuned(bench: Benchmark, model: PrunedViT, gmacs: float) -> Knobs:
     if by_alpha:
         low, high = low / ALPHAS_BEYOND, high * ALPHAS_BEYOND
 
-    def bisected(shared: Knobs) -> Knobs:
+    def searched(shared: Knobs) -> Knobs:
         def knobs(value: float) -> Knobs:
             own = {"alpha": value} if by_alpha else {"threshold": value / (1 + value)}
             return {**own, **shared}
@@ -132,14 +139,14 @@ def tuned(bench: Benchmark, model: PrunedViT, gmacs: float) -> Knobs:
         def cost(value: float) -> float:
             return bench.validate(set_to(model, knobs(value))).gmacs
 
-        return knobs(bisect(cost, low, high, gmacs, at_least=False))
+        return search_knob(cost, low, high, gmacs, knobs)
 
     if not bench.task.dithers:
-        return bisected({})
+        return searched({})
     ways = []
     for dither in (False, True):
         try:
-            ways.append(bisected({"dither": dither}))
+            ways.append(searched({"dither": dither}))
         except UnreachableError:
             # one way may not get so low: only if neither does, this is the method's limit
             if dither and not ways:
@@ -183,7 +190,17 @@ def mappo(name: str, bench: Benchmark, seed: int) -> Method:
     if RECIPES[name].alpha_range:
         return method
     trained_for = {"alpha": settings.get("alpha", bench.base.alpha)}
-    return replace(method, tune=lambda gmacs: {**trained_for, **method.tune(gmacs)})
+    return replace(method, tune=lambda gmacs: with_knobs(trained_for, lambda: method.tune(gmacs)))
+
+
+def knobs_of_ours(bench: Benchmark, seed: int, gmacs: float) -> Knobs:
+    """The knobs with which ours costs ``gmacs``, or comes nearest to it."""
+    try:
+        return mappo("mappo", bench, seed).tune(gmacs)
+    except UnreachableError as error:
+        if error.nearest is None:
+            raise
+        return error.nearest
 
 
 def one_alpha_each(bench: Benchmark, seed: int) -> Method:
@@ -196,9 +213,10 @@ def one_alpha_each(bench: Benchmark, seed: int) -> Method:
     def tune(gmacs: float) -> Knobs:
         percent = 100e9 * gmacs / bench.backbone.dense_macs
         name = f"mappo-each-price-{percent:.0f}"
-        alpha = float(f"{mappo('mappo', bench, seed).tune(gmacs)['alpha']:.2g}")
+        alpha = float(f"{knobs_of_ours(bench, seed, gmacs)['alpha']:.2g}")
         run = trained_run(bench, name, seed, {**changes, "alpha": alpha})
-        return {"run": run.name, "alpha": alpha, **tuned(bench, load(run), gmacs)}
+        made = {"run": run.name, "alpha": alpha}
+        return with_knobs(made, lambda: tuned(bench, load(run), gmacs))
 
     return Method(tune, lambda knobs: set_to(load(bench.runs / knobs["run"]), knobs))
 
@@ -216,7 +234,7 @@ def fine_tuned(bench: Benchmark, seed: int) -> Method:
             of_then = begun.read_settings(FinetuneConfig)
             alpha, dither = of_then.alpha, of_then.dither
         else:
-            knobs = mappo("mappo", bench, seed).tune(bench.gmacs_at(bench.middle_point))
+            knobs = knobs_of_ours(bench, seed, bench.gmacs_at(bench.middle_point))
             alpha, dither = knobs["alpha"], knobs.get("dither", False)
         config = FinetuneConfig(
             run=bench.runs / f"mappo-{seed}",
@@ -258,7 +276,7 @@ def dynamic_vit(bench: Benchmark, seed: int, fine_tune: bool = False) -> Method:
             return bench.validate(make({"keep": 1 / pruned})).gmacs
 
         patches = float(bench.backbone.num_patches)
-        return {"keep": 1 / bisect(cost, 1.0, patches, gmacs, at_least=True)}
+        return search_knob(cost, 1.0, patches, gmacs, lambda pruned: {"keep": 1 / pruned})
 
     return Method(tune, make)
 

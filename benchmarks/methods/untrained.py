@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from itertools import combinations_with_replacement, pairwise, product
 
 from torch import Tensor
 
@@ -14,16 +14,19 @@ from prunevit.benchmarks.baselines import evit as evit_baseline
 from prunevit.benchmarks.baselines import tome as tome_baseline
 from prunevit.benchmarks.baselines.ats import ATS
 from prunevit.benchmarks.protocol import (
+    TOLERANCE,
     Benchmark,
     FixedScheduleModel,
     Knobs,
     Method,
-    UnreachableError,
-    bisect,
+    check_matched,
+    nearest,
+    search_knob,
 )
 from prunevit.trainers.common.evaluation import schedules_at
 
 SHAPES = (1.0, 0.7, 0.5, 0.35)  # schedules that keep this share from one stage to the next
+NUDGE = 2  # tokens of a stage by which a schedule is brought to its cost
 ORACLE_IMAGES = 100
 
 
@@ -34,23 +37,46 @@ def best_schedule(
     by ``score`` is most accurate on validation.
 
     Raises:
-        UnreachableError: it costs more even with no patch kept.
+        UnreachableError: none of them costs the target.
     """
     backbone = bench.backbone
-    least = backbone.uniform_macs([0] * backbone.num_stages, pays_attention) / 1e9
-    if least > gmacs:
-        raise UnreachableError(f"with no patch kept it costs {least:.4f} GMACs")
-    shapes = [[shape**stage for stage in range(backbone.num_stages)] for shape in SHAPES]
-    ways = {
-        tuple(tokens)
-        for shape in shapes
-        for tokens in schedules_at(backbone, gmacs, shape, pays_attention)
-    }
+
+    def miss(tokens: Sequence[int]) -> float:
+        return abs(backbone.uniform_macs(tokens, pays_attention) / 1e9 - gmacs)
 
     def accuracy(tokens: Sequence[int]) -> float:
         return bench.validate(PrunedViT(backbone, TopK(tokens, score, seed))).accuracy
 
-    return {"tokens": max(map(list, sorted(ways)), key=accuracy)}
+    shapes = [[shape**stage for stage in range(backbone.num_stages)] for shape in SHAPES]
+    ways = {
+        min(nudged(tokens, backbone.num_patches), key=miss)
+        for shape in shapes
+        for tokens in schedules_at(backbone, gmacs, shape, pays_attention)
+    } | {(0,) * backbone.num_stages}
+    matched = [tokens for tokens in sorted(ways) if miss(tokens) <= TOLERANCE * gmacs]
+    if not matched:
+        best = min(ways, key=miss)
+        spent = backbone.uniform_macs(best, pays_attention) / 1e9
+        check_matched(spent, gmacs, {"tokens": list(best)})
+    return {"tokens": list(max(matched, key=accuracy))}
+
+
+def nudged(tokens: Sequence[int], patches: int) -> set[tuple[int, ...]]:
+    """Schedules that keep up to ``NUDGE`` tokens more or fewer at one or two stages: one token of a
+    stage can cost more than an operating point's tolerance, two stages make up for it.
+    """
+    offsets = range(-NUDGE, NUDGE + 1)
+    found = set()
+    for first, second in combinations_with_replacement(range(len(tokens)), 2):
+        for offset, other in product(offsets, offsets):
+            changed = list(tokens)
+            changed[first] += offset
+            changed[second] += other
+            # what is pruned stays pruned
+            falls = all(now <= before for before, now in pairwise([patches, *changed]))
+            if falls and changed[-1] >= 0:
+                found.add(tuple(changed))
+    return found
 
 
 def top_k(score: Score, bench: Benchmark, seed: int) -> Method:
@@ -73,7 +99,7 @@ def attention_threshold(bench: Benchmark, seed: int) -> Method:
             return bench.validate(make({"threshold": threshold})).gmacs
 
         limit = float(backbone.num_patches)
-        return {"threshold": bisect(cost, 1e-3, limit, gmacs, at_least=True)}
+        return search_knob(cost, 1e-3, limit, gmacs, lambda threshold: {"threshold": threshold})
 
     return Method(tune, make)
 
@@ -90,17 +116,16 @@ def adaptive_sampling(bench: Benchmark, seed: int) -> Method:
 
     def tune(gmacs: float) -> Knobs:
         # samples often fall on the same patch, so many more than there are patches can be needed
-        most = 64 * backbone.num_patches
-        samples = bisect_left(range(most + 1), gmacs, lo=2, hi=most, key=cost)
-        if samples == most and cost(most) < gmacs:
-            raise UnreachableError(f"{most} samples cost less")
+        choices = range(2, 64 * backbone.num_patches + 1)
+        samples, spent = nearest(choices, cost, gmacs)
+        check_matched(spent, gmacs, {"samples": samples})
         return {"samples": samples}
 
     return Method(tune, make)
 
 
 def tome(bench: Benchmark, seed: int) -> Method:
-    """Token merging as evenly as possible, with the most merges that cost at least the target."""
+    """Token merging as evenly as possible, with the number of merges nearest to the target."""
     backbone, model = bench.backbone, bench.model
     count = tome_baseline.macs_counter(model, backbone.image_shape)
 
@@ -112,21 +137,19 @@ def tome(bench: Benchmark, seed: int) -> Method:
         return FixedScheduleModel(merging, backbone, count(merges), kept)
 
     def tune(gmacs: float) -> Knobs:
-        try:
-            merges = tome_baseline.merges_at(model, backbone.image_shape, gmacs * 1e9)
-        except ValueError as error:
-            raise UnreachableError(str(error)) from error
-        # these cost at most the target: one merge less costs at least as much
-        fewer = max(sum(merges) - 1, 0)
-        return {"merges": list(tome_baseline.even_merges(fewer, backbone.depth))}
+        most = backbone.depth * (backbone.num_patches // 2)
+        choices = [
+            tome_baseline.even_merges(total, backbone.depth) for total in range(most, -1, -1)
+        ]
+        merges, macs = nearest(choices, count, gmacs * 1e9)
+        check_matched(macs / 1e9, gmacs, {"merges": list(merges)})
+        return {"merges": list(merges)}
 
     return Method(tune, make)
 
 
 def evit(with_fused: bool, bench: Benchmark, seed: int) -> Method:
-    """EViT with its paper's schedule, the same share at every stage: the lowest that costs at least
-    the target.
-    """
+    """EViT with its paper's schedule, which keeps the same share at every stage."""
     backbone, model = bench.backbone, bench.model
     patches, stages = backbone.num_patches, backbone.prune_before
     count = evit_baseline.macs_counter(model, backbone.image_shape, stages, with_fused)
@@ -142,10 +165,9 @@ def evit(with_fused: bool, bench: Benchmark, seed: int) -> Method:
         return FixedScheduleModel(fusing, backbone, count(tokens), kept)
 
     def tune(gmacs: float) -> Knobs:
-        place = bisect_left(schedules, gmacs * 1e9, key=count)  # more patches cost more
-        if place == len(schedules):
-            raise UnreachableError("all of its patches cost less")
-        return {"tokens": list(schedules[place])}
+        tokens, macs = nearest(schedules, count, gmacs * 1e9)  # more patches cost more
+        check_matched(macs / 1e9, gmacs, {"tokens": list(tokens)})
+        return {"tokens": list(tokens)}
 
     return Method(tune, make)
 

@@ -55,6 +55,17 @@ def test_seeds_have_means_and_their_speeds_a_row():
     assert speeds == ["", "0.70x [-1.84, 3.24]", "2.00x"]
 
 
+def test_what_is_not_at_its_point_stands_under_no_column():
+    reached = record(0.3, 0.9) | {"matched": True}
+    missed = [
+        record(point, accuracy) | {"matched": False, "gmacs": gmacs, "dense_gmacs": 0.1}
+        for point, accuracy, gmacs in ((0.5, 0.95, 0.062), (0.7, 0.97, 0.085))
+    ]
+    lines = table([("M", pd.DataFrame([reached, *missed]))]).splitlines()
+    assert lines[2] == "| M | 90.00 | not reached | not reached |"
+    assert lines[3:] == ["", "M, at points of its own: 95.00 at 62.0%, 97.00 at 85.0%"]
+
+
 def test_points_that_another_method_reached_are_gaps():
     methods = [(name, pd.DataFrame([record(point, 0.9)])) for name, point in (("A", 1), ("B", 0.5))]
     assert table(methods).splitlines()[2:] == [
