@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
@@ -172,6 +173,18 @@ def test_a_generator_that_is_left_takes_its_processes_along(tmp_path):
         assert not multiprocessing.active_children()
 
 
+def test_readers_import_nothing(tmp_path, monkeypatch):
+    """A module that another thread imports while a process is forked can't be imported there."""
+
+    def harm(index):
+        if Image._initialized < 2:
+            raise DatasetError("Pillow would import formats here")
+
+    monkeypatch.setattr(Image, "_initialized", 0)
+    images = Written(tmp_path / "reads", harm)
+    assert len(list(prefetch(images, [[0], [1]], 1, CPU))) == 2
+
+
 def test_images_in_memory_are_read_by_nobody_else(make_vit, some_images):
     env = make_env(make_vit(), some_images, 2)
     env.prefetch(range(5))
@@ -204,6 +217,20 @@ def test_how_other_libraries_start_processes_is_their_own_matter(tmp_path):
         assert [pixels[0] for pixels, _ in prefetch(images, [[0], [1]], 1, CPU)] == [0, 1]
     finally:
         multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes start anew there")
+@pytest.mark.parametrize(("chosen", "used"), [("forkserver", "forkserver"), ("spawn", "fork")])
+def test_a_chosen_fork_server_is_heeded(tmp_path, monkeypatch, chosen, used):
+    """It takes seconds to start one: that it is asked for is enough."""
+    asked = []
+    monkeypatch.setattr(
+        "prunevit.envs.data.prefetch.DataLoader",
+        lambda *_, multiprocessing_context, **__: asked.append(multiprocessing_context) or [],
+    )
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: chosen)
+    Prefetcher(Written(tmp_path / "reads"), [], 1, CPU)
+    assert asked == [used]
 
 
 @pytest.mark.timeout(60)
