@@ -1,14 +1,15 @@
 """The learning rate and the batches of a training on labelled images."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from prunevit.trainers.common.classification import batches, learning_rate
-from prunevit.trainers.common.recipe import Recipe
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
-    config = Recipe(lr=2.0, warmup=0.1)
+    config = SimpleNamespace(lr=2.0, warmup=0.1)
     rates = [learning_rate(config, step, 100) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert rates[10] == 2.0
