@@ -3,11 +3,10 @@
 import pytest
 
 from prunevit.trainers.backbone import BackboneConfig
-from prunevit.trainers.common.recipe import Recipe
 from prunevit.trainers.finetune import FinetuneConfig
 
 
-@pytest.mark.parametrize("kind", [Recipe, BackboneConfig, FinetuneConfig])
+@pytest.mark.parametrize("kind", [BackboneConfig, FinetuneConfig])
 @pytest.mark.parametrize(
     "change",
     [
