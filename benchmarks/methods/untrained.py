@@ -48,17 +48,19 @@ def best_schedule(
         return bench.validate(PrunedViT(backbone, TopK(tokens, score, seed))).accuracy
 
     shapes = [[shape**stage for stage in range(backbone.num_stages)] for shape in SHAPES]
-    ways = {
+    ways: set[tuple[int, ...]] = {
         min(nudged(tokens, backbone.num_patches), key=miss)
         for shape in shapes
         for tokens in schedules_at(backbone, gmacs, shape, pays_attention)
-    } | {(0,) * backbone.num_stages}
+    }
+    ways.add((0,) * backbone.num_stages)
     matched = [tokens for tokens in sorted(ways) if miss(tokens) <= TOLERANCE * gmacs]
     if not matched:
         best = min(ways, key=miss)
         spent = backbone.uniform_macs(best, pays_attention) / 1e9
         check_matched(spent, gmacs, {"tokens": list(best)})
-    return {"tokens": list(max(matched, key=accuracy))}
+    best = max(matched, key=accuracy)
+    return {"tokens": list(best)}
 
 
 def nudged(tokens: Sequence[int], patches: int) -> set[tuple[int, ...]]:
