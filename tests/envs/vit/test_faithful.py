@@ -244,9 +244,16 @@ def make(make_vit, name, changes):
     return model, plain
 
 
-def check(make_vit, name, changes, seed=0, batch=BATCH, with_attention=True):
+TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 0.05}
+
+
+def check(
+    make_vit, name, changes, seed=0, batch=BATCH, with_attention=True, dtype=None, mode="eval"
+):
     """That pruned logits are those of timm's blocks, one image at a time."""
     model, plain = make(make_vit, name, changes)
+    model.to(dtype).train(mode != "eval")
+    model.set_grad_checkpointing(mode == "checkpointing")
     generator = torch.Generator().manual_seed(seed)
     keep = torch.rand(2, batch, PATCHES, generator=generator) < 0.7
     keep[:, :1] = True  # images of one length beside others
@@ -255,13 +262,14 @@ def check(make_vit, name, changes, seed=0, batch=BATCH, with_attention=True):
     for execution in EXECUTIONS:
         staged = StagedViT(model, STAGES, execution)
         passed, logits = play(staged, images, keep, with_attention)
-        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        near = TOLERANCES[images.dtype] * max(1, float(expected.abs().max()))
+        torch.testing.assert_close(logits, expected, rtol=0, atol=near)
         if with_attention and "query hook" in changes:
-            unhooked, _ = play(StagedViT(plain, STAGES, execution), images, keep)
+            unhooked, _ = play(StagedViT(plain.to(images), STAGES, execution), images, keep)
             assert not torch.allclose(passed[0].attention, unhooked[0].attention, atol=1e-3)
         features = staged.features(passed[-1])
         assert torch.equal(features.ne(0).any(2), passed[-1].alive)
-        torch.testing.assert_close(staged.classify(features), logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(staged.classify(features), logits, rtol=0, atol=near)
     return expected, torch.stack(
         [by_timm(plain.to(images), i, keep[:, k]) for k, i in enumerate(images)]
     )
@@ -286,10 +294,16 @@ COMBINABLE = [name for name in CHANGES if name not in ("double", "pooling", "spe
     seed=st.integers(0, 2**16),
     batch=st.integers(1, BATCH),
     with_attention=st.booleans(),
+    dtype=st.sampled_from(list(TOLERANCES)),
+    mode=st.sampled_from(["eval", "train", "checkpointing"]),
 )
 @torch.no_grad()
-def test_any_of_it_together(make_vit, name, changes, seed, batch, with_attention):
-    check(make_vit, name, changes, seed, batch, with_attention)
+def test_any_of_it_together(make_vit, name, changes, seed, batch, with_attention, dtype, mode):
+    if name == "grouped":
+        mode = "eval"  # in training timm rescales its positions at random
+    if dtype == torch.bfloat16:  # a mean that was taken away leaves pooling only its rounding
+        changes = [change for change in changes if change != "norm of the head"]
+    check(make_vit, name, changes, seed, batch, with_attention, dtype, mode)
 
 
 @torch.no_grad()
