@@ -149,6 +149,9 @@ def test_the_comparison_runs(folder, images, weights, monkeypatch):
         "--points 0.7 --eval-size 128 --test-size 128 --device cpu --threads 1 --out results"
     )
     run(compare.main, f"{call} --methods attention random mappo released dynamic-vit --no-speed")
+    records = Path("results/records.jsonl")
+    reached = [line for line in records.read_text().splitlines(True) if "mappo" not in line]
+    records.write_text("".join(reached))
     # two iterations teach ours too little to tell patches and prices apart
     file = Path("results/runs/mappo-0/policy.safetensors")
     learned = load_file(file)
@@ -157,14 +160,15 @@ def test_the_comparison_runs(folder, images, weights, monkeypatch):
     save_file(learned, file)
     everyone = ["attention", "random", "released", "dynamic-vit", "mappo", "mappo-fine-tuned"]
     run(compare.main, f"{call} --methods {' '.join(everyone)}")
-    lines = Path("results/records.jsonl").read_text().splitlines()
+    lines = records.read_text().splitlines()
     records = {record["method"]: record for record in map(json.loads, lines)}
     assert set(records) == set(everyone)
     for record in records.values():
         assert record["task"] == "imagenet"
         assert 0 <= record["accuracy"] <= 1
         assert record["speedup"] > 0
-        # on validation at most, or at least, as much as the point says
+        # validation is within 1% of the point
+        assert record["matched"]
         assert record["gmacs"] == pytest.approx(0.7 * record["dense_gmacs"], rel=0.05)
     run(figures.main, "figures results")
     assert Path("results/tradeoff.png").is_file()

@@ -268,7 +268,7 @@ def test_records_of_other_settings_are_not_mixed(tmp_path, monkeypatch):
 def test_the_table_has_means_and_intervals_ours_first():
     lines = table(rows_of(methods=("sb3-ppo", "ours-mappo"))).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| **our MAPPO**", "| SB3's PPO"]
-    cells = "-19.50 [-20.00, -19.00] | -20.50 [-21.00, -20.00] | 5"
+    cells = "-19.50 [-25.85, -13.15] | -20.50 [-26.85, -14.15] | 5"
     assert lines[2] == f"| **our MAPPO** | {cells} | {cells} |"
     assert lines[0].count("simple_") == 2
 

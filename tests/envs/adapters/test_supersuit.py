@@ -9,7 +9,7 @@ from torch.distributions import Categorical
 
 from prunevit.envs.token_prune import TokenPruneEnv
 
-COPIES, UPDATES, EPOCHS, MINIBATCH = 8, 40, 4, 1024
+COPIES, UPDATES, EPOCHS, MINIBATCH = 8, 120, 4, 1024
 
 
 def network(inputs, initial_outputs):
