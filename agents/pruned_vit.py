@@ -236,7 +236,7 @@ class PrunedViT(
             options: of ``ModelHubMixin.save_pretrained``.
 
         Raises:
-            SavedModelError: what is read again would be another model; the message says why.
+            SavedModelError: the model would come back as another one; the message says why.
         """
         if options and not options.keys() <= SAVE_OPTIONS and not options.get("push_to_hub"):
             ignored = ", ".join(sorted(options.keys() - SAVE_OPTIONS))

@@ -23,7 +23,7 @@ def records_table(
 
     Args:
         records: a field that one doesn't have leaves its cell empty.
-        columns: title -> field, its unit (1 for what is no number), and how it is formatted.
+        columns: title -> field, its unit (1 for text), and how it is formatted.
     """
 
     def cell(record: Mapping[str, Any], field: str, unit: float, form: str) -> str:

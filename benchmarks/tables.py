@@ -116,7 +116,7 @@ def run_row(title: str, name: str, policy: str) -> list[str]:
 
 
 def default_run() -> str:
-    """The policies of the default run without a critic."""
+    """The policies of the default run."""
     header = ["policy", "test accuracy", "GMACs, share of dense", "measured speed"]
     titles = {
         "dense": "dense (timm's own model)",
@@ -133,7 +133,7 @@ def accuracy_rewards() -> str:
     """
     header = ["set-up", "test accuracy", "GMACs, share of dense"]
     titles = {
-        "default": "`--critic none`, paid for staying near the dense model's answer",
+        "rloo": "`--critic none`, paid for staying near the dense model's answer",
         "confidence": "paid for the true class's probability instead (`--accuracy confidence`)",
     }
     return markdown_table(header, [run_row(titles[name], name, "learned")[:3] for name in titles])

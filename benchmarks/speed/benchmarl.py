@@ -61,7 +61,7 @@ def iterate(
         config: our settings, from which the game, the number of episodes and the actor's first
             logit of keep are taken, so that the backbone has as much work as in our trainer.
         model: the backbone, on its device.
-        images: what is played.
+        images: the images that are played.
         iterations: how many.
         take_turns: what else is timed in turns.
     """

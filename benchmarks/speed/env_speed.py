@@ -80,7 +80,7 @@ def adapters(
 
     Args:
         model: the backbone.
-        images: what is played.
+        images: the images that are played.
         keeps: joint actions int64 [T, B, N].
         game: further arguments of every environment.
     """

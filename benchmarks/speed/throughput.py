@@ -99,7 +99,7 @@ def measure(config: ThroughputConfig) -> Iterator[list[Record]]:
     """Records of each image size and batch size, as soon as they are there.
 
     Raises:
-        ValueError: what is asked for can't be measured.
+        ValueError: these settings can't be measured.
     """
     if not config.batch_sizes:
         raise ValueError("batch_sizes is empty: name at least one, as 1 32")

@@ -80,7 +80,7 @@ class TrainSpeedConfig(Settings):
     prune_before: tuple[int, ...] = (1, 3)
     """The stages."""
     tokens: Count | None = None
-    """Measure on noise of so many patches, a square number; on the digits if not given."""
+    """Measure on noise images with this many patches, a square number. Default: the digits."""
     benchmarl: bool = True
     """Measure BenchMARL, and ours in its set-up, too."""
     threads: Threads = 2
@@ -130,7 +130,7 @@ class TimedTrainer:
     Args:
         config: its settings; the reward has its default arguments.
         model: the backbone, on its device.
-        images: what is played.
+        images: the images that are played.
     """
 
     def __init__(self, config: MappoConfig, model: nn.Module, images: ImageSet) -> None:
@@ -257,7 +257,7 @@ def measure(config: TrainSpeedConfig) -> list[dict[str, Any]]:
     """Records of all variants.
 
     Raises:
-        ValueError: what is asked for can't be measured.
+        ValueError: these settings can't be measured.
     """
     torch.set_num_threads(config.threads)
     ours = set_up(config)

@@ -113,7 +113,7 @@ class DrawnPolicy:
 
     Args:
         policy: the policy.
-        keep: what is kept, bool [B, T, N].
+        keep: which tokens are kept, bool [B, T, N].
     """
 
     def __init__(self, policy: Policy, keep: Tensor) -> None:

@@ -45,8 +45,8 @@ class TokenPruneGym(gymnasium.Env[Any, NDArray[np.int8]]):
     Observations are float32 [N, D_obs], zeros for pruned tokens. The reward is the mean of the N
     agents' rewards, which is the reward itself if the team shares one. Infos have the same keys at
     every step: ``index`` and ``label`` of the image, ``action_mask`` int8 [N] as the action space's
-    ``sample`` takes it, ``agent_rewards`` float32 [N], and what is zero until the end: ``logits``
-    [classes], ``correct`` and ``gmacs`` (policy not included).
+    ``sample`` takes it, ``agent_rewards`` float32 [N], and three that are zero until the end:
+    ``logits`` [classes], ``correct`` and ``gmacs`` (policy not included).
 
     Args:
         render_mode: None or "rgb_array".
@@ -229,7 +229,7 @@ class TokenPruneVector(VectorEnv[Any, Any, Any]):
         return self._pictures.draw(env.game, env.pixels)
 
     def close_extras(self, **kwargs: Any) -> None:
-        # Gymnasium also closes, when it is collected, what failed to be made
+        # Gymnasium also closes an environment whose construction failed, when it is collected
         if hasattr(self, "_held"):
             self._held.close()
 

@@ -192,7 +192,7 @@ class StagedViT(nn.Module):
     def _dense_tokens(
         self, x: Tensor, rotary: RotaryEmbedding | None, execution: Execution
     ) -> Tokens:
-        """Tokens of images x [B, L, D] of which nothing has been pruned."""
+        """Tokens of images x [B, L, D], before anything is pruned."""
         batch = len(x)
         alive = torch.ones(batch, self.num_slots, dtype=torch.bool, device=x.device)
         layout = None

@@ -36,7 +36,7 @@ def gae(
         lam: lambda; 1 makes returns of it.
 
     Returns:
-        float32 [T, B, N]; for an agent that is not alive, what it is still paid.
+        float32 [T, B, N]; for an agent that is not alive, the reward it still gets.
     """
     zero = torch.zeros_like(value)
     delta = (

@@ -36,7 +36,7 @@ class RotaryEmbedding:
         return RotaryEmbedding(sin_cos if sin_cos.dim() == 4 else sin_cos[None, None], prefix)
 
     def of_images(self, images: int, is_packed: bool) -> RotaryEmbedding:
-        """The embedding of ``images`` images of which no token was pruned."""
+        """The embedding of ``images`` images without pruned tokens."""
         slot = None
         if is_packed:
             length = self.prefix + self.sin_cos.shape[2]
