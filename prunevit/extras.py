@@ -1,9 +1,10 @@
-"""Optional dependencies: what installs one that is missing."""
+"""Optional dependencies: whether one is there, and the command that installs it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 
 def install_command(extra: str) -> str:
@@ -26,3 +27,11 @@ def needs(extra: str) -> Iterator[None]:
             f"prunevit: {install_command(extra)}",
             name=error.name,
         ) from error
+
+
+def is_installed(package: str) -> bool:
+    """Whether a top-level package is there. Folders that its removal left behind don't count,
+    although Python takes them for a namespace package.
+    """
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None

@@ -1,7 +1,6 @@
 """What several test files share: small ViTs in which every parameter matters, and a few images."""
 
 import gc
-import importlib.util
 import os
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from timm.layers import Attention
 
 from prunevit.envs.data import cluttered_digits
 from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.extras import is_installed
 from prunevit.trainers.common import report
 from prunevit.trainers.common.checkpoint import write_atomically
 from prunevit.trainers.common.timing import time_models
@@ -38,13 +38,6 @@ EXTRAS = {
     "sb3": ["sb3_contrib"],
     "torchrl": ["torchrl"],
 }
-
-
-def is_installed(module):
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
 
 
 def pytest_collection_finish():

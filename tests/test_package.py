@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from configparser import ConfigParser
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 import prunevit
 from prunevit.agents import pruned_vit
 from prunevit.envs.token_prune import TokenPruneEnv
+from prunevit.extras import is_installed
 from prunevit.trainers.common.config import MappoConfig
 from prunevit.versions import version_of
 
@@ -259,3 +261,13 @@ def test_a_wheel_brings_types_and_weights(tmp_path):
     assert any(file.endswith("/LICENSE") for file in files)
     top = {file.split("/")[0] for file in files}
     assert {name for name in top if not name.endswith(".dist-info")} == {"prunevit"}
+
+
+def test_folders_that_a_removed_package_left_are_no_package(tmp_path, monkeypatch):
+    (tmp_path / "was_here_once" / "__pycache__").mkdir(parents=True)
+    (tmp_path / "is_here.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_spec("was_here_once") is not None
+    assert [is_installed(name) for name in ("was_here_once", "is_here", "never_was")] == [
+        False, True, False,
+    ]  # fmt: skip

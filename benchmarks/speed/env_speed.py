@@ -7,7 +7,6 @@ turns, with random actions.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +34,7 @@ from prunevit.envs.token_prune import TokenPruneEnv
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.digits_vit import DIGITS_VIT
 from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.extras import is_installed
 from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.run import COMMAND_ERRORS
 from prunevit.trainers.common.settings import Count, Settings, Threads
@@ -115,9 +115,9 @@ def adapters(
         ]
         players["pettingzoo"] = _episode(single, named)
         players["epymarl"] = _episode(TokenPruneAgents(**arguments), keeps[:, 0].tolist())
-    if importlib.util.find_spec("ray") is not None:
+    if is_installed("ray"):
         players["rllib"] = _rllib(keeps, arguments)
-    if importlib.util.find_spec("torchrl") is not None:
+    if is_installed("torchrl"):
         from torchrl.envs.libs.pettingzoo import PettingZooWrapper
 
         from prunevit.envs.adapters.torchrl import TokenPruneTorchRL

@@ -19,7 +19,6 @@ trainer's ``--profile`` shows which parts of an iteration take how long.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import statistics
@@ -48,6 +47,7 @@ from prunevit.envs.rewards import make_reward
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.digits_vit import DIGITS_VIT
 from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.extras import is_installed
 from prunevit.trainers.common.backbones import load_backbone
 from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.config import MappoConfig
@@ -298,7 +298,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = tyro.cli(TrainSpeedConfig, description=__doc__, args=arguments, prog=prog())
         if config.tokens is not None:
             config.benchmarl = False
-        elif config.benchmarl and importlib.util.find_spec("benchmarl") is None:
+        elif config.benchmarl and not is_installed("benchmarl"):
             print("BenchMARL is left out: it comes with pip install -e '.[benchmarl]'")
             config.benchmarl = False
         records = measure(config)

@@ -1,6 +1,5 @@
 """The game's speed is measured, its adapters' too."""
 
-import importlib.util
 import json
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 
 from prunevit.benchmarks.speed.env_speed import adapters, alive_before, main
 from prunevit.envs.game import TokenGame
+from prunevit.extras import is_installed
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +31,9 @@ def test_every_adapter_is_measured_beside_the_bare_game(tmp_path, capsys):
     assert (figures["backbone"], figures["threads"]) == ("test_vit", 1)
     names = {"TokenGame", "BatchedTokenPrune", "gymnasium vector, tensors", "sb3"}
     alone = {"pettingzoo", "epymarl"}
-    if importlib.util.find_spec("ray") is not None:
+    if is_installed("ray"):
         names.add("rllib")
-    if importlib.util.find_spec("torchrl") is not None:
+    if is_installed("torchrl"):
         names.add("torchrl")
         alone.add("torchrl, PettingZooWrapper")
     assert figures["adapters"]["1"].keys() == names | alone
