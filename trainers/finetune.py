@@ -277,6 +277,9 @@ def train(config: FinetuneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
     model, dataset = load_run(config, device)
+    # what can't be saved is better known before the training than after it
+    with torch.random.fork_rng(devices=[]):
+        saving.describe_backbone(model.backbone, model.model_kwargs)
     teacher = copy.deepcopy(model.backbone.model).requires_grad_(False)
     data_config = model_data_config(teacher)
     workers = ranks.workers(config.workers, device)

@@ -502,6 +502,9 @@ def test_values_that_make_no_sense_are_refused(change):
         FinetuneConfig(**change)
 
 
+@pytest.mark.skipif(
+    not hasattr(timm.models, "get_model_args"), reason="timm does not record arguments here"
+)
 def test_a_backbone_from_a_hub_is_tuned(trained, config, tmp_path):
     """A folder in the hub's format, of which timm reads the same as of the hub."""
     kwargs = {name: value for name, value in TINY.items() if not name.endswith("_rate")}
@@ -516,6 +519,16 @@ def test_a_backbone_from_a_hub_is_tuned(trained, config, tmp_path):
     tuned = PrunedViT.from_pretrained("runs/r/model").backbone.model
     assert not torch.equal(tuned.blocks[1].mlp.fc1.weight, vit.blocks[1].mlp.fc1.weight)
     assert torch.equal(tuned.blocks[0].mlp.fc1.weight, vit.blocks[0].mlp.fc1.weight)
+
+
+def test_what_can_not_be_saved_is_refused_before_it_is_trained(config, monkeypatch):
+    def refuse(*_):
+        raise SavedModelError("the backbone is not what its name and arguments build")
+
+    monkeypatch.setattr(finetune.saving, "describe_backbone", refuse)
+    monkeypatch.setattr(finetune, "train_epochs", None)  # not called
+    with pytest.raises(SavedModelError, match="is not what its name"):
+        train(config)
 
 
 def run_main(monkeypatch, *arguments):
