@@ -460,7 +460,7 @@ def no_memory():
             resource.setrlimit(resource.RLIMIT_AS, before)
 
     if not Path("/proc/self/statm").exists():
-        pytest.skip("needs /proc")
+        pytest.skip("needs /proc, which tells the memory in use")
     return limited
 
 

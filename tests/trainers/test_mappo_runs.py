@@ -670,14 +670,14 @@ exit $code
 def test_a_disk_that_fills_up_is_one_line_and_the_last_checkpoint_is_intact(tokens, whole):
     name_space = ["unshare", "--user", "--map-root-user", "--mount"]
     if shutil.which("unshare") is None or subprocess.run([*name_space, "true"]).returncode:
-        pytest.skip("no name space of one's own is to be had here")
+        pytest.skip("needs user namespaces, which this system does not allow")
     script = [sys.executable, "-c", FILLER, json.dumps(list(map(str, tokens("r"))))]
     ended = subprocess.run(
         [*name_space, "sh", "-c", ON_A_SMALL_DISK, "sh", *script],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if ended.returncode == 99:
-        pytest.skip("no file system can be mounted here")
+        pytest.skip("needs a tmpfs of its own, which this system does not mount")
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1] == (
         "error: [Errno 28] could not write runs/r/metrics.jsonl: No space left on device; "
