@@ -67,7 +67,9 @@ class Learner(nn.Module):
             inputs = env.observation_space.shape[0]
             if config.critic == "central":
                 inputs += env.state_space.shape[0]
-            self.critic = Critic(inputs, config.critic_hidden, config.critic_norm).to(env.device)
+            self.critic = Critic(
+                inputs, config.critic_hidden, config.critic_norm, config.hidden_layers
+            ).to(env.device)
         self.value_norm = ValueNorm(config.value_norm_decay).to(env.device)
         learned = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(learned, lr=config.lr, eps=ADAM_EPS)

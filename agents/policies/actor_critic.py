@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 
 from prunevit.envs.fields import Rows
 from prunevit.envs.vit.untouched import has_own_hooks, is_untouched
+
+HiddenLayers = Literal["gelu", "relu-norm"]
 
 HIDDEN_GAIN = math.sqrt(2)
 POLICY_GAIN = 0.01  # as in MAPPO: the initial policy is nearly uniform
@@ -24,11 +27,18 @@ def orthogonal(layer: nn.Linear, gain: float) -> nn.Linear:
     return layer
 
 
-def mlp(inputs: int, hidden: Sequence[int], outputs: int, output_gain: float) -> list[nn.Module]:
-    """Builds linear layers with GELU between them."""
+def mlp(
+    inputs: int,
+    hidden: Sequence[int],
+    outputs: int,
+    output_gain: float,
+    hidden_layers: HiddenLayers = "gelu",
+) -> list[nn.Module]:
+    """Builds linear layers with GELU, or with ReLU and a LayerNorm, between them."""
     layers: list[nn.Module] = []
     for width in hidden:
-        layers += [orthogonal(nn.Linear(inputs, width), HIDDEN_GAIN), nn.GELU()]
+        layers.append(orthogonal(nn.Linear(inputs, width), HIDDEN_GAIN))
+        layers += [nn.GELU()] if hidden_layers == "gelu" else [nn.ReLU(), nn.LayerNorm(width)]
         inputs = width
     return [*layers, orthogonal(nn.Linear(inputs, outputs), output_gain)]
 
@@ -40,11 +50,18 @@ class Actor(nn.Module):
         observation_size: D_obs.
         num_actions: A.
         hidden: widths of the hidden layers. The input has a LayerNorm.
+        hidden_layers: what follows each of them: GELU, or ReLU and a LayerNorm.
     """
 
-    def __init__(self, observation_size: int, num_actions: int, hidden: Sequence[int]) -> None:
+    def __init__(
+        self,
+        observation_size: int,
+        num_actions: int,
+        hidden: Sequence[int],
+        hidden_layers: HiddenLayers = "gelu",
+    ) -> None:
         super().__init__()
-        layers = mlp(observation_size, hidden, num_actions, POLICY_GAIN)
+        layers = mlp(observation_size, hidden, num_actions, POLICY_GAIN, hidden_layers)
         self.net = nn.Sequential(nn.LayerNorm(observation_size), *layers)
 
     def forward(self, observation: Tensor) -> Tensor:
@@ -173,12 +190,19 @@ class Critic(nn.Module):
         inputs: size of observation and state together.
         hidden: widths of the hidden layers.
         input_norm: a LayerNorm over the whole input, as MAPPO's authors have it.
+        hidden_layers: as an actor's.
     """
 
-    def __init__(self, inputs: int, hidden: Sequence[int], input_norm: bool = False) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        hidden: Sequence[int],
+        input_norm: bool = False,
+        hidden_layers: HiddenLayers = "gelu",
+    ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(inputs) if input_norm else None
-        self.net = nn.Sequential(*mlp(inputs, hidden, 1, 1.0))
+        self.net = nn.Sequential(*mlp(inputs, hidden, 1, 1.0, hidden_layers))
 
     def forward(
         self, observation: Tensor, state: Tensor | None = None, state_of: Tensor | None = None

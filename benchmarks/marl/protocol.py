@@ -54,7 +54,9 @@ def configuration(task: str, algorithm: str, seed: int, frames: int) -> MappoCon
         iterations=-(-frames // (SHARED["num_envs"] * SHARED["rollout_steps"])),
         critic=CRITICS[algorithm],
         critic_hidden=SHARED["hidden"],
-        critic_norm=False,  # the other libraries' critics have none
+        # the other libraries' networks have no LayerNorm
+        critic_norm=False,
+        hidden_layers="gelu",
         lr_schedule="constant",
         seed=seed,
         device="cpu",

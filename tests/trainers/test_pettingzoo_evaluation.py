@@ -9,6 +9,7 @@ from pettingzoo import ParallelEnv
 
 from prunevit.trainers.common import experiments
 from prunevit.trainers.common.config import defaults_for
+from prunevit.trainers.mappo import Learner
 
 SEEN = np.zeros(1, np.float32)
 
@@ -70,3 +71,15 @@ def test_episodes_count_to_their_end_or_to_the_longest(length, longest, expected
         "validation_episode_return": expected,
         "validation_sampled_return": expected,
     }
+
+
+@pytest.mark.parametrize("hidden_layers", ["gelu", "relu-norm"])
+def test_actor_and_critic_have_the_layers_that_are_asked_for(hidden_layers, monkeypatch):
+    monkeypatch.setattr(experiments, "make_pettingzoo", lambda name, **kwargs: lambda: Paid(4))
+    config = replace(defaults_for("pettingzoo:paid"), num_envs=3, hidden_layers=hidden_layers)
+    task = experiments.PettingZooExperiment(config)
+    learner = Learner(task.make_actor(), task.env, config)
+    between = ["GELU"] if hidden_layers == "gelu" else ["ReLU", "LayerNorm"]
+    layers = [*2 * ["Linear", *between], "Linear"]
+    assert [type(layer).__name__ for layer in learner.actor.net] == ["LayerNorm", *layers]
+    assert [type(layer).__name__ for layer in learner.critic.net] == layers

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from prunevit.agents.policies.actor_critic import HiddenLayers
 from prunevit.envs.rewards import LARGEST_NUMBER
 from prunevit.trainers.common.backbones import StagedViTSettings
 from prunevit.trainers.common.run import RUNS
@@ -46,6 +47,7 @@ class MappoConfig(StagedViTSettings):
         "accumulate": 1,
         "compile": False,
         "critic_norm": False,
+        "hidden_layers": "gelu",
         "value_norm_decay": 0.99,
     }
 
@@ -104,6 +106,9 @@ class MappoConfig(StagedViTSettings):
     """Rounds of playing and learning."""
     hidden: Widths = (32,)
     """Widths of the actor's hidden layers."""
+    hidden_layers: HiddenLayers = "gelu"
+    """What follows each hidden layer of actor and critic: gelu, or relu-norm, which is ReLU and a
+    LayerNorm, as MAPPO's authors have it. The token game's are gelu."""
     critic: CriticKind = "central"
     """central sees observation and state (MAPPO), local the observation alone (IPPO); none leaves
     the baseline to the rollouts of the same image, as RLOO and GRPO do.
@@ -183,6 +188,11 @@ class MappoConfig(StagedViTSettings):
                 "without a critic an image's rollouts are the only baseline: "
                 "give --rollouts-per-image 2 or more, or --critic central"
             )
+        if self.hidden_layers != "gelu" and self.is_token_prune:
+            raise ValueError(
+                f"hidden_layers={self.hidden_layers!r} is for PettingZoo games: the token game's "
+                "policies have gelu"
+            )
         if self.critic == "none" and not self.is_token_prune:
             raise ValueError(
                 f"{self.env} starts every episode in another state: it needs a critic, central or "
@@ -219,6 +229,7 @@ def defaults_for(env: str) -> MappoConfig:
         num_envs=16,
         iterations=150,
         hidden=(64, 64),
+        hidden_layers="relu-norm",
         critic="central",
         critic_hidden=(64, 64),
         critic_norm=True,

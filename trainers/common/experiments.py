@@ -198,9 +198,9 @@ class PettingZooExperiment:
             raise ValueError(f"{config.env} can't be made: {error}") from error
 
     def make_actor(self) -> nn.Module:
-        return Actor(
-            self.env.observation_space.shape[0], int(self.env.action_space.n), self.config.hidden
-        )
+        config = self.config
+        size, actions = self.env.observation_space.shape[0], int(self.env.action_space.n)
+        return Actor(size, actions, config.hidden, config.hidden_layers)
 
     def prefetch(self, seeds: Iterable[int]) -> None:
         del seeds

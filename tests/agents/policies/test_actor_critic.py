@@ -42,11 +42,16 @@ def advantage(logits):
 # --- networks ---
 
 
-def test_layers_are_orthogonal():
-    net = mlp(6, (8, 5), 3, output_gain=0.5)
+BETWEEN = {"gelu": ["GELU"], "relu-norm": ["ReLU", "LayerNorm"]}
+
+
+@pytest.mark.parametrize("hidden_layers", BETWEEN)
+def test_layers_are_orthogonal(hidden_layers):
+    net = mlp(6, (8, 5), 3, output_gain=0.5, hidden_layers=hidden_layers)
     kinds = [type(layer).__name__ for layer in net]
-    assert kinds == ["Linear", "GELU", "Linear", "GELU", "Linear"]
-    for layer, gain in zip(net[::2], (math.sqrt(2), math.sqrt(2), 0.5), strict=True):
+    assert kinds == [*2 * ["Linear", *BETWEEN[hidden_layers]], "Linear"]
+    linears = [layer for layer in net if isinstance(layer, torch.nn.Linear)]
+    for layer, gain in zip(linears, (math.sqrt(2), math.sqrt(2), 0.5), strict=True):
         weight = layer.weight.detach()
         assert not layer.bias.any()
         small = min(weight.shape)

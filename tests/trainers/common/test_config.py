@@ -21,7 +21,6 @@ def test_each_kind_of_game_has_defaults_of_its_own():
     assert defaults_for("token-prune") == MappoConfig()
     assert defaults_for(SPREAD).env == SPREAD
     assert MappoConfig().critic == defaults_for(SPREAD).critic == "central"
-    assert dataclasses.replace(defaults_for(SPREAD), env="token-prune") != MappoConfig()
 
 
 def test_pettingzoo_games_have_the_defaults_of_mappos_authors():
@@ -33,8 +32,9 @@ def test_pettingzoo_games_have_the_defaults_of_mappos_authors():
 
 
 AUTHORS = {
-    "critic": "central", "critic_norm": True, "lr": 5e-4, "lr_schedule": "constant", "epochs": 10,
-    "minibatches": 1, "clip": 0.2, "huber_delta": 10.0, "value_weight": 1.0, "entropy": 0.01,
+    "critic": "central", "critic_norm": True, "hidden_layers": "relu-norm",
+    "lr": 5e-4, "lr_schedule": "constant", "epochs": 10, "minibatches": 1, "clip": 0.2,
+    "huber_delta": 10.0, "value_weight": 1.0, "entropy": 0.01,
     "gamma": 0.99, "gae_lambda": 0.95, "max_grad_norm": 10.0, "value_norm_decay": 0.99999,
 }  # fmt: skip
 
@@ -136,11 +136,12 @@ def test_settings_come_back_from_json(config):
     assert MappoConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
-def test_a_run_of_before_keeps_its_critics_input_and_its_norms_decay():
+def test_a_run_of_before_keeps_its_networks_and_its_norms_decay():
     values = defaults_for(SPREAD).to_json()
-    del values["critic_norm"], values["value_norm_decay"]
+    del values["critic_norm"], values["value_norm_decay"], values["hidden_layers"]
     config = MappoConfig.from_json(values)
     assert (config.critic_norm, config.value_norm_decay) == (False, 0.99)
+    assert config.hidden_layers == "gelu"
 
 
 def test_settings_of_another_version_are_named():
@@ -215,6 +216,11 @@ def test_without_a_critic_rollouts_must_be_compared():
 def test_pettingzoo_needs_a_critic():
     with pytest.raises(ValueError, match="needs a critic, central or local"):
         dataclasses.replace(defaults_for(SPREAD), critic="none")
+
+
+def test_networks_that_the_token_game_can_not_read_again_are_refused():
+    with pytest.raises(ValueError, match=r"'relu-norm' is for PettingZoo games"):
+        MappoConfig(hidden_layers="relu-norm")
 
 
 def test_an_unknown_env_is_told_what_exists():
