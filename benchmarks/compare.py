@@ -8,7 +8,8 @@ process that does nothing else; nothing else should run on the machine then. Wit
 this is left for later: the same call without it then only times what has no speed yet.
 
 OUT/records.jsonl gets a line for each method, seed and point as soon as it is measured, and a
-killed comparison goes on where it stood.
+killed comparison goes on where it stood. All records of a folder come from one commit and one
+machine; with another, give another --out, and --runs with the trainings that there are.
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ import pandas as pd
 import torch
 import tyro
 
+from prunevit.benchmarks.differences import DENSE, differences, is_matched, summary
+from prunevit.benchmarks.machine import hardware
 from prunevit.benchmarks.markdown import markdown_table, mean_and_interval
 from prunevit.benchmarks.method_speed import time_untimed, where
 from prunevit.benchmarks.methods.registry import METHODS
 from prunevit.benchmarks.protocol import Benchmark, UnreachableError, judge, judge_dense
-from prunevit.benchmarks.records import FILE, Record, Records, command
+from prunevit.benchmarks.records import FILE, Record, Records, command, commit
 from prunevit.benchmarks.tasks import TASKS
 from prunevit.cli import prog
 from prunevit.envs.data.datasets import open_images
+from prunevit.envs.data.image_set import Sourced
 from prunevit.envs.data_config import model_data_config
 from prunevit.envs.devices import pick_device
 from prunevit.envs.old_names import COMPARE_FLAGS, rename_flags
@@ -56,7 +60,9 @@ class CompareConfig(Settings):
     seeds: Count = 5
     """Trainings of each learned method, and draws of each random one."""
     out: Path = Path("results")
-    """Folder of the records and the runs."""
+    """Folder of the records."""
+    runs: Path | None = None
+    """Folder of the trainings' runs; OUT/runs if not given."""
     data: str | None = None
     """The data set, as folder:PATH; the task's own if not given."""
     backbone: str | None = None
@@ -115,7 +121,7 @@ def open_benchmark(config: CompareConfig) -> Benchmark:
         validation=open_images(base.dataset, "validation", data_config),
         size=config.eval_size,
         test=open_images(base.dataset, "test", data_config),
-        runs=config.out / "runs",
+        runs=config.runs or config.out / "runs",
     )
 
 
@@ -143,6 +149,10 @@ def compare(config: CompareConfig) -> list[Record]:
     bench = open_benchmark(config)
     settings = settings_of(config, bench)
     records.require(settings)
+    origin = {"commit": commit(), "hardware": hardware(bench.backbone.device)}
+    records.require(origin, lambda row: {name: row.get(name) for name in origin})
+    if records.find(DENSE, 0, 1.0) is None:
+        records.put(dense_record(settings, bench))
     field = [
         (name, seed)
         for name in config.methods
@@ -179,28 +189,53 @@ def measure(
             if error.nearest is None:
                 continue
             knobs, matched = error.nearest, False
-        result = judge(method, knobs, bench, size)
+        found = judge(method, knobs, bench, size)
         yield {
-            "task": bench.task.name,
             "method": name,
             "seed": seed,
             "point": point,
             "matched": matched,
             **knobs,
             "fine_tuned": METHODS[name].fine_tunes,
-            "accuracy": result.accuracy,
-            "dense_accuracy": judge_dense(bench, size),
-            "images": size,
-            "gmacs": result.gmacs,
-            "dense_gmacs": bench.backbone.dense_macs / 1e9,
-            "kept": list(result.kept),
-            "left": list(result.left),
+            **found.compared_with(judge_dense(bench, size)),
             "speedup": None,
-            **where(bench),
-            "versions": versions(),
-            "settings": settings,
-            "command": command(),
+            **origin_of(settings, bench),
         }
+
+
+def dense_record(settings: dict[str, Any], bench: Benchmark) -> Record:
+    """The record of timm's own model, which the others are compared with. Where several test images
+    have one source, it says which have, in their order.
+    """
+    size = settings["test_size"]
+    dense = judge_dense(bench, size)
+    sources = {}
+    if isinstance(bench.test, Sourced):
+        every = bench.test.sources
+        sources["sources"] = [int(every[i * len(every) // size]) for i in range(size)]
+    return {
+        "method": DENSE,
+        "seed": 0,
+        "point": 1.0,
+        "fine_tuned": False,
+        **dense.compared_with(dense),
+        **sources,
+        "speedup": None,
+        **origin_of(settings, bench),
+    }
+
+
+def origin_of(settings: dict[str, Any], bench: Benchmark) -> Record:
+    """What a record says of how it came to be."""
+    return {
+        "task": bench.task.name,
+        "dense_gmacs": bench.backbone.dense_macs / 1e9,
+        **where(bench),
+        "commit": commit(),
+        "versions": versions(),
+        "settings": settings,
+        "command": command(),
+    }
 
 
 def table(methods: Iterable[tuple[str, pd.DataFrame]], with_speeds: bool = True) -> str:
@@ -238,15 +273,6 @@ def table(methods: Iterable[tuple[str, pd.DataFrame]], with_speeds: bool = True)
     return "\n".join([found, *([""] if elsewhere else []), *elsewhere])
 
 
-def is_matched(rows: pd.DataFrame) -> pd.Series[bool]:
-    """Which records are at their operating point. Those made before 0.2 don't say; learned methods
-    were then at most at it, and others at least.
-    """
-    if "matched" not in rows:
-        return pd.Series(True, rows.index)
-    return rows["matched"].ne(False)
-
-
 def points_of_their_own(title: str, rows: pd.DataFrame) -> Iterator[str]:
     """A line for a method with records that are not at their operating point."""
     others = rows[~is_matched(rows)]
@@ -261,13 +287,16 @@ def points_of_their_own(title: str, rows: pd.DataFrame) -> Iterator[str]:
 
 def report(config: CompareConfig) -> None:
     """Compares, and prints all records of the folder, the most accurate method first."""
-    rows = compare(config)
-    if not rows:
-        return  # no method reached a point
-    data = pd.DataFrame(rows)
+    data = pd.DataFrame(compare(config))
     print(f"dense: {100 * data['dense_accuracy'].iloc[0]:.2f}")
-    methods = [(METHODS[name].title, group) for name, group in data.groupby("method")]
-    print(table(sorted(methods, key=lambda method: -method[1]["accuracy"].mean())))
+    methods = [
+        (METHODS[name].title, group) for name, group in data.groupby("method") if name != DENSE
+    ]
+    if not methods:
+        return  # no method reached a point
+    methods.sort(key=lambda method: -method[1]["accuracy"].mean())
+    tables = (table(methods), differences(methods, data), summary(methods))
+    print("\n\n".join(filter(None, tables)))
 
 
 def main(arguments: list[str] | None = None) -> None:

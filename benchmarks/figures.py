@@ -19,15 +19,15 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from prunevit.benchmarks.differences import DENSE, OURS
 from prunevit.benchmarks.intervals import t_interval
 from prunevit.benchmarks.methods.recipes import RECIPES
 from prunevit.benchmarks.records import FILE, read
 from prunevit.cli import prog
 from prunevit.trainers.common.checkpoint import write_atomically
 
-OURS = "mappo"
 FIGURE = "tradeoff.png"
-NOT_SHOWN = {*RECIPES, "mappo-each-price"} - {OURS, "paper", "released", "released-faster"}
+NOT_SHOWN = {*RECIPES, "mappo-each-price", DENSE} - {OURS, "paper", "released", "released-faster"}
 MOST_LOSS = 12.0  # points under dense that the chart shows
 MARKERS = "osD^vP*X<>hp"
 COLORS = [matplotlib.colormaps["tab20"](i) for i in (*range(0, 20, 2), *range(1, 20, 2))]

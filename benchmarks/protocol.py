@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from prunevit.agents.pruned_vit import Trace
+from prunevit.benchmarks.records import pack_answers
 from prunevit.benchmarks.tasks import Task
 from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.vit.staged_vit import StagedViT
@@ -205,18 +206,73 @@ def nearest(choices: Sequence[T], cost: Callable[[T], float], target: float) -> 
     return best, cost(best)
 
 
-def judge(method: Method, knobs: Knobs, bench: Benchmark, size: int) -> Evaluation:
+@dataclass(frozen=True)
+class Judgement:
+    """What a model did on test images.
+
+    Attributes:
+        evaluation: accuracy and compute.
+        logits: of every image, float32 [I, K], on the CPU.
+        right: whether it was classified correctly, bool [I].
+    """
+
+    evaluation: Evaluation
+    logits: Tensor
+    right: Tensor
+
+    def compared_with(self, dense: Judgement) -> dict[str, Any]:
+        """What a record says of it beside the dense model, judged on the same images.
+
+        ``agreement`` is the share of images to which both give the same answer, ``kl`` the mean
+        divergence of the answer from the dense model's, in nats, and ``right`` which images were
+        classified correctly.
+        """
+        log_probs, of_dense = (each.logits.log_softmax(1) for each in (self, dense))
+        same = self.logits.argmax(1) == dense.logits.argmax(1)
+        found = self.evaluation
+        return {
+            "accuracy": found.accuracy,
+            "dense_accuracy": dense.evaluation.accuracy,
+            "agreement": float(same.double().mean()),
+            "kl": float((of_dense.exp() * (of_dense - log_probs)).sum(1).double().mean()),
+            "images": len(self.right),
+            "gmacs": found.gmacs,
+            "kept": list(found.kept),
+            "left": list(found.left),
+            "right": pack_answers(self.right.numpy()),
+        }
+
+
+def judge(method: Method, knobs: Knobs, bench: Benchmark, size: int) -> Judgement:
     """What a method does on ``size`` test images with these knobs."""
     if method.search is not None:
-        return evaluate_traces(method.search(knobs), bench.backbone, bench.test, size)
+        return judge_traces(method.search(knobs), bench, size)
     assert method.make is not None
-    return evaluate(method.make(knobs), bench.test, size)
+    model = method.make(knobs)
+    return judge_traces(lambda images, _: model.trace(images), bench, size)
+
+
+def judge_traces(
+    trace_of: Callable[[Tensor, Tensor], Trace], bench: Benchmark, size: int
+) -> Judgement:
+    """What ``trace_of``, as ``evaluate_traces`` takes it, does on ``size`` test images."""
+    logits: list[Tensor] = []
+    right: list[Tensor] = []
+
+    def noted(images: Tensor, labels: Tensor) -> Trace:
+        trace = trace_of(images, labels)
+        logits.append(trace.logits.float().cpu())
+        right.append((trace.logits.argmax(1) == labels).cpu())
+        return trace
+
+    evaluation = evaluate_traces(noted, bench.backbone, bench.test, size)
+    return Judgement(evaluation, torch.cat(logits), torch.cat(right))
 
 
 @cache
-def judge_dense(bench: Benchmark, size: int) -> float:
-    """The accuracy of timm's own model on ``size`` test images."""
+def judge_dense(bench: Benchmark, size: int) -> Judgement:
+    """What timm's own model does on ``size`` test images."""
     backbone = bench.backbone
     kept = [backbone.num_patches] * backbone.num_stages
     dense = FixedScheduleModel(bench.model, backbone, backbone.dense_macs, kept)
-    return evaluate(dense, bench.test, size).accuracy
+    return judge_traces(lambda images, _: dense.trace(images), bench, size)

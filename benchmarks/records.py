@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence, Set
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from prunevit import __version__
 from prunevit.cli import prog
 from prunevit.envs.old_names import rename_record
 from prunevit.trainers.common.checkpoint import write_records
 
 Record = dict[str, Any]
 
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ("envs", "agents", "trainers", "benchmarks", "prunevit", ":!benchmarks/results")
 FILE = "records.jsonl"
 KEY = ("method", "seed", "point")
 FIELDS = {
@@ -119,3 +129,40 @@ def read(path: Path, fields: Set[str] = FIELDS) -> list[Record]:
 def command() -> str:
     """The call of this process, as it can be typed again."""
     return f"{prog()} {shlex.join(sys.argv[1:])}"
+
+
+@cache
+def commit() -> str:
+    """The last git commit that changed the source code, and behind a plus sign a hash of what has
+    changed in it since. Commits of records, pages or tests leave it as it is. Without git it is the
+    package's version.
+    """
+
+    def git(*arguments: str) -> str:
+        call = ["git", *arguments, "--", *SOURCE]
+        return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    try:
+        last, changes = git("log", "-1", "--format=%h").strip(), git("diff", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return f"prunevit {__version__}"
+    if not last:  # installed below somebody else's checkout
+        return f"prunevit {__version__}"
+    return f"{last}+{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else last
+
+
+def pack_answers(right: ArrayLike) -> str:
+    """Which images were answered right, bool [I], as a record holds it: bits in base 64."""
+    return base64.b64encode(np.packbits(np.asarray(right, dtype=bool)).tobytes()).decode()
+
+
+def unpack_answers(packed: str, images: int) -> NDArray[np.bool_]:
+    """Reverts ``pack_answers``, [images].
+
+    Raises:
+        ValueError: ``packed`` is not of so many images.
+    """
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(packed), dtype=np.uint8))
+    if not images <= len(bits) < images + 8:
+        raise ValueError(f"{len(bits)} bits are not the answers to {images} images")
+    return bits[:images].astype(bool)

@@ -20,6 +20,7 @@ import pandas as pd
 import tyro
 
 from prunevit.benchmarks.compare import table
+from prunevit.benchmarks.differences import check_one_origin
 from prunevit.benchmarks.machine import MIB
 from prunevit.benchmarks.markdown import markdown_table, mean_and_deviation
 from prunevit.benchmarks.marl import compare as marl
@@ -88,6 +89,7 @@ def comparison(
     for folder, names in parts:
         data = pd.DataFrame(read(RESULTS / folder / FILE))
         data = data if seed is None else data[data["seed"] == seed]
+        check_one_origin(data)
         for name in names:
             title = f"{METHODS[name].title} (`{name}`)"
             title = f"**{title}**" if name == "mappo" else title

@@ -61,7 +61,6 @@ class Task:
             checkpoint=checkpoint,
             pretrained=pretrained,
             prune_before=self.prune_before,
-            critic="none",  # ours in the style of RLOO, which the committed records are of
             **self.training,
         )
 
@@ -76,7 +75,7 @@ TASKS: Mapping[str, Task] = {
             dithers=False,
             prune_before=(1, 3),
             released_stages=(2, 4, 6),
-            points=(0.3, 0.36, 0.42, 0.5),
+            points=(0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
             alpha_range=(0.01, 0.4),
             training={"iterations": 400, "eval_every": 200},
         ),
@@ -86,7 +85,7 @@ TASKS: Mapping[str, Task] = {
             dataset=None,
             prune_before=(2, 4, 6),
             released_stages=(2, 4, 6),
-            points=(0.5, 0.58, 0.6, 0.7, 0.8),
+            points=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
             alpha_range=(0.01, 0.4),
             training={"iterations": 1_000, "eval_every": 250},
             # as the backbone was trained
@@ -106,7 +105,7 @@ TASKS: Mapping[str, Task] = {
             dataset=None,
             prune_before=(3, 6, 9),
             released_stages=(3, 6, 9),
-            points=(0.5, 0.6, 0.7, 0.8),
+            points=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
             alpha_range=(0.05, 1.0),
             training={"eval_every": 250, "eval_size": 5_000},
             fine_tuning={"epochs": 1, "epoch_size": 1_300_000},

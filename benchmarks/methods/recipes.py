@@ -51,22 +51,22 @@ class Recipe:
 # and a critic is the baseline
 PAPER = {
     "reward": "markov-game", "accuracy": "correct", "alpha": 3.0,
-    "rollouts_per_image": 1, "critic": "central",
+    "rollouts_per_image": 1,
 }  # fmt: skip
 # RL4EViT's code (github.com/LuErShuai/rl4evit at 5847406, timm/models/vision_transformer_dynamic.py
 # and marl/mappo.py): its rates, networks and minibatches of 16 episodes. Ours remain GELU (its
 # tanh), coordinates of a place (its agent number), and normalised advantages and values.
 RELEASED = {
     "reward": "released-code", "observation": ("token", "position"), "rollouts_per_image": 1,
-    "critic": "central", "hidden": (64, 256, 64), "critic_hidden": (64, 256, 64),
+    "hidden": (64, 256, 64), "critic_hidden": (64, 256, 64),
     "gae_lambda": 0.0, "gamma": 0.99, "attention_prior": 0.0, "keep_bias": 0.0,
     "lr": 5e-6, "lr_schedule": "constant", "epochs": 4, "minibatches": 16, "entropy": 0.01,
 }  # fmt: skip
 WITHOUT_STAGE = ("token", "cls", "cls_attention")
 
 RECIPES: Mapping[str, Recipe] = {
-    # without a critic (RLOO-style), as the task sets it
     "mappo": Recipe("ours: one policy for every alpha"),
+    "rloo": Recipe("ours without a critic, RLOO-style", {"critic": "none"}),
     "agreement": Recipe("paid for the dense model's answers, no labels", {"accuracy": "agreement"}),
     "confidence": Recipe("paid for the true class's probability", {"accuracy": "confidence"}),
     "paper": Recipe(
@@ -91,10 +91,7 @@ RECIPES: Mapping[str, Recipe] = {
         "IPPO (arXiv 2011.09533): a local critic as baseline",
         {"rollouts_per_image": 1, "critic": "local"},
     ),
-    "no-image-baseline": Recipe(
-        "a central critic as baseline", {"rollouts_per_image": 1, "critic": "central"}
-    ),
-    "with-critic": Recipe("a central critic beside the image baseline", {"critic": "central"}),
+    "no-image-baseline": Recipe("ours without the image baseline", {"rollouts_per_image": 1}),
     "no-attention-prior": Recipe("without the attention prior", {"attention_prior": 0.0}),
     "no-team-reward": Recipe(
         "survivors share a reward, one alpha",

@@ -42,6 +42,10 @@ class ClutteredDigits:
     def __len__(self) -> int:
         return self._size
 
+    @property
+    def sources(self) -> Tensor:
+        return digits.drawn_scans(self._split, self._size, self._seed)
+
     def reseed(self, seed: int) -> None:
         if self._augmentation is not None:
             self._augmentation.manual_seed(seed)

@@ -178,13 +178,29 @@ def draw_digits(split: Split, size: int, seed: int = 0) -> tuple[Tensor, Tensor]
     images = np.empty((size, 1, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     labels = np.empty(size, np.int64)
     for start in range(0, size, CHUNK):
-        # a random stream per chunk, so that a longer draw extends a shorter one
-        random = np.random.RandomState([SPLIT_SEEDS[split], seed, start // CHUNK])
+        random = _random(split, seed, start)
         n = min(CHUNK, size - start)
         images[start : start + n, 0], labels[start : start + n] = (
             part[:n] for part in _draw(random, split, CHUNK)
         )
     return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+def _random(split: Split, seed: int, start: int) -> np.random.RandomState:
+    """The random stream of a chunk: it has its own, so that a longer draw extends a shorter one."""
+    return np.random.RandomState([SPLIT_SEEDS[split], seed, start // CHUNK])
+
+
+def drawn_scans(split: Split, size: int, seed: int = 0) -> Tensor:
+    """Which scan each of the images of ``draw_digits`` shows: an index into ``load_digits``, int64
+    [size].
+    """
+    pool = scan_indices(split)
+    chosen = [
+        pool[_random(split, seed, start).randint(len(pool), size=CHUNK)]
+        for start in range(0, size, CHUNK)
+    ]
+    return torch.from_numpy(np.concatenate(chosen)[:size])
 
 
 def normalise(images: Tensor) -> Tensor:

@@ -44,6 +44,16 @@ class Reseedable(Protocol):
         ...
 
 
+@runtime_checkable
+class Sourced(Protocol):
+    """An ``ImageSet`` with several images of one source, which are no independent samples."""
+
+    @property
+    def sources(self) -> Tensor:
+        """The number of each image's source, int64 [I]."""
+        ...
+
+
 @dataclass(frozen=True)
 class ReadRequest:
     """A batch to read. Any process that reads it, at any time, gets the same images.

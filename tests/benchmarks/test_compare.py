@@ -1,6 +1,7 @@
 """The comparison trains what it must, sets every policy to one cost, and goes on when killed."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from prunevit.agents import PrunedViT, TopK
 from prunevit.benchmarks import compare as comparison
 from prunevit.benchmarks import method_speed
 from prunevit.benchmarks.compare import CompareConfig, compare, main, open_benchmark
+from prunevit.benchmarks.machine import hardware
 from prunevit.benchmarks.methods import learned
 from prunevit.benchmarks.methods.recipes import RECIPES
 from prunevit.benchmarks.methods.registry import METHODS
@@ -22,7 +24,7 @@ from prunevit.benchmarks.protocol import (
     UnreachableError,
     search_knob,
 )
-from prunevit.benchmarks.records import FIELDS, Records, command, read
+from prunevit.benchmarks.records import FIELDS, Records, command, commit, read, unpack_answers
 from prunevit.envs.vit.digits_vit import ASSETS
 from prunevit.trainers.common.evaluation import evaluate
 from prunevit.trainers.common.timing import Timing
@@ -189,18 +191,28 @@ def test_records_are_complete_and_nothing_is_measured_twice(tmp_path, monkeypatc
     rows = compare(config)
     # attention has no seed
     assert [(row["method"], row["seed"], row["point"]) for row in rows] == [
-        ("attention", 0, 0.4), ("attention", 0, 0.5), ("random", 0, 0.4), ("random", 0, 0.5),
-        ("random", 1, 0.4), ("random", 1, 0.5),
+        ("dense", 0, 1.0), ("attention", 0, 0.4), ("attention", 0, 0.5), ("random", 0, 0.4),
+        ("random", 0, 0.5), ("random", 1, 0.4), ("random", 1, 0.5),
     ]  # fmt: skip
-    for row in rows:
+    dense = rows[0]
+    assert dense["accuracy"] == dense["dense_accuracy"]
+    assert dense["agreement"] == 1
+    assert dense["kl"] == 0
+    assert dense["gmacs"] == dense["dense_gmacs"]
+    assert len(dense["sources"]) == SETTINGS["test_size"]
+    for row in rows[1:]:
         assert row["gmacs"] == pytest.approx(row["point"] * row["dense_gmacs"], rel=0.01)
         assert row["matched"]
         assert sum(row["left"]) == SETTINGS["test_size"]
         assert len(row["kept"]) == 2
-        assert 0 <= row["accuracy"] <= 1
+        right = unpack_answers(row["right"], SETTINGS["test_size"])
+        assert right.mean() == row["accuracy"]
+        assert 0.5 < row["agreement"] <= 1
+        assert row["kl"] > 0
         assert row["speedup"] is None
         assert row.keys() >= FIELDS | {"settings", "versions", "images"}
         assert " cores, " in row["hardware"]
+        assert row["commit"] == commit()
     file = tmp_path / "r" / "records.jsonl"
     whole = file.read_text()
     file.write_text(whole[: whole.rindex("{") + 9])  # killed while the last record was written
@@ -283,6 +295,7 @@ def test_a_policy_whose_run_is_gone_gets_no_speed(tmp_path, capsys):
         methods=("mappo",), seeds=1, points=(0.9,), out=tmp_path, **SETTINGS | {"speed": True}
     )
     row = {"task": "digits", "method": "mappo", "point": 0.9, "alpha": 0.1, "speedup": None}
+    row |= {"commit": commit(), "hardware": hardware(torch.device("cpu"))}
     Records(tmp_path / "records.jsonl").put(dict.fromkeys(FIELDS, 0) | row)
     assert compare(config)[0]["speedup"] is None
     assert "mappo, seed 0 can't be timed" in capsys.readouterr().out
@@ -292,7 +305,7 @@ def test_a_bound_is_judged_on_few_images(bench, tmp_path, monkeypatch):
     monkeypatch.setattr("prunevit.benchmarks.methods.untrained.ORACLE_IMAGES", 3)
     methods = ("oracle", "oracle-no-labels")
     config = CompareConfig(methods=methods, points=(0.5,), out=tmp_path, **SETTINGS)
-    for row in compare(config):
+    for row in compare(config)[1:]:
         assert row["images"] == sum(row["left"]) == 3
         assert row["dense_accuracy"] * 3 == pytest.approx(round(row["dense_accuracy"] * 3))
         assert row["gmacs"] >= bench.gmacs_at(0.5)
@@ -378,13 +391,13 @@ def test_dynamic_vit_takes_part_with_and_without_its_backbone(bench):
 def test_every_ablation_takes_one_thing_away(bench):
     settings = {name: recipe.settings(bench) for name, recipe in RECIPES.items()}
     ours = settings["mappo"]
-    assert bench.base.critic == "none"  # what the committed records are of
+    assert bench.base.critic == "central"  # MAPPO
+    assert settings["rloo"] == ours | {"critic": "none"}
     assert settings["one-stage"] == ours | {"prune_before": bench.task.prune_before[:1]}
     assert settings["no-attention-prior"] == ours | {"attention_prior": 0.0}
     assert "stage" not in settings["no-stage"]["observation"]
     assert settings["no-image-baseline"]["rollouts_per_image"] == 1
     assert settings["ippo"]["critic"] == "local"
-    assert settings["with-critic"] == ours | {"critic": "central"}
     assert settings["no-team-reward"]["reward"] == "markov-game"
     assert settings["released"]["prune_before"] == bench.task.released_stages
     assert settings["released-faster"] == settings["released"] | {"lr": 5e-4}
@@ -455,7 +468,7 @@ def test_a_folder_of_another_task_is_refused(tmp_path):
     (tmp_path / "records.jsonl").write_text("")
     compare_again = CompareConfig(out=tmp_path, methods=("attention",), points=(0.4,), **SETTINGS)
     rows = compare(compare_again)
-    assert rows[0]["task"] == "digits"
+    assert rows[1]["task"] == "digits"
     with pytest.raises(SystemExit, match=r"other settings \(task digits for cifar10\)"):
         main(["--task", "cifar10", "--out", str(tmp_path)])
 
@@ -473,9 +486,19 @@ def test_records_of_other_settings_are_refused(tmp_path):
             compare(replace(config, **change))
 
 
-def test_the_first_records_that_did_not_say_their_settings_still_count(tmp_path):
+@pytest.mark.parametrize(
+    "change", [{"commit": "0" * 7}, {"hardware": "an abacus"}, {"commit": None}]
+)
+def test_records_of_another_commit_or_machine_are_refused(tmp_path, change):
     config = CompareConfig(out=tmp_path, methods=("attention",), points=(0.4,), **SETTINGS)
-    (row,) = compare(config)
-    del row["settings"]
-    (tmp_path / "records.jsonl").write_text(json.dumps(row) + "\n")
-    assert compare(config) == [row]
+    rows = compare(config)
+    assert compare(config) == rows
+    Records(tmp_path / "records.jsonl").put(rows[1] | change)
+    (name, other) = next(iter(change.items()))
+    with pytest.raises(ValueError, match=re.escape(f"({name} {other} for {rows[1][name]})")):
+        compare(config)
+
+
+def test_runs_may_lie_elsewhere(tmp_path):
+    config = CompareConfig(out=tmp_path, runs=tmp_path / "trained", **SETTINGS)
+    assert open_benchmark(config).runs == tmp_path / "trained"

@@ -1,12 +1,24 @@
 """Records survive what interrupts their writing, and old ones are still read."""
 
 import json
+import re
+import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from prunevit import __version__
+from prunevit.benchmarks import records as provenance
 from prunevit.benchmarks.markdown import mean_and_deviation, mean_and_interval
-from prunevit.benchmarks.records import FIELDS, Records, differences, read
+from prunevit.benchmarks.records import (
+    FIELDS,
+    Records,
+    differences,
+    pack_answers,
+    read,
+    unpack_answers,
+)
 
 OLD = Path(__file__).parent / "data" / "records_0.1.jsonl"
 
@@ -90,3 +102,69 @@ def test_cells_tell_mean_and_spread():
     assert mean_and_interval([1.0, 2.0, 3.0, 4.0], unit="x") == "2.50x [0.45, 4.55]"
     assert mean_and_interval([2.1, 2.1, 2.1]) == mean_and_interval([2.1]) == "2.10"
     assert mean_and_deviation([1.0, 3.0], unit="%") == "2.00 ± 1.41%"
+
+
+def test_answers_are_packed_and_unpacked():
+    right = np.random.default_rng(4).random(5_003) < 0.9
+    packed = pack_answers(right)
+    assert len(packed) < 840
+    assert (unpack_answers(packed, 5_003) == right).all()
+    with pytest.raises(ValueError, match="5008 bits are not the answers to 5009 images"):
+        unpack_answers(packed, 5_009)
+
+
+# --- where records come from ---
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A git repository in place of this one: ``repository(path, text)`` changes a file, and
+    ``repository()`` commits what was changed.
+    """
+
+    def git(*arguments):
+        name = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *name, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    def change(path=None, text=""):
+        provenance.commit.cache_clear()
+        if path is None:
+            git("add", ".")
+            git("commit", "-qm", "a change")
+            return
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    git("init", "-q")
+    for folder in ("envs", "agents", "trainers", "benchmarks", "prunevit"):
+        change(f"{folder}/a.py", "1")
+    change()
+    yield change
+    provenance.commit.cache_clear()
+
+
+def test_the_commit_is_that_of_the_source_code(repository):
+    first = provenance.commit()
+    assert re.fullmatch("[0-9a-f]{7,}", first)
+    for path in ("README.md", "tests/a.py", "benchmarks/results/digits/records.jsonl"):
+        repository(path, "records of this commit")
+        assert provenance.commit() == first
+        repository()
+        assert provenance.commit() == first
+    repository("envs/a.py", "2")
+    changed = provenance.commit()
+    assert re.fullmatch(f"{first}[+][0-9a-f]{{8}}", changed)
+    repository("envs/a.py", "3")
+    assert provenance.commit() not in (first, changed)
+    repository()
+    assert provenance.commit() not in (first, changed)
+    assert "+" not in provenance.commit()
+
+
+def test_without_git_it_is_the_version(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    provenance.commit.cache_clear()
+    assert provenance.commit() == f"prunevit {__version__}"
+    provenance.commit.cache_clear()
