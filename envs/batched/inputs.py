@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from operator import index
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -57,14 +58,17 @@ def image_indices(options: Mapping[str, Any] | None) -> Any:
 
 
 def checked_seed(seed: int) -> int:
-    """Checks a seed; raises ValueError if it is not a whole number that generators take."""
+    """Returns the seed for a generator of torch, which only reads the low 32 bits: larger seeds are
+    mixed, so that they don't repeat what small ones draw. Raises ValueError if ``seed`` is not a
+    whole number from 0 to ``MAX_SEED``.
+    """
     try:
         number = index(seed)  # accepts numpy's integers too
     except TypeError:
         number = -1
     if not 0 <= number <= MAX_SEED:
         raise ValueError(f"seed={seed!r} must be a whole number from 0 to {MAX_SEED}")
-    return number
+    return number if number < 2**32 else int(np.random.SeedSequence(number).generate_state(1)[0])
 
 
 def whole_numbers(indices: Sequence[int] | Tensor) -> Tensor:

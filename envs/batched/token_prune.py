@@ -231,7 +231,7 @@ class BatchedTokenPrune:
 
     def _requests(self, images: Prefetchable, seeds: Iterable[int]) -> Iterator[ReadRequest]:
         """What ``reset`` will read for each of ``seeds``."""
-        for seed in seeds:
+        for seed in map(checked_seed, seeds):
             chosen = self._draw_images(torch.Generator().manual_seed(seed))
             yield images.request(chosen, self._seed_of_loads(seed))
 

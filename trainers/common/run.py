@@ -121,8 +121,8 @@ class RunFolder:
         """Reads the settings that ``create`` wrote.
 
         Raises:
-            CheckpointError: there is no such file, it is damaged, or it was written by a version
-                with other settings.
+            CheckpointError: there is no such file, it is damaged, it was written by a version with
+                other settings, or its backbone's weights were replaced.
         """
         if not self.config.is_file():
             raise CheckpointError(f"{self.path} is no run: it has no config.json")
@@ -134,7 +134,7 @@ class RunFolder:
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{self.config} is damaged: {error}") from error
         values = rename_settings(values)
-        values.pop(CHECKPOINT_SHA256, None)
+        digest = values.pop(CHECKPOINT_SHA256, None)
         version = values.pop("version", None)
         writer = "tokenprune, before 0.2" if version is None else f"prunevit {version}"
         if version is not None and _version(version) > _version(__version__):
@@ -145,12 +145,19 @@ class RunFolder:
         if version is None:
             values = fill_in_defaults(values)
         try:
-            return kind.from_json(values)
+            settings = kind.from_json(values)
         except ValueError as error:
             raise CheckpointError(
                 f"{self.config} can't be read by prunevit {__version__}, it was written by "
                 f"{writer}: {error}"
             ) from error
+        checkpoint = getattr(settings, "checkpoint", None)
+        if digest and checkpoint and checkpoint.is_file() and sha256(checkpoint) != digest:
+            raise CheckpointError(
+                f"{checkpoint} holds other weights than those that {self.path} began with: put "
+                "them back, or train again"
+            )
+        return settings
 
     @property
     def is_begun(self) -> bool:

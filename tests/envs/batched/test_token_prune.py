@@ -183,6 +183,14 @@ def test_the_same_seed_begins_the_same_episodes(make_env):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("seed", [2**32, 2**40 + 1, 2**63 - 1])
+def test_large_seeds_do_not_repeat_small_ones(make_env, seed):
+    env = make_env()
+    large = drawn(env, seed=seed)
+    assert torch.equal(large, drawn(env, seed=seed))
+    assert not torch.equal(large, drawn(env, seed=seed % 2**32))
+
+
 def test_episodes_differ_between_seeds_resets_and_environments(make_env):
     env = make_env()
     assert not torch.equal(drawn(env, seed=0), drawn(env, seed=1))
