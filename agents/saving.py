@@ -66,9 +66,15 @@ def write(
 
     Raises:
         SavedModelError: policies of this class can't be saved, the policy was changed in a way that
-            its description doesn't have, or the backbone can't be rebuilt from its name and
-            ``model_kwargs``.
+            its description doesn't have, the backbone can't be rebuilt from its name and
+            ``model_kwargs``, or weights are no plain tensors.
     """
+    for name, tensor in weights.items():
+        if type(tensor.detach()) is not Tensor:
+            raise SavedModelError(
+                f"{name} is a {type(tensor).__name__}, which safetensors can't hold: save the "
+                "model before its weights are quantised or sharded"
+            )
     described = describe_policy(policy)
     if isinstance(policy, nn.Module):
         check_policy_rebuilds(policy, make_policy(described, backbone), backbone)

@@ -798,6 +798,22 @@ def test_a_save_that_is_cut_short_leaves_no_mixture(vit, tmp_path, monkeypatch):
         PrunedViT.from_pretrained(tmp_path)
 
 
+class OtherTensor(torch.Tensor):
+    """A tensor subclass, as libraries that quantise or shard weights make them."""
+
+
+def test_weights_that_are_no_plain_tensors_are_not_saved(vit, tmp_path):
+    model = pruned(vit, KeepAll())
+    layer = model.backbone.model.blocks[1].mlp.fc1
+    weight = layer.weight.detach().as_subclass(OtherTensor)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(
+        SavedModelError, match=r"blocks\.1\.mlp\.fc1\.weight is a OtherTensor, which"
+    ):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_policy_without_a_form_on_disk_is_not_saved(vit, tmp_path):
     stranger = LearnedPolicy(torch.nn.Sequential(torch.nn.Linear(66, 2)), ("token", "cls", "stage"))
     with pytest.raises(SavedModelError, match="LearnedPolicy has no form on disk"):
