@@ -90,15 +90,20 @@ def accuracy_of(kind: Accuracy, facts: EndFacts) -> Tensor:
     - confidence: probability of the label.
     - agreement: 1 if the prediction is that of the unpruned model, else 0.
     - kl: -KL(dense || pruned), at most 0.
+
+    It is NaN where logits are: such an answer is neither right nor wrong.
     """
+    unknown = facts.logits.isnan().any(1)
     if kind == "correct":
-        return (facts.logits.argmax(1) == facts.labels).float()
+        right = (facts.logits.argmax(1) == facts.labels).float()
+        return right.masked_fill(unknown, torch.nan)
     if kind == "confidence":
         return facts.logits.float().softmax(1).gather(1, facts.labels[:, None]).squeeze(1)
     if facts.dense_logits is None:
         raise ValueError(f"accuracy {kind!r} needs the dense model's logits")
     if kind == "agreement":
-        return (facts.logits.argmax(1) == facts.dense_logits.argmax(1)).float()
+        same = (facts.logits.argmax(1) == facts.dense_logits.argmax(1)).float()
+        return same.masked_fill(unknown | facts.dense_logits.isnan().any(1), torch.nan)
     pruned, dense = facts.logits.float().log_softmax(1), facts.dense_logits.float().log_softmax(1)
     return -F.kl_div(pruned, dense, reduction="none", log_target=True).sum(1)
 

@@ -1,5 +1,6 @@
 """Rewards against values worked out by hand."""
 
+import dataclasses
 import math
 import re
 
@@ -70,6 +71,17 @@ def test_accuracy(kind, expected):
 def test_what_is_measured_against_the_dense_model_needs_it(kind):
     with pytest.raises(ValueError, match=f"{kind}.*dense"):
         accuracy_of(kind, end(dense=None))
+
+
+@pytest.mark.parametrize("kind", ["correct", "confidence", "agreement", "kl"])
+def test_logits_that_are_no_numbers_are_neither_right_nor_wrong(kind):
+    for index in range(3):
+        facts = end(labels=(index, 1))
+        logits = facts.logits.clone()
+        logits[0, index] = torch.nan
+        broken = accuracy_of(kind, dataclasses.replace(facts, logits=logits))
+        assert broken.isnan().tolist() == [True, False]
+        torch.testing.assert_close(broken[1], accuracy_of(kind, facts)[1])
 
 
 @pytest.mark.parametrize("reward", [TeamReward, MarkovGameReward])
