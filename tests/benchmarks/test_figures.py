@@ -6,7 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from prunevit.benchmarks.figures import draw, draw_line, load, main
-from prunevit.benchmarks.records import FIELDS, Records
+from prunevit.benchmarks.records import FIELDS, Records, pack_answers
 
 
 def record(method, seed, point, accuracy, **more):
@@ -51,6 +51,34 @@ def test_a_line_goes_through_the_means(loaded):
     (line,) = axes.lines
     assert line.get_xdata() == pytest.approx([1 / 0.3, 2.0])  # what was not timed is out
     assert line.get_ydata() == pytest.approx([80.5, 80.5])
+
+
+def test_records_without_answers_have_no_panel_of_differences(loaded):
+    assert len(draw(loaded(ROWS)).axes) == 2
+
+
+def answers(share):
+    return {"right": pack_answers([i < share for i in range(100)]), "images": 100, "left": [100]}
+
+
+def test_differences_to_ours_have_a_panel_where_answers_are_known(loaded):
+    """Ours is right about 90 of 100 images, the other method about 80 of them."""
+    rows = [record("dense", 0, 1.0, 0.95, speedup=None, **answers(95))]
+    rows += [
+        record(method, seed, point, right / 100, **answers(right))
+        for method, right in (("mappo", 90), ("a", 80))
+        for seed in (0, 1)
+        for point in (0.5, 0.3)
+    ]
+    figure = draw(loaded(rows))
+    assert len(figure.axes) == 3
+    (line, zero) = figure.axes[-1].lines
+    assert line.get_label() == "a"
+    assert line.get_xdata() == pytest.approx([30, 50])
+    assert line.get_ydata() == pytest.approx([-10, -10])
+    assert set(zero.get_ydata()) == {0}
+    assert lines_of(figure).keys() == {"mappo", "a", "dense"}
+    assert lines_of(figure)["dense"].get_linestyle() == ":"
 
 
 def test_ours_comes_first_and_is_black(loaded):
