@@ -25,12 +25,11 @@ import torch
 import tyro
 
 from prunevit.benchmarks.differences import DENSE, differences, is_matched, summary
-from prunevit.benchmarks.machine import hardware
 from prunevit.benchmarks.markdown import markdown_table, mean_and_interval
 from prunevit.benchmarks.method_speed import time_untimed, where
 from prunevit.benchmarks.methods.registry import METHODS
 from prunevit.benchmarks.protocol import Benchmark, UnreachableError, judge, judge_dense
-from prunevit.benchmarks.records import FILE, Record, Records, command, commit
+from prunevit.benchmarks.records import FILE, Record, Records, command
 from prunevit.benchmarks.tasks import TASKS
 from prunevit.cli import prog
 from prunevit.envs.data.datasets import open_images
@@ -149,8 +148,7 @@ def compare(config: CompareConfig) -> list[Record]:
     bench = open_benchmark(config)
     settings = settings_of(config, bench)
     records.require(settings)
-    origin = {"commit": commit(), "hardware": hardware(bench.backbone.device)}
-    records.require(origin, lambda row: {name: row.get(name) for name in origin})
+    records.require_origin(bench.backbone.device)
     if records.find(DENSE, 0, 1.0) is None:
         records.put(dense_record(settings, bench))
     field = [
@@ -231,7 +229,6 @@ def origin_of(settings: dict[str, Any], bench: Benchmark) -> Record:
         "task": bench.task.name,
         "dense_gmacs": bench.backbone.dense_macs / 1e9,
         **where(bench),
-        "commit": commit(),
         "versions": versions(),
         "settings": settings,
         "command": command(),

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from prunevit.benchmarks.machine import hardware
 from prunevit.benchmarks.methods.registry import METHODS
 from prunevit.benchmarks.protocol import Benchmark
-from prunevit.benchmarks.records import Records, command
+from prunevit.benchmarks.records import Records, command, origin
 from prunevit.trainers.common.timing import TimingProcess, speedup
 
 SPEED_BATCH = 64
@@ -49,7 +48,6 @@ def time_untimed(field: Sequence[tuple[str, int]], records: Records, bench: Benc
 
 
 def where(bench: Benchmark) -> dict[str, Any]:
-    """What a record says about the machine."""
+    """What a record says about the machine and the commit."""
     device = bench.backbone.device
-    threads = torch.get_num_threads()
-    return {"threads": threads, "device": str(device), "hardware": hardware(device)}
+    return {"threads": torch.get_num_threads(), "device": str(device), **origin(device)}

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from prunevit import __version__
+from prunevit.benchmarks.machine import hardware
 from prunevit.cli import prog
 from prunevit.envs.old_names import rename_record
 from prunevit.trainers.common.checkpoint import write_records
@@ -69,6 +71,15 @@ class Records:
                 raise ValueError(
                     f"{self.path} holds records of other settings ({differ}): give another --out"
                 )
+
+    def require_origin(self, device: torch.device) -> None:
+        """Checks that all records come from this commit and the hardware behind ``device``.
+
+        Raises:
+            ValueError: some don't; the message names the differences.
+        """
+        wanted = origin(device)
+        self.require(wanted, lambda row: {name: row.get(name) for name in wanted})
 
     def find(self, *key: Any) -> Record | None:
         """The record with these values of the key's fields; None where there is none."""
@@ -149,6 +160,11 @@ def commit() -> str:
     if not last:  # installed below somebody else's checkout
         return f"prunevit {__version__}"
     return f"{last}+{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else last
+
+
+def origin(device: torch.device) -> dict[str, str]:
+    """What records of a table have in common: the commit, and the hardware behind ``device``."""
+    return {"commit": commit(), "hardware": hardware(device)}
 
 
 def pack_answers(right: ArrayLike) -> str:

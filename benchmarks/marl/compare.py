@@ -39,7 +39,7 @@ from prunevit.benchmarks.marl.protocol import (
     configuration,
     env_maker,
 )
-from prunevit.benchmarks.records import FILE, Record, Records, command
+from prunevit.benchmarks.records import FILE, Record, Records, command, origin
 from prunevit.cli import prog
 from prunevit.envs.old_names import COMPARE_FLAGS, rename_flags
 from prunevit.trainers.common.settings import Count, Settings, Threads
@@ -140,6 +140,7 @@ def train(config: MarlCompareConfig, task: str, method: str, seed: int) -> Recor
         "cpu_seconds": curve.cpu_seconds,
         "threads": torch.get_num_threads(),
         "settings": settings_of(config),
+        **origin(torch.device("cpu")),
         "versions": {package: version_of(package) for package in packages},
         "command": command(),
     }
@@ -149,7 +150,9 @@ def settings_of(config: MarlCompareConfig) -> dict[str, Any]:
     """What all records of a folder have in common, as JSON values."""
     names = ("frames", "evaluations", "episodes", "threads")
     own = {name: getattr(config, name) for name in names}
-    return json.loads(json.dumps(SHARED | own | {"adam_eps": ADAM_EPS}))
+    # no library tells an agent which of the agents it is
+    fixed = {"adam_eps": ADAM_EPS, "agent_ids": False}
+    return json.loads(json.dumps(SHARED | own | fixed))
 
 
 def compare(config: MarlCompareConfig) -> list[Record]:
@@ -167,6 +170,7 @@ def compare(config: MarlCompareConfig) -> list[Record]:
         learner(METHODS[method].library)
     records = Records(config.out / FILE, KEY, FIELDS)
     records.require(settings_of(config))
+    records.require_origin(torch.device("cpu"))
     torch.set_num_threads(config.threads)
     # seeds outermost: a machine that slows down, or an end before the last seed, affects all alike
     for seed, task, method in product(range(config.seeds), config.tasks, config.methods):

@@ -18,6 +18,7 @@ from prunevit.benchmarks.marl.protocol import (
     configuration,
     mean_return,
 )
+from prunevit.benchmarks.records import origin
 from prunevit.cli import prog
 
 pytestmark = [
@@ -103,7 +104,9 @@ def test_a_curve_has_its_points_and_its_clock_stops_while_it_judges(monkeypatch)
 
 
 class Watched:
-    """Stands for a curve, and keeps the logits that it is shown."""
+    """Stands for a curve, keeps the logits that it is shown, and checks that agents that see the
+    same act alike: nobody's agents are told which of the agents they are.
+    """
 
     def __init__(self):
         self.seen = torch.randn(AGENTS, SEEN, generator=torch.Generator().manual_seed(0))
@@ -113,6 +116,8 @@ class Watched:
         assert iteration == len(self.logits)
         with torch.no_grad():
             self.logits.append(act(self.seen).clone().log_softmax(-1))
+            alike = act(self.seen[:1].expand(AGENTS, -1))
+        torch.testing.assert_close(alike, alike[:1].expand(AGENTS, -1))
 
 
 def trained(name, seed):
@@ -196,6 +201,7 @@ def record(config, task, method, seed):
         "frames": 40, "points": [0, 20, 40], "greedy": [-50.0, -30.0, end],
         "sampled": [-27.0, -26.0, end - 1], "wall_seconds": 7.0, "cpu_seconds": 5.0, "threads": 1,
         "settings": compare.settings_of(config), "versions": {}, "command": "",
+        **origin(torch.device("cpu")),
     }  # fmt: skip
 
 
@@ -213,7 +219,7 @@ def test_a_record_says_all_that_was_done(tiny, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compare", "--seeds", "1"])
     config = MarlCompareConfig(frames=32, evaluations=2, episodes=1)
     row = compare.train(config, "simple_reference", "ours-ippo", 4)
-    assert row.keys() == compare.FIELDS
+    assert row.keys() == compare.FIELDS | {"commit", "hardware"}
     assert (row["library"], row["algorithm"], row["seed"]) == ("ours", "ippo", 4)
     assert (row["frames"], row["points"]) == (32, [0, 16, 32])
     assert len(row["greedy"]) == len(row["sampled"]) == 3
