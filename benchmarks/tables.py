@@ -20,7 +20,7 @@ import pandas as pd
 import tyro
 
 from prunevit.benchmarks.compare import table
-from prunevit.benchmarks.differences import check_one_origin
+from prunevit.benchmarks.differences import OURS, check_one_origin
 from prunevit.benchmarks.machine import MIB
 from prunevit.benchmarks.markdown import markdown_table, mean_and_deviation
 from prunevit.benchmarks.marl import compare as marl
@@ -35,22 +35,22 @@ TWO_MINUTES = "digits/two-minutes"
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 DIGITS = (
-    "mappo", "dynamic-vit", "evit", "tome", "attention", "threshold", "ats", "random", "norm",
+    "rloo", "dynamic-vit", "evit", "tome", "attention", "threshold", "ats", "random", "norm",
 )  # fmt: skip
 ABLATIONS = (
-    "mappo", "mappo-fine-tuned", "dynamic-vit-fine-tuned", "mappo-each-price",
+    "rloo", "mappo-fine-tuned", "dynamic-vit-fine-tuned", "mappo-each-price",
     "no-attention-prior", "no-stage", "one-stage", "confidence", "agreement", "ippo",
-    "no-image-baseline", "with-critic", "no-team-reward", "paper", "released", "released-faster",
+    "no-image-baseline", "no-team-reward", "paper", "released", "released-faster",
     "evit-unfused", "brightness",
 )  # fmt: skip
 BENCHMARL = tuple(
     f"benchmarl-{name}" for name in ("mappo", "ippo", "qmix", "vdn", "isac", "masac", "iql")
 )
 CIFAR10 = (
-    "mappo", "tome", "ats", "evit", "threshold", "attention", "dynamic-vit", "random", "released",
+    "rloo", "tome", "ats", "evit", "threshold", "attention", "dynamic-vit", "random", "released",
     "norm",
 )  # fmt: skip
-FINE_TUNING = ("mappo", "mappo-fine-tuned")
+FINE_TUNING = ("rloo", "mappo-fine-tuned")
 VARIANTS = {
     "dense": "dense: timm's own model",
     "packed": "**packed: ours**, policy included",
@@ -92,7 +92,7 @@ def comparison(
         check_one_origin(data)
         for name in names:
             title = f"{METHODS[name].title} (`{name}`)"
-            title = f"**{title}**" if name == "mappo" else title
+            title = f"**{title}**" if name in (OURS, "rloo") else title
             title += ", within two minutes" if folder == TWO_MINUTES else ""
             methods.append((title, data[data["method"] == name]))
     return table(methods, with_speeds)
@@ -193,13 +193,13 @@ def adapters() -> str:
 TABLES: Mapping[str, Callable[[], str]] = {
     "default-run": default_run,
     "accuracy-rewards": accuracy_rewards,
-    "digits": partial(comparison, ("digits/compare", DIGITS), with_speeds=True),
-    "digits-ablations": partial(comparison, ("digits/compare", ABLATIONS)),
+    "digits": partial(comparison, ("digits/rloo", DIGITS), with_speeds=True),
+    "digits-ablations": partial(comparison, ("digits/rloo", ABLATIONS)),
     "digits-benchmarl": partial(
         comparison,
-        ("digits/compare", ["mappo"]),
-        (TWO_MINUTES, ["mappo"]),
-        ("digits/compare", BENCHMARL),
+        ("digits/rloo", ["rloo"]),
+        (TWO_MINUTES, ["rloo"]),
+        ("digits/rloo", BENCHMARL),
     ),
     "cifar10": partial(comparison, ("cifar10/compare", CIFAR10), with_speeds=True),
     "cifar10-fine-tuning": partial(comparison, ("cifar10/compare", FINE_TUNING), seed=0),
