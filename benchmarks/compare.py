@@ -3,9 +3,10 @@
 Every method prunes the same frozen backbone through the same runtime. Methods that learn are
 trained, or their runs under OUT/runs are used. At each operating point, a share of the dense
 model's compute, a method's knob is set on validation images; then it is judged on all test images.
-At the end all methods are timed in turns with timm's own dense model, decisions included, in a
-process that does nothing else; nothing else should run on the machine then. With ``--no-speed``
-this is left for later: the same call without it then only times what has no speed yet.
+At the end all methods are timed, decisions included, in turns with timm's own dense model and with
+our runtime with nothing pruned. All run on the kernels of that runtime. They are timed in a process
+that does nothing else; nothing else should run on the machine then. With ``--no-speed`` this is
+left for later: the same call without it then only times what has no speed yet.
 
 OUT/records.jsonl gets a line for each method, seed and point as soon as it is measured, and a
 killed comparison goes on where it stood. All records of a folder come from one commit and one
@@ -243,7 +244,7 @@ def table(methods: Iterable[tuple[str, pd.DataFrame]], with_speeds: bool = True)
 
     Args:
         methods: title and records of each.
-        with_speeds: show how many times as fast as dense each is.
+        with_speeds: show how many times as fast each is, see ``speed_cell``.
     """
     methods = list(methods)
     points = sorted({point for _, rows in methods for point in rows["point"]})
@@ -258,8 +259,7 @@ def table(methods: Iterable[tuple[str, pd.DataFrame]], with_speeds: bool = True)
             percent = (100 * group["accuracy"]).tolist()
             cell = mean_and_interval(percent) if percent else "not reached"
             accuracies.append(cell + (f", {len(group)} seeds" if 0 < len(group) < most else ""))
-            timed = group["speedup"].dropna().tolist() if with_speeds else []
-            speeds.append(mean_and_interval(timed, unit="x") if timed else "")
+            speeds.append(speed_cell(group) if with_speeds else "")
         if most == 1:
             cells = zip(accuracies[1:], speeds[1:], strict=True)
             lines.append([title, *(", ".join(filter(None, cell)) for cell in cells)])
@@ -268,6 +268,17 @@ def table(methods: Iterable[tuple[str, pd.DataFrame]], with_speeds: bool = True)
     first, *others = (f"at {point:.0%}" for point in points)
     found = markdown_table(["method", f"{first} of dense GMACs", *others], lines)
     return "\n".join([found, *([""] if elsewhere else []), *elsewhere])
+
+
+def speed_cell(rows: pd.DataFrame) -> str:
+    """How many times as fast as timm's dense model these records are and, in brackets, as our own
+    runtime with nothing pruned; empty where they were not timed.
+    """
+    cells = []
+    for field in ("speedup", "speedup_same_kernels"):
+        timed = rows[field].dropna().tolist() if field in rows else []
+        cells += [mean_and_interval(timed, unit="x")] if timed else []
+    return cells[0] + "".join(f" ({cell})" for cell in cells[1:]) if cells else ""
 
 
 def points_of_their_own(title: str, rows: pd.DataFrame) -> Iterator[str]:

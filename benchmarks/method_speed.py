@@ -1,12 +1,17 @@
-"""The speed of compared methods over timm's dense model."""
+"""The speed of compared methods over timm's dense model, and over our own runtime with nothing
+pruned, which has the kernels that all methods run on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
+from prunevit.agents.policies.heuristics import KeepAll
+from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.benchmarks.methods.registry import METHODS
 from prunevit.benchmarks.protocol import Benchmark
 from prunevit.benchmarks.records import Records, command, origin
@@ -18,13 +23,15 @@ SPEED_ROUNDS = 9
 
 
 def time_untimed(field: Sequence[tuple[str, int]], records: Records, bench: Benchmark) -> None:
-    """Writes into the records without a speed how many times faster than timm's dense model they
-    are, at batches of ``SPEED_BATCH``. Trains and judges nothing. An upper bound has no speed, and
-    neither has a learned method whose run is gone.
+    """Writes into the records without a speed how many times as fast as both baselines they are, at
+    batches of ``SPEED_BATCH``. Trains and judges nothing. An upper bound has no speed, and neither
+    has a learned method whose run is gone.
     """
+    baselines = {"dense": bench.model, "unpruned": PrunedViT(bench.backbone, KeepAll())}
     # evenly spread; some of them twice where there are fewer
     chosen = [i * len(bench.test) // SPEED_IMAGES for i in range(SPEED_IMAGES)]
     pixels = bench.test.load(chosen)[0].to(bench.backbone.device)
+    begun = datetime.now(UTC).isoformat(timespec="seconds")  # the same for all of a process
     with TimingProcess() as process:
         for name, seed in field:
             found = (records.find(name, seed, point) for point in bench.task.points)
@@ -37,11 +44,11 @@ def time_untimed(field: Sequence[tuple[str, int]], records: Records, bench: Benc
             except ValueError as error:
                 print(f"{name}, seed {seed} can't be timed: {error}", flush=True)
                 continue
-            turns = {"dense": bench.model} | models
-            timings = process.time_models(turns, pixels, SPEED_BATCH, SPEED_ROUNDS)
+            timings = process.time_models(baselines | models, pixels, SPEED_BATCH, SPEED_ROUNDS)
             for key in models:
                 rows[key]["speedup"] = speedup(timings["dense"], timings[key])
-                rows[key].update(where(bench), speed_command=command())
+                rows[key]["speedup_same_kernels"] = speedup(timings["unpruned"], timings[key])
+                rows[key].update(where(bench), speed_command=command(), timed=begun)
             records.save()
             said = ", ".join(f"{rows[key]['speedup']:.2f}x" for key in models)
             print(f"{name}, seed {seed}: {said}", flush=True)

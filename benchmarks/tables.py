@@ -149,13 +149,20 @@ def throughput() -> str:
         for model, file in files.items()
         for row in load(file)
     }
-    columns = [(model, batch) for model in files for batch in (1, 32)]
+    speeds = {"speedup": "", "speedup_same_kernels": ", over ours unpruned"}
+    columns = [
+        (model, batch, field)
+        for model in files
+        for batch in (1, 32)
+        for field in speeds
+        if field in rows[model, batch, "packed"]
+    ]
     lines = [
         [title, ", ".join(f"{rows[model, 32, variant]['gmacs']:.2f}" for model in files)]
-        + [f"{rows[*column, variant]['speedup']:.2f}x" for column in columns]
+        + [f"{rows[model, batch, variant][field]:.2f}x" for model, batch, field in columns]
         for variant, title in VARIANTS.items()
     ]
-    header = [f"{model}, batch {batch}" for model, batch in columns]
+    header = [f"{model}, batch {batch}{speeds[field]}" for model, batch, field in columns]
     return markdown_table(["variant", "GMACs", *header], lines)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunevit.agents.pruned_vit import Trace
-from prunevit.benchmarks.baselines.timm_parts import check_plain
+from prunevit.benchmarks.baselines.timm_parts import check_plain, chunks
 from prunevit.envs.vit.attention import attention_received
 from prunevit.envs.vit.execution import run_blocks
 from prunevit.envs.vit.layout import Layout
@@ -125,7 +125,8 @@ class ATS(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]."""
-        return self.trace(images).logits
+        parts = chunks(self.backbone.model, images)
+        return torch.cat([self.trace(part).logits for part in parts])
 
     def trace(self, images: Tensor) -> Trace:
         """Classifies images, and reports which patches survived and what it cost."""

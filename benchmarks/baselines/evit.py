@@ -19,8 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunevit.benchmarks.baselines.timm_parts import attend, check_plain, embed, pass_counter
-from prunevit.envs.vit.timm_models.heads import pools_tokens
+from prunevit.benchmarks.baselines.timm_parts import (
+    attend,
+    check_plain,
+    chunks,
+    embed,
+    feed_forward,
+    pass_counter,
+    run_block,
+)
+from prunevit.envs.vit.timm_models.heads import classify_prefix, pools_tokens
 from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
 
 
@@ -112,10 +120,13 @@ class EViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]."""
+        return torch.cat([self._logits(chunk) for chunk in chunks(self.model, images)])
+
+    def _logits(self, images: Tensor) -> Tensor:
         x = embed(self.model, images)
         for i, block in enumerate(self.model.blocks):
-            x = self._block(block, x, self.tokens[i]) if i in self.tokens else block(x)
-        return self.model.forward_head(self.model.norm(x))
+            x = self._block(block, x, self.tokens[i]) if i in self.tokens else run_block(block, x)
+        return classify_prefix(self.model, x[:, : self.model.num_prefix_tokens])
 
     def _block(self, block: Any, x: Tensor, count: int) -> Tensor:
         prefix = self.model.num_prefix_tokens
@@ -125,7 +136,7 @@ class EViT(nn.Module):
         paid = scores.softmax(-1).mean(1)[:, prefix:]
         patches = reorganise(x[:, prefix:], paid, count, self.with_fused)
         x = torch.cat([x[:, :prefix], patches], dim=1)
-        return x + block.ls2(block.mlp(block.norm2(x)))
+        return feed_forward(block, x)
 
 
 def macs_counter(

@@ -6,6 +6,7 @@ masked, and timm's blocks run on their dense path.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -14,14 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from prunevit.agents.policies.policy import Policy
-from prunevit.benchmarks.baselines.timm_parts import attend, check_plain, embed
+from prunevit.benchmarks.baselines.timm_parts import (
+    attend,
+    check_plain,
+    chunks,
+    embed,
+    feed_forward,
+    run_block,
+)
 from prunevit.envs.observations import View
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.tokens import Tokens
 
 
 class PaddedViT(nn.Module):
-    """As ``PrunedViT``, but timm's blocks run on rectangles of tokens with the padding masked.
+    """As ``PrunedViT``, but blocks run on rectangles of tokens with the padding masked.
 
     Args:
         backbone: says where the stages stand; its model is run, its execution is not used.
@@ -40,7 +48,8 @@ class PaddedViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]."""
         backbone, policy = self.backbone, self.policy
-        x = embed(backbone.model, images)
+        model = backbone.model
+        x = torch.cat([embed(model, chunk) for chunk in chunks(model, images)])
         batch, slots, _ = x.shape
         tokens = Tokens(
             x=x.flatten(0, 1),
@@ -64,25 +73,39 @@ class PaddedViT(nn.Module):
     def _run(
         self, tokens: Tokens, mask: Tensor | None, start: int, stop: int, with_attention: bool
     ) -> Tokens:
-        x = tokens.x.unflatten(0, (len(tokens.alive), -1))
+        parts = chunks(self.backbone.model, tokens.x.unflatten(0, (len(tokens.alive), -1)))
+        masks: Sequence[Tensor | None] = [None] * len(parts)
+        if mask is not None:
+            masks = mask.tensor_split(len(parts))
+        ran = [
+            self._run_chunk(*part, start, stop, with_attention)
+            for part in zip(parts, masks, strict=True)
+        ]
+        paid = [received.flatten() for _, received in ran if received is not None]
+        return replace(
+            tokens,
+            x=torch.cat([x.flatten(0, 1) for x, _ in ran]),
+            attention=torch.cat(paid) if paid else None,
+        )
+
+    def _run_chunk(
+        self, x: Tensor, mask: Tensor | None, start: int, stop: int, with_attention: bool
+    ) -> tuple[Tensor, Tensor | None]:
         paid = None
         for i in range(start, stop):
             block = self.backbone.model.blocks[i]
             if with_attention and i == stop - 1:
                 x, paid = self._observed_block(block, x, mask)
             else:
-                x = block(x, attn_mask=mask)
-        return replace(
-            tokens, x=x.flatten(0, 1), attention=None if paid is None else paid.flatten()
-        )
+                x = run_block(block, x, mask)
+        return x, paid
 
     def _observed_block(self, block: Any, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """timm's block, and what the class token paid each place, [B, L]: queries and keys are
         computed once for both.
         """
         mixed, q, k = attend(block.attn, block.norm1(x), mask)
-        x = x + block.ls1(mixed)
-        x = x + block.ls2(block.mlp(block.norm2(x)))
+        x = feed_forward(block, x + block.ls1(mixed))
         scores = (k @ self._query(q, mask)[..., None]).squeeze(-1) * block.attn.scale
         if mask is not None:
             scores = scores.masked_fill(~mask[:, 0], -torch.inf)

@@ -1,4 +1,8 @@
-"""Parts of timm's VisionTransformer that peers need with their insides visible."""
+"""Parts of timm's VisionTransformer that peers need with their insides visible.
+
+Peers run on the kernels that ours runs on: few rows go through oneDNN's linear layers, and large
+batches pass in chunks that fit a CPU's caches.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from prunevit.envs.vit.execution import num_chunks
+from prunevit.envs.vit.onednn_linear import linear, mlp, uses_onednn
 from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
+from prunevit.envs.vit.untouched import is_untouched
 
 
 def check_plain(model: Any) -> Any:
@@ -51,14 +58,37 @@ def attend(attn: Any, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, T
     Returns:
         output [B, L, D], queries and keys [B, heads, L, head_dim].
     """
-    qkv = attn.qkv(x).unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
-    q, k, v = qkv.unbind(0)
+    qkv = linear(attn.qkv, x).unflatten(2, (3, attn.num_heads, attn.head_dim))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     q, k = attn.q_norm(q), attn.k_norm(k)
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     mixed = attn.norm(mixed.transpose(1, 2).flatten(2))
     if getattr(attn, "gate", None) is not None:
         mixed = mixed * attn.gate(x).sigmoid()
-    return attn.proj(mixed), q, k
+    return linear(attn.proj, mixed), q, k
+
+
+def feed_forward(block: Any, x: Tensor) -> Tensor:
+    """The second half of timm's ``Block`` in evaluation mode, residual included."""
+    return x + block.ls2(mlp(block.mlp, block.norm2(x)))
+
+
+def run_block(block: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """timm's ``Block`` in evaluation mode: its own forward pass where oneDNN has nothing to do."""
+    if not (uses_onednn(block.attn.proj, x) and is_untouched(block)):
+        return block(x, attn_mask=mask)
+    return feed_forward(block, x + block.ls1(attend(block.attn, block.norm1(x), mask)[0]))
+
+
+def chunks(model: Any, x: Tensor) -> Sequence[Tensor]:
+    """The images of a large batch in chunks, where ``StagedViT`` would take chunks too.
+
+    Args:
+        model: timm's model.
+        x: images [B, C, H, W], or their tokens [B, L, D].
+    """
+    slots = model.num_prefix_tokens + model.patch_embed.num_patches if x.dim() == 4 else x.shape[1]
+    return x.tensor_split(num_chunks(model, len(x) * slots, len(x), torch_compile=False))
 
 
 def pass_counter(

@@ -21,7 +21,15 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prunevit.benchmarks.baselines.timm_parts import attend, check_plain, embed, pass_counter
+from prunevit.benchmarks.baselines.timm_parts import (
+    attend,
+    check_plain,
+    chunks,
+    embed,
+    feed_forward,
+    pass_counter,
+)
+from prunevit.envs.vit.timm_models.heads import classify_prefix
 from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
 
 POOLINGS = ("token", "avg", "map")
@@ -125,11 +133,14 @@ class ToMeViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]."""
+        return torch.cat([self._logits(chunk) for chunk in chunks(self.model, images)])
+
+    def _logits(self, images: Tensor) -> Tensor:
         x = embed(self.model, images)
         size: Tensor | None = None  # until something has merged all are 1
         for block, wanted in zip(self.model.blocks, self.merges, strict=True):
             x, size = self._block(block, x, size, wanted)
-        return self._head(self.model.norm(x), size)
+        return self._head(x, size)
 
     def _block(
         self, block: Any, x: Tensor, size: Tensor | None, wanted: int
@@ -144,11 +155,14 @@ class ToMeViT(nn.Module):
             patches, patch_size = merge(x[:, prefix:], size[:, prefix:], prefix, matching)
             x = torch.cat([x[:, :prefix], patches], dim=1)
             size = torch.cat([size[:, :prefix], patch_size], dim=1)
-        return x + block.ls2(block.mlp(block.norm2(x))), size
+        return feed_forward(block, x), size
 
     def _head(self, x: Tensor, size: Tensor | None) -> Tensor:
         model = self.model
-        if self._reads_prefix_alone or size is None:
+        if self._reads_prefix_alone:
+            return classify_prefix(model, x[:, : model.num_prefix_tokens])
+        x = model.norm(x)
+        if size is None:
             return model.forward_head(x)
         if not model.pool_include_prefix:
             x, size = x[:, model.num_prefix_tokens :], size[:, model.num_prefix_tokens :]

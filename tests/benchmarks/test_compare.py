@@ -267,8 +267,9 @@ def test_speeds_come_later_without_training_or_judging(tmp_path, monkeypatch):
         turns.append(list(models))
         assert models["dense"] is not models["0.9"]
         assert isinstance(models["0.9"], PrunedViT)
-        # dense takes 1 s, the others as long as their point says
-        passes = {name: 1.0 if name == "dense" else float(name) for name in models}
+        # dense takes 1 s, ours unpruned 0.95 s, the others as long as their point says
+        baselines = {"dense": 1.0, "unpruned": 0.95}
+        passes = {name: baselines.get(name) or float(name) for name in models}
         return {name: Timing([seconds] * rounds) for name, seconds in passes.items()}
 
     monkeypatch.setattr(method_speed.TimingProcess, "time_models", time_models)
@@ -279,12 +280,15 @@ def test_speeds_come_later_without_training_or_judging(tmp_path, monkeypatch):
     for before, after in zip(known, map(dict, timed), strict=True):
         called = command() if after["speedup"] is not None else None
         assert after.pop("speed_command", None) == called
+        same_kernels = after.pop("speedup_same_kernels", None)
+        assert same_kernels == pytest.approx(after["speedup"] and 0.95 * after["speedup"])
+        assert ("+00:00" in after.pop("timed", "")) == (called is not None)
         assert before == after | {"speedup": None}
     speeds = {(row["method"], row["point"]): row["speedup"] for row in timed}
     assert speeds["attention", 0.9] == pytest.approx(1 / 0.9)
     assert speeds["attention", 0.8] == pytest.approx(1 / 0.8)
     assert speeds["oracle", 0.9] is None  # a search has no speed
-    assert turns == [["dense", "0.9", "0.8"]]
+    assert turns == [["dense", "unpruned", "0.9", "0.8"]]
     turns.clear()
     assert compare(replace(config, speed=True)) == timed
     assert not turns

@@ -45,6 +45,8 @@ def test_one_seed_has_its_speed_in_the_same_cell():
     rows = [record(0.3, 0.9, 2.0), record(0.5, 0.95), record(0.7, 0.95, 1.5)]
     assert cells(rows)[2] == ["M", "90.00, 2.00x", "95.00", "95.00, 1.50x"]
     assert cells(rows, with_speeds=False)[2] == ["M", "90.00", "95.00", "95.00"]
+    rows[0]["speedup_same_kernels"] = 1.8
+    assert cells(rows)[2] == ["M", "90.00, 2.00x (1.80x)", "95.00", "95.00, 1.50x"]
 
 
 def test_seeds_have_means_and_their_speeds_a_row():

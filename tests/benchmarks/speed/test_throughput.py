@@ -291,6 +291,7 @@ def test_records_have_all_keys():
         dense = measured[0][0]
         promised = dense["gmacs"] / record["gmacs"]
         assert record["efficiency"] * promised == pytest.approx(record["speedup"])
+        assert (record["speedup_same_kernels"] == 1) == (record["variant"] == "unpruned")
     assert (dense["variant"], dense["speedup"], dense["efficiency"]) == ("dense", 1, 1)
 
 
@@ -298,6 +299,7 @@ def test_chosen_variants_and_image_sizes():
     config = tiny_config(variants=("packed",), batch_sizes=(2,), image_sizes=(32, 48))
     measured = list(measure(config))
     assert [[row["variant"] for row in group] for group in measured] == [["dense", "packed"]] * 2
+    assert all("over unpruned" not in throughput.table(group) for group in measured)
     assert [group[0]["image_size"] for group in measured] == [32, 48]
     assert measured[0][0]["gmacs"] < measured[1][0]["gmacs"]
 
@@ -314,6 +316,7 @@ def test_the_command_writes_records(tmp_path, monkeypatch, capsys):
     assert len(records) == 14
     assert all(record.keys() >= KEYS for record in records)
     shown = capsys.readouterr().out
+    assert "| over dense | over unpruned | efficiency |" in shown
     assert "test_vit, 64 px, batch 2 (cpu, float32" in shown
     assert shown.count("| packed |") == 2
 
