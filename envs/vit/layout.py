@@ -79,7 +79,7 @@ class Layout:
         """
         if len(lengths) and (lengths == lengths[0]).all():
             return Layout.uniform(len(lengths), int(lengths[0]), width, device)
-        cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+        cu_seqlens = _cumulative(lengths)
         on_device = torch.from_numpy(lengths).to(device)
         edges = _edges(lengths, width, device)
         buckets = _buckets(lengths, edges)
@@ -121,16 +121,11 @@ class Layout:
         Returns:
             the rows of each chunk, and their layout.
         """
-        cu_seqlens = np.concatenate([[0], np.cumsum(self.lengths)])
+        cu_seqlens = _cumulative(self.lengths)
         ideal = np.linspace(0, cu_seqlens[-1], count + 1)
-        edges = np.unique(np.searchsorted(cu_seqlens, ideal))
-        return [
-            (
-                slice(int(cu_seqlens[first]), int(cu_seqlens[last])),
-                Layout.of(self.lengths[first:last], self.width, self.starts.device),
-            )
-            for first, last in pairwise(edges)
-        ]
+        parts = self._cut_at(np.unique(np.searchsorted(cu_seqlens, ideal)))
+        device = self.starts.device
+        return [(rows, Layout.of(lengths, self.width, device)) for rows, lengths in parts]
 
     def groups(self) -> list[tuple[slice, int, int]]:
         """Splits the images into runs of one length.
@@ -138,16 +133,15 @@ class Layout:
         Returns:
             of each run its rows, its number of images, and their length.
         """
-        cu_seqlens = np.concatenate([[0], np.cumsum(self.lengths)])
-        edges = _cut(self.lengths, 1) if len(self.lengths) else np.zeros(0, np.int64)
-        return [
-            (
-                slice(int(cu_seqlens[first]), int(cu_seqlens[last])),
-                int(last - first),
-                int(self.lengths[first]),
-            )
-            for first, last in pairwise(edges)
-        ]
+        if not len(self.lengths):
+            return []
+        parts = self._cut_at(_cut(self.lengths, 1))
+        return [(rows, len(lengths), int(lengths[0])) for rows, lengths in parts]
+
+    def _cut_at(self, edges: NDArray[np.int64]) -> list[tuple[slice, NDArray[np.int64]]]:
+        """Rows and lengths of the images between each two of ``edges``, numbers of images."""
+        ends = _cumulative(self.lengths).tolist()
+        return [(slice(ends[i], ends[j]), self.lengths[i:j]) for i, j in pairwise(edges.tolist())]
 
     def mean(self, rows: Tensor) -> Tensor:
         """Averages over each image's rows: [S, ...] -> [B, ...]."""
@@ -183,6 +177,11 @@ class Layout:
         )
         kept = torch.from_numpy(np.flatnonzero(place >= count)).to(rows.device)
         return rows.index_select(0, kept), Layout.of(self.lengths - count, self.width, rows.device)
+
+
+def _cumulative(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The row at which each image begins, and the number of rows at the end."""
+    return np.concatenate([[0], np.cumsum(lengths)])
 
 
 def _image_of_row(images: int, length: int, device: torch.device) -> Tensor:
