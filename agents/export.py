@@ -75,14 +75,8 @@ class OneImage(nn.Module):
         x, rotary = backbone.ops.embed(backbone.model, image)
         if rotary is not None:
             raise ExportError("a backbone that rotates positions can't be exported")
-        slots = backbone.num_slots
-        tokens = Tokens(
-            x=x[0],
-            alive=torch.ones(1, slots, dtype=torch.bool, device=x.device),
-            row=torch.arange(slots, device=x.device),
-            layout=None,
-            attention=None,
-        )
+        everyone = torch.ones(1, backbone.num_slots, dtype=torch.bool, device=x.device)
+        tokens = Tokens.of_slots(x, everyone)
         edges = (0, *backbone.prune_before, backbone.depth)
         for stage, (start, stop) in enumerate(pairwise(edges)):
             last = stage == backbone.num_stages

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor
@@ -17,6 +16,7 @@ from prunevit.envs.vit.layout import Layout
 from prunevit.envs.vit.onednn_linear import linear, uses_onednn
 from prunevit.envs.vit.timm_models.ops import ModelOps
 from prunevit.envs.vit.timm_models.rope import RotaryEmbedding
+from prunevit.envs.vit.tokens import slots_by_length
 
 
 def packed_block(
@@ -213,16 +213,11 @@ def timm_block_on_slots(
     That code would see pruned tokens, which a mask hides from timm's attention alone. So the block
     runs on the survivors, and the slots of pruned tokens stay as they were.
     """
-    lengths = alive.sum(1).cpu().numpy()
-    order = np.argsort(lengths, kind="stable")
-    place = torch.from_numpy(order).to(alive.device)
-    image, position = alive[place].nonzero(as_tuple=True)
-    slot = place[image] * alive.shape[1] + position
-    layout = Layout.of(lengths[order], block.attn.num_heads * block.attn.head_dim, alive.device)
-    of_rows = rotary.take(position) if rotary else None
-    out, received = timm_block(
-        ops, block, x.index_select(0, slot), layout, of_rows, num_query_tokens
-    )
+    slot, lengths = slots_by_length(alive, alive.sum(1).cpu().numpy())
+    layout = Layout.of(lengths, block.attn.num_heads * block.attn.head_dim, alive.device)
+    of_rows = rotary.take(slot % alive.shape[1]) if rotary else None
+    rows = x.index_select(0, slot)
+    out, received = timm_block(ops, block, rows, layout, of_rows, num_query_tokens)
     if received is not None:
         received = received.new_zeros(len(x)).index_copy(0, slot, received)
     return x.to(out.dtype).index_copy(0, slot, out), received
@@ -251,15 +246,11 @@ def masked_attention_received(
     """
     source = ops.steps(block).pre_attention(block, images)
     q, k, _ = ops.project(block, source, rope)
-    query = _masked_query(q, alive, num_query_tokens)
+    if num_query_tokens:
+        query = q[:, :num_query_tokens].mean(1)  # [B, heads, head_dim]
+    else:
+        weight = alive.float()[..., None, None]  # in half precision sums would overflow
+        query = ((q * weight).sum(1) / weight.sum(1)).to(q.dtype)
     scores = torch.einsum("bhd,blhd->bhl", query, k) * block.attn.scale
     scores = scores.masked_fill(~alive[:, None, :], -torch.inf)
     return scores.softmax(-1).mean(1)
-
-
-def _masked_query(q: Tensor, alive: Tensor, num_query_tokens: int) -> Tensor:
-    """The mean query of each image's query tokens: [B, L, heads, size] -> [B, heads, size]."""
-    if num_query_tokens:
-        return q[:, :num_query_tokens].mean(1)
-    weight = alive.float()[..., None, None]  # in half precision sums would overflow
-    return ((q * weight).sum(1) / weight.sum(1)).to(q.dtype)

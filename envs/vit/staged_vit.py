@@ -92,6 +92,7 @@ class StagedViT(nn.Module):
         self._torch_compile = torch_compile
         self.depth = len(self.model.blocks)
         self.prune_before = _check_stages(prune_before, self.depth)
+        self._edges = (*self.prune_before, self.depth)
         self.width: int = self.model.embed_dim
         self.num_prefix: int = self.model.num_prefix_tokens
         self.num_patches: int = self.model.patch_embed.num_patches
@@ -203,7 +204,6 @@ class StagedViT(nn.Module):
             alive=alive,
             row=torch.arange(alive.numel(), device=x.device),
             layout=layout,
-            attention=None,
             rotary=rotary.of_images(batch, layout is not None) if rotary else None,
         )
 
@@ -234,14 +234,9 @@ class StagedViT(nn.Module):
             stage: 0-based stage at which ``keep`` was decided.
             with_attention: fill ``Tokens.attention`` for the next stage.
         """
-        last = stage + 1 == self.num_stages
-        stop = self.depth if last else self.prune_before[stage + 1]
-        return self._run(
-            partial(self.prune, tokens, keep),
-            self.prune_before[stage],
-            stop,
-            with_attention and not last,
-        )
+        start, stop = self._edges[stage : stage + 2]
+        make = partial(self.prune, tokens, keep)
+        return self._run(make, start, stop, with_attention and stage + 1 < self.num_stages)
 
     @torch.compiler.disable
     def prune(self, tokens: Tokens, keep: Tensor) -> Tokens:
@@ -328,15 +323,8 @@ class StagedViT(nn.Module):
             return self.model.forward_head(features, pre_logits=pre_logits)
         alive = features.ne(0).any(2)
         if not is_head_untouched(self.model):
-            tokens = Tokens(
-                x=features.flatten(0, 1),
-                alive=alive,
-                row=torch.arange(alive.numel(), device=alive.device),
-                layout=None,
-                attention=None,
-            )
             head = partial(self.model.forward_head, pre_logits=pre_logits)
-            return self._by_length(tokens, head)
+            return self._by_length(Tokens.of_slots(features, alive), head)
         lengths = alive.sum(1).cpu().numpy()
         layout = Layout.of(lengths, attention_width(self.model), features.device)
         return classify_pooled(self.model, features[alive], layout, pre_logits)
@@ -358,12 +346,10 @@ class StagedViT(nn.Module):
 
     def uniform_macs(self, tokens: Sequence[int], with_attention: bool = True) -> int:
         """Multiply-accumulates of an image that keeps ``tokens[t]`` patches at each stage t."""
-        edges = (0, *self.prune_before, self.depth)
         least = int(self.keeps_last_patch)
         alive = [self.num_slots, *(self.num_prefix + max(kept, least) for kept in tokens)]
         spent = self._macs.embed + self._macs.head(alive[-1])
-        for stage, count in enumerate(alive):
-            start, stop = edges[stage], edges[stage + 1]
+        for count, (start, stop) in zip(alive, pairwise((0, *self._edges)), strict=True):
             spent += self._macs.blocks(count, start, stop)
             if with_attention and stop > start and stop < self.depth:
                 spent += self._macs.attention_received(count)
@@ -379,9 +365,8 @@ class StagedViT(nn.Module):
         Returns:
             int64 of the same shape.
         """
-        last = stage + 1 == self.num_stages
-        stop = self.depth if last else self.prune_before[stage + 1]
-        return self._macs.blocks(alive_patches + self.num_prefix, self.prune_before[stage], stop)
+        start, stop = self._edges[stage : stage + 2]
+        return self._macs.blocks(alive_patches + self.num_prefix, start, stop)
 
     @torch.compiler.disable(recursive=False)
     def _run(

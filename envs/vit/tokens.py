@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from prunevit.envs.vit.layout import Layout
@@ -52,10 +53,20 @@ class Tokens:
     x: Tensor
     alive: Tensor
     row: Tensor
-    layout: Layout | None
-    attention: Tensor | None
+    layout: Layout | None = None
+    attention: Tensor | None = None
     segments: tuple[Segment, ...] = ()
     rotary: RotaryEmbedding | None = None
+
+    @staticmethod
+    def of_slots(x: Tensor, alive: Tensor) -> Tokens:
+        """Tokens of images that have a row for each slot.
+
+        Args:
+            x: [B, L, D].
+            alive: bool [B, L].
+        """
+        return Tokens(x.flatten(0, 1), alive, torch.arange(alive.numel(), device=x.device))
 
     def repeat(self, times: int) -> Tokens:
         """Repeats each image ``times`` times, copies next to each other.
@@ -87,55 +98,46 @@ def remove_tokens(tokens: Tokens, alive: Tensor) -> Tokens:
     """
     if tokens.layout is None:
         return replace(tokens, alive=alive, attention=None)
-    if len(alive) == 1:
-        return _remove_from_one_image(tokens, alive)
-    slots = alive.shape[1]
-    lengths = alive.sum(1).cpu().numpy()
-    before = tokens.layout.lengths
-    if len(lengths) == len(before) and lengths.sum() == before.sum():
+    if len(alive) == 1:  # the fewest operations: here each of them counts
+        slot = alive.view(-1).nonzero().squeeze(1)
+        lengths = np.array([len(slot)])
+    else:
+        lengths = alive.sum(1).cpu().numpy()
+    images, before, width = len(lengths), tokens.layout.lengths, tokens.layout.width
+    if images == len(before) and lengths.sum() == before.sum():
         return replace(tokens, attention=None)  # nothing was pruned
     if (lengths == lengths[:1]).all():
         # images of one length stay in the order of the batch, their tokens in that of the slots
-        images, length = len(lengths), int(lengths[0])
-        layout = Layout.uniform(images, length, tokens.layout.width, alive.device)
-        slot = nonzero(alive.view(1, -1), int(lengths.sum()))[1]
+        layout = Layout.uniform(images, int(lengths[0]), width, alive.device)
+        if images > 1:
+            slot = nonzero(alive.view(1, -1), int(lengths.sum()))[1]
         row = alive.view(-1).cumsum(0) - 1
     else:
-        order = np.argsort(lengths, kind="stable")
-        layout = Layout.of(lengths[order], tokens.layout.width, alive.device)
-        # slots of the survivors in packed order: images by length, tokens by position
-        place = torch.from_numpy(order).to(alive.device)
-        image, position = nonzero(alive[place], int(lengths.sum()))
-        slot = place[image] * slots + position
+        slot, lengths = slots_by_length(alive, lengths)
+        layout = Layout.of(lengths, width, alive.device)
         row = torch.zeros_like(tokens.row)
         row[slot] = torch.arange(len(slot), device=slot.device)
-    rotary = tokens.rotary.take(slot % slots) if tokens.rotary else None
-    return Tokens(
-        x=tokens.x.index_select(0, tokens.row[slot]),
-        alive=alive,
-        row=row,
-        layout=layout,
-        attention=None,
-        segments=tokens.segments,
-        rotary=rotary,
-    )
-
-
-def _remove_from_one_image(tokens: Tokens, alive: Tensor) -> Tokens:
-    """``remove_tokens`` for a batch of one, whose rows are in the order of their slots."""
-    assert tokens.layout is not None
-    slot = alive.view(-1).nonzero().squeeze(1)
-    if len(slot) == tokens.layout.uniform_length:
-        return replace(tokens, attention=None)
     return Tokens(
         x=tokens.x.index_select(0, tokens.row.index_select(0, slot)),
         alive=alive,
-        row=alive.view(-1).cumsum(0) - 1,
-        layout=Layout.uniform(1, len(slot), tokens.layout.width, alive.device),
-        attention=None,
+        row=row,
+        layout=layout,
         segments=tokens.segments,
-        rotary=tokens.rotary.take(slot) if tokens.rotary else None,
+        rotary=tokens.rotary.take(slot % alive.shape[1]) if tokens.rotary else None,
     )
+
+
+def slots_by_length(alive: Tensor, lengths: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
+    """Slots of the survivors, images with fewer of them first, and the lengths in that order.
+
+    Args:
+        alive: bool [B, L].
+        lengths: number of survivors of each image, int64 [B].
+    """
+    order = np.argsort(lengths, kind="stable")
+    place = torch.from_numpy(order).to(alive.device)
+    image, position = nonzero(alive[place], int(lengths.sum()))
+    return place[image] * alive.shape[1] + position, lengths[order]
 
 
 def nonzero(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
