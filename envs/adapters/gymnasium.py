@@ -21,22 +21,10 @@ from torch import Tensor
 from prunevit.envs.adapters.common import GameArguments, GameHandle, to_numpy
 from prunevit.envs.batched.infos import episode_infos
 from prunevit.envs.batched.inputs import image_indices, to_actions
-from prunevit.envs.batched.lazy_observations import action_mask
 from prunevit.envs.batched.protocol import Observations
-from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.rendering import EpisodePictures
 
 SAMPLED = 2  # what MultiBinary.sample takes in a mask for a place that is free
-
-
-def _infos(env: BatchedTokenPrune, alive: Tensor, reward: Tensor) -> dict[str, Tensor]:
-    """``episode_infos``, the action mask int8 [B, N] as ``MultiBinary.sample`` takes it, and what
-    the last step paid each agent, float32 [B, N].
-    """
-    return episode_infos(env, env.outcome) | {
-        "action_mask": SAMPLED * alive.to(torch.int8),
-        "agent_rewards": reward,
-    }
 
 
 class TokenPruneGym(gymnasium.Env[Any, NDArray[np.int8]]):
@@ -60,11 +48,10 @@ class TokenPruneGym(gymnasium.Env[Any, NDArray[np.int8]]):
 
     def __init__(self, render_mode: str | None = None, **game: Unpack[GameArguments]) -> None:
         self.render_mode = render_mode
-        self._pictures = EpisodePictures(render_mode, ("rgb_array",))
-        self._held = GameHandle(1, game)
-        self._alive = torch.zeros(1, self._held.env.num_agents, dtype=torch.bool)
-        self.observation_space = _all_tokens(self._held.env)
-        self.action_space = MultiBinary(self._held.env.num_agents)
+        self._batch = TokenPruneVector(1, False, render_mode, AutoresetMode.DISABLED, **game)
+        self.observation_space = self._batch.single_observation_space
+        self.action_space: MultiBinary = self._batch.single_action_space
+        self._alive: NDArray[np.bool_] = np.zeros(self.action_space.n, np.bool_)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -73,12 +60,8 @@ class TokenPruneGym(gymnasium.Env[Any, NDArray[np.int8]]):
         is one.
         """
         super().reset(seed=seed)
-        env = self._held.env
-        observed = env.reset(seed, indices=image_indices(options))
-        self._alive = observed.alive
-        self._pictures.begin(observed.alive)
-        nothing = torch.zeros(observed.alive.shape, dtype=torch.float32, device=env.device)
-        return to_numpy(observed.observation[0]), self._info(observed, nothing)
+        observations, infos = self._batch.reset(seed=seed, options=options)
+        return observations[0], self._first(infos)
 
     def step(
         self, action: ArrayLike
@@ -89,37 +72,29 @@ class TokenPruneGym(gymnasium.Env[Any, NDArray[np.int8]]):
             GameError: no episode is under way.
             ValueError: the action is not N zeros and ones.
         """
-        env = self._held.env
-        transition = env.step(to_actions(action, env.device)[None])
-        self._alive = transition.observations.alive
-        self._pictures.add(env.survivors)
-        return (
-            to_numpy(transition.observations.observation[0]),
-            float(transition.reward.mean()),
-            bool(transition.terminated),
-            False,
-            self._info(transition.observations, transition.reward),
-        )
+        actions = to_actions(action, torch.device("cpu"))[None]
+        observations, reward, terminated, _, infos = self._batch.step(actions)
+        return observations[0], float(reward[0]), bool(terminated[0]), False, self._first(infos)
 
     def action_masks(self) -> NDArray[np.bool_]:
         """The action masks that sb3-contrib's ``MaskablePPO`` asks for, bool [2 N]: for each token
         whether it may prune, which is always so, and whether it may keep.
         """
-        return to_numpy(action_mask(self._alive)[0].flatten())
+        return np.stack([np.ones_like(self._alive), self._alive], axis=1).flatten()
 
     def render(self) -> Any:
         """uint8 [H, W, 3], all pictures of an episode of one size; None without a mode."""
-        env = self._held.env
-        pictures = self._pictures.draw(env.game, env.pixels)
+        pictures = self._batch.render()
         return None if pictures is None else pictures[0]
 
     def close(self) -> None:
-        self._held.close()
+        self._batch.close()
 
-    def _info(self, observed: Observations, reward: Tensor) -> dict[str, Any]:
-        infos = _infos(self._held.env, observed.alive, reward)
-        rows = {name: value[0] for name, value in infos.items()}
-        return {name: row.item() if row.dim() == 0 else to_numpy(row) for name, row in rows.items()}
+    def _first(self, infos: dict[str, Any]) -> dict[str, Any]:
+        """Infos of the one image, numbers as Python's."""
+        self._alive = infos["action_mask"][0] > 0
+        shown = {name: rows[0] for name, rows in infos.items() if name[0] != "_"}
+        return {name: row.item() if row.ndim == 0 else row for name, row in shown.items()}
 
 
 class TokenPruneVector(VectorEnv[Any, Any, Any]):
@@ -165,8 +140,10 @@ class TokenPruneVector(VectorEnv[Any, Any, Any]):
         self._pictures = EpisodePictures(render_mode, ("rgb_array",))
         self._held = GameHandle(num_envs, game)
         self._give: Callable[[Tensor], Any] = _as_it_is if tensors else to_numpy
-        self.single_observation_space = _all_tokens(self._held.env)
-        self.single_action_space = MultiBinary(self._held.env.num_agents)
+        env = self._held.env
+        shape = (env.num_agents, *env.observation_space.shape)
+        self.single_observation_space = Box(-np.inf, np.inf, shape, np.float32)
+        self.single_action_space: MultiBinary = MultiBinary(env.num_agents)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
@@ -187,9 +164,7 @@ class TokenPruneVector(VectorEnv[Any, Any, Any]):
                     f"reset_mask={mask!r}: all {self.num_envs} images begin and end together"
                 )
         observed = self._begin(seed, image_indices(options))
-        nothing = torch.zeros(
-            observed.alive.shape, dtype=torch.float32, device=observed.alive.device
-        )
+        nothing = torch.zeros_like(observed.alive, dtype=torch.float32)
         return self._give(observed.observation), self._infos(observed, nothing)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -240,18 +215,17 @@ class TokenPruneVector(VectorEnv[Any, Any, Any]):
         return observed
 
     def _infos(self, observed: Observations, reward: Tensor) -> dict[str, Any]:
-        shown = _infos(self._held.env, observed.alive, reward)
+        env = self._held.env
+        shown = episode_infos(env, env.outcome) | {
+            "action_mask": SAMPLED * observed.alive.to(torch.int8),
+            "agent_rewards": reward,
+        }
         return self._with_masks({name: self._give(value) for name, value in shown.items()})
 
     def _with_masks(self, infos: dict[str, Any]) -> dict[str, Any]:
         """Adds Gymnasium's mark of which environments have an info: all of them."""
         everywhere = np.ones(self.num_envs, np.bool_)
         return infos | {f"_{name}": everywhere.copy() for name in infos}
-
-
-def _all_tokens(env: BatchedTokenPrune) -> Box:
-    (size,) = env.observation_space.shape
-    return Box(-np.inf, np.inf, (env.num_agents, size), np.float32)
 
 
 def _as_it_is(values: Tensor) -> Tensor:
