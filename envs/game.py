@@ -163,9 +163,7 @@ class TokenGame:
         alive = torch.ones(batch, self.num_agents, dtype=torch.bool, device=labels.device)
         start = View(self.backbone, unrepeated, 0, alphas) if times > 1 else None
         view = View(self.backbone, tokens, 0, alpha, start)
-        return Stage(
-            0, alive, torch.zeros(alive.shape, dtype=torch.float32, device=labels.device), view
-        )
+        return Stage(0, alive, torch.zeros_like(alive, dtype=torch.float32), view)
 
     @torch.no_grad()
     def step(self, keep: Tensor) -> Stage:
@@ -260,9 +258,7 @@ class TokenGame:
 
     def _checked_alphas(self, alpha: Tensor | None, labels: Tensor) -> Tensor:
         if alpha is None:
-            return torch.full(
-                labels.shape, self.reward.alpha, dtype=torch.float32, device=labels.device
-            )
+            return torch.full_like(labels, self.reward.alpha, dtype=torch.float32)
         if alpha.shape != labels.shape:
             raise ValueError(
                 f"alpha of shape {tuple(alpha.shape)}, one for each of {len(labels)} images"

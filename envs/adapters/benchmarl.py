@@ -92,10 +92,10 @@ class TokenPruneTask(TaskClass):
         return env.group_map
 
     def observation_spec(self, env: EnvBase) -> Composite:
-        return _only(env.full_observation_spec_unbatched, (GROUP, "observation"))
+        return _only(env.full_observation_spec_unbatched, GROUP, "observation")
 
     def action_mask_spec(self, env: EnvBase) -> Composite:
-        return _only(env.full_observation_spec_unbatched, (GROUP, "action_mask"))
+        return _only(env.full_observation_spec_unbatched, GROUP, "action_mask")
 
     def state_spec(self, env: EnvBase) -> Composite:
         return _only(env.full_observation_spec_unbatched, "state")
@@ -110,14 +110,7 @@ class TokenPruneTask(TaskClass):
         return [LayerNormObservations()]
 
 
-def _only(spec: Composite, key: str | tuple[str, str]) -> Composite:
+def _only(spec: Composite, name: str, *below: str) -> Composite:
     """``spec`` reduced to one of its leaves."""
-    kept = spec.clone()
-    names = {key} if isinstance(key, str) else {key[0]}
-    for name in set(kept.keys()) - names:
-        del kept[name]
-    if isinstance(key, tuple):
-        group = kept[key[0]]
-        for name in set(group.keys()) - {key[1]}:
-            del group[name]
-    return kept
+    kept = _only(spec[name], *below) if below else spec[name].clone()
+    return Composite({name: kept}, shape=spec.shape, device=spec.device)

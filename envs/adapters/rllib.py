@@ -107,7 +107,17 @@ class _Images:
         ]
 
 
-class TokenPruneMulti(MultiAgentEnv):
+class _Spaces(MultiAgentEnv):
+    """The agents and spaces that RLlib asks each environment of a vector for."""
+
+    def __init__(self, images: _Images) -> None:
+        super().__init__()
+        self.possible_agents = self.agents = images.agents
+        self.observation_spaces = images.observation_spaces
+        self.action_spaces = images.action_spaces
+
+
+class TokenPruneMulti(_Spaces):
     """One image an episode, with rewards of all tokens and observations of those alive.
 
     Infos have ``correct`` and ``gmacs`` at the end, under ``__common__``.
@@ -117,11 +127,8 @@ class TokenPruneMulti(MultiAgentEnv):
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
-        super().__init__()
         self._images = _Images(1, config or {})
-        self.possible_agents = self.agents = self._images.agents
-        self.observation_spaces = self._images.observation_spaces
-        self.action_spaces = self._images.action_spaces
+        super().__init__(self._images)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -138,16 +145,6 @@ class TokenPruneMulti(MultiAgentEnv):
 
     def close(self) -> None:
         self._images.held.close()
-
-
-class _Spaces(MultiAgentEnv):
-    """The agents and spaces that RLlib asks each environment of a vector for."""
-
-    def __init__(self, images: _Images) -> None:
-        super().__init__()
-        self.possible_agents = self.agents = images.agents
-        self.observation_spaces = images.observation_spaces
-        self.action_spaces = images.action_spaces
 
 
 class TokenPruneMultiVector(VectorMultiAgentEnv):

@@ -116,8 +116,9 @@ class TokenVecEnv(VecEnv):
         self._alive = observed.alive
         self._returns = self._returns + transition.reward
         over = env.outcome is not None
-        self._token_actions.record(to_numpy(acted.flatten()))
-        if over and not self._warned and not self._token_actions.is_read and not acted.all():
+        space = self._token_actions
+        space.record(to_numpy(acted.flatten()))
+        if over and not self._warned and not space.is_read and not acted.all():
             self._warned = True
             warnings.warn(LEARNS_FROM_THE_PRUNED, stacklevel=2)
         infos = self._last_infos(acted) if over else _marked(acted, {})
@@ -159,9 +160,7 @@ class TokenVecEnv(VecEnv):
     def _begin(self, seed: int | None, indices: Any) -> Observations:
         observed = self._held.env.reset(seed, indices=indices)
         self._alive = observed.alive
-        self._returns = torch.zeros(
-            observed.alive.shape, dtype=torch.float32, device=observed.alive.device
-        )
+        self._returns = torch.zeros_like(observed.alive, dtype=torch.float32)
         return observed
 
     def _rows(self, values: Tensor) -> NDArray[Any]:
@@ -219,11 +218,6 @@ class TokenRolloutBuffer(RolloutBuffer):
         self._living: NDArray[np.bool_] = np.zeros((self.buffer_size, self.n_envs), bool)
         super().reset()
 
-    def _is_known(self, space: TokenActions) -> bool:
-        """Whether the last step of ``space`` was added already."""
-        known, steps = self._last_step
-        return known is space and steps == space.steps
-
     def add(self, *args: Any, **kwargs: Any) -> None:
         """Adds a step as SB3 does.
 
@@ -231,8 +225,8 @@ class TokenRolloutBuffer(RolloutBuffer):
             ValueError: the step was not taken in the environment whose action space this buffer
                 has, so that it is not known who decided.
         """
-        space = self.action_space
-        if not isinstance(space, TokenActions) or self._is_known(space):
+        space, (known, steps) = self.action_space, self._last_step
+        if not isinstance(space, TokenActions) or (known is space and steps == space.steps):
             raise ValueError(
                 "this buffer asks the action space of a TokenVecEnv which tokens decided, but its "
                 "own is another one: after load() or set_env(), set "

@@ -8,6 +8,7 @@ zeros, may only prune, and still gets rewards. Its ``mask`` is False, as in Torc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Unpack
 
 import torch
@@ -147,29 +148,25 @@ class TokenPruneTorchRL(EnvBase):
         batch, device = tuple(self.batch_size), self.device
         agents = (*batch, env.num_agents)
 
-        def real(*shape: int) -> Unbounded:
-            return Unbounded(shape=shape, device=device, dtype=torch.float32)
-
-        def flags(*shape: int) -> Categorical:
-            return Categorical(2, shape=shape, device=device, dtype=torch.bool)
-
-        def numbers(*shape: int) -> Unbounded:
-            return Unbounded(shape=shape, device=device, dtype=torch.int64)
+        real = partial(Unbounded, device=device, dtype=torch.float32)
+        numbers = partial(Unbounded, device=device, dtype=torch.int64)
+        flags = partial(Categorical, 2, device=device, dtype=torch.bool)
 
         def of_group(**specs: Any) -> Composite:
             return Composite({GROUP: Composite(specs, shape=agents, device=device)}, shape=batch)
 
         seen = of_group(
-            observation=real(*agents, *env.observation_space.shape),
-            action_mask=flags(*agents, int(env.action_space.n)),
-            mask=flags(*agents),
+            observation=real(shape=(*agents, *env.observation_space.shape)),
+            action_mask=flags(shape=(*agents, int(env.action_space.n))),
+            mask=flags(shape=agents),
         )
-        seen["state"] = real(*batch, *env.state_space.shape)
+        one = (*batch, 1)
+        seen["state"] = real(shape=(*batch, *env.state_space.shape))
         seen["info"] = Composite(
-            index=numbers(*batch, 1),
-            label=numbers(*batch, 1),
-            correct=flags(*batch, 1),
-            gmacs=real(*batch, 1),
+            index=numbers(shape=one),
+            label=numbers(shape=one),
+            correct=flags(shape=one),
+            gmacs=real(shape=one),
             shape=batch,
             device=device,
         )
@@ -177,7 +174,7 @@ class TokenPruneTorchRL(EnvBase):
         self.action_spec = of_group(
             action=Categorical(int(env.action_space.n), shape=agents, device=device)
         )
-        self.reward_spec = of_group(reward=real(*agents, 1))
+        self.reward_spec = of_group(reward=real(shape=(*agents, 1)))
         self.done_spec = Composite(
-            done=flags(*batch, 1), terminated=flags(*batch, 1), shape=batch, device=device
+            done=flags(shape=one), terminated=flags(shape=one), shape=batch, device=device
         )
