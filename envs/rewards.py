@@ -119,7 +119,23 @@ def _check(accuracy: str, **numbers: float) -> None:
 
 
 @dataclass(frozen=True)
-class TeamReward:
+class _AccuracyForCompute:
+    """A reward whose parts add up to beta * accuracy - alpha * compute."""
+
+    alpha: float
+    beta: float = 1.0
+    accuracy: Accuracy = "correct"
+
+    def __post_init__(self) -> None:
+        _check(self.accuracy, alpha=self.alpha, beta=self.beta)
+
+    @property
+    def needs_dense(self) -> bool:
+        return self.accuracy in ("agreement", "kl")
+
+
+@dataclass(frozen=True)
+class TeamReward(_AccuracyForCompute):
     """The same reward for all agents, alive or pruned: beta * accuracy - alpha * compute.
 
     Compute is a share of the dense model's, and is subtracted stage by stage as it is spent.
@@ -132,16 +148,8 @@ class TeamReward:
     """
 
     alpha: float = 0.06
-    beta: float = 1.0
     accuracy: Accuracy = "kl"
     pays_pruned: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _check(self.accuracy, alpha=self.alpha, beta=self.beta)
-
-    @property
-    def needs_dense(self) -> bool:
-        return self.accuracy in ("agreement", "kl")
 
     def stage(self, facts: StageFacts) -> Tensor:
         return (-facts.alpha * facts.cost)[:, None].expand(facts.kept.shape)
@@ -152,7 +160,7 @@ class TeamReward:
 
 
 @dataclass(frozen=True)
-class MarkovGameReward:
+class MarkovGameReward(_AccuracyForCompute):
     """Survivors share a reward for a correct prediction: the idea of RL4EViT (arXiv 2503.23459).
 
     A kept token loses alpha * its share of the dense compute for the blocks up to the next stage.
@@ -167,16 +175,7 @@ class MarkovGameReward:
     """
 
     alpha: float = 1.0
-    beta: float = 1.0
-    accuracy: Accuracy = "correct"
     pays_pruned: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        _check(self.accuracy, alpha=self.alpha, beta=self.beta)
-
-    @property
-    def needs_dense(self) -> bool:
-        return self.accuracy in ("agreement", "kl")
 
     def stage(self, facts: StageFacts) -> Tensor:
         return -(facts.alpha * facts.token_cost)[:, None] * facts.kept
