@@ -127,21 +127,22 @@ class View:
         Raises:
             ValueError: the policy said that it would not need it.
         """
-        received = self._received
-        if received is None:
-            return torch.ones(len(self._places), dtype=torch.float32, device=self.alive.device)
-        return received[self._rows].float() * self.backbone.num_patches
+        return self.field("cls_attention").squeeze(1)
 
     @property
-    def _received(self) -> Tensor | None:
-        """``Tokens.attention``, None before the first block."""
+    def _attention(self) -> tuple[Tensor, bool]:
+        """``cls_attention`` of packed rows, float32 [S, 1], and True; before the first block
+        [1, 1] and False.
+        """
         received = self._tokens.attention
         if received is None and self.backbone.prune_before[self.stage] > 0:
             raise ValueError(
                 "class attention was not observed, since the policy says needs_attention = False: "
                 "let it say True"
             )
-        return received
+        if received is None:
+            return self.alpha.new_ones(1, 1), False
+        return received[:, None].float() * self.backbone.num_patches, True
 
     @cached_property
     def brightness(self) -> Tensor:
@@ -166,11 +167,8 @@ class View:
     @cached_property
     def stage_one_hot(self) -> Tensor:
         """The stage as a one-hot vector, float32 [T]."""
-        one_hot = torch.zeros(
-            self.backbone.num_stages, dtype=torch.float32, device=self.alive.device
-        )
-        one_hot[self.stage] = 1.0
-        return one_hot
+        count, device = self.backbone.num_stages, self.alive.device
+        return torch.eye(count, dtype=torch.float32, device=device)[self.stage]
 
     def source(self, name: str) -> tuple[Tensor, Tensor | None]:
         """The distinct values of a field, and which of them each living patch observes.
@@ -191,10 +189,8 @@ class View:
         if name == "position":
             return patch_positions(self.backbone).to(self.alive.device), self.patch
         if name == "cls_attention":
-            received = self._received
-            if received is None:
-                return torch.ones(1, 1, dtype=torch.float32, device=self.alive.device), None
-            return received[:, None].float() * self.backbone.num_patches, self._rows
+            values, of_rows = self._attention
+            return values, self._rows if of_rows else None
         if name == "alive_fraction":
             return self.alive_fraction[:, None], self.image
         if name == "alpha":
@@ -224,27 +220,17 @@ class View:
             return None
         shown, start = [], 0
         for name in fields:
-            of_rows = name in ("token", "cls_attention")
+            of_rows = name == "token"
             if name == "token":
                 values = tokens.x.float()
             elif name == "cls" and backbone.has_class_token:
                 values = tokens.x.index_select(0, layout.starts).float()
             elif name == "stage":
                 values = self.stage_one_hot[None]
-            elif name == "cls_attention" and self._received is not None:
-                values = self._received[:, None].float() * backbone.num_patches
             elif name == "cls_attention":
-                values, of_rows = (
-                    torch.ones(1, 1, dtype=torch.float32, device=self.alive.device),
-                    False,
-                )
+                values, of_rows = self._attention
             elif name == "alpha" and self._shared_alpha is not None:
-                values = torch.full(
-                    (1, 1),
-                    math.log(max(self._shared_alpha, ALPHA_FLOOR)),
-                    dtype=torch.float32,
-                    device=self.alive.device,
-                )
+                values = self.alpha.new_full((1, 1), math.log(max(self._shared_alpha, ALPHA_FLOOR)))
             else:
                 return None
             shown.append(RowField(values, slice(start, start + values.shape[1]), of_rows))
