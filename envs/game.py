@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -150,18 +150,15 @@ class TokenGame:
         alphas = self._checked_alphas(alpha, labels)
         tokens, dense_logits = initial.tokens, initial.dense_logits
         times = self.rollouts_per_image
-        unrepeated = tokens
+        start = None
         if times > 1:
+            start = View(self.backbone, tokens, 0, alphas)
             tokens = tokens.repeat(times)
-            labels = labels.repeat_interleave(times)
-            dense_logits = (
-                None if dense_logits is None else dense_logits.repeat_interleave(times, 0)
-            )
-        alpha = alphas.repeat_interleave(times)
-        batch = len(labels)
+            if dense_logits is not None:
+                dense_logits = dense_logits.repeat_interleave(times, 0)
+        labels, alpha = labels.repeat_interleave(times), alphas.repeat_interleave(times)
         self._episode = _Episode(0, tokens, labels, dense_logits, alpha, ())
-        alive = torch.ones(batch, self.num_agents, dtype=torch.bool, device=labels.device)
-        start = View(self.backbone, unrepeated, 0, alphas) if times > 1 else None
+        alive = torch.ones(len(labels), self.num_agents, dtype=torch.bool, device=labels.device)
         view = View(self.backbone, tokens, 0, alpha, start)
         return Stage(0, alive, torch.zeros_like(alive, dtype=torch.float32), view)
 
@@ -199,9 +196,7 @@ class TokenGame:
         )
         reward = self._paid(self.reward.stage(facts), alive)
         if stage + 1 < self.num_stages:
-            self._episode = _Episode(
-                stage + 1, tokens, episode.labels, episode.dense_logits, episode.alpha, kept
-            )
+            self._episode = replace(episode, stage=stage + 1, tokens=tokens, kept=kept)
             view = View(backbone, tokens, stage + 1, episode.alpha)
             return Stage(stage + 1, alive.clone(), reward, view)
 
