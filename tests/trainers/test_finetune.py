@@ -544,7 +544,7 @@ def run_main(monkeypatch, *arguments):
         ([], "error: nothing to fine-tune: give --run runs/NAME"),
         (["--run", "runs/nope"], "error: runs/nope holds no finished run"),
         (["--resume", "runs/nope"], "error: runs/nope is no run"),
-        (["--resume", "runs/nope", "--epochs", "3"], "error: --resume continues"),
+        (["--resume", "runs/nope", "--epochs", "3"], "error: runs/nope is no run"),
     ],
 )
 def test_the_command_line_says_what_is_wrong_in_a_line(config, monkeypatch, arguments, message):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,31 +23,38 @@ from prunevit.trainers.common.settings import JsonObject, Threads
 OWN_SETTINGS = ("name", "pretrained", "checkpoint", "num_classes", "untrained", "new_head")
 
 
-class BackboneSettings(Protocol):
-    """Which backbone, for which dataset; ``StagedViTSettings`` describes each setting."""
+@dataclass
+class BackboneSettings(RunSettings):
+    """Which ViT, and which images."""
 
-    backbone: str
-    model_kwargs: dict[str, Any]
-    pretrained: bool
-    checkpoint: Path | None
-    dataset: str
-    device: str
+    backbone: str = "digits_vit"
+    """digits_vit, which comes with the package, or any timm model name."""
+    model_kwargs: JsonObject = field(default_factory=dict)
+    """Arguments of the backbone, such as {"img_size": 32, "patch_size": 4, "depth": 6,
+    "embed_dim": 128, "num_heads": 4}. "embed_layer": "conv_stem" or "deep_conv_stem" puts
+    convolutions before the blocks."""
+    pretrained: bool = False
+    """Start from the weights that timm downloads."""
+    checkpoint: Path | None = None
+    """Start from the weights in this file (safetensors, or a state dict of torch.save)."""
+    dataset: str = "digits"
+    """digits; folder:PATH, which has PATH/train/CLASS/NAME.jpg and the same in PATH/test; or a name
+    of timm.data.create_dataset, such as torch/cifar10:FOLDER or hfds/OWNER/NAME."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        surplus = [name for name in OWN_SETTINGS if name in self.model_kwargs]
+        if surplus:
+            raise ValueError(
+                f"model_kwargs can't set {', '.join(surplus)}: num_classes follows from the "
+                "dataset, the others have options of their own"
+            )
 
 
 @dataclass
-class StagedViTSettings(RunSettings):
+class StagedViTSettings(BackboneSettings):
     """Which ViT is pruned before which blocks, on which images, and where it runs."""
 
-    backbone: str = "digits_vit"
-    """digits_vit (trained, comes with the package) or any timm model name."""
-    model_kwargs: JsonObject = field(default_factory=dict)
-    """Arguments of the backbone, such as {"img_size": 32, "patch_size": 4}."""
-    pretrained: bool = False
-    """Download the timm model's weights."""
-    checkpoint: Path | None = None
-    """File with the backbone's weights (safetensors, or a state dict of torch.save)."""
-    dataset: str = "digits"
-    """digits, folder:PATH, or a name that timm.data.create_dataset takes."""
     prune_before: tuple[int, ...] | None = (1, 3)
     """Blocks, counted from 0, before which tokens can be pruned. None: all but the first."""
     device: str = "auto"
@@ -56,24 +63,12 @@ class StagedViTSettings(RunSettings):
     """CPU threads. By default torch's own choice."""
 
 
-def check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:
-    """Raises ValueError if ``model_kwargs`` set what isn't an argument of the model."""
-    surplus = [name for name in OWN_SETTINGS if name in model_kwargs]
-    if surplus:
-        raise ValueError(
-            f"model_kwargs can't set {', '.join(surplus)}: num_classes follows from the dataset, "
-            "the others have options of their own"
-        )
-
-
 def load_backbone(config: StagedViTSettings) -> nn.Module:
     """Loads the backbone, frozen, on its device. A random one has the dataset's classes.
 
     Raises:
         BackboneError: it can't be built or loaded.
-        ValueError: ``model_kwargs`` set what isn't an argument of the model.
     """
-    check_model_kwargs(config.model_kwargs)
     fits_data = not config.pretrained and config.checkpoint is None and config.dataset != DIGITS
     model = create_backbone(
         config.backbone,

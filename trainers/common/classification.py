@@ -93,7 +93,8 @@ class TrainingImages:
 
     Raises:
         DatasetError: the split can't be opened.
-        TrainingError: there are fewer images than a batch holds, or a batch can't be shared evenly.
+        TrainingError: there are fewer images than a batch holds.
+        ValueError: a batch can't be shared evenly.
     """
 
     def __init__(
@@ -109,10 +110,7 @@ class TrainingImages:
         self._recipe = recipe
         self._data_config = data_config
         self._ranks = ranks
-        try:
-            ranks.share_of("batch_size", recipe.batch_size)
-        except ValueError as error:
-            raise TrainingError(str(error)) from error
+        ranks.share_of("batch_size", recipe.batch_size)
         images = len(self._open(seed=0))
         self.steps_an_epoch = images // recipe.batch_size
         self.steps = recipe.epochs * self.steps_an_epoch
@@ -166,6 +164,7 @@ class Learner:
         recipe: the settings.
         steps: number of steps of the whole training.
         ranks: the processes that train together.
+        mixup: mixes the images of each batch, if given.
     """
 
     def __init__(
@@ -175,6 +174,7 @@ class Learner:
         recipe: Recipe,
         steps: int,
         ranks: Ranks = ALONE,
+        mixup: Mixup | None = None,
     ) -> None:
         self.model = model
         self.ranks = ranks
@@ -185,14 +185,18 @@ class Learner:
         self.recipe = recipe
         self.steps = steps
         self._loss = loss
+        self._mixup = mixup
         self._wrapped = ranks.wrap(model)
 
     def learn(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
-        """Takes a step on this rank's share of a batch. The arguments are those of ``Loss``.
+        """Takes a step on this rank's share of a batch: inputs [B, C, H, W], targets int64 [B] and
+        the number of the step over all epochs.
 
         Returns:
             The mean loss over all ranks, a scalar without gradient.
         """
+        if self._mixup is not None:
+            inputs, targets = self._mixup(inputs, targets)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, step, self.steps)
         inputs = inputs.to(memory_format=torch.channels_last)

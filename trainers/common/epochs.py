@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import Mixup
 from torch import Tensor
 from tqdm import tqdm
 
 from prunevit.trainers.common.classification import SEEDS_PER_RUN, Learner, TrainingImages
-from prunevit.trainers.common.run import Record, RunFolder, RunSettings, TrainingError, resume_flags
+from prunevit.trainers.common.run import Record, RunFolder, TrainingError, resume_flags
 from prunevit.trainers.common.signals import finishing_first, says_how_to_go_on
 
 SAVE_SECONDS = 300.0  # between two checkpoints within an epoch: the most that a kill can cost
@@ -28,23 +27,20 @@ Place = dict[str, Any]
 
 def train_epochs(
     run: RunFolder,
-    settings: RunSettings,
     learner: Learner,
     images: TrainingImages,
     evaluate: Callable[[], Record],
-    mixup: Mixup | None = None,
     evaluate_first: Callable[[], Record] | None = None,
     after_epoch: Callable[[], object] = lambda: None,
 ) -> None:
     """Trains to the last epoch, starting from the run's checkpoint if it has one.
 
     Args:
-        run: the run's folder. Each epoch adds a record and a checkpoint.
-        settings: the settings, which a new run writes to the folder.
+        run: the run's folder, to which a new run writes the learner's settings. Each epoch adds a
+            record and a checkpoint.
         learner: the model with its optimizer.
         images: the training images.
         evaluate: returns the results for an epoch's record.
-        mixup: mixes the images of each batch, if given.
         evaluate_first: returns the results for a record before the first epoch, if given.
         after_epoch: called after each epoch's checkpoint.
 
@@ -67,17 +63,17 @@ def train_epochs(
     state = run.restore(learner)
     ranks.wait()  # all must have read the checkpoint before the first overwrites it
     if state is None:
-        run.create(settings)
+        run.create(learner.recipe)
         if evaluate_first is not None:
             record(evaluate_first())
     # within an epoch the ranks' generators differ, and only the first rank saves its own
     saver = save if ranks.count == 1 else None
     done = len(run.records) - (evaluate_first is not None)
     place: Place | None = None if state is None else state.get("place")
-    flags = resume_flags(run.path, settings)
+    flags = resume_flags(run.path, learner.recipe)
     with says_how_to_go_on(run.path, flags), ranks.stop_together():
         for epoch in range(done, learner.recipe.epochs):
-            loss = train_epoch(learner, images, epoch, mixup, place, saver)
+            loss = train_epoch(learner, images, epoch, place, saver)
             place = None
             record({"loss": loss} | evaluate())
 
@@ -86,7 +82,6 @@ def train_epoch(
     learner: Learner,
     images: TrainingImages,
     epoch: int,
-    mixup: Mixup | None = None,
     place: Place | None = None,
     save: Callable[[Place], object] | None = None,
 ) -> float:
@@ -96,7 +91,6 @@ def train_epoch(
         learner: the model with its optimizer.
         images: the training images.
         epoch: number of the epoch, from 0.
-        mixup: mixes the images of each batch, if given.
         place: where to continue within the epoch, as it was passed to ``save``. Images of earlier
             steps are loaded again, so that the augmentation draws the same numbers.
         save: called with the place reached, from time to time and when the training is stopped.
@@ -127,8 +121,6 @@ def train_epoch(
                 inputs, labels = (
                     part.to(device, non_blocking=part.is_pinned()) for part in (inputs, labels)
                 )
-                if mixup is not None:
-                    inputs, labels = mixup(inputs, labels)
                 losses.append(learner.learn(inputs, labels, step))
             if save is not None and time.monotonic() - saved_at >= SAVE_SECONDS:
                 save(_place(losses))

@@ -52,10 +52,14 @@ class RunSettings(Settings, ABC):
     """Settings of a training that has a run folder.
 
     Attributes:
+        backbone: the ViT's name.
+        dataset: the images' name.
         device: where it trains, as ``pick_device`` takes it.
         resume: the folder of a run to resume; None begins a new one.
     """
 
+    backbone: str | None
+    dataset: str | None
     device: str
     resume: Path | None = None
 
@@ -68,9 +72,8 @@ class RunSettings(Settings, ABC):
         """Settings that have code imported or something fetched. A run's files may be a
         stranger's, so whoever resumes the run gives these again.
         """
-        names = {"backbone": ":" in (getattr(self, "backbone", None) or "")}
-        names["dataset"] = not is_on_disk(getattr(self, "dataset", None) or DIGITS)
-        return [name for name, reaches_out in names.items() if reaches_out]
+        names = ["backbone"] if ":" in (self.backbone or "") else []
+        return names if is_on_disk(self.dataset or DIGITS) else [*names, "dataset"]
 
 
 S = TypeVar("S", bound=RunSettings)
@@ -250,7 +253,8 @@ def open_run(settings: S, ranks: Ranks = ALONE) -> tuple[RunFolder, S]:
     Raises:
         TrainingError: a new run's folder exists, or other settings were given with ``resume``, or
             those weren't that have to be (``RunSettings.reaching_out``).
-        CheckpointError: there is no run to resume, or its settings can't be read.
+        CheckpointError: there is no run to resume, or its settings can't be read, or its backbone
+            is nothing that a file may choose.
     """
     if settings.resume is None:
         folder = Path(ranks.agreed(str(settings.folder)))
@@ -260,39 +264,27 @@ def open_run(settings: S, ranks: Ranks = ALONE) -> tuple[RunFolder, S]:
             raise TrainingError(f"{folder} exists: {resume}give another --run-name")
         return RunFolder(folder, ranks), settings
     run = RunFolder(settings.resume, ranks)
-    given, default = settings.to_json(), settings.defaults()
-    changed = [name for name in given if given[name] != default[name]]
-    if changed:
-        # settings that equal the run's own are fine
-        with suppress(CheckpointError):
-            found = run.read_settings(type(settings))
-            saved, repeated = found.to_json(), found.reaching_out()
-            changed = [n for n in changed if given[n] != saved[n] and n not in repeated]
+    found = run.read_settings(type(settings))
+    given, default, saved = settings.to_json(), settings.defaults(), found.to_json()
+    again = found.reaching_out()
+    # settings that equal the run's own are fine
+    changed = [n for n in given if given[n] not in (default[n], saved[n]) and n not in again]
     if changed:
         raise TrainingError(
             f"--resume continues with the run's own settings: leave out {', '.join(changed)}"
         )
-    found = run.read_settings(type(settings))
-    _check_safe(run, found, given)
-    return run, found
-
-
-def _check_safe(run: RunFolder, found: RunSettings, given: Mapping[str, Any]) -> None:
-    """Raises what ``open_run`` does where the settings that were ``found`` do more than a file may,
-    and were not ``given`` on the command line.
-    """
-    saved = found.to_json()
-    if any(given[name] != saved[name] for name in found.reaching_out()):
+    if any(given[name] != saved[name] for name in again):
         raise TrainingError(
             f"{run.config} has code imported or something fetched: if you trust it, resume it with "
             f"{resume_flags(run.path, found)}"
         )
-    backbone = getattr(found, "backbone", None) or DIGITS_VIT
+    backbone = found.backbone or DIGITS_VIT
     problem = description_problem(
         DIGITS_VIT if ":" in backbone else backbone, getattr(found, "model_kwargs", {})
     )
     if problem is not None:
         raise CheckpointError(f"{run.config} is refused: {problem}")
+    return run, found
 
 
 def resume_flags(folder: Path, settings: RunSettings) -> str:
