@@ -106,7 +106,7 @@ class BatchedPettingZoo:
         self._buffer = self._make_buffer()
         self.observation_space = _unbounded(self._buffer.observation.shape[-1])
         self.state_space = _unbounded(self._buffer.state.shape[-1])
-        self._index = {agent: i for i, agent in enumerate(self._spaces.agents)}
+        self._index = self._spaces.index
         self._acting: list[list[str]] = [[] for _ in range(num_envs)]
         self._ended: list[set[str]] = [set() for _ in range(num_envs)]
         self._returns = np.zeros((num_envs, self.num_agents))
@@ -156,6 +156,7 @@ class BatchedPettingZoo:
         if not self._stepping:
             raise RuntimeError("step before reset: no episode is running")
         chosen = self._checked(actions)
+        start = int(self._spaces.action_space.start)
         self._stepping = False
         reward = np.zeros((self.num_envs, self.num_agents), dtype=np.float32)
         terminated = np.zeros(self.num_envs, dtype=bool)
@@ -167,7 +168,6 @@ class BatchedPettingZoo:
         final: ObservationBuffer | None = None
         for row, env in enumerate(self._envs):
             acting = self._acting[row]
-            start = int(self._spaces.action_space.start)
             observations, rewards, terminations, truncations, infos = env.step(
                 {agent: start + chosen[row][self._index[agent]] for agent in acting}
             )
@@ -193,7 +193,11 @@ class BatchedPettingZoo:
             metrics["episode_return"][row] = self._returns[row].mean()
             metrics["episode_length"][row] = self._lengths[row]
             self._begin(row)
-        self._check_rewards(reward)
+        for row, i in np.argwhere(~np.isfinite(reward)):
+            raise ValueError(
+                f"the reward of agent {self._spaces.agents[i]!r} in environment {row} is "
+                f"{reward[row, i]}; rewards must be finite"
+            )
         self._buffer.check_finite()
         if final is not None:
             final.check_finite()
@@ -260,11 +264,9 @@ class BatchedPettingZoo:
                 truncations, agent, row, "truncation"
             )
             if ended == (agent in self._acting[row]):
-                happened = (
-                    "terminated or was truncated but is still"
-                    if ended
-                    else "was neither terminated nor truncated but is no longer"
-                )
+                happened = "was neither terminated nor truncated but is no longer"
+                if ended:
+                    happened = "terminated or was truncated but is still"
                 raise RuntimeError(
                     f"agent {agent!r} of environment {row} {happened} in env.agents; "
                     f"PettingZoo's parallel API keeps exactly those that have not ended"
@@ -284,22 +286,13 @@ class BatchedPettingZoo:
         index = np.where(exists, chosen, 0)[..., None]
         allowed = exists & np.take_along_axis(self._buffer.action_mask, index, axis=-1)[..., 0]
         wrong = self._buffer.alive & ~allowed
-        for row, i in np.argwhere(wrong) if wrong.any() else ():
+        for row, i in np.argwhere(wrong):
             choice = np.flatnonzero(self._buffer.action_mask[row, i]).tolist()
             raise ValueError(
                 f"agent {self._spaces.agents[i]!r} in environment {row} can't take action "
                 f"{chosen[row, i]}; of actions 0 to {count - 1} its mask allows {choice}"
             )
         return chosen.tolist()
-
-    def _check_rewards(self, reward: np.ndarray) -> None:
-        if np.isfinite(reward).all():
-            return
-        for row, i in np.argwhere(~np.isfinite(reward)):
-            raise ValueError(
-                f"the reward of agent {self._spaces.agents[i]!r} in environment {row} is "
-                f"{reward[row, i]}; rewards must be finite"
-            )
 
 
 def _unbounded(size: int) -> Box:

@@ -28,7 +28,7 @@ class ObservationBuffer:
         self._spaces = spaces
         self._with_state = with_state
         self._written: list[Sequence[str]] = [()] * num_envs  # living agents of each row
-        self._index = {agent: i for i, agent in enumerate(spaces.agents)}
+        self._index = spaces.index
         self._size = flatdim(spaces.observation_spaces[0])
         state_size = n * self._size if spaces.state_space is None else flatdim(spaces.state_space)
         state_size *= with_state
@@ -55,42 +55,33 @@ class ObservationBuffer:
         If not ``masked``, masks are not read and every action is allowed.
         """
         if agents != self._written[row]:
-            self._set_alive(row, agents)
+            here = [self._index[agent] for agent in agents]
+            self.observation[row] = 0
+            self.observation[row, here, self._size :] = self._ids[here]
+            self.alive[row] = False
+            self.alive[row, here] = True
+            self.action_mask[row] = False
+            self.action_mask[row, :, 0] = True
+            self._written[row] = list(agents)
         for agent in agents:
             i = self._index[agent]
             seen = entry_of(observations, agent, row, "observation")
             mask = infos.get(agent, {}).get(ACTION_MASK)
             if mask is None and isinstance(seen, Mapping):
                 mask = seen.get(ACTION_MASK)
-            if mask is None or not masked:
-                self.action_mask[row, i] = True
-            else:
-                self.action_mask[row, i] = self._allowed(mask, agent, row)
+            unmasked = mask is None or not masked
+            self.action_mask[row, i] = True if unmasked else self._allowed(mask, agent, row)
             space = self._spaces.observation_spaces[i]
             whose = f"the observation of agent {agent!r} in environment {row}"
             if isinstance(seen, Mapping) and not isinstance(space, Dict):
                 seen = seen.get("observation")
             self.observation[row, i, : self._size] = flat(space, self._size, seen, whose)
-        if not self._with_state:
-            return
-        if self._spaces.state_space is None:
+        space = self._spaces.state_space
+        if self._with_state and space is None:
             self.state[row] = self.observation[row, :, : self._size].reshape(-1)
-        else:
+        elif self._with_state:
             whose = f"the state of environment {row}"
-            self.state[row] = flat(
-                self._spaces.state_space, self.state.shape[1], env.state(), whose
-            )
-
-    def _set_alive(self, row: int, agents: Sequence[str]) -> None:
-        """Marks only ``agents`` as alive in ``row``."""
-        here = [self._index[agent] for agent in agents]
-        self.observation[row] = 0
-        self.observation[row, here, self._size :] = self._ids[here]
-        self.alive[row] = False
-        self.alive[row, here] = True
-        self.action_mask[row] = False
-        self.action_mask[row, :, 0] = True
-        self._written[row] = list(agents)
+            self.state[row] = flat(space, self.state.shape[1], env.state(), whose)
 
     def _allowed(self, mask: Any, agent: str, row: int) -> np.ndarray:
         allowed = np.asarray(mask, dtype=bool)
@@ -115,12 +106,8 @@ class ObservationBuffer:
 
     def observations(self, device: torch.device) -> Observations:
         """Copies to tensors on ``device``, since the next step overwrites the arrays."""
-        return Observations(
-            observation=torch.tensor(self.observation, device=device),
-            state=torch.tensor(self.state, device=device),
-            alive=torch.tensor(self.alive, device=device),
-            action_mask=torch.tensor(self.action_mask, device=device),
-        )
+        arrays = (self.observation, self.state, self.alive, self.action_mask)
+        return Observations(*(torch.tensor(array, device=device) for array in arrays))
 
 
 def entry_of(values: Mapping[str, Any], agent: str, row: int, what: str) -> Any:

@@ -29,6 +29,11 @@ class CommonSpaces:
     action_space: Discrete
     state_space: Space | None
 
+    @property
+    def index(self) -> dict[str, int]:
+        """The place of each agent among them."""
+        return {agent: i for i, agent in enumerate(self.agents)}
+
     @classmethod
     def of(cls, env: ParallelEnv) -> CommonSpaces:
         """Reads the spaces of ``env``.
