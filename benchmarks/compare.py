@@ -290,7 +290,7 @@ def points_of_their_own(title: str, rows: pd.DataFrame) -> Iterator[str]:
         for _, group in others.groupby("point")
     ]
     if cells:
-        yield f"{title}, at points of its own: {', '.join(cells)}"
+        yield f"{title}, at points of its own: {', '.join(dict.fromkeys(cells))}"
 
 
 def report(config: CompareConfig) -> None:

@@ -40,14 +40,16 @@ DIGITS = (
 ABLATIONS = (
     "rloo", "mappo-fine-tuned", "dynamic-vit-fine-tuned", "mappo-each-price",
     "no-attention-prior", "no-stage", "one-stage", "confidence", "agreement", "ippo",
-    "no-image-baseline", "no-team-reward", "paper", "released", "released-faster",
+    "no-image-baseline", "no-team-reward", "paper", "released-threshold",
+    "released-faster-threshold",
     "evit-unfused", "brightness",
 )  # fmt: skip
 BENCHMARL = tuple(
     f"benchmarl-{name}" for name in ("mappo", "ippo", "qmix", "vdn", "isac", "masac", "iql")
 )
 CIFAR10 = (
-    "rloo", "tome", "ats", "evit", "threshold", "attention", "dynamic-vit", "random", "released",
+    "rloo", "tome", "ats", "evit", "threshold", "attention", "dynamic-vit", "random",
+    "released-threshold",
     "norm",
 )  # fmt: skip
 FINE_TUNING = ("rloo", "mappo-fine-tuned")

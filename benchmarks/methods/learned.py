@@ -25,6 +25,7 @@ from prunevit.benchmarks.protocol import (
     Knobs,
     Method,
     UnreachableError,
+    check_matched,
     search_knob,
     with_knobs,
 )
@@ -191,6 +192,22 @@ def mappo(name: str, bench: Benchmark, seed: int) -> Method:
         return method
     trained_for = {"alpha": settings.get("alpha", bench.base.alpha)}
     return replace(method, tune=lambda gmacs: with_knobs(trained_for, lambda: method.tune(gmacs)))
+
+
+def sampled(name: str, bench: Benchmark, seed: int) -> Method:
+    """The same training, judged by drawing actions, at the one compute that this gives. They are
+    drawn in an even pattern, so that they repeat: a patch is kept with its own probability.
+    """
+    folder = bench.runs / f"{name}-{seed}"
+    load = reader(bench, lambda folder: PrunedViT.from_run(folder))
+    drawn = {"threshold": 0.5, "dither": True}
+
+    def tune(gmacs: float) -> Knobs:
+        trained_run(bench, name, seed, RECIPES[name].settings(bench))
+        check_matched(bench.validate(set_to(load(folder), drawn)).gmacs, gmacs, drawn)
+        return drawn
+
+    return Method(tune, lambda knobs: set_to(load(folder), knobs))
 
 
 def knobs_of_ours(bench: Benchmark, seed: int, gmacs: float) -> Knobs:

@@ -23,6 +23,8 @@ class Recipe:
         stages: where it prunes: the task's stages, the first of them alone, or those of RL4EViT's
             code.
         length: iterations as a share of the task's; ignored where their number is given.
+        samples: whether its authors evaluate it by drawing actions. It then has the one compute
+            that this gives, and takes part a second time with a threshold.
     """
 
     title: str
@@ -30,6 +32,7 @@ class Recipe:
     alpha_range: bool = True
     stages: Stages = "task"
     length: float = 1.0
+    samples: bool = False
 
     def settings(self, bench: Benchmark) -> dict[str, Any]:
         """The changes to ``bench.base``."""
@@ -79,6 +82,7 @@ RECIPES: Mapping[str, Recipe] = {
         alpha_range=False,
         stages="released",
         length=0.5,
+        samples=True,
     ),
     "released-faster": Recipe(
         "the same at a hundred times its learning rate",
@@ -86,6 +90,7 @@ RECIPES: Mapping[str, Recipe] = {
         alpha_range=False,
         stages="released",
         length=0.5,
+        samples=True,
     ),
     "ippo": Recipe(
         "IPPO (arXiv 2011.09533): a local critic as baseline",

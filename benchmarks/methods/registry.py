@@ -52,7 +52,15 @@ SEEDED: dict[str, tuple[str, Callable[[Benchmark, int], Method]]] = {
         "DynamicViT: the backbone learns too",
         partial(learned.dynamic_vit, fine_tune=True),
     ),
-    **{name: (recipe.title, partial(learned.mappo, name)) for name, recipe in RECIPES.items()},
+    **{
+        name: (recipe.title, partial(learned.sampled if recipe.samples else learned.mappo, name))
+        for name, recipe in RECIPES.items()
+    },
+    **{
+        f"{name}-threshold": (f"{recipe.title}, by a threshold", partial(learned.mappo, name))
+        for name, recipe in RECIPES.items()
+        if recipe.samples
+    },
     "mappo-each-price": ("ours, a training for each operating point", learned.one_alpha_each),
     "mappo-fine-tuned": ("ours, the backbone fine-tuned under it", learned.fine_tuned),
     **{

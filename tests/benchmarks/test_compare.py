@@ -181,6 +181,20 @@ def spread_run(runs):
     save_file(weights, folder / "policy.safetensors")
 
 
+@pytest.mark.learning
+def test_what_draws_its_actions_has_one_compute(bench):
+    method = METHODS["released"].open(bench, 0)
+    drawn = {"threshold": 0.5, "dither": True}
+    with pytest.raises(UnreachableError) as error:
+        method.tune(bench.gmacs_at(0.99))
+    assert error.value.nearest == drawn
+    spent = evaluate(method.make(drawn), bench.validation, bench.size)
+    assert spent.kept[0] == pytest.approx(0.5, abs=0.15)  # an untrained policy keeps every second
+    assert method.tune(spent.gmacs) == drawn
+    by_threshold = METHODS["released-threshold"].open(bench, 0)
+    assert by_threshold.make({"threshold": 0.4}).policy.threshold == 0.4
+
+
 # --- the protocol ---
 
 

@@ -59,12 +59,13 @@ def test_seeds_have_means_and_their_speeds_a_row():
 
 def test_what_is_not_at_its_point_stands_under_no_column():
     reached = record(0.3, 0.9) | {"matched": True}
+    # the nearest to the last two is the same
     missed = [
         record(point, accuracy) | {"matched": False, "gmacs": gmacs, "dense_gmacs": 0.1}
-        for point, accuracy, gmacs in ((0.5, 0.95, 0.062), (0.7, 0.97, 0.085))
+        for point, accuracy, gmacs in ((0.5, 0.95, 0.062), (0.7, 0.97, 0.085), (0.9, 0.97, 0.085))
     ]
     lines = table([("M", pd.DataFrame([reached, *missed]))]).splitlines()
-    assert lines[2] == "| M | 90.00 | not reached | not reached |"
+    assert lines[2] == "| M | 90.00 | not reached | not reached | not reached |"
     assert lines[3:] == ["", "M, at points of its own: 95.00 at 62.0%, 97.00 at 85.0%"]
 
 
