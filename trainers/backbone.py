@@ -7,6 +7,7 @@ Its defaults trained the digits' ViT that comes with the package. A run writes
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,6 +46,8 @@ from prunevit.trainers.common.run import (
 from prunevit.trainers.common.settings import Decay, Weight, parse_arguments
 from prunevit.trainers.common.signals import ends_in_one_line
 
+FROZEN_BLOCKS = re.compile(r"blocks:(\d+)")
+AFTER_BLOCKS = ("norm", "attn_pool", "fc_norm", "head")  # timm's names, in the order they run
 PATCH_DROPOUTS = 4  # shares of patches that steps leave out in turn, from none to the largest
 
 
@@ -64,8 +67,13 @@ class BackboneConfig(Recipe, BackboneSettings):
         "precision": "float32",
         "workers": None,
         "optimizer": "adamw",
+        "freeze": "none",
+        "layer_decay": 1.0,
     }
 
+    freeze: str = "none"
+    """What keeps its weights: none, all (but for the head: a linear probe), or blocks:N (all before
+    block N, counted from 0; the later ones learn)."""
     mixup: Weight = 0.0
     """Alpha of mixup; 0 turns it off."""
     cutmix: Weight = 0.0
@@ -82,6 +90,13 @@ class BackboneConfig(Recipe, BackboneSettings):
         super().__post_init__()
         if not self.run_name:
             raise ValueError("run_name is empty")
+        if self.freeze not in ("none", "all") and not FROZEN_BLOCKS.fullmatch(self.freeze):
+            raise ValueError(f"freeze={self.freeze!r}: give none, all or blocks:N, as in blocks:8")
+        if self.freeze != "none" and not self.pretrained and self.checkpoint is None:
+            raise ValueError(
+                f"freeze={self.freeze!r} would keep random weights: give --checkpoint FILE or "
+                "--pretrained"
+            )
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"mixup and cutmix need an even batch_size, got {self.batch_size}")
 
@@ -94,6 +109,30 @@ class BackboneConfig(Recipe, BackboneSettings):
 def patch_dropout(config: BackboneConfig, step: int) -> float:
     """Share of the patches that step number ``step`` (from 0) leaves out."""
     return config.patch_dropout * (step % PATCH_DROPOUTS) / (PATCH_DROPOUTS - 1)
+
+
+def freeze(model: nn.Module, what: str) -> None:
+    """Lets the weights of ``model`` that ``what`` names keep their values.
+
+    Args:
+        model: timm's ViT.
+        what: as the setting ``freeze``.
+
+    Raises:
+        TrainingError: the model has fewer blocks.
+    """
+    if what == "none":
+        return
+    model.requires_grad_(False)
+    if what == "all":
+        model.get_classifier().requires_grad_(True)
+        return
+    blocks, first = getattr(model, "blocks", ()), int(what.removeprefix("blocks:"))
+    if first > len(blocks):
+        raise TrainingError(f"--freeze {what}: the backbone has {len(blocks)} blocks")
+    later = [getattr(model, name, None) for name in AFTER_BLOCKS]
+    for module in (*blocks[first:], *filter(None, later)):
+        module.requires_grad_(True)
 
 
 class CrossEntropy:
@@ -164,6 +203,7 @@ def train(config: BackboneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
         config = replace(config, model_kwargs=all_model_kwargs(config))
     model = build(config, num_classes, has_weights=resumed)
     model = model.to(device).to(memory_format=torch.channels_last)
+    freeze(model, config.freeze)
     data_config = resolve_model_data_config(model)
     validation, test = (
         open_images(config.dataset, split, data_config) for split in ("validation", "test")

@@ -70,6 +70,7 @@ class FinetuneConfig(Recipe):
         "precision": "float32",
         "workers": None,
         "optimizer": "adamw",
+        "layer_decay": 1.0,
         "dataset": None,
         "backbone": None,
     }

@@ -183,6 +183,47 @@ def test_a_checkpoint_is_where_training_begins(config, run_once):
     assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
 
 
+@pytest.mark.parametrize(
+    ("what", "learns"),
+    [
+        ("all", ("head.",)),
+        ("blocks:1", ("blocks.1.", "norm.", "head.")),
+        ("blocks:2", ("norm.", "head.")),
+    ],
+)
+def test_what_is_frozen_keeps_its_weights(config, run_once, what, learns):
+    start = run_once(train, config) / "backbone.safetensors"
+    train(replace(config, checkpoint=start, freeze=what, epochs=1, run_name="tuned"))
+    before, after = load_file(start), load_file("runs/tuned/backbone.safetensors")
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        name for name in before if name.startswith(learns)
+    }
+
+
+def test_a_frozen_run_goes_on_as_it_began(config, run_once, monkeypatch):
+    start = run_once(train, config) / "backbone.safetensors"
+    frozen = replace(
+        config, checkpoint=start, freeze="blocks:1", layer_decay=0.5, epochs=2, run_name="whole"
+    )
+    train(frozen)
+    with monkeypatch.context() as context:
+        context.setattr(RunFolder, "save", stop_after_an_epoch(RunFolder.save))
+        with pytest.raises(KeyboardInterrupt):
+            train(replace(frozen, run_name="cut"))
+    train(BackboneConfig(resume=Path("runs/cut")))
+    assert same_run("whole", "cut")
+
+
+def test_early_layers_learn_more_slowly(config, run_once):
+    start = run_once(train, config) / "backbone.safetensors"
+    train(replace(config, checkpoint=start, layer_decay=1e-3, epochs=1, run_name="tuned"))
+    before, after = load_file(start), load_file("runs/tuned/backbone.safetensors")
+    moved = {name: float((before[name] - after[name]).abs().max()) for name in before}
+    layers = ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.1.mlp.fc1.weight")
+    assert 0 < moved[layers[0]] < 0.01 * moved[layers[1]] < 1e-4 * moved[layers[2]]
+    assert moved[layers[2]] < 0.01 * moved["head.weight"]
+
+
 def test_the_arguments_of_a_checkpoints_model_need_not_be_given_again(
     config, run_once, monkeypatch
 ):
@@ -398,10 +439,13 @@ def test_what_can_not_be_resumed_is_named(config):
         ({"epoch_size": 9}, TrainingError, "9 training images.*16"),
         ({"device": "abacus"}, ValueError, "abacus"),
         ({"backbone": "resnet18", "model_kwargs": {}}, TrainingError, "resnet18 has no patch drop"),
+        ({"freeze": "blocks:3"}, TrainingError, "--freeze blocks:3: the backbone has 2 blocks"),
         ({"lr": 1e12, "epochs": 1}, TrainingError, "not finite"),
     ],
 )
-def test_bad_input_is_named_at_once(config, change, error, message):
+def test_bad_input_is_named_at_once(config, change, error, message, run_once):
+    if "freeze" in change:
+        change = change | {"checkpoint": run_once(train, config) / "backbone.safetensors"}
     with pytest.raises(error, match=message):
         train(replace(config, **change))
     if "lr" not in change:
@@ -417,6 +461,9 @@ def test_bad_input_is_named_at_once(config, change, error, message):
         {"cutmix": 1.0, "batch_size": 15},
         {"patch_dropout": 1.0},
         {"model_kwargs": {"num_classes": 3}},
+        {"freeze": "block:3"},
+        {"freeze": "all"},  # of random weights
+        {"layer_decay": 0.0},
     ],
 )
 def test_values_that_make_no_sense_are_refused(change):

@@ -180,7 +180,11 @@ class Learner:
         self.ranks = ranks
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)
         self.optimizer = create_optimizer_v2(
-            model, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay
+            model,
+            opt=recipe.optimizer,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            layer_decay=None if recipe.layer_decay == 1 else recipe.layer_decay,
         )
         self.recipe = recipe
         self.steps = steps
@@ -198,7 +202,8 @@ class Learner:
         if self._mixup is not None:
             inputs, targets = self._mixup(inputs, targets)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe, step, self.steps)
+            rate = learning_rate(self.recipe, step, self.steps)
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         inputs = inputs.to(memory_format=torch.channels_last)
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._accumulate(inputs, targets, step)
