@@ -37,8 +37,8 @@ def check_plain(model: Any) -> Any:
     else:
         return model
     raise UnsupportedBackboneError(
-        f"padded, ats, tome, evit and uniform are written for timm's plain Block with Attention, "
-        f"not for {kind}: leave them out"
+        f"rivals (padded, ats, tome, pitome, evit, uniform) are written for timm's plain Block "
+        f"with Attention, not for {kind}: leave them out"
     )
 
 

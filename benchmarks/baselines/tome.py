@@ -60,7 +60,11 @@ def match(sources: Tensor, targets: Tensor, count: int) -> Matching:
         targets: keys [B, targets, d].
         count: r, at most the number of sources.
     """
-    similarity = F.normalize(sources, dim=-1) @ F.normalize(targets, dim=-1).transpose(1, 2)
+    return best_pairs(F.normalize(sources, dim=-1) @ F.normalize(targets, dim=-1).mT, count)
+
+
+def best_pairs(similarity: Tensor, count: int) -> Matching:
+    """What ``match`` does where the similarities [B, sources, targets] are known."""
     best, target = similarity.max(2)
     order = best.argsort(dim=1, descending=True)
     merges, stays = order[:, :count], order[:, count:].sort(1).values
@@ -138,24 +142,35 @@ class ToMeViT(nn.Module):
     def _logits(self, images: Tensor) -> Tensor:
         x = embed(self.model, images)
         size: Tensor | None = None  # until something has merged all are 1
-        for block, wanted in zip(self.model.blocks, self.merges, strict=True):
-            x, size = self._block(block, x, size, wanted)
+        for index in range(len(self.merges)):
+            x, size = self._block(index, x, size)
         return self._head(x, size)
 
-    def _block(
-        self, block: Any, x: Tensor, size: Tensor | None, wanted: int
-    ) -> tuple[Tensor, Tensor | None]:
-        mixed, _, k = attend(block.attn, block.norm1(x), _proportional(size))
+    def _block(self, index: int, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        block, prefix = self.model.blocks[index], self.model.num_prefix_tokens
+        mixed, _, k = attend(block.attn, block.norm1(x), self._bias(size))
         x = x + block.ls1(mixed)
-        prefix = self.model.num_prefix_tokens
-        count = min(wanted, (x.shape[1] - prefix) // 2)
+        count = min(self.merges[index], (x.shape[1] - prefix) // 2)
         if count:
             size = torch.ones_like(x[..., :1]) if size is None else size
-            matching = match(*split(k[:, :, prefix:].mean(1), prefix), count)
-            patches, patch_size = merge(x[:, prefix:], size[:, prefix:], prefix, matching)
+            keys = k[:, :, prefix:].mean(1)
+            patches, patch_size = self._merge(index, keys, x[:, prefix:], size[:, prefix:], count)
             x = torch.cat([x[:, :prefix], patches], dim=1)
             size = torch.cat([size[:, :prefix], patch_size], dim=1)
         return feed_forward(block, x), size
+
+    def _bias(self, size: Tensor | None) -> Tensor | None:
+        """Of the attention scores, for tokens of these sizes."""
+        return _proportional(size)
+
+    def _merge(
+        self, index: int, keys: Tensor, patches: Tensor, size: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """Merges ``count`` patches [B, N, D] of ``size`` [B, N, 1] into others in block ``index``,
+        by their ``keys`` [B, N, head_dim].
+        """
+        prefix = self.model.num_prefix_tokens
+        return merge(patches, size, prefix, match(*split(keys, prefix), count))
 
     def _head(self, x: Tensor, size: Tensor | None) -> Tensor:
         model = self.model

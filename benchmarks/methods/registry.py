@@ -35,6 +35,7 @@ UNSEEDED: dict[str, tuple[str, Callable[[Benchmark, int], Method]]] = {
     "threshold": ("class attention, threshold", untrained.attention_threshold),
     "ats": ("ATS: adaptive token sampling", untrained.adaptive_sampling),
     "tome": ("ToMe: token merging", untrained.tome),
+    "pitome": ("PiToMe: token merging by energy", untrained.pitome),
     "evit": ("EViT: class attention, the rest fused", partial(untrained.evit, True)),
     "evit-unfused": ("EViT without its fused token", partial(untrained.evit, False)),
     "oracle": (

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import combinations_with_replacement, pairwise, product
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunevit.agents.policies.heuristics import AttentionThreshold, Score, TopK
 from prunevit.agents.policies.oracle import Oracle
@@ -13,6 +14,8 @@ from prunevit.agents.pruned_vit import PrunedViT, Trace
 from prunevit.benchmarks.baselines import evit as evit_baseline
 from prunevit.benchmarks.baselines import tome as tome_baseline
 from prunevit.benchmarks.baselines.ats import ATS
+from prunevit.benchmarks.baselines.pitome import PiToMeViT, share_merges
+from prunevit.benchmarks.baselines.timm_parts import pass_counter
 from prunevit.benchmarks.protocol import (
     TOLERANCE,
     Benchmark,
@@ -27,6 +30,7 @@ from prunevit.trainers.common.evaluation import schedules_at
 
 SHAPES = (1.0, 0.7, 0.5, 0.35)  # schedules that keep this share from one stage to the next
 NUDGE = 2  # tokens of a stage by which a schedule is brought to its cost
+PITOME_SHARES = 2_000  # between a half and all, that are tried
 ORACLE_IMAGES = 100
 
 
@@ -126,28 +130,45 @@ def adaptive_sampling(bench: Benchmark, seed: int) -> Method:
     return Method(tune, make)
 
 
-def tome(bench: Benchmark, seed: int) -> Method:
-    """Token merging as evenly as possible, with the number of merges nearest to the target."""
+def merging(
+    build: Callable[[Any, Sequence[int]], nn.Module],
+    choices: Sequence[tuple[int, ...]],
+    bench: Benchmark,
+) -> Method:
+    """Token merging with the one of ``choices`` (the merges of each block, the most first) whose
+    cost is nearest to the target; ``build`` makes the merging model.
+    """
     backbone, model = bench.backbone, bench.model
-    count = tome_baseline.macs_counter(model, backbone.image_shape)
+    count = pass_counter(model, backbone.image_shape, build)
 
     def make(knobs: Knobs) -> FixedScheduleModel:
         merges = knobs["merges"]
         tokens = tome_baseline.token_counts(backbone.num_patches, 0, merges)
         kept = [tokens[block] for block in backbone.prune_before]
-        merging = tome_baseline.ToMeViT(model, merges)
-        return FixedScheduleModel(merging, backbone, count(merges), kept)
+        return FixedScheduleModel(build(model, merges), backbone, count(merges), kept)
 
     def tune(gmacs: float) -> Knobs:
-        most = backbone.depth * (backbone.num_patches // 2)
-        choices = [
-            tome_baseline.even_merges(total, backbone.depth) for total in range(most, -1, -1)
-        ]
         merges, macs = nearest(choices, count, gmacs * 1e9)
         check_matched(macs / 1e9, gmacs, {"merges": list(merges)})
         return {"merges": list(merges)}
 
     return Method(tune, make)
+
+
+def tome(bench: Benchmark, seed: int) -> Method:
+    """Token merging as evenly as possible, with the number of merges nearest to the target."""
+    depth = bench.backbone.depth
+    most = depth * (bench.backbone.num_patches // 2)
+    choices = [tome_baseline.even_merges(total, depth) for total in range(most, -1, -1)]
+    return merging(tome_baseline.ToMeViT, choices, bench)
+
+
+def pitome(bench: Benchmark, seed: int) -> Method:
+    """PiToMe with its paper's schedule: in each block the same share of the patches stays."""
+    backbone = bench.backbone
+    shares = (0.5 + i / (2 * PITOME_SHARES) for i in range(PITOME_SHARES + 1))
+    choices = [share_merges(backbone.num_patches, share, backbone.depth) for share in shares]
+    return merging(PiToMeViT, list(dict.fromkeys(choices)), bench)
 
 
 def evit(with_fused: bool, bench: Benchmark, seed: int) -> Method:

@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from prunevit.agents import DynamicViTPolicy, PrunedViT
 from prunevit.benchmarks.baselines import evit, tome
 from prunevit.benchmarks.baselines.ats import ATS
+from prunevit.benchmarks.baselines.pitome import PiToMeViT, share_merges
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common import masked_vit
 
@@ -87,6 +88,30 @@ def test_tome_merges_the_originals_tokens(images, monkeypatch, kind, schedule):
     monkeypatch.setattr(tome, "merge", followed)
     logits = tome.ToMeViT(model, theirs["merges"])(images)
     assert (place + prefix).tolist() == [image[prefix:] for image in theirs["place"]]
+    assert_same_logits(logits, theirs["logits"])
+
+
+class FollowedPiToMe(PiToMeViT):
+    """Knows which of the 196 patches each token holds."""
+
+    def _merge(self, index, keys, patches, size, count):
+        held = self.held if index else torch.eye(196, dtype=patches.dtype).expand(3, -1, -1)
+        joined = torch.cat([patches, held], dim=2)
+        merged, size = super()._merge(index, keys, joined, size, count)
+        width = patches.shape[2]
+        self.held = (merged[..., width:] > 0).to(patches.dtype)
+        return merged[..., :width], size
+
+
+@pytest.mark.parametrize("share", [0.7, 0.9])
+def test_pitome_merges_the_originals_tokens(images, share):
+    theirs = original("pitome", f"share {share}")
+    # their image classifier doesn't know how many patches a token stands for
+    model = FollowedPiToMe(fixed_model(), share_merges(196, share, 6), proportional=False)
+    logits = model(images)
+    token = model.held.argmax(1)  # that holds each patch
+    group = (token[:, :, None] == token[:, None]).byte().argmax(2)  # the first patch in it
+    assert group.tolist() == theirs["group"]
     assert_same_logits(logits, theirs["logits"])
 
 
