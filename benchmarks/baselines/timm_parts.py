@@ -37,7 +37,7 @@ def check_plain(model: Any) -> Any:
     else:
         return model
     raise UnsupportedBackboneError(
-        f"rivals (padded, ats, tome, pitome, evit, uniform) are written for timm's plain Block "
+        f"rivals (padded, ats, tome, evit, uniform and others) are written for timm's plain Block "
         f"with Attention, not for {kind}: leave them out"
     )
 

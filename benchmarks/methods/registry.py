@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from prunevit.benchmarks.methods import learned, untrained
+from prunevit.benchmarks.methods.ltmp import ltmp
 from prunevit.benchmarks.methods.recipes import RECIPES
 from prunevit.benchmarks.protocol import Benchmark, Method
 
@@ -53,6 +54,7 @@ SEEDED: dict[str, tuple[str, Callable[[Benchmark, int], Method]]] = {
         "DynamicViT: the backbone learns too",
         partial(learned.dynamic_vit, fine_tune=True),
     ),
+    "ltmp": ("LTMP: learned thresholds, merging and pruning", ltmp),
     **{
         name: (recipe.title, partial(learned.sampled if recipe.samples else learned.mappo, name))
         for name, recipe in RECIPES.items()

@@ -7,10 +7,12 @@ import pytest
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
+from torch.nn import functional as F
 
 from prunevit.agents import DynamicViTPolicy, PrunedViT
 from prunevit.benchmarks.baselines import evit, tome
 from prunevit.benchmarks.baselines.ats import ATS
+from prunevit.benchmarks.baselines.ltmp import LTMPViT, masked_pass
 from prunevit.benchmarks.baselines.pitome import PiToMeViT, share_merges
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common import masked_vit
@@ -146,6 +148,38 @@ def test_ats_samples_the_originals_tokens(images, samples):
     kept = [[stage.nonzero()[:, 0].tolist() for stage in image] for image in trace.alive]
     assert kept == theirs["kept"]
     assert_same_logits(trace.logits, theirs["logits"])
+
+
+def test_ltmp_keeps_as_many_tokens_as_the_original(images):
+    theirs = original("ltmp", "inference")
+    backbone = StagedViT(fixed_model(), (1, 2, 3, 4, 5))
+    trace = LTMPViT(backbone, theirs["merge"], theirs["prune"]).trace(images)
+    # behind the last block are no stages, but logits
+    assert (trace.alive.sum(2) + 1).tolist() == [image[:-1] for image in theirs["tokens"]]
+    assert_same_logits(trace.logits, theirs["logits"])
+
+
+def test_ltmp_has_the_originals_masks_and_gradients(images):
+    """The loss is theirs: it doesn't count what an image costs outside of the blocks."""
+    thresholds, theirs = original("ltmp", "inference"), original("ltmp", "training")
+    merge, prune = (
+        torch.tensor(thresholds[name], dtype=torch.float64, requires_grad=True)
+        for name in ("merge", "prune")
+    )
+    logits, history = masked_pass(StagedViT(fixed_model(), (1, 3)), images, merge, prune)
+    kept = [[image.nonzero()[:, 0].tolist() for image in alive] for alive in history]
+    assert kept == theirs["alive"]
+    assert_same_logits(logits.detach(), theirs["logits"])
+    before, after = (197 * torch.stack([alive.mean() for alive in part]) for part in (
+        (torch.ones(3, 197), *history[:-1]), history))  # fmt: skip
+    spent = (2 * before * 32**2 + before**2 * 32 + 4 * after * 32**2).mean()
+    share = spent / (6 * 197 * 32**2 + 197**2 * 32)
+    labels = torch.tensor(theirs["labels"])
+    loss = F.cross_entropy(logits, labels, label_smoothing=0.1) + 10 * (share - 0.75) ** 2
+    loss.backward()
+    assert loss.item() == pytest.approx(theirs["loss"], abs=1e-4)
+    assert merge.grad.tolist() == pytest.approx(theirs["gradients"]["merge"], abs=1e-4)
+    assert prune.grad.tolist() == pytest.approx(theirs["gradients"]["prune"], abs=1e-4)
 
 
 def dynamic_vit(dtype):

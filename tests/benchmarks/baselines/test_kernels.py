@@ -6,7 +6,9 @@ import torch
 from prunevit.agents import AttentionThreshold, KeepAll, PrunedViT, TopK
 from prunevit.benchmarks.baselines.ats import ATS
 from prunevit.benchmarks.baselines.evit import EViT
+from prunevit.benchmarks.baselines.ltmp import LTMPViT
 from prunevit.benchmarks.baselines.padded import PaddedViT
+from prunevit.benchmarks.baselines.pitome import PiToMeViT
 from prunevit.benchmarks.baselines.timm_parts import run_block
 from prunevit.benchmarks.baselines.tome import ToMeViT
 from prunevit.envs.vit import execution, onednn_linear
@@ -16,6 +18,8 @@ STAGES = (1, 3)
 LINEARS = 4  # of a block: queries, keys and values; output; two of the MLP
 RIVALS = {
     "ToMe": lambda backbone: ToMeViT(backbone.model, (3, 0, 5, 2)),
+    "PiToMe": lambda backbone: PiToMeViT(backbone.model, (3, 0, 5, 2)),
+    "LTMP": lambda backbone: LTMPViT(backbone, (0.9, 0.6, 1.1, 0.3), (0.02, 0.04, 0.0, 0.06)),
     "EViT": lambda backbone: EViT(backbone.model, STAGES, (10, 5)),
     "EViT, not fused": lambda backbone: EViT(backbone.model, STAGES, (10, 5), with_fused=False),
     "uniform": lambda backbone: PaddedViT(backbone, TopK((10, 5))),
