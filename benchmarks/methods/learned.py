@@ -115,32 +115,40 @@ def set_to(model: PrunedViT, knobs: Knobs) -> PrunedViT:
         policy.fields,
         policy.num_prefix,
         knobs["alpha"] if by_alpha else None,
-        0.5 if by_alpha else knobs["threshold"],
+        knobs.get("threshold", 0.5),
         knobs.get("dither", False),
     )
     return PrunedViT(model.backbone, own)
 
 
 def tuned(bench: Benchmark, model: PrunedViT, gmacs: float) -> Knobs:
-    """The alpha at which ``model`` costs ``gmacs``, or the threshold where its policy doesn't
-    observe alpha. Where the task allows, with ``dither`` if that is better on validation.
+    """The alpha at which ``model`` costs ``gmacs``, with a threshold where no alpha does, or the
+    threshold alone where its policy doesn't observe alpha. Where the task allows, with ``dither``
+    if that is better on validation.
     """
-    policy = model.policy
-    assert isinstance(policy, LearnedPolicy)
-    by_alpha = "alpha" in policy.fields
-    low, high = bench.task.alpha_range if by_alpha else ODDS
-    if by_alpha:
-        low, high = low / ALPHAS_BEYOND, high * ALPHAS_BEYOND
+    assert isinstance(model.policy, LearnedPolicy)
+    low, high = bench.task.alpha_range
 
     def searched(shared: Knobs) -> Knobs:
-        def knobs(value: float) -> Knobs:
-            own = {"alpha": value} if by_alpha else {"threshold": value / (1 + value)}
-            return {**own, **shared}
+        def search(low: float, high: float, knobs: Callable[[float], Knobs]) -> Knobs:
+            def cost(value: float) -> float:
+                return bench.validate(set_to(model, knobs(value))).gmacs
 
-        def cost(value: float) -> float:
-            return bench.validate(set_to(model, knobs(value))).gmacs
+            return search_knob(cost, low, high, gmacs, knobs)
 
-        return search_knob(cost, low, high, gmacs, knobs)
+        def with_alpha(alpha: float) -> Knobs:
+            return {"alpha": alpha, **shared}
+
+        def with_threshold(odds: float) -> Knobs:
+            return {**nearest, "threshold": odds / (1 + odds)}
+
+        nearest = shared
+        if "alpha" in model.policy.fields:
+            try:
+                return search(low / ALPHAS_BEYOND, high * ALPHAS_BEYOND, with_alpha)
+            except UnreachableError as error:
+                nearest = error.nearest or shared
+        return search(*ODDS, with_threshold)
 
     if not bench.task.dithers:
         return searched({})

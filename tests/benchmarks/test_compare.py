@@ -130,6 +130,28 @@ def test_ours_spend_what_the_point_says(bench, name, dithers, monkeypatch):
         )
 
 
+def test_a_threshold_goes_on_where_no_alpha_reaches(bench, monkeypatch):
+    """An actor that hardly heeds alpha costs nearly the same under all."""
+    bench = replace(bench, base=replace(bench.base, num_envs=64))
+    folder = learned.trained_run(bench, "mappo", 0, RECIPES["mappo"].settings(bench))
+    model = PrunedViT.from_run(folder)
+    with torch.no_grad():
+        model.policy.actor.prior_weight.fill_(0.1)
+        model.policy.actor.keep_bias.fill_(0.0)
+        model.policy.actor.alpha_weight.fill_(-1e-4)
+    monkeypatch.setattr(PrunedViT, "from_run", lambda folder: model)
+    method = METHODS["mappo"].open(bench, 0)
+    low, high = bench.task.alpha_range
+    thresholds = []
+    for point in (0.4, 0.8):
+        knobs = method.tune(bench.gmacs_at(point))
+        spent = evaluate(method.make(knobs), bench.validation, bench.size).gmacs
+        assert spent == pytest.approx(bench.gmacs_at(point), rel=0.01)
+        assert knobs["alpha"] in (low / learned.ALPHAS_BEYOND, high * learned.ALPHAS_BEYOND)
+        thresholds.append(knobs["threshold"])
+    assert thresholds[0] > thresholds[1]
+
+
 @pytest.mark.integration("benchmarl")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_another_librarys_algorithm_is_trained_once_and_set_by_its_threshold(bench, monkeypatch):
