@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from prunevit.agents.policies.dither import with_dither
 from prunevit.agents.policies.heuristics import keep_highest
 from prunevit.envs.observations import View
 from prunevit.envs.vit.macs import count_linear_macs
@@ -64,6 +65,9 @@ class DynamicViTPolicy(nn.Module):
         keep: share of the patches that is kept from stage to stage. It can be changed after the
             training: ``policy.keep = 0.5`` makes the model cheaper.
         hidden: width of the predictors; None for the paper's, which is D.
+        dither: rank patches by their scores less a level of each patch's own, the same for all
+            images: what the noise of the training does to them, without randomness. It can be
+            changed after the training.
 
     Raises:
         ValueError: ``keep`` is not in (0, 1], or ``hidden`` is not a multiple of 4.
@@ -72,7 +76,12 @@ class DynamicViTPolicy(nn.Module):
     needs_attention = False
 
     def __init__(
-        self, width: int, num_stages: int, keep: float = 0.7, hidden: int | None = None
+        self,
+        width: int,
+        num_stages: int,
+        keep: float = 0.7,
+        hidden: int | None = None,
+        dither: bool = False,
     ) -> None:
         super().__init__()
         hidden = width if hidden is None else hidden
@@ -81,6 +90,7 @@ class DynamicViTPolicy(nn.Module):
         self.width = width
         self.hidden = hidden
         self.keep = keep
+        self.dither = dither
         self.predictors = nn.ModuleList(KeepPredictor(width, hidden) for _ in range(num_stages))
         self.macs_per_decision = count_linear_macs(self.predictors[0])
 
@@ -120,4 +130,7 @@ class DynamicViTPolicy(nn.Module):
         if not math.isfinite(logits.sum()):
             raise ValueError("the policy's logits are not finite: check its weights and the images")
         count = int(self.shares()[view.stage] * view.backbone.num_patches)
-        return keep_highest(view, logits[:, 1] - logits[:, 0], count)
+        margin = logits[:, 1] - logits[:, 0]
+        if self.dither:
+            margin = with_dither(view, view.scatter(margin))[view.alive]
+        return keep_highest(view, margin, count)

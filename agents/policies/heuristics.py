@@ -10,6 +10,7 @@ from typing import Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from prunevit.agents.policies.dither import with_dither
 from prunevit.envs.observations import View
 
 Score = Literal["attention", "norm", "brightness", "random"]
@@ -87,17 +88,25 @@ class AttentionThreshold:
     Args:
         thresholds: lowest attention for each stage; 1 is an even share among all patches of the
             image.
+        dither: vary the threshold from patch to patch, in the same way for all images. A patch with
+            attention a under a threshold t has probability a / (a + t): of similar neighbours, that
+            share is kept, where one threshold would keep all or none. The number is the strength: 1
+            for these probabilities, less for ones nearer to a threshold, 0 for none.
     """
 
     needs_attention = True
     macs_per_decision = 0
 
-    def __init__(self, thresholds: Sequence[float]) -> None:
+    def __init__(self, thresholds: Sequence[float], dither: float = 0.0) -> None:
         self.thresholds = _checked("thresholds", thresholds)
+        (self.dither,) = _checked("dither", (dither,))
 
     def __call__(self, view: View) -> Tensor:
         least = at_stage("thresholds", self.thresholds, view)
-        return view.scatter(view.cls_attention >= least)
+        if not self.dither or not least:
+            return view.scatter(view.cls_attention >= least)
+        margin = (view.scatter(view.cls_attention) / least).log() / self.dither
+        return (with_dither(view, margin) >= 0) & view.alive
 
 
 def keep_highest(view: View, scores: Tensor, count: int) -> Tensor:

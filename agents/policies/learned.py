@@ -4,46 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prunevit.agents.policies.actor_critic import TokenActor
+from prunevit.agents.policies.dither import with_dither
 from prunevit.envs.fields import field_size
 from prunevit.envs.observations import View
 from prunevit.envs.vit.macs import count_linear_macs
 from prunevit.envs.vit.staged_vit import StagedViT
-
-PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)  # their square roots are irrational
-
-
-def dither_levels(height: int, width: int, stage: int, device: torch.device) -> Tensor:
-    """Computes thresholds in (0, 1) for the patches of a grid, low and high ones in every region.
-
-    They are the ranks of a Kronecker sequence over rows and columns (Roberts 2018, "The
-    unreasonable effectiveness of quasirandom sequences"). Each stage has its own irrational steps,
-    so that a patch's thresholds at different stages are unrelated.
-
-    Returns:
-        float32 [height * width], row by row.
-    """
-    return torch.tensor(_dither_levels(height, width, stage), device=device)
-
-
-# numbers, not a tensor: one that was made while a tracer or an exporter ran would stay theirs
-@cache
-def _dither_levels(height: int, width: int, stage: int) -> NDArray[np.float32]:
-    """``dither_levels`` in NumPy."""
-    down, right = (math.sqrt(PRIMES[(2 * stage + i) % len(PRIMES)]) for i in range(2))
-    rows, columns = np.indices((height, width), dtype=np.float64)
-    phase = np.mod(rows * down + columns * right, 1).ravel()
-    return ((phase.argsort().argsort() + np.float32(0.5)) / np.float32(len(phase))).astype(
-        np.float32
-    )
 
 
 class LearnedPolicy(nn.Module):
@@ -172,8 +142,7 @@ class LearnedPolicy(nn.Module):
             bool [B, N].
         """
         if self.dither:
-            height, width = view.backbone.grid_size
-            margin = margin - dither_levels(height, width, view.stage, margin.device).logit()
+            margin = with_dither(view, margin)
         return (margin > math.log(self.threshold / (1 - self.threshold))) & view.alive
 
     def logits(self, view: View) -> Tensor:

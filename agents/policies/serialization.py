@@ -22,7 +22,7 @@ from prunevit.envs.vit.untouched import has_own_hooks
 PLAIN_POLICIES: dict[str, tuple[type, tuple[str, ...]]] = {
     "keep-all": (KeepAll, ()),
     "top-k": (TopK, ("tokens", "score", "seed")),
-    "threshold": (AttentionThreshold, ("thresholds",)),
+    "threshold": (AttentionThreshold, ("thresholds", "dither")),
 }
 # policies that saved models of before can have, and why there are none any more
 GONE_POLICIES = {
@@ -58,7 +58,12 @@ def describe_policy(policy: Policy) -> dict[str, Any]:
             "dither": policy.dither,
         }
     if type(policy) is DynamicViTPolicy:
-        return {"kind": "dynamic-vit", "keep": policy.keep, "hidden": policy.hidden}
+        return {
+            "kind": "dynamic-vit",
+            "keep": policy.keep,
+            "hidden": policy.hidden,
+            "dither": policy.dither,
+        }
     raise SavedModelError(
         f"a {type(policy).__name__} has no form on disk: LearnedPolicy, DynamicViTPolicy and "
         f"{', '.join(plain.__name__ for plain, _ in PLAIN_POLICIES.values())} have"
@@ -74,9 +79,12 @@ def make_policy(described: Mapping[str, Any], backbone: StagedViT) -> Policy:
     kind = described["kind"]
     if kind in PLAIN_POLICIES:
         plain, arguments = PLAIN_POLICIES[kind]
-        return plain(**{name: described[name] for name in arguments})
+        # models of before 0.2 have no dither
+        return plain(**{name: described[name] for name in arguments if name in described})
     if kind == "dynamic-vit":
-        return dynamic_vit_policy(backbone, described["keep"], described["hidden"])
+        predictors = dynamic_vit_policy(backbone, described["keep"], described["hidden"])
+        predictors.dither = described.get("dither", False)
+        return predictors
     if kind in GONE_POLICIES:
         raise SavedModelError(f"policy {kind!r} is gone: {GONE_POLICIES[kind]}")
     if kind != "learned":

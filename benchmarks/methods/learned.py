@@ -27,6 +27,7 @@ from prunevit.benchmarks.protocol import (
     UnreachableError,
     check_matched,
     search_knob,
+    with_best_dither,
     with_knobs,
 )
 from prunevit.benchmarks.records import differences
@@ -150,17 +151,7 @@ def tuned(bench: Benchmark, model: PrunedViT, gmacs: float) -> Knobs:
                 nearest = error.nearest or shared
         return search(*ODDS, with_threshold)
 
-    if not bench.task.dithers:
-        return searched({})
-    ways = []
-    for dither in (False, True):
-        try:
-            ways.append(searched({"dither": dither}))
-        except UnreachableError:
-            # one way may not get so low: only if neither does, this is the method's limit
-            if dither and not ways:
-                raise
-    return max(ways, key=lambda knobs: bench.validate(set_to(model, knobs)).accuracy)
+    return with_best_dither(bench, searched, lambda knobs: set_to(model, knobs))
 
 
 def reader(bench: Benchmark, load: Callable[[Path], PrunedViT]) -> Callable[[Path], PrunedViT]:
@@ -280,7 +271,9 @@ def fine_tuned(bench: Benchmark, seed: int) -> Method:
 
 
 def dynamic_vit(bench: Benchmark, seed: int, fine_tune: bool = False) -> Method:
-    """DynamicViT, trained for one share of patches; the knob is the share it keeps."""
+    """DynamicViT, trained for one share of patches; the knob is the share it keeps. Where the task
+    allows, with dither if that is better on validation.
+    """
     folder = bench.runs / f"dynamic-vit{'-fine-tuned' if fine_tune else ''}-{seed}"
     settings = {**bench.task.dynamic_vit, **shared_settings(bench, folder, seed)}
     config = DynamicViTConfig(fine_tune=fine_tune, **settings)
@@ -290,6 +283,7 @@ def dynamic_vit(bench: Benchmark, seed: int, fine_tune: bool = False) -> Method:
         policy = copy.copy(load(folder).policy)  # shares the predictors
         assert isinstance(policy, DynamicViTPolicy)
         policy.keep = knobs["keep"]
+        policy.dither = knobs.get("dither", False)
         return PrunedViT(load(folder).backbone, policy)
 
     def tune(gmacs: float) -> Knobs:
@@ -297,11 +291,16 @@ def dynamic_vit(bench: Benchmark, seed: int, fine_tune: bool = False) -> Method:
             is_begun = RunFolder(folder).is_begun
             train_dynamic_vit(DynamicViTConfig(resume=folder) if is_begun else config)
 
-        def cost(pruned: float) -> float:
-            return bench.validate(make({"keep": 1 / pruned})).gmacs
+        def searched(shared: Knobs) -> Knobs:
+            def knobs(pruned: float) -> Knobs:
+                return {"keep": 1 / pruned, **shared}
 
-        patches = float(bench.backbone.num_patches)
-        return search_knob(cost, 1.0, patches, gmacs, lambda pruned: {"keep": 1 / pruned})
+            def cost(pruned: float) -> float:
+                return bench.validate(make(knobs(pruned))).gmacs
+
+            return search_knob(cost, 1.0, float(bench.backbone.num_patches), gmacs, knobs)
+
+        return with_best_dither(bench, searched, make)
 
     return Method(tune, make)
 

@@ -25,6 +25,7 @@ from prunevit.benchmarks.protocol import (
     check_matched,
     nearest,
     search_knob,
+    with_best_dither,
 )
 from prunevit.trainers.common.evaluation import schedules_at
 
@@ -32,6 +33,7 @@ SHAPES = (1.0, 0.7, 0.5, 0.35)  # schedules that keep this share from one stage 
 NUDGE = 2  # tokens of a stage by which a schedule is brought to its cost
 PITOME_SHARES = 2_000  # between a half and all, that are tried
 ORACLE_IMAGES = 100
+DITHERS = (0.0, 0.25, 0.5, 1.0)  # of the threshold on class attention, which no training scales
 
 
 def best_schedule(
@@ -94,18 +96,26 @@ def top_k(score: Score, bench: Benchmark, seed: int) -> Method:
 
 
 def attention_threshold(bench: Benchmark, seed: int) -> Method:
-    """The same threshold on class attention at every stage."""
+    """The same threshold on class attention at every stage. Where the task allows, with the dither
+    that is best on validation.
+    """
     backbone = bench.backbone
 
     def make(knobs: Knobs) -> PrunedViT:
-        return PrunedViT(backbone, AttentionThreshold([knobs["threshold"]] * backbone.num_stages))
+        thresholds = [knobs["threshold"]] * backbone.num_stages
+        return PrunedViT(backbone, AttentionThreshold(thresholds, knobs.get("dither", 0.0)))
 
     def tune(gmacs: float) -> Knobs:
-        def cost(threshold: float) -> float:
-            return bench.validate(make({"threshold": threshold})).gmacs
+        def searched(shared: Knobs) -> Knobs:
+            def knobs(threshold: float) -> Knobs:
+                return {"threshold": threshold, **shared}
 
-        limit = float(backbone.num_patches)
-        return search_knob(cost, 1e-3, limit, gmacs, lambda threshold: {"threshold": threshold})
+            def cost(threshold: float) -> float:
+                return bench.validate(make(knobs(threshold))).gmacs
+
+            return search_knob(cost, 1e-3, float(backbone.num_patches), gmacs, knobs)
+
+        return with_best_dither(bench, searched, make, DITHERS)
 
     return Method(tune, make)
 

@@ -23,7 +23,7 @@ from prunevit.agents import (
     prune,
 )
 from prunevit.agents.policies.actor_critic import TokenActor
-from prunevit.agents.policies.learned import dither_levels
+from prunevit.agents.policies.dither import dither_levels
 from prunevit.agents.policies.serialization import SavedModelError, learned_policy
 from prunevit.envs.fields import DEFAULT_FIELDS
 from prunevit.envs.vit.create import create_backbone
@@ -457,8 +457,8 @@ def test_what_is_cached_is_nobodys_tensor(vit):
         KeepAll(),
         TopK((9, 4), "attention"),
         TopK((9, 4), "random", seed=3),
-        AttentionThreshold((0.9, 1.1)),
-        DynamicViTPolicy(32, 2, keep=0.6, hidden=8),
+        AttentionThreshold((0.9, 1.1), dither=0.5),
+        DynamicViTPolicy(32, 2, keep=0.6, hidden=8, dither=True),
     ],
     ids=["learned", "keep all", "attention", "random", "threshold", "dynamic"],
 )

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,11 +19,13 @@ from prunevit.benchmarks.machine import hardware
 from prunevit.benchmarks.methods import learned
 from prunevit.benchmarks.methods.recipes import RECIPES
 from prunevit.benchmarks.methods.registry import METHODS
+from prunevit.benchmarks.methods.untrained import DITHERS
 from prunevit.benchmarks.protocol import (
     FixedScheduleModel,
     Method,
     UnreachableError,
     search_knob,
+    with_best_dither,
 )
 from prunevit.benchmarks.records import FIELDS, Records, command, commit, read, unpack_answers
 from prunevit.envs.vit.digits_vit import ASSETS
@@ -150,6 +153,46 @@ def test_a_threshold_goes_on_where_no_alpha_reaches(bench, monkeypatch):
         assert knobs["alpha"] in (low / learned.ALPHAS_BEYOND, high * learned.ALPHAS_BEYOND)
         thresholds.append(knobs["threshold"])
     assert thresholds[0] > thresholds[1]
+
+
+def test_a_threshold_dithers_where_that_is_better_on_validation(bench):
+    bench = replace(bench, task=replace(bench.task, dithers=True), size=48)
+    target = bench.gmacs_at(0.4)
+    method, plain = METHODS["threshold"].open(bench, 0), replace(bench.task, dithers=False)
+    knobs = method.tune(target)
+    assert knobs["dither"] in DITHERS
+    chosen = evaluate(method.make(knobs), bench.validation, bench.size)
+    again = evaluate(method.make(knobs), bench.validation, bench.size)
+    assert (chosen.accuracy, chosen.gmacs) == (again.accuracy, again.gmacs)
+    assert chosen.gmacs == pytest.approx(target, rel=0.01)
+    without = METHODS["threshold"].open(replace(bench, task=plain), 0)
+    undithered = without.make(without.tune(target))
+    assert undithered.policy.dither == 0
+    assert chosen.accuracy >= evaluate(undithered, bench.validation, bench.size).accuracy
+
+
+def test_the_most_accurate_strength_of_dither_is_taken(bench, monkeypatch):
+    bench = replace(bench, task=replace(bench.task, dithers=True))
+    accuracy = {0.0: 0.7, 0.25: 0.8, 0.5: 0.9, 1.0: 0.75}
+    monkeypatch.setattr(
+        type(bench), "validate", lambda _, model: SimpleNamespace(accuracy=accuracy[model])
+    )
+
+    def tune(shared):
+        if shared["dither"] in out_of_reach:
+            raise UnreachableError("no", shared)
+        return shared
+
+    def best():
+        return with_best_dither(bench, tune, lambda knobs: knobs["dither"], DITHERS)["dither"]
+
+    out_of_reach = {1.0}
+    assert best() == 0.5
+    out_of_reach = {0.0, 0.5}
+    assert best() == 0.25
+    out_of_reach = set(DITHERS)
+    with pytest.raises(UnreachableError):
+        best()
 
 
 @pytest.mark.integration("benchmarl")
@@ -430,11 +473,17 @@ def test_thresholds_are_trained_once_for_each_operating_point(bench, monkeypatch
 
 @pytest.mark.learning
 def test_dynamic_vit_takes_part_with_and_without_its_backbone(bench):
-    bench = replace(bench, task=replace(bench.task, dynamic_vit={"batch_size": 8}))
+    bench = replace(bench, task=replace(bench.task, dynamic_vit={"batch_size": 8}, dithers=True))
     # the backbone begins to learn after a sixth of the training
     for name, iterations in (("dynamic-vit", 1), ("dynamic-vit-fine-tuned", 6)):
         method = METHODS[name].open(replace(bench, iterations=iterations), 0)
-        model = method.make(method.tune(bench.gmacs_at(0.5)))
+        knobs = method.tune(bench.gmacs_at(0.5))
+        for dither in (False, True):
+            model = method.make(knobs | {"dither": dither})
+            spent = evaluate(model, bench.validation, bench.size).gmacs
+            assert spent == pytest.approx(bench.gmacs_at(0.5), rel=0.01)
+            assert model.policy.dither == dither
+        assert "dither" in knobs
         learns = not torch.equal(
             model.backbone.model.blocks[-1].mlp.fc1.weight, bench.model.blocks[-1].mlp.fc1.weight
         )

@@ -7,7 +7,7 @@ import torch
 
 from prunevit.agents import LearnedPolicy, Policy, TokenActor
 from prunevit.agents.policies.actor_critic import POLICY_GAIN, PRIOR_FLOOR, Actor, Critic, mlp
-from prunevit.agents.policies.learned import dither_levels
+from prunevit.agents.policies.dither import dither_levels
 from prunevit.envs.fields import field_slices
 from prunevit.envs.observations import View
 from prunevit.envs.vit.staged_vit import StagedViT

@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunevit.agents import DynamicViTPolicy, Policy, PrunedViT
+from prunevit.agents.policies.dither import dither_levels
 from prunevit.agents.policies.dynamic_vit import KeepPredictor
 from prunevit.envs.observations import View
 from prunevit.envs.vit.staged_vit import StagedViT
@@ -54,6 +55,31 @@ def test_the_likeliest_are_kept(backbone, images):
     keep = policy(view)
     for image in range(BATCH):
         assert likely[image, keep[image]].min() > likely[image, ~keep[image]].max()
+
+
+@torch.no_grad()
+def test_dither_keeps_those_who_exceed_their_levels_most(backbone, images):
+    policy = random_policy(backbone, 0.5)
+    for predictor in policy.predictors:
+        predictor.judge[-1].weight.mul_(0.1)  # scores as close as levels are
+    tokens = backbone.begin(images)
+    first = View(backbone, tokens, 0, torch.zeros(BATCH))
+    views = [first, View(backbone, backbone.advance(tokens, policy(first), 0), 1, first.alpha)]
+    policy.dither = True
+    for stage, view in enumerate(views):
+        kept = policy(view)
+        assert torch.equal(kept, policy(view))
+        everyone = torch.ones(len(view.image))
+        logits = policy.predictors[stage](view.token, view.image, BATCH, everyone)
+        levels = dither_levels(*backbone.grid_size, stage, kept.device).logit()
+        lead = view.scatter(logits[:, 1] - logits[:, 0]) - levels
+        for image in range(BATCH):
+            lost = view.alive[image] & ~kept[image]
+            assert lead[image, kept[image]].min() > lead[image, lost].max()
+        assert kept.sum(1).tolist() == [8 // (stage + 1)] * BATCH
+        policy.dither = False
+        assert not torch.equal(kept, policy(view))
+        policy.dither = True
 
 
 @torch.no_grad()

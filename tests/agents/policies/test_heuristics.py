@@ -12,6 +12,7 @@ from prunevit.agents import (
     PrunedViT,
     TopK,
 )
+from prunevit.agents.policies.dither import dither_levels
 from prunevit.envs.observations import View
 from prunevit.envs.vit.staged_vit import StagedViT
 
@@ -140,3 +141,36 @@ def test_what_is_refused(views):
         AttentionThreshold((float("nan"),))
     with pytest.raises(ValueError, match="tokens for 2 stages, the backbone has 3"):
         TopK((4, 4))(views[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strength", [0.5, 1.0, 2.0])
+def test_a_dithered_threshold_keeps_alike_patches_in_their_share(backbone, some_images, strength):
+    """Before the first block all patches have the same attention."""
+    view = View(backbone, backbone.begin(some_images.load(range(4))[0]), 0, torch.zeros(4))
+    for share in (0.25, 0.5, 0.75):
+        # share = sigmoid(log(1 / threshold) / strength)
+        threshold = ((1 - share) / share) ** strength
+        kept = AttentionThreshold((threshold, 1.0, 1.0), strength)(view)
+        assert (kept.sum(1) == share * PATCHES).all()
+        assert (kept.unflatten(1, (2, 8)).sum(2) >= share * 8 - 1).all()  # each half has its part
+        assert torch.equal(kept, AttentionThreshold((threshold, 1.0, 1.0), strength)(view))
+    assert not AttentionThreshold((1.1, 1.0, 1.0))(view).any()  # all together
+    assert AttentionThreshold((0.0, 1.0, 1.0), strength)(view).all()
+
+
+def test_dither_moves_a_threshold_and_keeps_no_dead_patch(views):
+    for view in views:
+        dense = view.scatter(view.cls_attention)
+        kept = AttentionThreshold((1.0, 1.0, 1.0), 1.0)(view)
+        assert not (kept & ~view.alive).any()
+        levels = dither_levels(*view.backbone.grid_size, view.stage, dense.device)
+        expected = (dense >= levels / (1 - levels)) & view.alive
+        assert torch.equal(kept, expected)
+        barely = AttentionThreshold((1.01, 1.01, 1.01), 1e-4)(view)
+        assert torch.equal(barely, AttentionThreshold((1.01, 1.01, 1.01))(view))
+
+
+def test_a_negative_dither_is_refused():
+    with pytest.raises(ValueError, match=r"dither=\(-1,\): each must be at least 0"):
+        AttentionThreshold((1.0,), -1)
