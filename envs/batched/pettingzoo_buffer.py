@@ -76,12 +76,12 @@ class ObservationBuffer:
             if isinstance(seen, Mapping) and not isinstance(space, Dict):
                 seen = seen.get("observation")
             self.observation[row, i, : self._size] = flat(space, self._size, seen, whose)
-        space = self._spaces.state_space
-        if self._with_state and space is None:
+        state_space = self._spaces.state_space
+        if self._with_state and state_space is None:
             self.state[row] = self.observation[row, :, : self._size].reshape(-1)
-        elif self._with_state:
+        elif self._with_state and state_space is not None:
             whose = f"the state of environment {row}"
-            self.state[row] = flat(space, self.state.shape[1], env.state(), whose)
+            self.state[row] = flat(state_space, self.state.shape[1], env.state(), whose)
 
     def _allowed(self, mask: Any, agent: str, row: int) -> np.ndarray:
         allowed = np.asarray(mask, dtype=bool)
