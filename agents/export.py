@@ -13,7 +13,7 @@ from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.policies.serialization import own_additions
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.envs.observations import View
-from prunevit.envs.vit.blocks import masked_attention_received
+from prunevit.envs.vit.blocks import BlockCall, masked_attention_received
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.timm_models.heads import (
     classify_prefix,
@@ -114,9 +114,8 @@ class OneImage(nn.Module):
             block = backbone.model.blocks[i]
             if with_attention and i == stop - 1:
                 whole = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
-                attention = masked_attention_received(
-                    backbone.ops, block, image, whole, None, backbone.num_query_tokens
-                ).squeeze(0)
+                call = BlockCall(backbone.ops, block, None, backbone.num_query_tokens)
+                attention = masked_attention_received(call, image, whole).squeeze(0)
             # without a mask, whose dynamic length an exporter would compare with 1
             image = backbone.ops.dense_block(block, image, None, None)
         return replace(tokens, x=image.squeeze(0), attention=attention)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,24 +20,32 @@ from prunevit.envs.vit.timm_models.rope import RotaryEmbedding
 from prunevit.envs.vit.tokens import slots_by_length
 
 
-def packed_block(
-    ops: ModelOps,
-    block: Any,
-    x: Tensor,
-    layout: Layout,
-    rotary: RotaryEmbedding | None,
-    num_query_tokens: int | None,
-) -> tuple[Tensor, Tensor | None]:
+# not frozen: of a frozen one, the compiler of torch 2.6 looks at all fields, used or not
+@dataclass(eq=False)
+class BlockCall:
+    """A block that is to run, and what it is told besides its rows.
+
+    Attributes:
+        ops: the operations of the model.
+        block: timm's block.
+        rotary: rotary embedding of the rows in this block; None if the model has none.
+        num_query_tokens: also return the attention that each row receives from the mean query of
+            this many first tokens of its image, or of all its tokens if 0; None returns none.
+    """
+
+    ops: ModelOps
+    block: Any
+    rotary: RotaryEmbedding | None
+    num_query_tokens: int | None
+
+
+def packed_block(call: BlockCall, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
     """Runs a block on packed rows: timm's arithmetic in timm's order.
 
     Args:
-        ops: the operations of the model.
-        block: timm's block.
+        call: the block.
         x: rows [S, D].
         layout: layout of the rows.
-        rotary: their rotary embedding in this block, if the model has one.
-        num_query_tokens: also return the attention that each row receives from the mean query of
-            this many first tokens of its image, or of all its tokens if 0; None returns none.
 
     Returns:
         rows [S, D], and the attention received [S] or None.
@@ -45,87 +54,71 @@ def packed_block(
     plain = (
         not torch.compiler.is_compiling()
         and layout.uniform_length is not None
-        and num_query_tokens is None
+        and call.num_query_tokens is None
     )
+    ops, block = call.ops, call.block
     if plain and not uses_onednn(block.attn.proj, x):
         images = x.unflatten(0, (-1, layout.uniform_length))
-        rope = rotary.patches(len(images)) if rotary else None
+        rope = call.rotary.patches(len(images)) if call.rotary else None
         return ops.dense_block(block, images, None, rope).flatten(0, 1), None
-    x, received = _packed_attention(ops, block, x, layout, rotary, num_query_tokens)
+    x, received = _packed_attention(call, x, layout)
     return ops.steps(block).mlp(block, x), received
 
 
-def _packed_attention(
-    ops: ModelOps,
-    block: Any,
-    x: Tensor,
-    layout: Layout,
-    rotary: RotaryEmbedding | None,
-    num_query_tokens: int | None,
-) -> tuple[Tensor, Tensor | None]:
+def _packed_attention(call: BlockCall, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
     """The first half of ``packed_block``.
 
     A function of its own, so that queries, keys and values are freed before the MLP needs memory.
     """
-    attn, steps = block.attn, ops.steps(block)
-    source = steps.pre_attention(block, x)
-    q, k, v = ops.project(block, source, rotary.rows() if rotary else None)
+    block, steps = call.block, call.ops.steps(call.block)
+    attn, source = block.attn, steps.pre_attention(block, x)
+    q, k, v = call.ops.project(block, source, call.rotary.rows() if call.rotary else None)
     mixed = attn.norm(varlen_attention(q, k, v, layout))
     if getattr(attn, "gate", None) is not None:
         mixed = mixed * attn.gate(source).sigmoid()
     received = None
-    if num_query_tokens is not None:
-        received = attention_received(q, k, layout, num_query_tokens)
+    if call.num_query_tokens is not None:
+        received = attention_received(q, k, layout, call.num_query_tokens)
     return steps.residual(block, x, linear(attn.proj, mixed)), received
 
 
 # the lengths of images differ from batch to batch: nothing to compile
 @torch.compiler.disable
-def timm_block(
-    ops: ModelOps,
-    block: Any,
-    x: Tensor,
-    layout: Layout,
-    rotary: RotaryEmbedding | None,
-    num_query_tokens: int | None,
-) -> tuple[Tensor, Tensor | None]:
+def timm_block(call: BlockCall, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
     """``packed_block`` for blocks in which more than timm's own code runs.
 
     Calls the block as timm does, once for each number of tokens, on the images that have so many:
     hooks and replaced layers see what they would see in timm's model.
     """
-    outputs, paid, attn = [], [], block.attn
+    outputs, paid, attn = [], [], call.block.attn
     for rows, images, length in layout.groups():
         part = x[rows].unflatten(0, (images, length))
-        rope = rotary.slice_rows(rows).patches(images) if rotary else None
-        if num_query_tokens is None:
-            out = ops.dense_block(block, part, None, rope)
+        rope = call.rotary.slice_rows(rows).patches(images) if call.rotary else None
+        if call.num_query_tokens is None:
+            out = call.ops.dense_block(call.block, part, None, rope)
         else:
-            out, q, k = _observed_block(ops, block, part, rope)
+            out, q, k = _observed_block(call, part, rope)
             group = Layout.uniform(images, length, layout.width, x.device)
             if not attn.fused_attn:  # fused kernels take the usual scale, whatever attn.scale is
                 q = q * (attn.scale / attn.head_dim**-0.5)
             rows_of = (q.flatten(0, 1), k.flatten(0, 1))
-            paid.append(attention_received(*rows_of, group, num_query_tokens))
+            paid.append(attention_received(*rows_of, group, call.num_query_tokens))
         outputs.append(out.flatten(0, 1))
     if not outputs:
-        return x, None if num_query_tokens is None else x.new_zeros(0)
+        return x, None if call.num_query_tokens is None else x.new_zeros(0)
     return torch.cat(outputs), torch.cat(paid) if paid else None
 
 
 def _observed_block(
-    ops: ModelOps,
-    block: Any,
-    images: Tensor,
-    rope: Tensor | None,
+    call: BlockCall, images: Tensor, rope: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """timm's block on images [B, L, D], with the queries and keys [B, L, heads, head_dim] in it.
 
     They are those that the block itself computed: no module runs twice.
     """
-    attn = block.attn
+    attn = call.block.attn
     with _capture_outputs(attn, ("q_norm", "k_norm")) as seen:
-        out = ops.dense_block(block, images, None, rope)
+        out = call.ops.dense_block(call.block, images, None, rope)
     if len(seen) != 2:
         raise RuntimeError(
             "the attention of a block was replaced, so that the attention which tokens receive "
@@ -168,89 +161,61 @@ def _rotate_patches(attn: Any, rows: Tensor, rope: Tensor) -> Tensor:
     return torch.cat([prefix, rotated], dim=2).type_as(rows)
 
 
-def masked_block(
-    ops: ModelOps,
-    block: Any,
-    x: Tensor,
-    alive: Tensor,
-    rotary: RotaryEmbedding | None,
-    num_query_tokens: int | None,
-) -> tuple[Tensor, Tensor | None]:
+def masked_block(call: BlockCall, x: Tensor, alive: Tensor) -> tuple[Tensor, Tensor | None]:
     """Runs timm's own block on all slots, with pruned tokens masked out of the keys.
 
     Args:
-        ops: the operations of the model.
-        block: timm's block.
+        call: the block.
         x: rows of all slots [B * L, D].
         alive: which tokens still exist, bool [B, L].
-        rotary: rotary embedding in this block, if the model has one.
-        num_query_tokens: as for ``packed_block``.
 
     Returns:
         rows [B * L, D], and the attention received [B * L] or None.
     """
     images = x.unflatten(0, alive.shape)
     received = None
-    if num_query_tokens is not None:
-        slots = rotary.slots() if rotary else None
-        received = masked_attention_received(ops, block, images, alive, slots, num_query_tokens)
-        received = received.flatten()
-    rope = rotary.patches(len(images)) if rotary else None
-    return ops.dense_block(block, images, alive[:, None, None, :], rope).flatten(0, 1), received
+    if call.num_query_tokens is not None:
+        received = masked_attention_received(call, images, alive).flatten()
+    rope = call.rotary.patches(len(images)) if call.rotary else None
+    out = call.ops.dense_block(call.block, images, alive[:, None, None, :], rope)
+    return out.flatten(0, 1), received
 
 
 @torch.compiler.disable
-def timm_block_on_slots(
-    ops: ModelOps,
-    block: Any,
-    x: Tensor,
-    alive: Tensor,
-    rotary: RotaryEmbedding | None,
-    num_query_tokens: int | None,
-) -> tuple[Tensor, Tensor | None]:
+def timm_block_on_slots(call: BlockCall, x: Tensor, alive: Tensor) -> tuple[Tensor, Tensor | None]:
     """``masked_block`` for blocks in which more than timm's own code runs.
 
     That code would see pruned tokens, which a mask hides from timm's attention alone. So the block
     runs on the survivors, and the slots of pruned tokens stay as they were.
     """
     slot, lengths = slots_by_length(alive, alive.sum(1).cpu().numpy())
-    layout = Layout.of(lengths, block.attn.num_heads * block.attn.head_dim, alive.device)
-    of_rows = rotary.take(slot % alive.shape[1]) if rotary else None
-    rows = x.index_select(0, slot)
-    out, received = timm_block(ops, block, rows, layout, of_rows, num_query_tokens)
+    attn = call.block.attn
+    layout = Layout.of(lengths, attn.num_heads * attn.head_dim, alive.device)
+    rotary = call.rotary.take(slot % alive.shape[1]) if call.rotary else None
+    out, received = timm_block(replace(call, rotary=rotary), x.index_select(0, slot), layout)
     if received is not None:
         received = received.new_zeros(len(x)).index_copy(0, slot, received)
     return x.to(out.dtype).index_copy(0, slot, out), received
 
 
-def masked_attention_received(
-    ops: ModelOps,
-    block: Any,
-    images: Tensor,
-    alive: Tensor,
-    rope: Tensor | None,
-    num_query_tokens: int,
-) -> Tensor:
+def masked_attention_received(call: BlockCall, images: Tensor, alive: Tensor) -> Tensor:
     """The attention that each slot receives in a block that is about to run on all of them.
 
     Args:
-        ops: the operations of the model.
-        block: timm's block.
+        call: the block.
         images: its input [B, L, D].
         alive: which tokens still exist, bool [B, L]; the others receive 0.
-        rope: ``RotaryEmbedding.slots``, if the model has a rotary embedding.
-        num_query_tokens: as for ``packed_block``.
 
     Returns:
         [B, L], averaged over heads.
     """
-    source = ops.steps(block).pre_attention(block, images)
-    q, k, _ = ops.project(block, source, rope)
-    if num_query_tokens:
-        query = q[:, :num_query_tokens].mean(1)  # [B, heads, head_dim]
+    source = call.ops.steps(call.block).pre_attention(call.block, images)
+    q, k, _ = call.ops.project(call.block, source, call.rotary.slots() if call.rotary else None)
+    if call.num_query_tokens:
+        query = q[:, : call.num_query_tokens].mean(1)  # [B, heads, head_dim]
     else:
         weight = alive.float()[..., None, None]  # in half precision sums would overflow
         query = ((q * weight).sum(1) / weight.sum(1)).to(q.dtype)
-    scores = torch.einsum("bhd,blhd->bhl", query, k) * block.attn.scale
+    scores = torch.einsum("bhd,blhd->bhl", query, k) * call.block.attn.scale
     scores = scores.masked_fill(~alive[:, None, :], -torch.inf)
     return scores.softmax(-1).mean(1)

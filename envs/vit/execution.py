@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from timm.models import checkpoint
 from torch import Tensor
 
 from prunevit.envs.vit.blocks import (
+    BlockCall,
     masked_block,
     packed_block,
     timm_block,
@@ -72,17 +72,14 @@ def run_blocks(
     gradients = torch.is_grad_enabled()
     # the operators that hide layouts from compilers have no gradients
     packed = eager_block if gradients else compile_block() if torch_compile else packed_block
+    own, timms = (masked_block, timm_block_on_slots) if masked else (packed, timm_block)
+    where: Any = tokens.alive if masked else tokens.layout
     recomputes = model.grad_checkpointing and gradients
     for i, plain in zip(range(start, stop), untouched, strict=True):
-        block, rotary = model.blocks[i], tokens.rotary.of_block(i) if tokens.rotary else None
+        rotary = tokens.rotary.of_block(i) if tokens.rotary else None
         queries = num_query_tokens if i == stop - 1 else None
-        run: Callable[..., tuple[Tensor, Tensor | None]]
-        if masked:
-            run = partial(masked_block if plain else timm_block_on_slots, ops, block)
-        else:
-            run = partial(packed if plain else timm_block, ops, block)
-        where: Any = tokens.alive if masked else tokens.layout
-        arguments = (x, where, rotary, queries)
+        arguments = (BlockCall(ops, model.blocks[i], rotary, queries), x, where)
+        run = own if plain else timms
         # as timm's models do: what a block computes for the backward pass is computed again there
         x, received = checkpoint(run, *arguments) if recomputes else run(*arguments)
     segment = Segment(tokens.alive, start, stop, received is not None)

@@ -24,9 +24,9 @@ def rows_seen(monkeypatch):
     def count(name):
         original = getattr(execution, name)
 
-        def counted(ops, block, x, *others):
+        def counted(call, x, *others):
             seen.append(len(x))
-            return original(ops, block, x, *others)
+            return original(call, x, *others)
 
         monkeypatch.setattr(execution, name, counted)
 
@@ -154,9 +154,9 @@ def test_masked_and_compiled_blocks_see_all_images(vit, images, keeps, rows_seen
     calls = []
     original = execution.masked_block
 
-    def counted(ops, block, x, *others):
+    def counted(call, x, *others):
         calls.append(len(x))
-        return original(ops, block, x, *others)
+        return original(call, x, *others)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(execution, "masked_block", counted)
@@ -198,12 +198,12 @@ def test_the_rows_that_blocks_begin_with_are_gone_after_the_first(
     name = f"{kind}_block"
     original = getattr(execution, name)
 
-    def watched(ops, block, x, *others):
+    def watched(call, x, *others):
         if len(begun) > len(alive):
             alive.append(begun[-1]() is not None)
         else:
             begun.append(weakref.ref(x))
-        return original(ops, block, x, *others)
+        return original(call, x, *others)
 
     monkeypatch.setattr(execution, name, watched)
     played(staged, images, keeps(IMAGES, 1, staged.num_patches))
