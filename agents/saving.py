@@ -70,7 +70,8 @@ def write(
             ``model_kwargs``, or weights are no plain tensors.
     """
     for name, tensor in weights.items():
-        if type(tensor.detach()) is not Tensor:
+        # other things in a quantised model's state are refused below
+        if isinstance(tensor, Tensor) and type(tensor.detach()) is not Tensor:
             raise SavedModelError(
                 f"{name} is a {type(tensor).__name__}, which safetensors can't hold: save the "
                 "model before its weights are quantised or sharded"
@@ -226,14 +227,19 @@ def build(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
         BackboneError: it can't be built, or not from what a file may say.
     """
     check_described(name, kwargs)
-    arguments: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in kwargs.items()
-    }
+    arguments = _with_tuples(kwargs)
     size = arguments.get("img_size")
     if isinstance(size, tuple) and len(set(size)) == 1:
         arguments["img_size"] = size[0]
     with torch.random.fork_rng(devices=[]):
         return create_backbone(name, untrained=True, **arguments)
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values, with tuples where they have lists."""
+    return {
+        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+    }
 
 
 def locate(name: str, hub_options: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
@@ -308,13 +314,8 @@ def rebuild(config: Mapping[str, Any], weights: Path) -> tuple[StagedViT, Policy
         _refuse(data_config_problem(data_config))
         _refuse(size_problem(partial(build, name, kwargs), weights))
         model = build(name, kwargs)
-        model.pretrained_cfg = {  # type: ignore[assignment]
-            **model.pretrained_cfg,  # type: ignore[dict-item]
-            **{
-                key: tuple(value) if isinstance(value, list) else value
-                for key, value in data_config.items()
-            },
-        }
+        cfg: Any = model.pretrained_cfg
+        vars(model)["pretrained_cfg"] = {**cfg, **_with_tuples(data_config)}
         backbone = StagedViT(model, config["prune_before"])
         _refuse(size_problem(partial(make_policy, config["policy"], backbone), weights))
         policy = make_policy(config["policy"], backbone)
