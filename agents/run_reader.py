@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from prunevit.agents.policies.policy import Policy
 from prunevit.agents.policies.serialization import (
@@ -20,8 +20,6 @@ from prunevit.envs.vit.described import size_problem
 from prunevit.envs.vit.digits_vit import DIGITS_VIT
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.weights import BackboneError, read_description, sha256
-
-P = TypeVar("P", bound=Policy)
 
 CHECKPOINT_SHA256 = "checkpoint_sha256"  # beside the settings, of the weights that were pruned
 RUN_WEIGHTS = "policy.safetensors"
@@ -63,34 +61,25 @@ def read_run(
     try:
         if config.get("policy") == "dynamic-vit":
             backbone, kwargs = _run_backbone(folder, config, hub_backbone, config["fine_tune"])
-            make = partial(dynamic_vit_policy, backbone, config["keep"], config["hidden"])
-            predictors = _checked(make, folder)
-            load_weights(predictors, folder / RUN_WEIGHTS)
-            return backbone, predictors, kwargs
-        if config["env"] != "token-prune":
+            make: Callable[[], Any] = partial(
+                dynamic_vit_policy, backbone, config["keep"], config["hidden"]
+            )
+        elif config["env"] != "token-prune":
             raise SavedModelError(f"{folder} is a run of {config['env']}, which prunes no ViT")
-        backbone, kwargs = _run_backbone(folder, config, hub_backbone)
-        make_learned = partial(
-            learned_policy,
-            backbone,
-            config["observation"],
-            config["hidden"],
-            bool(config["attention_prior"]),
-            default_alpha(config),
-        )
-        policy = _checked(make_learned, folder)
+        else:
+            backbone, kwargs = _run_backbone(folder, config, hub_backbone)
+            prior, alpha = bool(config["attention_prior"]), default_alpha(config)
+            make = partial(
+                learned_policy, backbone, config["observation"], config["hidden"], prior, alpha
+            )
+        problem = size_problem(make, folder / RUN_WEIGHTS)
+        if problem is not None:
+            raise SavedModelError(problem)
+        policy = make()
     except (KeyError, TypeError) as error:
         raise SavedModelError(f"{folder / CONFIG} is damaged: {error!r}") from error
-    load_weights(policy.actor, folder / RUN_WEIGHTS)
+    load_weights(getattr(policy, "actor", policy), folder / RUN_WEIGHTS)
     return backbone, policy, kwargs
-
-
-def _checked(make: Callable[[], P], folder: Path) -> P:
-    """What ``make`` makes, unless it is too large for the run's weights."""
-    problem = size_problem(make, folder / RUN_WEIGHTS)
-    if problem is not None:
-        raise SavedModelError(problem)
-    return make()
 
 
 def _run_backbone(
