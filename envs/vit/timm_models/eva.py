@@ -36,10 +36,10 @@ def _mlp(block: Any, x: Tensor) -> Tensor:
     return x + (out if block.gamma_2 is None else block.gamma_2 * out)
 
 
-def _project_eva(attn: Any, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _project(attn: Any, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     if attn.qkv is None:
         return _project_separately(attn, x, rope)
-    if attn.q_bias is None:
+    if getattr(attn, "q_bias", None) is None:  # ``AttentionRope`` has no biases of its own
         qkv = linear(attn.qkv, x)
     else:
         bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
@@ -47,16 +47,6 @@ def _project_eva(attn: Any, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Ten
         # precision
         separate = attn.qkv_bias_separate
         qkv = attn.qkv(x) + bias if separate else F.linear(x, attn.qkv.weight, bias)
-    return _split(attn, qkv, rope)
-
-
-def _project_rope(attn: Any, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    if attn.qkv is None:
-        return _project_separately(attn, x, rope)
-    return _split(attn, linear(attn.qkv, x), rope)
-
-
-def _split(attn: Any, qkv: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(-3)
     return _rotate(attn, attn.q_norm(q), rope), _rotate(attn, attn.k_norm(k), rope), v
 
@@ -81,7 +71,7 @@ def _rotate(attn: Any, rows: Tensor, rope: Tensor | None) -> Tensor:
 EVA = ModelOps(
     models=(Eva,),
     blocks={EvaBlock: BlockOps(pre_norm, _residual, _mlp), EvaBlockPostNorm: POST_NORM},
-    attentions={EvaAttention: _project_eva, AttentionRope: _project_rope},
+    attentions={EvaAttention: _project, AttentionRope: _project},
     embed=_embed,
     dense_block=_dense_block,
 )
