@@ -171,15 +171,10 @@ class PrunedViT(
         alpha = torch.zeros(len(images), dtype=torch.float32, device=images.device)
         view = View(self.backbone, tokens, stage, alpha, images=images)
         keep = self.policy(view)
-        if not isinstance(keep, Tensor):
-            raise ValueError(
-                f"the policy must answer bool {list(view.alive.shape)}: got {type(keep).__name__}"
-            )
-        if keep.dtype != torch.bool or keep.shape != view.alive.shape:
-            raise ValueError(
-                f"the policy must answer bool {list(view.alive.shape)}: "
-                f"got {keep.dtype} {list(keep.shape)}"
-            )
+        is_tensor, wanted = isinstance(keep, Tensor), view.alive.shape
+        if not is_tensor or keep.dtype != torch.bool or keep.shape != wanted:
+            got = f"{keep.dtype} {list(keep.shape)}" if is_tensor else type(keep).__name__
+            raise ValueError(f"the policy must answer bool {list(wanted)}: got {got}")
         return keep
 
     # attributes that code for timm models expects

@@ -45,12 +45,9 @@ def _known_classes() -> dict[type[nn.Module], Any]:
         for cls in vars(activations).values()
         if isinstance(cls, type) and issubclass(cls, nn.Module) and not issubclass(cls, nn.PReLU)
     ]
-    return {cls: cls.forward for cls in classes if _is_own(cls)}
-
-
-def _is_own(cls: type[nn.Module]) -> bool:
-    """Whether nobody replaced the class's forward before this module was imported."""
-    return cls.forward.__module__.startswith(("timm.", "torch.nn."))
+    # unless somebody replaced it before
+    own = ("timm.", "torch.nn.")
+    return {cls: cls.forward for cls in classes if cls.forward.__module__.startswith(own)}
 
 
 KNOWN = _known_classes()

@@ -101,9 +101,11 @@ def load_weights(model: nn.Module, name: str, path: Path, new_head: bool = False
     """
     weights = _read_tensors(path)
     own = model.state_dict()
-    if _shapes(weights) != _shapes(own):
+    wanted = _shapes(own)
+    if _shapes(weights) != wanted:
         weights = _filtered(model, weights, path)
-    begun_anew = [key for key in _head_keys(model) if _shape(weights, key) != _shape(own, key)]
+    found = _shapes(weights)
+    begun_anew = [key for key in _head_keys(model) if found.get(key) != wanted.get(key)]
     if new_head:
         weights = {key: tensor for key, tensor in weights.items() if key not in begun_anew}
         weights |= {key: own[key] for key in begun_anew if key in own}
@@ -165,10 +167,6 @@ def _head_keys(model: nn.Module) -> list[str]:
     heads = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else heads
     return [f"{head}.{part}" for head in heads for part in ("weight", "bias")]
-
-
-def _shape(weights: Mapping[str, Tensor], key: str) -> tuple[int, ...] | None:
-    return tuple(weights[key].shape) if key in weights else None
 
 
 def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
