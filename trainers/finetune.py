@@ -1,9 +1,9 @@
 """Fine-tunes a ViT under its pruning policy: ``python -m trainers.finetune --run runs/NAME``.
 
-The policy of a finished run of ``trainers.mappo`` stays as it is. The ViT's blocks learn to work
-with the tokens that the policy keeps: from the outputs of the unpruned model with its original
-weights, and from the labels. The result is evaluated on the validation split; the test split is
-never read.
+The policy is that of a finished run of ``trainers.mappo``, or of a saved pruned ViT, and stays as
+it is. The ViT's blocks learn to work with the tokens that the policy keeps: from the outputs of the
+unpruned model with its original weights, and from the labels. The result is evaluated on the
+validation split; the test split is never read.
 
 A run writes to ``runs/NAME-finetuned``: ``config.json``, ``metrics.jsonl`` (one line before the
 first epoch and one after each), checkpoints, and at the end ``report.json`` and the folder
@@ -82,7 +82,8 @@ class FinetuneConfig(Recipe):
 
     run: Path | None = None
     """The finished run of trainers.mappo, such as runs/NAME. Its policy, backbone and dataset are
-    used. Needed unless --resume is given."""
+    used. Or a folder that PrunedViT.save_pretrained wrote, with any policy; then --dataset has to
+    be given. Needed unless --resume is given."""
     backbone: str | None = None
     """The run's --backbone, hf-hub:OWNER/NAME or local-dir:PATH, which has to be given again: a
     folder can't choose that alone. By default the run's own."""
@@ -175,7 +176,8 @@ def freeze(model: PrunedViT, frozen: Frozen) -> None:
 
 
 def load_run(config: FinetuneConfig, device: torch.device) -> tuple[PrunedViT, str]:
-    """Loads the pruned ViT to fine-tune, and the name of its dataset: the run's, or the one given.
+    """Loads the pruned ViT to fine-tune, of a run or saved as it is, and the name of its dataset:
+    the run's, or the one given.
 
     It also trains in evaluation mode. Dropout, stochastic depth and BatchNorm's batch statistics
     would change the tokens that the policy sees, and it was trained and will be used without them.
@@ -188,8 +190,14 @@ def load_run(config: FinetuneConfig, device: torch.device) -> tuple[PrunedViT, s
     run, given = config.run, config.backbone
     assert run is not None
     file = run / saving.CONFIG
+    is_saved_model = (run / saving.WEIGHTS).is_file()
+    if is_saved_model and (given is not None or config.dataset is None):
+        raise ValueError(
+            f"{run} is a saved model, which has its backbone and no dataset: give --dataset and no "
+            "--backbone"
+        )
     # if it is missing, the run's reader says so
-    own = saving.read_json(file) if file.is_file() else {}
+    own = saving.read_json(file) if file.is_file() and not is_saved_model else {}
     backbone = str(own.get("backbone"))
     if given is None and ":" in backbone:
         raise ValueError(
@@ -198,7 +206,7 @@ def load_run(config: FinetuneConfig, device: torch.device) -> tuple[PrunedViT, s
         )
     if file.is_file() and given not in (None, backbone):
         raise ValueError(f"--backbone {given}: the backbone of {run} is {backbone}")
-    model = PrunedViT.from_run(run, given)
+    model = PrunedViT.from_pretrained(run) if is_saved_model else PrunedViT.from_run(run, given)
     policy = model.policy
     if isinstance(policy, LearnedPolicy):
         policy.dither = config.dither
@@ -211,13 +219,15 @@ def load_run(config: FinetuneConfig, device: torch.device) -> tuple[PrunedViT, s
     model.backbone.execution = config.execution
     freeze(model, config.frozen)
     model = model.to(device).to(memory_format=torch.channels_last)
+    if config.dataset is not None:
+        return model, config.dataset
     dataset = str(own["dataset"])
-    if config.dataset is None and not is_on_disk(dataset):
+    if not is_on_disk(dataset):
         raise ValueError(
             f"{run} was trained on {dataset}, which a library may fetch: if you trust it, give "
             f"--dataset {dataset}"
         )
-    return model, config.dataset or dataset
+    return model, dataset
 
 
 def train(config: FinetuneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
+from prunevit.agents.policies.heuristics import TopK
 from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.agents.run_reader import RUN_WEIGHTS
@@ -32,9 +33,11 @@ from prunevit.benchmarks.protocol import (
 )
 from prunevit.benchmarks.records import differences
 from prunevit.envs.old_names import rename_settings
+from prunevit.envs.vit.weights import read_description
 from prunevit.trainers import finetune
 from prunevit.trainers.common.backbones import StagedViTSettings
 from prunevit.trainers.common.config import MappoConfig
+from prunevit.trainers.common.evaluation import Traced
 from prunevit.trainers.common.run import RunFolder
 from prunevit.trainers.dynamic_vit import DynamicViTConfig
 from prunevit.trainers.dynamic_vit import train as train_dynamic_vit
@@ -127,7 +130,9 @@ def tuned(bench: Benchmark, model: PrunedViT, gmacs: float) -> Knobs:
     threshold alone where its policy doesn't observe alpha. Where the task allows, with ``dither``
     if that is better on validation.
     """
-    assert isinstance(model.policy, LearnedPolicy)
+    policy = model.policy
+    assert isinstance(policy, LearnedPolicy)
+    by_alpha = "alpha" in policy.fields
     low, high = bench.task.alpha_range
 
     def searched(shared: Knobs) -> Knobs:
@@ -144,7 +149,7 @@ def tuned(bench: Benchmark, model: PrunedViT, gmacs: float) -> Knobs:
             return {**nearest, "threshold": odds / (1 + odds)}
 
         nearest = shared
-        if "alpha" in model.policy.fields:
+        if by_alpha:
             try:
                 return search(low / ALPHAS_BEYOND, high * ALPHAS_BEYOND, with_alpha)
             except UnreachableError as error:
@@ -211,8 +216,13 @@ def sampled(name: str, bench: Benchmark, seed: int) -> Method:
 
 def knobs_of_ours(bench: Benchmark, seed: int, gmacs: float) -> Knobs:
     """The knobs with which ours costs ``gmacs``, or comes nearest to it."""
+    return nearest_knobs(mappo("mappo", bench, seed), gmacs)
+
+
+def nearest_knobs(method: Method, gmacs: float) -> Knobs:
+    """The knobs with which a method costs ``gmacs``, or comes nearest to it."""
     try:
-        return mappo("mappo", bench, seed).tune(gmacs)
+        return method.tune(gmacs)
     except UnreachableError as error:
         if error.nearest is None:
             raise
@@ -252,22 +262,74 @@ def fine_tuned(bench: Benchmark, seed: int) -> Method:
         else:
             knobs = knobs_of_ours(bench, seed, bench.gmacs_at(bench.middle_point))
             alpha, dither = knobs["alpha"], knobs.get("dither", False)
-        config = FinetuneConfig(
-            run=bench.runs / f"mappo-{seed}",
-            alpha=alpha,
-            dither=dither,
-            seed=seed,
-            device=bench.base.device,
-            threads=bench.base.threads,
-            run_name=str(folder.absolute()),
-            **bench.task.fine_tuning,
-        )
-        if not is_trained(folder, config.to_json(), "model"):
-            finetune.train(FinetuneConfig(resume=folder) if begun.is_begun else config)
+        run = bench.runs / f"mappo-{seed}"
+        fine_tune(bench, folder, run=run, alpha=alpha, dither=dither, seed=seed)
 
     return tuned_after_training(
         bench, train, folder, lambda folder: PrunedViT.from_pretrained(folder / "model")
     )
+
+
+def fine_tune(bench: Benchmark, folder: Path, **settings: Any) -> None:
+    """Runs ``trainers.finetune`` in ``folder`` where that is due. The task sets the number of
+    images, the optimizer and the losses, the same for every policy; ``settings`` has the others.
+    """
+    config = FinetuneConfig(
+        device=bench.base.device,
+        threads=bench.base.threads,
+        run_name=str(folder.absolute()),
+        **bench.task.fine_tuning,
+        **settings,
+    )
+    if not is_trained(folder, config.to_json(), "model"):
+        begun = RunFolder(folder).is_begun
+        finetune.train(FinetuneConfig(resume=folder) if begun else config)
+
+
+def fine_tuned_top_k(
+    name: str, frozen: Callable[[Benchmark, int], Method], bench: Benchmark, seed: int
+) -> Method:
+    """``trainers.finetune`` under a top-k by class attention, once, with the numbers of patches of
+    the middle operating point. At other points it keeps the numbers that suit the fine-tuned model.
+
+    Args:
+        name: of the method.
+        frozen: the same method with the backbone as it is; its knob are ``tokens``.
+        bench: the benchmark.
+        seed: of the fine-tuning.
+    """
+    folder, start = bench.runs / f"{name}-{seed}", bench.runs / f"{name}-start"
+    load = reader(bench, lambda folder: PrunedViT.from_pretrained(folder / "model"))
+
+    def train() -> None:
+        if not start.exists():  # the tokens may have been chosen on other validation images
+            knobs = nearest_knobs(frozen(bench, seed), bench.gmacs_at(bench.middle_point))
+            pruned = PrunedViT(bench.backbone, TopK(knobs["tokens"]), described_kwargs(bench))
+            pruned.save_pretrained(start)
+        fine_tune(bench, folder, run=start, dataset=bench.base.dataset, seed=seed)
+
+    @cache
+    def under_fine_tuned() -> Method:
+        backbone = load(folder).backbone
+        return frozen(replace(bench, model=backbone.model, backbone=backbone), seed)
+
+    def tune(gmacs: float) -> Knobs:
+        train()
+        return under_fine_tuned().tune(gmacs)
+
+    def make(knobs: Knobs) -> Traced:
+        made = under_fine_tuned().make
+        assert made is not None
+        return made(knobs)
+
+    return Method(tune, make)
+
+
+def described_kwargs(bench: Benchmark) -> dict[str, Any]:
+    """The arguments that the benchmark's backbone was built with."""
+    base = bench.base
+    described = read_description(base.checkpoint, base.backbone) if base.checkpoint else {}
+    return {**described.get("model_kwargs", {}), **base.model_kwargs}
 
 
 def dynamic_vit(bench: Benchmark, seed: int, fine_tune: bool = False) -> Method:

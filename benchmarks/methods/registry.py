@@ -54,6 +54,21 @@ SEEDED: dict[str, tuple[str, Callable[[Benchmark, int], Method]]] = {
         "DynamicViT: the backbone learns too",
         partial(learned.dynamic_vit, fine_tune=True),
     ),
+    **{
+        f"{name}-fine-tuned": (title, partial(learned.fine_tuned_top_k, f"{name}-fine-tuned", open))
+        for name, title, open in (
+            (
+                "attention",
+                "class attention, top-k: the backbone fine-tuned under it",
+                partial(untrained.top_k, "attention"),
+            ),
+            (
+                "evit",
+                "EViT without its fused token: the backbone fine-tuned under it",
+                partial(untrained.evit, False),
+            ),
+        )
+    },
     "ltmp": ("LTMP: learned thresholds, merging and pruning", ltmp),
     **{
         name: (recipe.title, partial(learned.sampled if recipe.samples else learned.mappo, name))

@@ -426,6 +426,34 @@ def test_the_backbone_is_fine_tuned_once_under_ours(bench, monkeypatch):
         METHODS[name].open(other, 0).tune(bench.gmacs_at(0.8))
 
 
+@pytest.mark.learning
+@pytest.mark.parametrize("name", ["attention-fine-tuned", "evit-fine-tuned"])
+def test_the_backbone_is_fine_tuned_once_under_a_top_k(bench, monkeypatch, name):
+    tiny = {"epochs": 1, "epoch_size": 64, "batch_size": 32, "validation_size": 20}
+    bench = replace(bench, task=replace(bench.task, points=(0.5, 0.6, 0.7), fine_tuning=tiny))
+    assert METHODS[name].fine_tunes
+    frozen = METHODS[{"evit-fine-tuned": "evit-unfused"}.get(name, "attention")].open(bench, 0)
+    method = METHODS[name].open(bench, 3)
+    target = bench.gmacs_at(0.5)
+    knobs = method.tune(target)
+    model = method.make(knobs)
+    spent = evaluate(model, bench.validation, bench.size).gmacs
+    assert spent == pytest.approx(target, rel=0.01)
+    assert type(model) is type(frozen.make(knobs))
+    blocks = model.backbone.model.blocks
+    assert torch.equal(blocks[0].mlp.fc1.weight, bench.model.blocks[0].mlp.fc1.weight)
+    assert not torch.equal(blocks[-1].mlp.fc1.weight, bench.model.blocks[-1].mlp.fc1.weight)
+    start = PrunedViT.from_pretrained(bench.runs / f"{name}-start")
+    assert start.policy.score == "attention"
+    middle = learned.nearest_knobs(frozen, bench.gmacs_at(0.6))
+    assert list(start.policy.tokens) == list(middle["tokens"])
+    # the same fine-tuning as ours
+    written = json.loads((bench.runs / f"{name}-3" / "config.json").read_text())
+    assert written == written | tiny | {"seed": 3, "alpha": None, "dataset": "digits"}
+    monkeypatch.setattr(learned.finetune, "train", None)  # not called again
+    assert METHODS[name].open(bench, 3).tune(target) == knobs
+
+
 def test_what_is_fine_tuned_is_what_was_chosen_on_validation(bench, monkeypatch):
     class BegunError(Exception):
         pass

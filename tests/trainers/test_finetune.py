@@ -10,7 +10,7 @@ from safetensors.torch import load, save_file
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from prunevit.agents import KeepAll, PrunedViT
+from prunevit.agents import KeepAll, PrunedViT, TopK
 from prunevit.agents.policies.serialization import SavedModelError, learned_policy
 from prunevit.envs.data.cluttered_digits import ClutteredDigits
 from prunevit.envs.data.datasets import open_images
@@ -338,6 +338,25 @@ def test_other_policies_have_no_alpha_and_can_not_dither(config, run, monkeypatc
     with pytest.raises(ValueError, match="leave out --alpha and --dither"):
         train(replace(config, **change))
     assert not Path("runs").exists()
+
+
+def test_a_saved_model_is_tuned_under_any_policy(config, run, photographs):
+    saved = PrunedViT.from_run(run)
+    saved = PrunedViT(saved.backbone, TopK((6, 3)), saved.model_kwargs)
+    saved.save_pretrained("saved")
+    train(replace(config, run=Path("saved"), dataset=photographs, epochs=1))
+    tuned = PrunedViT.from_pretrained("runs/r/model")
+    assert tuned.policy.tokens == (6, 3)
+    changed = {
+        name
+        for name, tensor in tuned.backbone.model.state_dict().items()
+        if not torch.equal(tensor, saved.backbone.model.state_dict()[name])
+    }
+    assert "blocks.3.mlp.fc1.weight" in changed
+    assert "blocks.0.mlp.fc1.weight" not in changed
+    for given in ({}, {"dataset": photographs, "backbone": "hf-hub:a/b"}):
+        with pytest.raises(ValueError, match="a saved model, which has its backbone and no data"):
+            train(replace(config, run=Path("saved"), run_name="other", **given))
 
 
 # --- to be resumed ---
