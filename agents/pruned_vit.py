@@ -137,12 +137,14 @@ class PrunedViT(
         """Classifies images, and reports which patches survived and what it cost."""
         tokens, alive = self._run(images)
         # the first stage decides on every patch, a later one on the survivors of the stage before
-        decisions = self.backbone.num_patches + alive[:, :-1].sum((1, 2))
+        patches, survivors = self.backbone.num_patches, alive[:, :-1].sum(2)  # [B, T - 1]
+        decisions, pairs = patches + survivors.sum(1), patches**2 + survivors.square().sum(1)
         return Trace(
             logits=self.backbone.finish(tokens),
             alive=alive,
             macs=self.backbone.total_macs(tokens)
-            + decisions * getattr(self.policy, "macs_per_decision", 0),
+            + decisions * getattr(self.policy, "macs_per_decision", 0)
+            + pairs * self.backbone.width * getattr(self.policy, "compares_patches", False),
         )
 
     @torch.compiler.disable(recursive=False)

@@ -77,7 +77,7 @@ TASKS: Mapping[str, Task] = {
             prune_before=(1, 3),
             released_stages=(2, 4, 6),
             points=(0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
-            alpha_range=(0.01, 0.4),
+            alpha_range=(0.002, 1.0),
             training={"iterations": 400, "eval_every": 200},
         ),
         Task(
@@ -87,7 +87,7 @@ TASKS: Mapping[str, Task] = {
             prune_before=(2, 4, 6),
             released_stages=(2, 4, 6),
             points=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
-            alpha_range=(0.01, 0.4),
+            alpha_range=(0.01, 4.0),
             training={"iterations": 1_000, "eval_every": 250},
             # as the backbone was trained
             fine_tuning={

@@ -12,7 +12,9 @@ from torch import Tensor
 from prunevit.envs.vit.layout import Layout
 from prunevit.envs.vit.staged_vit import StagedViT
 
-FIELDS = ("token", "cls", "stage", "position", "cls_attention", "alive_fraction", "alpha")
+FIELDS = (
+    "token", "cls", "stage", "position", "cls_attention", "redundancy", "alive_fraction", "alpha",
+)  # fmt: skip
 DEFAULT_FIELDS = ("token", "cls", "stage", "cls_attention")
 POSITION_OCTAVES = 2
 ALPHA_FLOOR = 1e-3  # agents can't tell smaller values of alpha apart
@@ -58,6 +60,7 @@ def field_size(backbone: StagedViT, field: str) -> int:
         "stage": backbone.num_stages,
         "position": 2 + 4 * POSITION_OCTAVES,
         "cls_attention": 1,
+        "redundancy": 1,
         "alive_fraction": 1,
         "alpha": 1,
     }[field]

@@ -145,6 +145,29 @@ class View:
         return received[:, None].float() * self.backbone.num_patches, True
 
     @cached_property
+    def redundancy(self) -> Tensor:
+        """Largest cosine similarity of each living patch to another one of its image, [R]; -1 where
+        there is no other. What merging methods go by.
+
+        It takes D multiply-accumulates for each pair of living patches.
+        """
+        layout, prefix, patches = self._tokens.layout, self.backbone.num_prefix, self.count
+        # the layout knows the longest image, so a GPU need not be waited for
+        longest = self.backbone.num_patches if layout is None else layout.max_seqlen - prefix
+        if not longest:
+            return self.token.new_zeros(0)
+        rank = self._alive.cumsum(1).flatten().index_select(0, self._places) - 1
+        cell = self.image * longest + rank
+        unit = self.token.new_zeros(len(patches) * longest, self.token.shape[1])
+        unit[cell] = F.normalize(self.token, dim=1)
+        unit = unit.unflatten(0, (len(patches), longest))
+        similar = unit @ unit.transpose(1, 2)  # [B, longest, longest]
+        is_padding = torch.arange(longest, device=unit.device) >= patches[:, None]
+        itself = torch.eye(longest, dtype=torch.bool, device=unit.device)
+        similar = similar.masked_fill(is_padding[:, None] | itself, -1.0)
+        return similar.amax(2).flatten().index_select(0, cell)
+
+    @cached_property
     def brightness(self) -> Tensor:
         """Mean pixel value of each living patch over all channels, [R].
 
@@ -191,6 +214,9 @@ class View:
         if name == "cls_attention":
             values, of_rows = self._attention
             return values, self._rows if of_rows else None
+        if name == "redundancy":
+            every = torch.arange(self._places.shape[0], device=self.alive.device)
+            return self.redundancy[:, None], every
         if name == "alive_fraction":
             return self.alive_fraction[:, None], self.image
         if name == "alpha":

@@ -53,6 +53,7 @@ class LearnedPolicy(nn.Module):
         self.fields = tuple(fields)
         self.num_prefix = num_prefix
         self.needs_attention = "cls_attention" in self.fields
+        self.compares_patches = "redundancy" in self.fields
         self.macs_per_decision = count_linear_macs(actor)
         self.alpha = alpha
         self.threshold = threshold

@@ -15,7 +15,8 @@ class Policy(Protocol):
 
     Attributes:
         needs_attention: whether it reads ``cls_attention``, which costs a little compute.
-        macs_per_decision: multiply-accumulates of one decision on one living patch.
+        macs_per_decision: multiply-accumulates of one decision on one living patch. A policy with a
+            true ``compares_patches`` also pays for the similarity of each pair of living patches.
     """
 
     needs_attention: bool

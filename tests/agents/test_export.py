@@ -12,9 +12,9 @@ from prunevit.envs.vit.staged_vit import StagedViT
 STAGES = (1, 3)
 
 
-def pruned(vit, prior=True):
+def pruned(vit, prior=True, fields=DEFAULT_FIELDS):
     """Its decisions differ from image to image."""
-    policy = learned_policy(StagedViT(vit, STAGES), list(DEFAULT_FIELDS), [8], prior)
+    policy = learned_policy(StagedViT(vit, STAGES), list(fields), [8], prior)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         for layer in (policy.actor.net[1], policy.actor.net[-1]):
@@ -48,11 +48,12 @@ def test_a_head_that_looks_at_all_tokens_does_so(make_vit, images):
 
 
 @pytest.mark.integration("onnx")
+@pytest.mark.parametrize("fields", [DEFAULT_FIELDS, (*DEFAULT_FIELDS, "redundancy")])
 @torch.no_grad()
-def test_onnxruntime_gives_the_same_logits(vit, images, tmp_path):
+def test_onnxruntime_gives_the_same_logits(vit, images, tmp_path, fields):
     import onnxruntime as runtime
 
-    model = pruned(vit)
+    model = pruned(vit, fields=fields)
     survivors = {int(kept.sum()) for kept in model(images, return_keep=True)[1]}
     assert len(survivors) > 3
     export_onnx(model, tmp_path / "pruned.onnx")

@@ -30,6 +30,7 @@ POLICIES = {
     "norm": lambda backbone: TopK((9, 4), "norm"),
     "nothing": lambda backbone: TopK((0, 0), "norm"),
     "learned": learned_policy,
+    "learned with redundancy": lambda backbone: learned_policy(backbone, ("redundancy", "token")),
     "learned without attention": lambda backbone: learned_policy(backbone, ("token", "stage")),
 }
 
@@ -61,6 +62,10 @@ def test_a_pass_is_an_episode(make_vit, images, policy, execution, kwargs):
     # the policy comes on top; the game observes attention even for those that don't need it
     spent = [backbone.uniform_macs(kept, policy.needs_attention) for kept in outcome.kept.tolist()]
     decided = outcome.decisions * policy.macs_per_decision
+    if getattr(
+        policy, "compares_patches", False
+    ):  # all with all, then the survivors with each other
+        decided += (PATCHES**2 + outcome.kept[:, :-1].square().sum(1)) * backbone.width
     assert torch.equal(trace.macs, torch.tensor(spent) + decided)
     if policy.needs_attention:
         torch.testing.assert_close((trace.macs - decided) / 1e9, outcome.gmacs, rtol=1e-6, atol=0)

@@ -79,6 +79,15 @@ def by_hand(model, view):
     return seen
 
 
+def most_alike(patches):
+    """The cosine of each patch's embedding and that of the other patch that is most like it."""
+    return torch.tensor([
+        [max((float(torch.cosine_similarity(one, other, dim=0))
+              for j, other in enumerate(patches) if j != i), default=-1.0)]
+        for i, one in enumerate(patches)
+    ]).reshape(-1, 1)  # fmt: skip
+
+
 def test_fields_hold_what_they_say(views, model):
     prefix, patches = model.num_prefix_tokens, model.patch_embed.num_patches
     for view in views:
@@ -97,6 +106,7 @@ def test_fields_hold_what_they_say(views, model):
                 "stage": torch.eye(2)[view.stage].expand(living, -1),
                 "position": patch_positions(view.backbone)[view.alive[i]],
                 "cls_attention": attention[prefix:, None] * patches,
+                "redundancy": most_alike(x[prefix:]),
                 "alive_fraction": torch.full((living, 1), living / patches),
                 "alpha": ALPHA[i].clamp(min=1e-3).log().expand(living, 1),
             }

@@ -76,7 +76,8 @@ class MappoConfig(StagedViTSettings):
     """Decode every image of a folder at the start, and leave out and list those that are damaged;
     otherwise the first one that is read ends the run."""
     observation: tuple[str, ...] = ("token", "cls", "stage", "cls_attention")
-    """What an agent sees: token cls stage position cls_attention alive_fraction alpha."""
+    """What an agent sees: token cls stage position cls_attention redundancy alive_fraction
+    alpha."""
     reward: str = "team"
     """team, markov-game (the paper's) or released-code (what its code computes)."""
     alpha: float | None = None

@@ -50,7 +50,8 @@ class LibraryConfig(StagedViTSettings):
     library: ClassVar[str]
 
     observation: tuple[str, ...] = ("token", "cls", "stage", "cls_attention")
-    """Fields that an agent observes: token cls stage position cls_attention alive_fraction."""
+    """Fields that an agent observes: token cls stage position cls_attention redundancy
+    alive_fraction."""
     reward: str = "team"
     """team, markov-game (the paper's) or released-code (what its code computes)."""
     alpha: float | None = None
