@@ -22,7 +22,7 @@ import tyro
 from prunevit.benchmarks.compare import table
 from prunevit.benchmarks.differences import OURS, check_one_origin
 from prunevit.benchmarks.machine import MIB
-from prunevit.benchmarks.markdown import markdown_table, mean_and_deviation
+from prunevit.benchmarks.markdown import markdown_table, mean_and_deviation, mean_and_interval
 from prunevit.benchmarks.marl import compare as marl
 from prunevit.benchmarks.methods.registry import METHODS
 from prunevit.benchmarks.records import FILE, read
@@ -143,6 +143,26 @@ def accuracy_rewards() -> str:
     return markdown_table(header, [run_row(titles[name], name, "learned")[:3] for name in titles])
 
 
+def pettingzoo_defaults() -> str:
+    """Returns of our defaults for PettingZoo games, and with one thing changed."""
+    titles = {
+        "default": "our default: the authors' networks, 16 games of 128 steps",
+        "authors-sampling": "128 games of 25 steps (`--num-envs 128 --rollout-steps 25`)",
+        "gelu": "GELU in place of ReLU and LayerNorm (`--hidden-layers gelu`)",
+    }
+    data = pd.DataFrame(read(RESULTS / "marl" / "defaults.jsonl", {"setup", "task", "greedy"}))
+    tasks = list(data["task"].unique())
+    lines = []
+    for setup, title in titles.items():
+        rows = data[data["setup"] == setup]
+        cells = []
+        for task in tasks:
+            returns = rows[rows["task"] == task]["greedy"].tolist()
+            cells.append(f"{mean_and_interval(returns)}, worst {min(returns):.1f}")
+        lines.append([title, *cells])
+    return markdown_table(["set-up", *tasks], lines)
+
+
 def throughput() -> str:
     """Speed-ups of all variants."""
     files = {"DeiT-S": "throughput/deit_small.json", "DeiT-B": "throughput/deit_base.json"}
@@ -215,6 +235,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "throughput": throughput,
     "iteration-cost": iteration_cost,
     "adapters": adapters,
+    "pettingzoo-defaults": pettingzoo_defaults,
     "marl": lambda: marl.table(read(RESULTS / "marl" / FILE, marl.FIELDS)),
 }
 
