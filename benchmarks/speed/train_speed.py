@@ -4,14 +4,10 @@ These take turns in one process, on the digits:
 
 - ``ours``: an iteration in the default settings but without a critic;
 - ``forward``: the bare forward passes that this iteration needs, which are the lower bound;
-- ``rollout``: a rollout of as many episodes, without learning from it;
-- ``benchmarl``: an iteration of BenchMARL's MAPPO on the same game with as many episodes, where
-  BenchMARL is installed. It uses a central critic, four minibatches an epoch and each image once;
-- ``like-benchmarl``: our trainer in that set-up. Both start with our current share of kept tokens.
+- ``rollout``: a rollout of as many episodes, without learning from it.
 
-With ``--tokens N`` only the first three are timed, on noise of N patches and with random weights,
-where half of the tokens survive to the end. Run it once for each size, since peak memory is the
-process's.
+With ``--tokens N`` they run on noise of N patches and with random weights, where half of the tokens
+survive to the end. Run it once for each size, since peak memory is the process's.
 
 All figures are medians over the rounds, and ratios are medians of each round's own ratio. The
 trainer's ``--profile`` shows which parts of an iteration take how long.
@@ -22,7 +18,6 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,7 +42,6 @@ from prunevit.envs.rewards import make_reward
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.digits_vit import DIGITS_VIT
 from prunevit.envs.vit.staged_vit import StagedViT
-from prunevit.extras import is_installed
 from prunevit.trainers.common.backbones import load_backbone
 from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.config import MappoConfig
@@ -81,8 +75,6 @@ class TrainSpeedConfig(Settings):
     """The stages."""
     tokens: Count | None = None
     """Measure on noise images with this many patches, a square number. Default: the digits."""
-    benchmarl: bool = True
-    """Measure BenchMARL, and ours in its set-up, too."""
     threads: Threads = 2
     """CPU threads."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -192,7 +184,8 @@ def set_up(config: TrainSpeedConfig) -> TimedTrainer:
         )
         return TimedTrainer(settings, model, images)
     keep = SURVIVORS ** (1 / len(config.prune_before))
-    settings = replace(settings, attention_prior=0.0, keep_bias=log_odds(keep), lr=FROZEN_LR)
+    bias = math.log(keep / (1 - keep))
+    settings = replace(settings, attention_prior=0.0, keep_bias=bias, lr=FROZEN_LR)
     side = PATCH_SIZE * math.isqrt(config.tokens)
     if side**2 != config.tokens * PATCH_SIZE**2:
         raise ValueError(f"tokens={config.tokens}: a square number, as 256")
@@ -201,52 +194,19 @@ def set_up(config: TrainSpeedConfig) -> TimedTrainer:
     return TimedTrainer(settings, model, noise)
 
 
-def log_odds(probability: float) -> float:
-    """log(p / (1 - p))."""
-    return math.log(probability / (1 - probability))
-
-
-def play_rounds(config: TrainSpeedConfig, ours: TimedTrainer) -> dict[str, list[Figures]]:
-    """Figures of every variant, round by round."""
-    settings, model, images = ours.trainer.config, ours.game.backbone.model, ours.env.images
-    keep = ours.iterate()["kept"]
-    turns = {"ours": ours.iterate, "forward": ours.forward, "rollout": ours.rollout}
-    rounds: dict[str, list[Figures]] = defaultdict(list)
-
-    def take_turns() -> None:
-        for name, turn in turns.items():
-            rounds[name].append(turn())
-
-    if config.benchmarl:
-        from prunevit.benchmarks.speed.benchmarl import iterate
-
-        alike = replace(
-            settings, critic="central", critic_hidden=(64,), hidden=(64,), rollouts_per_image=1,
-            minibatches=4, attention_prior=0.0, keep_bias=log_odds(keep),
-        )  # fmt: skip
-        turns["like-benchmarl"] = TimedTrainer(alike, model, images).iterate
-        rounds["benchmarl"] = iterate(alike, model, images, config.rounds + 1, take_turns)
-    else:
-        for _ in range(config.rounds + 1):
-            take_turns()
-    return {name: figures[1:] for name, figures in rounds.items()}  # the first one warms up
-
-
-def to_record(name: str, rounds: Mapping[str, Sequence[Figures]], episodes: int) -> dict[str, Any]:
-    """A variant's medians; ``rounds`` are those of all variants."""
-    timing, forward, ours = (
-        Timing([figures["seconds"] for figures in rounds[each]])
-        for each in (name, "forward", "ours")
+def to_record(name: str, rounds: Sequence[Mapping[str, Figures]], episodes: int) -> dict[str, Any]:
+    """A variant's medians; each of the ``rounds`` has the figures of all variants."""
+    timing, forward = (
+        Timing([turns[each]["seconds"] for turns in rounds]) for each in (name, "forward")
     )
     decisions, kept = (
-        statistics.median(figures[key] for figures in rounds[name]) for key in ("decisions", "kept")
+        statistics.median(turns[name][key] for turns in rounds) for key in ("decisions", "kept")
     )
     return {
         "variant": name,
         "seconds": timing.seconds,
         "spread": timing.spread,
         "over_forward": speedup(timing, forward),
-        "over_ours": speedup(timing, ours),
         "images_per_second": episodes / timing.seconds,
         "decisions_per_second": decisions / timing.seconds,
         "kept_after_first_stage": kept,
@@ -266,15 +226,17 @@ def measure(config: TrainSpeedConfig) -> list[dict[str, Any]]:
     shared = {
         "after": config.after,
         "load_before": os.getloadavg()[0],
-        "peak_memory": peak_memory(torch.device(config.device)),  # before BenchMARL is there
+        "peak_memory": peak_memory(torch.device(config.device)),
         "episodes": config.num_envs,
         "tokens": ours.env.num_agents,
         "stages": len(config.prune_before),
         "device": torch.cuda.get_device_name() if config.device == "cuda" else config.device,
         "threads": torch.get_num_threads(),
     }
-    rounds = play_rounds(config, ours)
-    return [to_record(name, rounds, config.num_envs) | shared for name in rounds]
+    variants = {"ours": ours.iterate, "forward": ours.forward, "rollout": ours.rollout}
+    rounds = [{name: turn() for name, turn in variants.items()} for _ in range(config.rounds + 1)]
+    # the first round warms up
+    return [to_record(name, rounds[1:], config.num_envs) | shared for name in variants]
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
@@ -286,7 +248,6 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         "decisions/s": ("decisions_per_second", 1, ",.0f"),
         "kept": ("kept_after_first_stage", 1, ".2f"),
         "over forward": ("over_forward", 1, ".2f"),
-        "over ours": ("over_ours", 1, ".2f"),
         "peak MiB": ("peak_memory", MIB, ".0f"),
     }
     return records_table(records, columns)
@@ -296,11 +257,6 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     with ends_in_one_line(*COMMAND_ERRORS):
         config = tyro.cli(TrainSpeedConfig, description=__doc__, args=arguments, prog=prog())
-        if config.tokens is not None:
-            config.benchmarl = False
-        elif config.benchmarl and not is_installed("benchmarl"):
-            print("BenchMARL is left out: it comes with pip install -e '.[benchmarl]'")
-            config.benchmarl = False
         records = measure(config)
         if config.out is not None:
             write_json(config.out, records)
