@@ -7,10 +7,10 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 
 import numpy as np
 import torch
@@ -109,7 +109,7 @@ def time_models(
     return interleaved(calls, rounds, 1, images.device)
 
 
-class TimingProcess:
+class TimingProcess(ProcessPoolExecutor):
     """``time_models`` in a process that does nothing else, between ``with TimingProcess() as
     process`` and its end.
 
@@ -118,16 +118,8 @@ class TimingProcess:
     """
 
     def __init__(self) -> None:
-        self._process: BaseProcess | None = None
-        self._connection: Connection | None = None
-
-    def __enter__(self) -> TimingProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._connection is not None and self._process is not None:
-            self._connection.close()  # which ends the process
-            self._process.join()
+        threads = torch.get_num_threads()
+        super().__init__(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,))
 
     def time_models(
         self, models: Mapping[str, nn.Module], images: Tensor, batch_size: int, rounds: int
@@ -139,39 +131,16 @@ class TimingProcess:
         """
         if images.device.type != "cpu":
             return time_models(models, images, batch_size, rounds)
-        connection = self._connected()
         try:
-            # sent, since PyTorch can't pass so many tensors as arguments of a new process
-            connection.send((dict(models), images, batch_size, rounds))
-            return connection.recv()
-        except (EOFError, OSError) as error:
+            return self.submit(_time_copies, dict(models), images, batch_size, rounds).result()
+        except BrokenProcessPool as error:
             raise RuntimeError("the process that timed the models died") from error
 
-    def _connected(self) -> Connection:
-        """The connection to the process, which starts on first use."""
-        if self._connection is None:
-            context = multiprocessing.get_context("spawn")
-            self._connection, theirs = context.Pipe()
-            arguments = (theirs, torch.get_num_threads())
-            self._process = context.Process(target=_serve, args=arguments, daemon=True)
-            self._process.start()
-            # the child alone holds its end: if it dies, there is nothing to wait for
-            theirs.close()
-        return self._connection
 
-
-def _serve(connection: Connection, threads: int) -> None:
-    """Times what the connection brings until it is closed."""
-    torch.set_num_threads(threads)
-    while True:
-        try:
-            shared = connection.recv()
-        except EOFError:
-            return
-        # out of the memory that both processes share, into ordinary memory
-        own = copy.deepcopy(shared)
-        del shared
-        connection.send(time_models(*own))
+def _time_copies(models: dict[str, nn.Module], images: Tensor, *how: int) -> dict[str, Timing]:
+    """Times copies in ordinary memory of what lies in the memory that both processes share."""
+    own_models, own_images = copy.deepcopy((models, images))
+    return time_models(own_models, own_images, *how)
 
 
 def images_per_second(

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import threading
 
 import pytest
 import torch
@@ -77,19 +76,16 @@ def test_a_process_of_its_own_times_the_same_models(staged, some_images):
     assert min(found.values()) > 0
 
 
-def test_what_is_served_is_timed_until_the_connection_is_closed(staged, some_images):
+def test_copies_are_timed(staged, some_images):
     pixels, _ = some_images.load(range(8))
-    here, there = multiprocessing.Pipe()
-    server = threading.Thread(target=timing._serve, args=(there, torch.get_num_threads()))
-    server.start()
-    for rounds in (1, 2):
-        here.send(({"dense": staged.model}, pixels, 4, rounds))
-        found = here.recv()["dense"]
-        assert len(found.passes) == rounds
-        assert min(found.passes) > 0
-    here.close()
-    server.join(60)
-    assert not server.is_alive()
+    seen = []
+    staged.model.register_forward_hook(lambda model, inputs, _: seen.append((model, *inputs)))
+    found = timing._time_copies({"dense": staged.model}, pixels, 4, 2)["dense"]
+    assert len(found.passes) == 2
+    assert len(seen) == 6
+    assert all(model is not staged.model for model, _ in seen)
+    shared = pixels.untyped_storage().data_ptr()
+    assert all(images.untyped_storage().data_ptr() != shared for _, images in seen)
 
 
 class Dies(torch.nn.Module):
