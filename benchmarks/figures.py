@@ -26,9 +26,10 @@ from prunevit.benchmarks.intervals import t_interval
 from prunevit.benchmarks.methods.recipes import RECIPES
 from prunevit.benchmarks.records import FILE, read
 from prunevit.cli import prog
-from prunevit.trainers.common.checkpoint import write_atomically
+from prunevit.trainers.common.report import save_figure
 
 FIGURE = "tradeoff.png"
+DPI = 110
 NOT_SHOWN = {*RECIPES, "mappo-each-price"} - {OURS, "paper", "released", "released-faster"}
 MOST_LOSS = 12.0  # points under dense that the chart shows
 MARKERS = "osD^vP*X<>hp"
@@ -141,16 +142,11 @@ def draw(data: pd.DataFrame) -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG file, atomically."""
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
-
-
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     config = tyro.cli(FiguresConfig, description=__doc__, args=arguments, prog=prog())
     try:
-        save_figure(draw(load(config.results)), config.results / FIGURE)
+        save_figure(draw(load(config.results)), config.results / FIGURE, DPI)
         print(config.results / FIGURE)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -240,7 +240,7 @@ def blank_figures():
     ``test_report.py`` and of processes of their own are drawn.
     """
 
-    def save(figure, path):
+    def save(figure, path, dpi=80):
         write_atomically(path, lambda temporary: Image.new("L", (1, 1)).save(temporary, "png"))
 
     with pytest.MonkeyPatch.context() as patch:

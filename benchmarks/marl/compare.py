@@ -28,7 +28,7 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 
-from prunevit.benchmarks.figures import MARKERS, save_figure
+from prunevit.benchmarks.figures import DPI, MARKERS
 from prunevit.benchmarks.intervals import t_interval
 from prunevit.benchmarks.markdown import markdown_table, mean_and_interval
 from prunevit.benchmarks.marl.protocol import (
@@ -42,6 +42,7 @@ from prunevit.benchmarks.marl.protocol import (
 from prunevit.benchmarks.records import FILE, Record, Records, command, origin
 from prunevit.cli import prog
 from prunevit.envs.old_names import COMPARE_FLAGS, rename_flags
+from prunevit.trainers.common.report import save_figure
 from prunevit.trainers.common.settings import Count, Settings, Threads
 from prunevit.trainers.common.signals import ends_in_one_line
 from prunevit.trainers.mappo import ADAM_EPS
@@ -247,7 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments = rename_flags(sys.argv[1:] if arguments is None else arguments, COMPARE_FLAGS)
         config = tyro.cli(MarlCompareConfig, description=__doc__, args=arguments, prog=prog())
         rows = compare(config)
-        save_figure(draw(rows), config.out / FIGURE)
+        save_figure(draw(rows), config.out / FIGURE, DPI)
         print(table(rows))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,41 +36,6 @@ LONGEST_EPISODE = 2_000  # steps in an evaluation, as some games never end
 EVALUATION_SEED = 987_654_321
 
 
-class Experiment(Protocol):
-    """A game to train on.
-
-    Attributes:
-        env: the game that the trainer steps.
-    """
-
-    @property
-    def env(self) -> BatchedEnv: ...
-
-    def make_actor(self) -> nn.Module:
-        """A fresh actor for the game."""
-        ...
-
-    def prefetch(self, seeds: Iterable[int]) -> None:
-        """Lets the game load images ahead of time, for resets with these seeds."""
-        ...
-
-    def evaluate(self, actor: nn.Module) -> dict[str, float]:
-        """Evaluates the greedy policy on validation, as ``Monitor.evaluate``."""
-        ...
-
-    def progress(self, record: dict[str, float]) -> str:
-        """What the progress bar shows of an iteration's record."""
-        ...
-
-    def activity(self) -> str:
-        """What the last iteration trained on, for the message of an error in it."""
-        ...
-
-    def report(self, actor: nn.Module, folder: Path) -> dict[str, Any]:
-        """Evaluates the trained actor for the report, and draws the run's pictures."""
-        ...
-
-
 def list_bad_images(dataset: str) -> Collection[str]:
     """Returns a folder's damaged files and lists them on the standard error output; raises what
     ``find_bad_images`` raises.
@@ -81,7 +46,11 @@ def list_bad_images(dataset: str) -> Collection[str]:
 
 
 class TokenPruneExperiment:
-    """Token pruning on a backbone and a dataset."""
+    """Token pruning on a backbone and a dataset.
+
+    Attributes:
+        env: the game that the trainer steps.
+    """
 
     def __init__(self, config: MappoConfig, ranks: Ranks = ALONE) -> None:
         self.config = config
@@ -123,6 +92,7 @@ class TokenPruneExperiment:
         )
 
     def make_actor(self) -> nn.Module:
+        """A fresh actor for the game."""
         attention = None
         if self.config.attention_prior:
             if "cls_attention" not in self.config.observation:
@@ -150,9 +120,11 @@ class TokenPruneExperiment:
         return PrunedViT(self.backbone, policy)
 
     def prefetch(self, seeds: Iterable[int]) -> None:
+        """Lets the game load images ahead of time, for resets with these seeds."""
         self.env.prefetch(seeds)
 
     def evaluate(self, actor: nn.Module) -> dict[str, float]:
+        """Evaluates the greedy policy on validation, as ``Monitor.evaluate``."""
         size = self.config.eval_size
         result = evaluate(self.pruned(actor), self.validation, size, self.ranks, self.workers)
         return {
@@ -162,21 +134,28 @@ class TokenPruneExperiment:
         }
 
     def progress(self, record: dict[str, float]) -> str:
+        """What the progress bar shows of an iteration's record."""
         return (
             f"accuracy {record['accuracy']:.3f} kept {record['keep_ratio']:.3f} "
             f"reward {record['reward']:.3f}"
         )
 
     def activity(self) -> str:
+        """What the last iteration trained on, for the message of an error in it."""
         images = self.env.indices[:: self.env.rollouts_per_start].tolist()
         return f"playing training images {' '.join(map(str, images))}"
 
     def report(self, actor: nn.Module, folder: Path) -> dict[str, Any]:
-        return report_pruning(self, actor, folder)
+        """Evaluates the trained actor for the report, and draws the run's pictures."""
+        config = self.config
+        test = open_images(config.dataset, "test", self.data_config, skip=self.skipped)
+        return report_pruning(self.pruned(actor), config, self.validation, test, folder)
 
 
 class PettingZooExperiment:
-    """Any PettingZoo ``ParallelEnv`` with homogeneous agents and discrete actions."""
+    """Any PettingZoo ``ParallelEnv`` with homogeneous agents and discrete actions. Its methods are
+    those of ``TokenPruneExperiment``.
+    """
 
     def __init__(self, config: MappoConfig, ranks: Ranks = ALONE) -> None:
         self.config = config
@@ -255,10 +234,11 @@ class PettingZooExperiment:
         return {"policies": {"learned": self.evaluate(actor)}}
 
 
+Experiment = TokenPruneExperiment | PettingZooExperiment
+
+
 def make_experiment(config: MappoConfig, ranks: Ranks = ALONE) -> Experiment:
     """Makes the experiment that ``config`` describes, or a rank's share of it."""
-    return (
-        TokenPruneExperiment(config, ranks)
-        if config.is_token_prune
-        else PettingZooExperiment(config, ranks)
-    )
+    if config.is_token_prune:
+        return TokenPruneExperiment(config, ranks)
+    return PettingZooExperiment(config, ranks)

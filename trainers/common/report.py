@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from prunevit.agents.policies.heuristics import KeepAll, TopK
 from prunevit.agents.pruned_vit import PrunedViT
-from prunevit.envs.data.datasets import open_images
 from prunevit.envs.data.image_set import ImageSet
+from prunevit.envs.data_config import model_data_config
 from prunevit.envs.rendering import denormalise, stage_strip
-from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.extras import needs
 from prunevit.trainers.common.checkpoint import write_atomically
 from prunevit.trainers.common.config import MappoConfig
@@ -32,50 +30,36 @@ SPEED_IMAGES = 512
 PICTURES = 6
 
 
-class PruningExperiment(Protocol):
-    """What a report needs of ``TokenPruneExperiment``."""
-
-    config: MappoConfig
-    model: nn.Module
-    backbone: StagedViT
-    data_config: dict[str, Any]
-    validation: ImageSet
-    skipped: Collection[str]
-
-    def pruned(self, actor: nn.Module) -> PrunedViT: ...
-
-
-def report_pruning(experiment: PruningExperiment, actor: nn.Module, folder: Path) -> dict[str, Any]:
-    """Compares the learned policy with dense, random and attention top-k on the test images.
+def report_pruning(
+    learned: PrunedViT, config: MappoConfig, validation: ImageSet, test: ImageSet, folder: Path
+) -> dict[str, Any]:
+    """Compares the learned policy with dense, random and attention top-k on the test images, and
+    draws the pictures of the run in ``folder``.
 
     The top-k policies have at least the learned policy's GMACs. Their tokens are spread over the
     stages in the way that is best on validation.
     """
-    backbone, validation = experiment.backbone, experiment.validation
-    learned, config = experiment.pruned(actor), experiment.config
-    target = evaluate(learned, validation, config.eval_size)
+    backbone, size = learned.backbone, config.eval_size
+    target = evaluate(learned, validation, size)
     models = {"dense": PrunedViT(backbone, KeepAll()), "learned": learned}
     for name in ("random", "attention"):
-        tokens = best_topk(backbone, validation, target.gmacs, target.kept, name, config.eval_size)
+        tokens = best_topk(backbone, validation, target.gmacs, target.kept, name, size)
         models[name] = PrunedViT(backbone, TopK(tokens, name, config.seed))
-    test = open_images(config.dataset, "test", experiment.data_config, skip=experiment.skipped)
     results = {name: evaluate(model, test) for name, model in models.items()}
 
     count = max(min(SPEED_IMAGES, len(test)) // SPEED_BATCH, 1) * SPEED_BATCH
     pixels, _ = test.load([i % len(test) for i in range(count)])
     # timed as timm runs it, not as our runtime with nothing pruned
-    timed = models | {"dense": experiment.model}
-    speeds = images_per_second(
-        timed, pixels.to(experiment.backbone.device, experiment.backbone.dtype), SPEED_BATCH
-    )
+    timed = models | {"dense": backbone.model}
+    speeds = images_per_second(timed, pixels.to(backbone.device, backbone.dtype), SPEED_BATCH)
 
-    draw_pruned(experiment, learned, test, folder / "pruned.png")
+    draw_pruned(learned, test, folder / "pruned.png")
     draw_curve(folder)
     return {
         "policies": {
             name: {
                 "accuracy": result.accuracy,
-                "gmacs": experiment.backbone.dense_macs / 1e9 if name == "dense" else result.gmacs,
+                "gmacs": backbone.dense_macs / 1e9 if name == "dense" else result.gmacs,
                 "kept": list(result.kept),
                 "images_per_second": speeds[name],
             }
@@ -137,34 +121,34 @@ def new_figure(path: Path, size: tuple[float, float]) -> Figure | None:
     return Figure(figsize=size, layout="constrained")
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Writes ``figure`` as a PNG file."""
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=80))
+def save_figure(figure: Figure, path: Path, dpi: int = 80) -> None:
+    """Writes ``figure`` as a PNG file, atomically."""
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=dpi))
 
 
 @torch.inference_mode()
-def draw_pruned(experiment: PruningExperiment, model: PrunedViT, images: Any, path: Path) -> None:
+def draw_pruned(model: PrunedViT, images: ImageSet, path: Path) -> None:
     """Draws a few images stage by stage, pruned patches whited out, with label, prediction and
     compute.
     """
+    backbone = model.backbone
     indices = np.linspace(0, len(images) - 1, PICTURES).astype(int).tolist()
     pixels, labels = images.load(indices)
-    trace = model.trace(pixels.to(experiment.backbone.device, experiment.backbone.dtype))
+    trace = model.trace(pixels.to(backbone.device, backbone.dtype))
     everyone = torch.ones_like(trace.alive[:, :1])
     alive = torch.cat([everyone, trace.alive], dim=1).cpu()
-    shown = denormalise(
-        pixels, tuple(experiment.data_config["mean"]), tuple(experiment.data_config["std"])
-    )
+    data_config = model_data_config(backbone.model)
+    shown = denormalise(pixels, tuple(data_config["mean"]), tuple(data_config["std"]))
     names = images.class_names
     figure = new_figure(path, (2 * alive.shape[1], 2.2 * PICTURES))
     if figure is None:
         return
     for i, axes in enumerate(figure.subplots(PICTURES, 1, squeeze=False).flat):
-        axes.imshow(stage_strip(shown[i], alive[i], experiment.backbone.grid_size))
+        axes.imshow(stage_strip(shown[i], alive[i], backbone.grid_size))
         axes.set_axis_off()
         answer = int(trace.logits[i].argmax())
         answer_name = names[answer] if answer < len(names) else answer
-        cost = float(trace.macs[i]) / experiment.backbone.dense_macs
+        cost = float(trace.macs[i]) / backbone.dense_macs
         kept = " ".join(str(int(n)) for n in alive[i].sum(1))
         axes.set_title(
             f"{names[int(labels[i])]}, answered {answer_name}: {cost:.0%} of the compute, "

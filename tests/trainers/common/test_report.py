@@ -1,6 +1,5 @@
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,7 +83,7 @@ def read_png(path):
 
 
 def test_policies_are_compared_on_the_test_images(task, actor, folder):
-    rows = report_pruning(task, actor, folder)["policies"]
+    rows = task.report(actor, folder)["policies"]
     assert list(rows) == ["dense", "learned", "random", "attention"]
     test = datasets.open_images("digits", "test", task.data_config)
     learned = evaluate(task.pruned(actor), test)
@@ -102,7 +101,7 @@ def test_policies_are_compared_on_the_test_images(task, actor, folder):
 
 
 def test_rivals_may_spend_what_the_learned_policy_spends(task, actor, folder):
-    rows = report_pruning(task, actor, folder)["policies"]
+    rows = task.report(actor, folder)["policies"]
     spent = evaluate(task.pruned(actor), task.validation, task.config.eval_size).gmacs
     for name in ("random", "attention"):
         assert spent <= rows[name]["gmacs"] < 1.1 * spent
@@ -118,7 +117,7 @@ def test_nothing_is_chosen_on_the_test_images(task, actor, folder, monkeypatch):
 
     monkeypatch.setattr(evaluation, "evaluate", watch)
     monkeypatch.setattr(report, "evaluate", watch)
-    report_pruning(task, actor, folder)
+    task.report(actor, folder)
     assert seen[-4:] == [(SIZES["test"], None)] * 4
     assert len(seen) > 1 + 4
     assert set(seen[:-4]) == {(SIZES["validation"], task.config.eval_size)}
@@ -132,7 +131,7 @@ def test_speed_is_that_of_pruning_and_of_timms_own_dense_model(task, actor, fold
         return dict.fromkeys(models, 1.0)
 
     monkeypatch.setattr(report, "images_per_second", time)
-    report_pruning(task, actor, folder)
+    task.report(actor, folder)
     assert timed.pop("batch_size") == 64
     assert timed.pop("images").shape == (64, 1, 64, 64)
     assert timed.pop("dense") is task.model
@@ -142,8 +141,8 @@ def test_speed_is_that_of_pruning_and_of_timms_own_dense_model(task, actor, fold
 
 def test_the_random_rival_follows_the_runs_seed(task, actor, folder, monkeypatch):
     def gone(seed):
-        task_of_seed = SimpleNamespace(**vars(task) | {"pruned": task.pruned})
-        task_of_seed.config = dataclasses.replace(task.config, seed=seed)
+        config = dataclasses.replace(task.config, seed=seed)
+        test = datasets.open_images("digits", "test", task.data_config)
         monkeypatch.setattr(report, "draw_pruned", lambda *_: None)
         models = {}
         monkeypatch.setattr(
@@ -151,7 +150,7 @@ def test_the_random_rival_follows_the_runs_seed(task, actor, folder, monkeypatch
             "images_per_second",
             lambda m, *_: models.update(m) or dict.fromkeys(m, 1.0),
         )
-        report_pruning(task_of_seed, actor, folder)
+        report_pruning(task.pruned(actor), config, task.validation, test, folder)
         return models["random"].policy.seed
 
     assert [gone(0), gone(5)] == [0, 5]
@@ -185,7 +184,7 @@ def test_pruned_patches_are_white_stage_by_stage(task, actor, tmp_path, monkeypa
     monkeypatch.setattr(report, "stage_strip", watch)
     images = datasets.open_images("digits", "test", task.data_config)
     model = task.pruned(actor)
-    draw_pruned(task, model, images, tmp_path / "pruned.png")
+    draw_pruned(model, images, tmp_path / "pruned.png")
     assert len(strips) == report.PICTURES
     pixels, _ = images.load([0, len(images) - 1])
     trace = model.trace(pixels)
@@ -204,7 +203,7 @@ def test_pruned_patches_are_white_stage_by_stage(task, actor, tmp_path, monkeypa
 @pytest.mark.usefixtures("real_figures")
 def test_fewer_images_than_pictures_are_no_problem(task, actor, tmp_path):
     images = datasets.open_images("digits", "test", task.data_config, size=2)
-    draw_pruned(task, task.pruned(actor), images, tmp_path / "pruned.png")
+    draw_pruned(task.pruned(actor), images, tmp_path / "pruned.png")
     read_png(tmp_path / "pruned.png")
 
 
