@@ -198,13 +198,13 @@ def load_run(config: FinetuneConfig, device: torch.device) -> tuple[PrunedViT, s
         )
     # if it is missing, the run's reader says so
     own = saving.read_json(file) if file.is_file() and not is_saved_model else {}
-    backbone = str(own.get("backbone"))
+    backbone = str(own.get("backbone", given))
     if given is None and ":" in backbone:
         raise ValueError(
             f"{run} has its backbone from {backbone}, which no folder may choose: if you trust it, "
             f"give --backbone {backbone}"
         )
-    if file.is_file() and given not in (None, backbone):
+    if given not in (None, backbone):
         raise ValueError(f"--backbone {given}: the backbone of {run} is {backbone}")
     model = PrunedViT.from_pretrained(run) if is_saved_model else PrunedViT.from_run(run, given)
     policy = model.policy

@@ -389,6 +389,7 @@ def test_a_run_is_not_overwritten(config):
 
 
 def test_other_options_do_not_go_with_resume(config):
+    RunFolder(Path("runs/r")).create(config)
     with pytest.raises(TrainingError, match="leave out epochs, lr"):
         train(BackboneConfig(resume=Path("runs/r"), lr=0.1, epochs=2))
 

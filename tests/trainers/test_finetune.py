@@ -25,7 +25,7 @@ from prunevit.trainers.common import classification
 from prunevit.trainers.common.checkpoint import CheckpointError, load_checkpoint, write_json
 from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.common.evaluation import accuracy, evaluate
-from prunevit.trainers.common.run import TrainingError
+from prunevit.trainers.common.run import RunFolder, TrainingError
 from prunevit.trainers.finetune import Distillation, FinetuneConfig, freeze, main, train
 
 # with BatchNorm in its stem; dropout and stochastic depth would draw if they were on
@@ -426,6 +426,7 @@ def test_a_run_is_not_overwritten(config):
 
 
 def test_other_options_do_not_go_with_resume(config):
+    RunFolder(Path("runs/r")).create(replace(config, run=Path("runs/another")))
     with pytest.raises(TrainingError, match="leave out epochs, lr, run"):
         train(FinetuneConfig(run=config.run, resume=Path("runs/r"), lr=0.1, epochs=7))
 
