@@ -55,21 +55,7 @@ PATCH_DROPOUTS = 4  # shares of patches that steps leave out in turn, from none 
 class BackboneConfig(Recipe, BackboneSettings):
     """Which backbone is trained on what, and how."""
 
-    LATER: ClassVar[Mapping[str, object]] = {
-        "augmentation": {},
-        "checkpoint": None,
-        "model_kwargs": {},
-        "pretrained": False,
-        "mixup": 0.0,
-        "cutmix": 0.0,
-        "patch_dropout": 0.0,
-        "accumulate": 1,
-        "precision": "float32",
-        "workers": None,
-        "optimizer": "adamw",
-        "freeze": "none",
-        "layer_decay": 1.0,
-    }
+    LATER: ClassVar[Mapping[str, object]] = {"freeze": "none", "layer_decay": 1.0}
 
     freeze: str = "none"
     """What keeps its weights: none, all (but for the head: a linear probe), or blocks:N (all before

@@ -22,9 +22,10 @@ from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.agents.policies.heuristics import KeepAll
 from prunevit.agents.policies.serialization import dynamic_vit_policy
 from prunevit.agents.pruned_vit import PrunedViT
+from prunevit.envs.data.classes import check_labels
 from prunevit.envs.data.datasets import open_images
 from prunevit.envs.data.image_set import ImageSet, Reseedable
-from prunevit.envs.data_config import model_data_config
+from prunevit.envs.data_config import model_classes, model_data_config
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.untouched import has_global_hooks, is_untouched
 from prunevit.trainers.common import loop
@@ -71,7 +72,6 @@ class DynamicViTConfig(StagedViTSettings):
     """How DynamicViT's predictors are trained."""
 
     LATER: ClassVar[Mapping[str, object]] = {
-        **StagedViTSettings.LATER,
         "warmup": 0.0,
         "mixup": 0.0,
         "cutmix": 0.0,
@@ -147,8 +147,9 @@ class Trainer:
         config: the settings.
 
     Raises:
-        TrainingError: there are fewer images than a batch holds, or more classes than the backbone
-            has, or its blocks are not timm's own.
+        TrainingError: there are fewer images than a batch holds, or the backbone's blocks are not
+            timm's own.
+        DatasetError: the images have other classes than the backbone.
     """
 
     is_resumable = True  # each step draws its images and noise from a seed of its own
@@ -164,11 +165,7 @@ class Trainer:
             raise TrainingError(
                 f"a step takes batch_size={config.batch_size} images, the dataset has {len(images)}"
             )
-        if images.num_classes > backbone.num_classes:
-            raise TrainingError(
-                f"the dataset has {images.num_classes} classes, "
-                f"the backbone tells {backbone.num_classes} apart"
-            )
+        check_labels(model_classes(backbone.model), images)
         if has_global_hooks() or not all(is_untouched(b, True) for b in backbone.model.blocks):
             raise TrainingError(
                 "DynamicViT learns through the attention of timm's own blocks: these have hooks, "
@@ -239,10 +236,10 @@ class Trainer:
         return self.images.load(order[: self.config.batch_size])
 
     def _set_rates(self) -> None:
-        done = self.iteration / self.config.iterations
-        rate = learning_rate(self.config, self.iteration, self.config.iterations)
+        config, step = self.config, self.iteration
+        rate = learning_rate(config.lr, config.warmup, step, config.iterations)
         for group in self.optimizer.param_groups:
-            waits = group["scale"] < 1 and done < BACKBONE_START
+            waits = group["scale"] < 1 and step / config.iterations < BACKBONE_START
             group["lr"] = 0.0 if waits else rate * group["scale"]
 
     def state_dict(self) -> dict[str, Any]:

@@ -64,12 +64,6 @@ class FinetuneConfig(Recipe):
     """How the ViT of a finished run is fine-tuned under its policy."""
 
     LATER: ClassVar[Mapping[str, object]] = {
-        "dither": False,
-        "alpha": None,
-        "accumulate": 1,
-        "precision": "float32",
-        "workers": None,
-        "optimizer": "adamw",
         "layer_decay": 1.0,
         "dataset": None,
         "backbone": None,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -415,7 +416,7 @@ def learn(run: RunFolder, config: MappoConfig) -> tuple[Experiment, Trainer]:
     what ``train`` raises.
 
     Returns:
-        the experiment, whose ``env`` is to be closed, and the trainer.
+        the experiment, whose ``env`` is closed, and the trainer.
     """
     ranks = run.ranks
     if config.threads is not None:
@@ -429,12 +430,8 @@ def learn(run: RunFolder, config: MappoConfig) -> tuple[Experiment, Trainer]:
     experiment.prefetch(trainer.seeds_to_come())
     evaluate = partial(experiment.evaluate, trainer.learner.actor)
     monitor = Monitor(evaluate, experiment.progress, experiment.activity)
-    try:
-        with ranks.stop_together():
-            loop.train(run, trainer, monitor, config, config.profile)
-    except BaseException:
-        experiment.env.close()
-        raise
+    with closing(experiment.env), ranks.stop_together():
+        loop.train(run, trainer, monitor, config, config.profile)
     run.write_networks(policy=trainer.learner.actor, critic=trainer.learner.critic)
     return experiment, trainer
 
@@ -455,12 +452,11 @@ def train(config: MappoConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
     run, config = open_run(config, ranks)
     with says_how_to_go_on(run.path, resume_flags(run.path, config)):
         experiment, trainer = learn(run, config)
-        report: dict[str, Any] = {}
-        if ranks.is_first:
-            report = experiment.report(trainer.learner.actor, run.path)
-            report |= {"seconds": run.seconds, "seed": config.seed}
-            write_json(run.path / "report.json", report)
-    experiment.env.close()
+        if not ranks.is_first:
+            return {}
+        report = experiment.report(trainer.learner.actor, run.path)
+        report |= {"seconds": run.seconds, "seed": config.seed}
+        write_json(run.path / "report.json", report)
     return report
 
 

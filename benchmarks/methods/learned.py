@@ -92,8 +92,7 @@ def trained_run(bench: Benchmark, name: str, seed: int, changes: Mapping[str, An
     config = replace(bench.base, seed=seed, **changes)
     folder = bench.runs / f"{name}-{seed}"
     if not is_trained(folder, config.to_json()):
-        experiment, _ = learn(RunFolder(folder), config)
-        experiment.env.close()
+        learn(RunFolder(folder), config)
     return folder
 
 

@@ -26,8 +26,7 @@ BASE = MappoConfig(
 
 def train(config):
     """Trains to the end of learning, without the report."""
-    experiment, _ = mappo.learn(*mappo.open_run(config))
-    experiment.env.close()
+    mappo.learn(*mappo.open_run(config))
 
 
 def train_in_a_process(config, kill_after=None):

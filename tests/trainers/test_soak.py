@@ -112,8 +112,7 @@ def train(iterations, sample, folder):
     )  # fmt: skip
     run, config = mappo.open_run(config)
     run.records = SampledRecords(sample)
-    experiment, _ = mappo.learn(run, config)
-    experiment.env.close()
+    mappo.learn(run, config)
 
 
 @pytest.mark.stress

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from timm.data import Mixup
@@ -48,19 +48,14 @@ def batches(size: int, batch_size: int, seed: int, ranks: Ranks = ALONE) -> Iter
         yield order[start + ranks.rank * mine :][:mine]
 
 
-class Rates(Protocol):
-    """Settings of a learning rate: its peak, and the share of all steps in which it warms up."""
-
-    lr: float
-    warmup: float
-
-
-def learning_rate(recipe: Rates, step: int, steps: int) -> float:
-    """Learning rate of a step: a linear warm-up, then a cosine to zero."""
-    warmup = max(1, int(recipe.warmup * steps))
-    if step < warmup:
-        return recipe.lr * (step + 1) / warmup
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+def learning_rate(peak: float, warmup: float, step: int, steps: int) -> float:
+    """Learning rate of a step: a linear warm-up over a share ``warmup`` of all steps, then a cosine
+    from the ``peak`` to zero.
+    """
+    first = max(1, int(warmup * steps))
+    if step < first:
+        return peak * (step + 1) / first
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, steps - first)))
 
 
 def make_mixup(
@@ -201,8 +196,9 @@ class Learner:
         """
         if self._mixup is not None:
             inputs, targets = self._mixup(inputs, targets)
+        recipe = self.recipe
         for group in self.optimizer.param_groups:
-            rate = learning_rate(self.recipe, step, self.steps)
+            rate = learning_rate(recipe.lr, recipe.warmup, step, self.steps)
             group["lr"] = rate * group.get("lr_scale", 1.0)
         inputs = inputs.to(memory_format=torch.channels_last)
         self.optimizer.zero_grad(set_to_none=True)

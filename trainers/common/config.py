@@ -39,13 +39,6 @@ class MappoConfig(StagedViTSettings):
     """MAPPO on the token-pruning game, or on any PettingZoo ParallelEnv with homogeneous agents."""
 
     LATER: ClassVar[Mapping[str, object]] = {
-        "skip_bad_images": False,
-        "backbone_dtype": "float32",
-        "cache_gb": 0.0,
-        "profile": False,
-        "workers": None,
-        "accumulate": 1,
-        "compile": False,
         "critic_norm": False,
         "hidden_layers": "gelu",
         "value_norm_decay": 0.99,

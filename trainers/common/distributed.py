@@ -81,7 +81,7 @@ class Ranks:
 
     def total(self, number: int) -> int:
         """Sum over all ranks."""
-        return number
+        return int(self.total_of(torch.tensor(number)))
 
     def total_of(self, numbers: Tensor) -> Tensor:
         """Elementwise sum over all ranks, of a tensor on the CPU."""
@@ -109,11 +109,13 @@ class Ranks:
 
     def mean(self, rows: Tensor) -> Tensor:
         """Mean over the rows [R] of all ranks."""
-        return rows.mean()
+        return self._sum(rows.sum()) / self.total(len(rows))
 
     def nanmean(self, rows: Tensor) -> Tensor:
         """Mean over the rows [R] of all ranks that are not NaN."""
-        return rows.nanmean()
+        known = ~rows.isnan()
+        total, count = self._sum(torch.stack([rows.nansum(), known.sum().to(rows.dtype)]))
+        return total / count
 
     def mean_and_spread(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation over the rows [R] of all ranks, at least two in total."""
@@ -121,7 +123,7 @@ class Ranks:
 
     def average(self, tensor: Tensor) -> Tensor:
         """Elementwise mean of ``tensor`` over the ranks."""
-        return tensor
+        return self._sum(tensor) / self.count
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Wraps ``model`` in DDP: ``backward`` averages its gradients over the ranks, and all ranks
@@ -139,6 +141,10 @@ class Ranks:
 
     def stop_if_asked(self) -> None:
         """Raises ``Stopped`` on all ranks if one of them got a signal."""
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        """Elementwise sum over all ranks, of a tensor on their devices."""
+        return tensor
 
 
 ALONE = Ranks()
@@ -167,9 +173,6 @@ class ManyRanks(Ranks):
     def own_seed(self, seed: int) -> int:
         return (seed + self.rank * SEED_STRIDE) % SEED_LIMIT
 
-    def total(self, number: int) -> int:
-        return int(self.total_of(torch.tensor(number)))
-
     def total_of(self, numbers: Tensor) -> Tensor:
         return self._on_hosts(numbers, distributed.ReduceOp.SUM)
 
@@ -184,21 +187,10 @@ class ManyRanks(Ranks):
             distributed.broadcast(said, src=0, group=self._hosts)
         return bytes(said.tolist()).rstrip(b"\0").decode()
 
-    def mean(self, rows: Tensor) -> Tensor:
-        return self._sum(rows.sum()) / self.total(len(rows))
-
-    def nanmean(self, rows: Tensor) -> Tensor:
-        known = ~rows.isnan()
-        total, count = self._sum(torch.stack([rows.nansum(), known.sum().to(rows.dtype)]))
-        return total / count
-
     def mean_and_spread(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         mean = self.mean(rows)
         squares = self._sum((rows - mean).square().sum())
         return mean, (squares / (self.total(len(rows)) - 1)).sqrt()
-
-    def average(self, tensor: Tensor) -> Tensor:
-        return self._sum(tensor) / self.count
 
     def wrap(self, model: nn.Module) -> nn.Module:
         return self._fabric.setup_module(model, move_to_device=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -187,14 +188,13 @@ class PettingZooExperiment:
     @torch.no_grad()
     def evaluate(self, actor: nn.Module) -> dict[str, float]:
         device = str(self.env.device)
-        env = BatchedPettingZoo(self._make, self.config.num_envs, device, with_state=False)
-        try:
+        with closing(
+            BatchedPettingZoo(self._make, self.config.num_envs, device, with_state=False)
+        ) as env:
             return {
                 "validation_episode_return": self._mean_return(env, actor, greedy=True),
                 "validation_sampled_return": self._mean_return(env, actor, greedy=False),
             }
-        finally:
-            env.close()
 
     def _mean_return(self, env: BatchedEnv, actor: nn.Module, greedy: bool) -> float:
         """Mean return over equally many episodes of each environment, since otherwise short ones

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
@@ -57,19 +58,14 @@ def table(profiler: profile) -> str:
     events = {event.key: event for event in profiler.key_averages()}
     on_gpu = ProfilerActivity.CUDA in profiler.activities
     spent = {
-        name: tuple(
-            microseconds / 1e3 / ITERATIONS
-            for microseconds in (events[name].cpu_time_total, events[name].device_time_total)
-        )
+        name: np.array([events[name].cpu_time_total, events[name].device_time_total]) / 1e3
         for name in (*PARTS, WHOLE)
         if name in events
     }
-    host, device = spent.pop(WHOLE)
-    rest = tuple(
-        whole - sum(part[i] for part in spent.values()) for i, whole in enumerate((host, device))
-    )
+    whole = spent.pop(WHOLE)
     lines = [f"{'where an iteration goes':<32}{'ms':>9}{'share':>8}" + f"{'GPU ms':>9}" * on_gpu]
-    for name, (ms, gpu_ms) in (spent | {"the rest": rest, WHOLE: (host, device)}).items():
-        gpu = f"{gpu_ms:>9.1f}" if on_gpu else ""
-        lines.append(f"{name:<32}{ms:>9.1f}{100 * ms / host:>7.1f}%{gpu}")
+    for name, ms in (spent | {"the rest": whole - sum(spent.values()), WHOLE: whole}).items():
+        host, device = ms / ITERATIONS
+        share = f"{host:>9.1f}{100 * ms[0] / whole[0]:>7.1f}%"
+        lines.append(f"{name:<32}{share}" + f"{device:>9.1f}" * on_gpu)
     return "\n".join(lines)

@@ -100,8 +100,8 @@ class Settings:
     ``to_json`` and ``from_json`` convert to and from what ``config.json`` holds.
 
     Attributes:
-        LATER: settings that were added after the first version, with values that keep the
-            behaviour of older runs.
+        LATER: settings that were added after 0.1.0, with values that keep the behaviour of its
+            runs.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]

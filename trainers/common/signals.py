@@ -65,11 +65,6 @@ def _told(error: BaseException) -> str:
     return "; ".join([str(error), *getattr(error, "__notes__", ())])
 
 
-def _is_lack_of_memory(error: Exception) -> bool:
-    told = any(message in str(error) for message in MEMORY_MESSAGES)
-    return told or isinstance(error, MemoryError)
-
-
 @contextmanager
 def ends_in_one_line(*errors: type[Exception]) -> Iterator[None]:
     """The context of a command. ``errors`` and a lack of memory print a line and exit with code 1;
@@ -84,7 +79,8 @@ def ends_in_one_line(*errors: type[Exception]) -> Iterator[None]:
         except errors as error:
             sys.exit(f"error: {' '.join(_told(error).split())}")
         except (MemoryError, RuntimeError) as error:
-            if not _is_lack_of_memory(error):
+            told = any(message in str(error) for message in MEMORY_MESSAGES)
+            if not told and not isinstance(error, MemoryError):
                 raise
             reason = " ".join(str(error).split())[:MEMORY_REASON]
             sys.exit(f"error: out of memory, try smaller batches or a smaller model: {reason}")

@@ -1,7 +1,5 @@
 """The learning rate and the batches of a training on labelled images."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -9,14 +7,13 @@ from prunevit.trainers.common.classification import batches, learning_rate
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
-    config = SimpleNamespace(lr=2.0, warmup=0.1)
-    rates = [learning_rate(config, step, 100) for step in range(100)]
+    rates = [learning_rate(2.0, 0.1, step, 100) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert rates[10] == 2.0
     assert rates[55] == pytest.approx(1.0)
     assert rates[99] < 0.01
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert learning_rate(config, 0, 1) == 2.0
+    assert learning_rate(2.0, 0.1, 0, 1) == 2.0
 
 
 def test_batches_are_whole_and_shuffled_by_the_seed():

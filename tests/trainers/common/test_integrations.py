@@ -12,7 +12,7 @@ from torch import nn
 
 from prunevit.agents.policies.actor_critic import Actor
 from prunevit.agents.pruned_vit import PrunedViT
-from prunevit.trainers.common import integrations
+from prunevit.trainers.common import backbones, integrations
 from prunevit.trainers.common.integrations import LibraryConfig, LibraryRun, token_actor
 from prunevit.trainers.common.run import TrainingError
 
@@ -81,14 +81,14 @@ def test_a_run_becomes_a_pruned_vit(tmp_path, monkeypatch):
 
 
 def test_a_run_can_start_from_weights_that_timm_downloads(tmp_path, monkeypatch):
-    asked, create = [], integrations.create_backbone
+    asked, create = [], backbones.create_backbone
 
     def create_offline(*arguments, pretrained, **options):
         asked.append(pretrained)
         return create(*arguments, **options)
 
     monkeypatch.setattr(integrations, "RUNS", tmp_path)
-    monkeypatch.setattr(integrations, "create_backbone", create_offline)
+    monkeypatch.setattr(backbones, "create_backbone", create_offline)
     LibraryRun(Config(run_name="one", device="cpu", pretrained=True)).create()
     assert asked == [True]
     assert json.loads((tmp_path / "one" / "config.json").read_text())["pretrained"] is True

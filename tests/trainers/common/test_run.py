@@ -31,8 +31,7 @@ def test_a_run_of_before_goes_on_as_the_version_that_began_it_would_have(old_run
     monkeypatch.setitem(cluttered_digits.DEFAULT_SIZES, "train", TRAIN_SIZE)
     run, config = open_run(MappoConfig(resume=old_run))
     assert config.observation == ("stage", "cls_attention", "alpha")  # it said budget
-    experiment, trainer = mappo.learn(run, config)
-    experiment.env.close()
+    _, trainer = mappo.learn(run, config)
     assert trainer.iteration == 4
     # what 0.1.0 wrote at the end; its budget_weight is alpha_weight now
     expected = load_file(OLD_RUN / "resumed_policy.safetensors")
