@@ -29,6 +29,7 @@ from prunevit.trainers.common.classification import (
     Learner,
     TrainingImages,
     make_mixup,
+    train_from,
     versions,
 )
 from prunevit.trainers.common.distributed import ALONE, Ranks, join_ranks
@@ -47,7 +48,6 @@ from prunevit.trainers.common.settings import Decay, Weight, parse_arguments
 from prunevit.trainers.common.signals import ends_in_one_line
 
 FROZEN_BLOCKS = re.compile(r"blocks:(\d+)")
-AFTER_BLOCKS = ("norm", "attn_pool", "fc_norm", "head")  # timm's names, in the order they run
 PATCH_DROPOUTS = 4  # shares of patches that steps leave out in turn, from none to the largest
 
 
@@ -97,7 +97,7 @@ def patch_dropout(config: BackboneConfig, step: int) -> float:
     return config.patch_dropout * (step % PATCH_DROPOUTS) / (PATCH_DROPOUTS - 1)
 
 
-def freeze(model: nn.Module, what: str) -> None:
+def freeze(model: Any, what: str) -> None:
     """Lets the weights of ``model`` that ``what`` names keep their values.
 
     Args:
@@ -116,9 +116,7 @@ def freeze(model: nn.Module, what: str) -> None:
     blocks, first = getattr(model, "blocks", ()), int(what.removeprefix("blocks:"))
     if first > len(blocks):
         raise TrainingError(f"--freeze {what}: the backbone has {len(blocks)} blocks")
-    later = [getattr(model, name, None) for name in AFTER_BLOCKS]
-    for module in (*blocks[first:], *filter(None, later)):
-        module.requires_grad_(True)
+    train_from(model, first)
 
 
 class CrossEntropy:

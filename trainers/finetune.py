@@ -30,7 +30,7 @@ from prunevit.envs.data_config import model_data_config
 from prunevit.envs.devices import pick_device
 from prunevit.envs.vit.staged_vit import Execution
 from prunevit.trainers.common.checkpoint import write_json
-from prunevit.trainers.common.classification import Learner, TrainingImages, versions
+from prunevit.trainers.common.classification import Learner, TrainingImages, train_from, versions
 from prunevit.trainers.common.distributed import ALONE, Ranks, join_ranks
 from prunevit.trainers.common.epochs import train_epochs
 from prunevit.trainers.common.evaluation import accuracy, evaluate
@@ -55,8 +55,6 @@ from prunevit.trainers.common.settings import (
 from prunevit.trainers.common.signals import ends_in_one_line
 
 Frozen = Literal["nothing", "before-first-stage", "before-last-stage"]
-
-AFTER_BLOCKS = ("norm", "fc_norm", "attn_pool", "head", "head_dist")  # of timm's models
 
 
 @dataclass
@@ -162,11 +160,7 @@ def freeze(model: PrunedViT, frozen: Frozen) -> None:
         backbone.model.requires_grad_(True)
         return
     first = backbone.prune_before[0 if frozen == "before-first-stage" else -1]
-    backbone.model.blocks[first:].requires_grad_(True)
-    for name in AFTER_BLOCKS:
-        part = getattr(backbone.model, name, None)
-        if part is not None:
-            part.requires_grad_(True)
+    train_from(backbone.model, first)
 
 
 def load_run(config: FinetuneConfig, device: torch.device) -> tuple[PrunedViT, str]:

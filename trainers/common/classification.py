@@ -25,6 +25,7 @@ from prunevit.versions import version_of
 
 MAX_GRAD_NORM = 1.0
 SEEDS_PER_RUN = 1_000  # seeds of a run's epochs; runs with other seeds draw other images
+AFTER_BLOCKS = ("norm", "fc_norm", "attn_pool", "head", "head_dist")  # of timm's models
 PACKAGES = ("prunevit", "torch", "timm", "numpy")
 
 # model, inputs float32 [B, C, H, W], targets int64 [B] (float32 [B, classes] if mixed), number of
@@ -70,6 +71,15 @@ def make_mixup(
         label_smoothing=label_smoothing,
         num_classes=num_classes,
     )
+
+
+def train_from(vit: Any, block: int) -> None:
+    """Turns gradients on for the blocks of timm's ``vit`` from number ``block`` on, and for what
+    follows them.
+    """
+    after = [getattr(vit, name, None) for name in AFTER_BLOCKS]
+    for module in (*vit.blocks[block:], *filter(None, after)):
+        module.requires_grad_(True)
 
 
 class TrainingImages:
