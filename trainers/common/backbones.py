@@ -63,23 +63,27 @@ class StagedViTSettings(BackboneSettings):
     """CPU threads. By default torch's own choice."""
 
 
-def load_backbone(config: StagedViTSettings) -> nn.Module:
-    """Loads the backbone, frozen, on its device. A random one has the dataset's classes.
+def make_backbone(config: BackboneSettings) -> nn.Module:
+    """Makes the backbone, frozen, on the CPU. A random one has the dataset's classes.
 
     Raises:
         BackboneError: it can't be built or loaded.
     """
     fits_data = not config.pretrained and config.checkpoint is None and config.dataset != DIGITS
-    model = create_backbone(
+    return create_backbone(
         config.backbone,
         pretrained=config.pretrained,
         checkpoint=config.checkpoint,
         num_classes=len(read_class_names(config.dataset)) if fits_data else None,
         **config.model_kwargs,
-    )
-    # convolutional stems run faster on this layout; nothing else depends on it
-    device = pick_device(config.device)
-    return model.to(device).to(memory_format=torch.channels_last).requires_grad_(False)
+    ).requires_grad_(False)
+
+
+def load_backbone(config: BackboneSettings) -> nn.Module:
+    """``make_backbone``, on its device."""
+    # convolutional stems run faster on this layout; nothing else depends on it but the last bits
+    model = make_backbone(config).to(pick_device(config.device))
+    return model.to(memory_format=torch.channels_last)
 
 
 def all_model_kwargs(config: BackboneSettings) -> dict[str, Any]:

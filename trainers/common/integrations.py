@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -25,7 +25,7 @@ from prunevit.envs.data_config import model_data_config
 from prunevit.envs.devices import pick_device
 from prunevit.envs.rewards import make_reward
 from prunevit.envs.vit.staged_vit import StagedViT
-from prunevit.trainers.common.backbones import StagedViTSettings, load_backbone
+from prunevit.trainers.common.backbones import StagedViTSettings, make_backbone
 from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.evaluation import Evaluation, evaluate
 from prunevit.trainers.common.report import table
@@ -114,7 +114,7 @@ class LibraryRun:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         # on the CPU, from where an environment takes it to its device or to other processes
-        backbone = load_backbone(replace(config, device="cpu"))
+        backbone = make_backbone(config)
         self._data_config = model_data_config(backbone)
         self.staged = StagedViT(backbone, config.prune_before)
         options = {} if config.alpha is None else {"alpha": config.alpha}
