@@ -29,15 +29,11 @@ device).
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import tyro
@@ -47,58 +43,21 @@ from prunevit.benchmarks.machine import MIB
 from prunevit.benchmarks.markdown import records_table
 from prunevit.benchmarks.speed.variants import (
     VARIANTS,
-    Name,
+    ThroughputConfig,
     Workload,
     calls,
+    fresh_pass_peak,
     load,
     pass_peak,
-    pass_peak_of,
 )
 from prunevit.cli import prog
 from prunevit.envs.devices import pick_device
 from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.run import COMMAND_ERRORS
-from prunevit.trainers.common.settings import Count, Settings, Share, Threads
 from prunevit.trainers.common.signals import ends_in_one_line
 from prunevit.trainers.common.timing import interleaved, speedup
 
 Record = dict[str, Any]
-
-
-@dataclass
-class ThroughputConfig(Settings):
-    """What is measured."""
-
-    model: str = "deit_small_patch16_224"
-    """Any timm VisionTransformer, or digits_vit."""
-    run: Path | None = None
-    """A folder of trainers.mappo: its backbone, stages, policy and test images take the place of
-    model, stages and keep."""
-    prune_before: tuple[int, ...] = (3, 6, 9)
-    """The stages; RL4EViT's are 3, 6 and 9."""
-    keep: Share = 0.7
-    """Mean share of an image's living patches that survives a stage. Each image has its own share
-    at each stage, up to 0.3 off."""
-    batch_sizes: tuple[Count, ...] = (1, 32)
-    """Images a call."""
-    image_sizes: tuple[Count, ...] = ()
-    """Heights and widths in pixels, as 224 384 512; the model's own if none is given."""
-    variants: tuple[Name, ...] = get_args(Name)
-    """Which are measured; dense always is."""
-    images: Count = 32
-    """Different images a pass goes over, rounded up to a multiple of all batch sizes."""
-    rounds: Count = 15
-    """Timed passes of each variant, all of them in turns, after one that is not counted."""
-    memory: bool = True
-    """Measure peak memory; on a CPU this starts a process for each variant."""
-    threads: Threads | None = None
-    """CPU threads; torch's own choice if not given."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where it runs."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights and images; the policy stays in float32."""
-    out: Path | None = None
-    """Also write the records to this JSON file."""
 
 
 def measure(config: ThroughputConfig) -> Iterator[list[Record]]:
@@ -111,35 +70,28 @@ def measure(config: ThroughputConfig) -> Iterator[list[Record]]:
         raise ValueError("batch_sizes is empty: name at least one, as 1 32")
     if config.run is not None and config.image_sizes:
         raise ValueError("a run brings its own model: leave out image_sizes")
-    device = pick_device(config.device)
-    count = config.images + -config.images % math.lcm(*config.batch_sizes)
+    pick_device(config.device)
     for image_size in config.image_sizes or (None,):
-        make = partial(
-            load, config.model, config.prune_before, config.keep, count, image_size, config.run,
-            config.device, getattr(torch, config.dtype),
-        )  # fmt: skip
-        workload = make()
+        workload = load(config, image_size)
         for batch_size in dict.fromkeys(config.batch_sizes):
-            yield compare(config, make, workload, batch_size, device)
+            yield compare(config, image_size, workload, batch_size)
 
 
 def compare(
-    config: ThroughputConfig,
-    make: Callable[[], Workload],
-    workload: Workload,
-    batch_size: int,
-    device: torch.device,
+    config: ThroughputConfig, image_size: int | None, workload: Workload, batch_size: int
 ) -> list[Record]:
-    """Records of all variants at one batch size; ``make`` makes the workload in other processes."""
+    """Records of all variants at one batch size."""
+    device = workload.images.device
     names = [name for name in VARIANTS if name == "dense" or name in config.variants]
     peaks = {}
     for name in names if config.memory else ():
         if device.type == "cuda":
             peaks[name] = pass_peak(name, workload, batch_size)
             continue
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            task = (name, make, batch_size, torch.get_num_threads())
-            peaks[name] = process.submit(pass_peak_of, *task).result()
+        spawn, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
+        with ProcessPoolExecutor(1, spawn, torch.set_num_threads, (threads,)) as process:
+            task = process.submit(fresh_pass_peak, name, config, image_size, batch_size)
+            peaks[name] = task.result()
     settings = {
         "model": config.model if config.run is None else str(config.run),
         "batch_size": batch_size,

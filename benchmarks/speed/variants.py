@@ -8,12 +8,13 @@ its time counts.
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
@@ -35,9 +36,49 @@ from prunevit.envs.observations import View
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common.config import MappoConfig
+from prunevit.trainers.common.settings import Count, Settings, Share, Threads
 
 KEEP_RANGE = 0.3  # ratios are drawn at most so far from their mean
 SCALE_STEPS = 10_000  # how finely the uniform schedule is scaled
+
+
+Name = Literal["dense", "packed", "masked", "padded", "tome", "uniform", "unpruned"]
+
+
+@dataclass
+class ThroughputConfig(Settings):
+    """What is measured."""
+
+    model: str = "deit_small_patch16_224"
+    """Any timm VisionTransformer, or digits_vit."""
+    run: Path | None = None
+    """A folder of trainers.mappo: its backbone, stages, policy and test images take the place of
+    model, stages and keep."""
+    prune_before: tuple[int, ...] = (3, 6, 9)
+    """The stages; RL4EViT's are 3, 6 and 9."""
+    keep: Share = 0.7
+    """Mean share of an image's living patches that survives a stage. Each image has its own share
+    at each stage, up to 0.3 off."""
+    batch_sizes: tuple[Count, ...] = (1, 32)
+    """Images a call."""
+    image_sizes: tuple[Count, ...] = ()
+    """Heights and widths in pixels, as 224 384 512; the model's own if none is given."""
+    variants: tuple[Name, ...] = get_args(Name)
+    """Which are measured; dense always is."""
+    images: Count = 32
+    """Different images a pass goes over, rounded up to a multiple of all batch sizes."""
+    rounds: Count = 15
+    """Timed passes of each variant, all of them in turns, after one that is not counted."""
+    memory: bool = True
+    """Measure peak memory; on a CPU this starts a process for each variant."""
+    threads: Threads | None = None
+    """CPU threads; torch's own choice if not given."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where it runs."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and images; the policy stays in float32."""
+    out: Path | None = None
+    """Also write the records to this JSON file."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +185,6 @@ class Variant(NamedTuple):
     macs: Callable[[Workload, int], float]
 
 
-Name = Literal["dense", "packed", "masked", "padded", "tome", "uniform", "unpruned"]
-
 VARIANTS: Mapping[Name, Variant] = {
     "dense": Variant(lambda work, _: work.packed.model, lambda work, _: work.packed.dense_macs),
     "packed": Variant(
@@ -196,38 +235,26 @@ def pass_peak(name: Name, workload: Workload, batch_size: int) -> int:
     return peak_memory(device)
 
 
-def pass_peak_of(name: Name, make: Callable[[], Workload], batch_size: int, threads: int) -> int:
-    """``pass_peak`` in a fresh process, which still has to make its workload."""
-    torch.set_num_threads(threads)
-    return pass_peak(name, make(), batch_size)
+def fresh_pass_peak(
+    name: Name, config: ThroughputConfig, image_size: int | None, batch_size: int
+) -> int:
+    """``pass_peak`` in a process that has yet to make its workload."""
+    return pass_peak(name, load(config, image_size), batch_size)
 
 
 # --- workloads ---
 
 
-def load(
-    model: str,
-    prune_before: tuple[int, ...],
-    keep: float,
-    count: int,
-    image_size: int | None = None,
-    run: Path | None = None,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Workload:
+def load(config: ThroughputConfig, image_size: int | None = None) -> Workload:
     """Builds a workload. Weights, images and survivors are random, since time does not depend on
-    them. A ``run`` brings its own backbone, stages, policy and test images.
+    them. A run brings its own backbone, stages, policy and test images.
 
     Args:
-        model: as ``create_backbone`` takes it.
-        prune_before: stages.
-        keep: mean share of an image's living patches that survives a stage.
-        count: number of images.
+        config: the settings.
         image_size: height and width in pixels; the model's own if not given.
-        run: a folder of ``trainers.mappo``.
-        device: where it runs.
-        dtype: of weights and images; the policy stays in float32.
     """
+    run, device, dtype = config.run, config.device, getattr(torch, config.dtype)
+    count = config.images + -config.images % math.lcm(*config.batch_sizes)
     if run is not None:
         pruned = PrunedViT.from_run(run).to(device)
         pruned.backbone.model.to(dtype)
@@ -241,11 +268,11 @@ def load(
         return Workload(pruned.backbone, policy, images, alive.cpu().numpy())
     torch.manual_seed(0)
     sized: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
-    vit = create_backbone(model, untrained=True, **sized).to(device, dtype)
-    packed = StagedViT(vit, prune_before)
+    vit = create_backbone(config.model, untrained=True, **sized).to(device, dtype)
+    packed = StagedViT(vit, config.prune_before)
     policy = untrained_policy(packed).to(device)
     images = torch.randn(count, *packed.image_shape).to(device, dtype)
-    drawn = draw_keep((count, packed.num_stages, packed.num_patches), keep)
+    drawn = draw_keep((count, packed.num_stages, packed.num_patches), config.keep)
     return Workload(packed, policy, images, drawn)
 
 

@@ -202,14 +202,10 @@ def token_actor(actor: nn.Module) -> TokenActor:
         )
     own = TokenActor(layers[0].in_features, [layer.out_features for layer in layers[:-1]], None)
     own = own.requires_grad_(False).eval()
-    first = own.net[0]
-    assert isinstance(first, nn.LayerNorm)
-    if norm.elementwise_affine:
-        first.load_state_dict(norm.state_dict())
+    for target, part in zip(own.net, (norm, *rest), strict=True):
+        target.load_state_dict(part.state_dict(), strict=part is not norm)  # it may have no weights
+    first: Any = own.net[0]
     first.eps = norm.eps
-    mine = [part for part in own.net if isinstance(part, nn.Linear)]
-    for target, layer in zip(mine, layers, strict=True):
-        target.load_state_dict(layer.state_dict())
     return own
 
 

@@ -218,7 +218,7 @@ def test_a_run_brings_its_backbone_policy_and_images(tmp_path, monkeypatch):
     monkeypatch.setattr(PrunedViT, "from_run", from_run)
     (tmp_path / "config.json").write_text(json.dumps({"dataset": "digits"}))
     config = tiny_config(run=tmp_path, image_sizes=(), variants=("padded",), batch_sizes=(3,))
-    workload = load("", (), 0.7, 3, run=tmp_path)
+    workload = load(config)
     assert asked == [tmp_path]
     assert workload.policy is policy
     test = open_images("digits", "test", {"input_size": (1, 64, 64), "mean": (0,), "std": (1,)})
