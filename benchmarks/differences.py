@@ -52,11 +52,10 @@ def difference(first: pd.DataFrame, second: pd.DataFrame, data: pd.DataFrame) ->
         return None
     images = sizes.pop()
     dense = data[data["method"] == DENSE]
-    known = dense["sources"].iloc[0] if "sources" in dense and len(dense) else None
-    same_images = isinstance(known, list) and len(known) == images
-    return paired_difference(
-        answers(both[0]), answers(both[1]), known if same_images else np.arange(images)
-    )
+    sources = dense["sources"].iloc[0] if "sources" in dense and len(dense) else None
+    if not isinstance(sources, list) or len(sources) != images:
+        sources = range(images)  # each is its own
+    return paired_difference(answers(both[0]), answers(both[1]), np.asarray(sources))
 
 
 def differences(methods: Iterable[tuple[str, pd.DataFrame]], data: pd.DataFrame) -> str:

@@ -194,8 +194,8 @@ class LTMPViT(nn.Module):
             similarity = (sources @ targets.mT).masked_fill(~possible[:, None], -torch.inf)
             most, into = similarity.max(2)
             merging = living & (most > merge)
-            *merged, importance = merge_into(patches, importance, into, merging, prefix)
-            patches = State(*merged, torch.cat([living & ~merging, possible], dim=1))
+            x_merged, size, importance = merge_into(patches, importance, into, merging, prefix)
+            patches = State(x_merged, size, torch.cat([living & ~merging, possible], dim=1))
         keeps = patches.alive & (importance > prune)
         longest = int(keeps.sum(1).max())
         order = keeps.byte().argsort(dim=1, descending=True, stable=True)[:, :longest]
