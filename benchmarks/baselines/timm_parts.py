@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.layers import Attention
@@ -22,6 +22,8 @@ from prunevit.envs.vit.execution import num_chunks
 from prunevit.envs.vit.onednn_linear import linear, mlp, uses_onednn
 from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
 from prunevit.envs.vit.untouched import is_untouched
+
+S = TypeVar("S")  # a schedule
 
 
 def check_plain(model: Any) -> Any:
@@ -92,8 +94,8 @@ def chunks(model: Any, x: Tensor) -> Sequence[Tensor]:
 
 
 def pass_counter(
-    model: Any, image_shape: Sequence[int], build: Callable[[Any, Sequence[int]], nn.Module]
-) -> Callable[[Sequence[int]], int]:
+    model: Any, image_shape: Sequence[int], build: Callable[[Any, S], nn.Module]
+) -> Callable[[S], int]:
     """Counts the multiply-accumulates of one image in the model that ``build`` makes of ``model``
     and a schedule, without computing it.
     """
@@ -101,7 +103,7 @@ def pass_counter(
     dtype = next(shapes.parameters()).dtype
     image = torch.zeros(1, *image_shape, device="meta", dtype=dtype)
 
-    def count(schedule: Sequence[int]) -> int:
+    def count(schedule: S) -> int:
         # the counter's module hooks want a graph
         with torch.enable_grad(), FlopCounterMode(display=False) as counter:
             build(shapes, schedule)(image)

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from prunevit.benchmarks.methods import learned, untrained
-from prunevit.benchmarks.methods.ltmp import ltmp
+from prunevit.benchmarks.methods import each_point, learned, untrained
 from prunevit.benchmarks.methods.recipes import RECIPES
 from prunevit.benchmarks.protocol import Benchmark, Method
 
@@ -69,7 +68,8 @@ SEEDED: dict[str, tuple[str, Callable[[Benchmark, int], Method]]] = {
             ),
         )
     },
-    "ltmp": ("LTMP: learned thresholds, merging and pruning", ltmp),
+    "ltmp": ("LTMP: learned thresholds, merging and pruning", each_point.ltmp),
+    "diffrate": ("DiffRate: learned rates, pruning and merging", each_point.diffrate),
     **{
         name: (recipe.title, partial(learned.sampled if recipe.samples else learned.mappo, name))
         for name, recipe in RECIPES.items()

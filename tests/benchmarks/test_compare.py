@@ -484,19 +484,20 @@ def test_each_operating_point_has_a_training_of_its_own(bench):
 
 
 @pytest.mark.learning
-def test_thresholds_are_trained_once_for_each_operating_point(bench, monkeypatch):
-    method = METHODS["ltmp"].open(replace(bench, iterations=8), 0)
-    found = {point: method.tune(bench.gmacs_at(point)) for point in (0.5, 0.7)}
+@pytest.mark.parametrize(("name", "knob"), [("ltmp", "prune_thresholds"), ("diffrate", "schedule")])
+def test_rivals_are_trained_once_for_each_operating_point(bench, monkeypatch, name, knob):
+    method = METHODS[name].open(replace(bench, iterations=8), 0)
+    found = {point: method.tune(bench.gmacs_at(point)) for point in (0.4, 0.7)}
     for point, knobs in found.items():
         spent = evaluate(method.make(knobs), bench.validation, bench.size).gmacs
         assert spent == pytest.approx(bench.gmacs_at(point), rel=0.01)
-        folder = bench.runs / f"ltmp-{100 * point:g}-0"
+        folder = bench.runs / f"{name}-{100 * point:g}-0"
         assert json.loads((folder / "config.json").read_text())["compute"] == point
-    assert found[0.5]["prune_thresholds"] != found[0.7]["prune_thresholds"]
-    monkeypatch.setattr("prunevit.benchmarks.methods.ltmp.train", None)  # not called again
-    assert method.tune(bench.gmacs_at(0.5)) == found[0.5]
+    assert found[0.4][knob] != found[0.7][knob]
+    monkeypatch.setattr("prunevit.benchmarks.methods.each_point.batches", None)  # not called again
+    assert method.tune(bench.gmacs_at(0.4)) == found[0.4]
     with pytest.raises(ValueError, match=r"other settings \(iterations 8 for 9\)"):
-        METHODS["ltmp"].open(replace(bench, iterations=9), 0).tune(bench.gmacs_at(0.5))
+        METHODS[name].open(replace(bench, iterations=9), 0).tune(bench.gmacs_at(0.4))
 
 
 @pytest.mark.learning

@@ -1,6 +1,7 @@
 """Rivals against outputs of their authors' code, see tests/fixtures/originals/README.md."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
 from prunevit.agents import DynamicViTPolicy, PrunedViT
-from prunevit.benchmarks.baselines import evit, tome
+from prunevit.benchmarks.baselines import diffrate, evit, tome
 from prunevit.benchmarks.baselines.ats import ATS
 from prunevit.benchmarks.baselines.ltmp import LTMPViT, masked_pass
 from prunevit.benchmarks.baselines.pitome import PiToMeViT, share_merges
@@ -180,6 +181,39 @@ def test_ltmp_has_the_originals_masks_and_gradients(images):
     assert loss.item() == pytest.approx(theirs["loss"], abs=1e-4)
     assert merge.grad.tolist() == pytest.approx(theirs["gradients"]["merge"], abs=1e-4)
     assert prune.grad.tolist() == pytest.approx(theirs["gradients"]["prune"], abs=1e-4)
+
+
+def test_diffrate_has_the_originals_logits(images):
+    theirs = original("diffrate", "inference")
+    logits = diffrate.DiffRateViT(fixed_model(), theirs["schedule"])(images)
+    assert_same_logits(logits, theirs["logits"])
+
+
+def test_diffrate_has_the_originals_counts_and_gradients(images):
+    """The loss is theirs: it counts GFLOPs, and leaves out LayerScale's and pooling's."""
+    theirs = original("diffrate", "training")
+    candidates = torch.arange(196, 0, -4, dtype=torch.float64)
+    rates = torch.zeros(6, 2, len(candidates), dtype=torch.float64)
+    rates[1:] = -(((candidates - torch.tensor(theirs["centres"])[..., None]) / 20) ** 2)
+    rates.requires_grad_()
+    backbone = StagedViT(fixed_model(), (1, 3))
+    logits, history = diffrate.masked_pass(backbone, images, rates, candidates)
+    assert [[int(kept) for kept in block] for block in history] == theirs["kept"]
+    assert_same_logits(logits.detach(), theirs["logits"])
+    counts = diffrate.expected_counts(backbone, history)
+    flops = 197 * 32 * 48 + 32 * 10 + sum(
+        4 * before * 32**2 + 2 * before**2 * 32 + 8 * after * 32**2
+        for before, after in pairwise(counts)
+    )  # fmt: skip
+    labels = torch.tensor(theirs["labels"])
+    loss = F.cross_entropy(logits, labels, label_smoothing=0.1) + 5 * (flops / 1e7 - 0.5) ** 2
+    loss.backward()
+    assert loss.item() == pytest.approx(theirs["loss"], abs=1e-4)
+    for block, both in zip(rates.grad[1:], theirs["gradients"], strict=True):
+        for gradient, (norm, first, last) in zip(block, both, strict=True):
+            assert float(gradient.norm()) == pytest.approx(norm, rel=1e-4)
+            assert float(gradient[0]) == pytest.approx(first, abs=1e-4 * norm)
+            assert float(gradient[-1]) == pytest.approx(last, abs=1e-4 * norm)
 
 
 def dynamic_vit(dtype):

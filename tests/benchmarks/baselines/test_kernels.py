@@ -5,6 +5,7 @@ import torch
 
 from prunevit.agents import AttentionThreshold, KeepAll, PrunedViT, TopK
 from prunevit.benchmarks.baselines.ats import ATS
+from prunevit.benchmarks.baselines.diffrate import DiffRateViT
 from prunevit.benchmarks.baselines.evit import EViT
 from prunevit.benchmarks.baselines.ltmp import LTMPViT
 from prunevit.benchmarks.baselines.padded import PaddedViT
@@ -19,6 +20,7 @@ LINEARS = 4  # of a block: queries, keys and values; output; two of the MLP
 RIVALS = {
     "ToMe": lambda backbone: ToMeViT(backbone.model, (3, 0, 5, 2)),
     "PiToMe": lambda backbone: PiToMeViT(backbone.model, (3, 0, 5, 2)),
+    "DiffRate": lambda backbone: DiffRateViT(backbone.model, ((16, 16), (14, 11), (9, 9), (8, 5))),
     "LTMP": lambda backbone: LTMPViT(backbone, (0.9, 0.6, 1.1, 0.3), (0.02, 0.04, 0.0, 0.06)),
     "EViT": lambda backbone: EViT(backbone.model, STAGES, (10, 5)),
     "EViT, not fused": lambda backbone: EViT(backbone.model, STAGES, (10, 5), with_fused=False),
