@@ -8,6 +8,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from prunevit.envs.data.classes import ModelClasses
+from prunevit.envs.vit.create import as_built
 from prunevit.envs.vit.timm_models.heads import count_classes
 
 
@@ -20,14 +21,7 @@ def model_data_config(model: nn.Module) -> dict[str, Any]:
     Returns:
         timm's keys, and ``classes``, a ``ModelClasses``, if the model says how many it has.
     """
-    config = resolve_model_data_config(model)
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    channels = getattr(model, "in_chans", config["input_size"][0])
-    if size is not None:
-        config["input_size"] = (channels, *size)
-    for key in ("mean", "std"):
-        if len(config[key]) != channels:
-            config[key] = (sum(config[key]) / len(config[key]),) * channels
+    config = as_built(resolve_model_data_config(model), model)
     if (classes := model_classes(model)) is not None:
         config["classes"] = classes
     return config

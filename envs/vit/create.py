@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 from torch import nn
 
+from prunevit.choices import check_choice
 from prunevit.envs.vit.described import description_problem, size_problem
 from prunevit.envs.vit.digits_vit import DIGITS_VIT, STEMS, build_digits_vit, shipped_weights
 from prunevit.envs.vit.weights import BackboneError, load_weights, read_description
@@ -64,8 +65,7 @@ def create_backbone(
     can_be_of_a_file = bool(kwargs) and description_problem(name, kwargs) is None
     stem = kwargs.get("embed_layer")
     if isinstance(stem, str):
-        if stem not in STEMS:
-            raise BackboneError(f"unknown embed_layer {stem!r}: choose from {', '.join(STEMS)}")
+        check_choice("embed_layer", stem, STEMS, BackboneError)
         kwargs["embed_layer"] = STEMS[stem]
     if file is not None and can_be_of_a_file:
         problem = size_problem(partial(_build, name, False, num_classes, kwargs), file)
@@ -74,7 +74,8 @@ def create_backbone(
     model = _build(name, pretrained, num_classes, kwargs)
     # as timm does, for those who build the model again; stems by their names
     vars(model)["_model_args"] = getattr(model, "_model_args", {}) | recorded
-    _fit_data_config(model, kwargs)
+    config: dict[str, Any] = {"input_size": (3, 224, 224), **cast(Any, model).pretrained_cfg}
+    vars(model)["pretrained_cfg"] = as_built(config, model)
     if num_classes == described.get("num_classes") and "class_names" in described:
         # where timm keeps those of models from the hub
         vars(model)["pretrained_cfg"]["label_names"] = described["class_names"]
@@ -132,15 +133,16 @@ def _check_known(name: str, pretrained: bool) -> None:
     raise BackboneError(f"unknown backbone {name!r}: {hint}")
 
 
-def _fit_data_config(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    """Writes image size and channels to ``pretrained_cfg``, from which timm prepares images."""
-    config: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
-    channels, *size = config.get("input_size") or (3, 224, 224)
-    img_size = kwargs.get("img_size", size)
-    size = list(img_size) if isinstance(img_size, Sequence) else [img_size, img_size]
-    wanted = kwargs.get("in_chans", channels)
-    config["input_size"] = (wanted, *size)
-    if wanted != channels:
-        for key in ("mean", "std"):
-            config[key] = (sum(config[key]) / len(config[key]),) * wanted
-    model.pretrained_cfg = config  # type: ignore[assignment]
+def as_built(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """timm's data configuration with the image size and the channels that ``model`` has.
+
+    What timm has describes the pretrained weights, and not a model built with other arguments.
+    """
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    channels, *usual = config["input_size"]
+    channels = getattr(model, "in_chans", channels)
+    config = config | {"input_size": (channels, *(size or usual))}
+    for key in ("mean", "std"):
+        if len(config[key]) != channels:
+            config[key] = (sum(config[key]) / len(config[key]),) * channels
+    return config
