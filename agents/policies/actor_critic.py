@@ -108,18 +108,13 @@ class TokenActor(Actor):
             self.alpha_weight = nn.Parameter(torch.zeros(()))
 
     def forward(self, observation: Tensor) -> Tensor:
-        prior = None if self.attention is None else observation[:, self.attention]
-        alpha = None if self.alpha is None else observation[:, self.alpha]
-        return self._with_prior(self.net(observation), prior, alpha)
-
-    def _with_prior(self, logits: Tensor, attention: Tensor | None, alpha: Tensor | None) -> Tensor:
-        prune, keep = logits.unbind(-1)
+        prune, keep = self.net(observation).unbind(-1)
         keep = keep + self.keep_bias * self.PRIOR_SPEED
-        if attention is not None:
-            prior = attention.clamp(min=PRIOR_FLOOR).log()
+        if self.attention is not None:
+            prior = observation[:, self.attention].clamp(min=PRIOR_FLOOR).log()
             keep = keep + self.prior_weight * self.PRIOR_SPEED * prior
-        if alpha is not None:
-            keep = keep + self.alpha_weight * self.PRIOR_SPEED * alpha
+        if self.alpha is not None:
+            keep = keep + self.alpha_weight * self.PRIOR_SPEED * observation[:, self.alpha]
         return torch.stack([prune, keep], dim=-1)
 
     def is_untouched(self) -> bool:
