@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from prunevit.choices import check_choice
+
 Accuracy = Literal["correct", "confidence", "agreement", "kl"]
 # of alpha, beta and pot: rewards and their squares stay finite in float32
 LARGEST_NUMBER = 1e12
@@ -76,11 +78,9 @@ class Reward(Protocol):
 
     def stage(self, facts: StageFacts) -> Tensor:
         """The reward given right after a decision, float32 [B, N]."""
-        ...
 
     def terminal(self, facts: EndFacts) -> Tensor:
         """The reward at the end of the episode, added to the last stage's, float32 [B, N]."""
-        ...
 
 
 def accuracy_of(kind: Accuracy, facts: EndFacts) -> Tensor:
@@ -109,10 +109,7 @@ def accuracy_of(kind: Accuracy, facts: EndFacts) -> Tensor:
 
 
 def _check(accuracy: str, **numbers: float) -> None:
-    if accuracy not in get_args(Accuracy):
-        raise ValueError(
-            f"unknown accuracy {accuracy!r}: choose from {', '.join(get_args(Accuracy))}"
-        )
+    check_choice("accuracy", accuracy, get_args(Accuracy))
     for name, value in numbers.items():
         if not 0 <= value <= LARGEST_NUMBER:
             raise ValueError(f"{name}={value} must be a number from 0 to {LARGEST_NUMBER:g}")
@@ -232,8 +229,7 @@ def make_reward(name: str, **options: Any) -> Reward:
     Raises:
         ValueError: the name or an option is unknown.
     """
-    if name not in REWARDS:
-        raise ValueError(f"unknown reward {name!r}: choose from {', '.join(REWARDS)}")
+    check_choice("reward", name, REWARDS)
     known = {field.name for field in fields(REWARDS[name])}
     surplus = sorted(set(options) - known)
     if surplus:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from prunevit.agents.policies.dither import with_dither
+from prunevit.choices import check_choice
 from prunevit.envs.observations import View
 
 Score = Literal["attention", "norm", "brightness", "random"]
@@ -46,8 +47,7 @@ class TopK:
     macs_per_decision = 0
 
     def __init__(self, tokens: Sequence[float], score: Score = "attention", seed: int = 0) -> None:
-        if score not in get_args(Score):
-            raise ValueError(f"unknown score {score!r}: choose from {', '.join(get_args(Score))}")
+        check_choice("score", score, get_args(Score))
         self.tokens = _counts_or_shares(tokens)
         self.score = score
         self.needs_attention = score == "attention"

@@ -24,4 +24,3 @@ class Policy(Protocol):
 
     def __call__(self, view: View) -> Tensor:
         """Returns which patches stay, bool [B, N]; ignored for patches that are gone."""
-        ...

@@ -111,12 +111,9 @@ class BatchedEnv(Protocol):
 
     def reset(self, seed: int | None = None) -> Observations:
         """Begins new episodes everywhere; the same seed begins the same episodes."""
-        ...
 
     def step(self, actions: Tensor) -> Transition:
         """Takes the joint action int64 [B, N]."""
-        ...
 
     def close(self) -> None:
         """Frees the resources of the environments."""
-        ...

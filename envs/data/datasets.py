@@ -8,6 +8,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from prunevit.choices import check_choice
 from prunevit.envs.data import digits
 from prunevit.envs.data.classes import with_labels_of
 from prunevit.envs.data.cluttered_digits import ClutteredDigits
@@ -69,8 +70,7 @@ def open_images(
         DatasetError: the dataset is unknown, missing, empty or has no such split, its splits have
             different classes, or the backbone takes other images or has other classes.
     """
-    if split not in get_args(Split):
-        raise DatasetError(f"unknown split {split!r}: choose from {', '.join(get_args(Split))}")
+    check_choice("split", split, get_args(Split), DatasetError)
     if size is not None and size < 1:
         raise DatasetError(f"a set of {size} images of {dataset}: at least 1 is needed")
     if dataset == DIGITS:

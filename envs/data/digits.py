@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prunevit.choices import check_choice
+
 Split = Literal["train", "validation", "test"]
 
 IMAGE_SIZE = 64
@@ -173,8 +175,7 @@ def draw_digits(split: Split, size: int, seed: int = 0) -> tuple[Tensor, Tensor]
     Raises:
         ValueError: ``split`` is unknown.
     """
-    if split not in get_args(Split):
-        raise ValueError(f"unknown split {split!r}: choose from {', '.join(get_args(Split))}")
+    check_choice("split", split, get_args(Split))
     images = np.empty((size, 1, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     labels = np.empty(size, np.int64)
     for start in range(0, size, CHUNK):

@@ -32,7 +32,6 @@ class ImageSet(Protocol):
         Raises:
             DatasetError: an image is damaged.
         """
-        ...
 
 
 @runtime_checkable
@@ -41,7 +40,6 @@ class Reseedable(Protocol):
 
     def reseed(self, seed: int) -> None:
         """Seeds them: from here on the same calls of ``load`` return the same images."""
-        ...
 
 
 @runtime_checkable
@@ -51,7 +49,6 @@ class Sourced(Protocol):
     @property
     def sources(self) -> Tensor:
         """The number of each image's source, int64 [I]."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -82,8 +79,6 @@ class Prefetchable(Protocol):
             seed: act as if ``reseed`` had been called with this seed, and leave the set's own
                 random numbers untouched.
         """
-        ...
 
     def read(self, request: ReadRequest) -> tuple[Tensor, Tensor]:
         """Returns what ``load`` returns; changes nothing."""
-        ...

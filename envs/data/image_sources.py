@@ -50,7 +50,6 @@ class ImageSource(Protocol):
 
     def prepare(self, indices: NDArray[np.int64]) -> None:
         """Is called once before the first ``read``, with the indices of all images to be read."""
-        ...
 
     def read(self, index: int, mode: str) -> tuple[Image.Image, int]:
         """Decodes image ``index`` in PIL's colour ``mode``; threads may call it at the same time.
@@ -61,7 +60,6 @@ class ImageSource(Protocol):
         Raises:
             DatasetError: the image is damaged, or its label lies outside the classes.
         """
-        ...
 
 
 Openers = dict[Split, Callable[[], ImageSource]]

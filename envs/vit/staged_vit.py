@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prunevit.choices import check_choice
 from prunevit.envs.vit.execution import embed_chunks, num_chunks, run_blocks
 from prunevit.envs.vit.layout import Layout
 from prunevit.envs.vit.macs import Macs, head_size
@@ -82,10 +83,7 @@ class StagedViT(nn.Module):
         torch_compile: bool = False,
     ) -> None:
         super().__init__()
-        if execution not in get_args(Execution):
-            raise ValueError(
-                f"unknown execution {execution!r}: choose from {', '.join(get_args(Execution))}"
-            )
+        check_choice("execution", execution, get_args(Execution))
         self.ops = model_ops(model)
         self.model = cast(Any, model)
         self.execution = execution
