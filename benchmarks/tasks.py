@@ -21,7 +21,7 @@ class Task:
         released_stages: three stages like RL4EViT's (3, 6, 9) of 12.
         points: operating points, shares of the dense model's compute.
         alpha_range: alphas that one policy for many of them is trained under.
-        dithers: whether learned policies, DynamicViT and the threshold on class attention may
+        dithers: whether learned policies, DynamicViT, ATS and the threshold on class attention may
             dither, where that is better on validation. In photographs neighbouring patches are
             alike, and would all go at once.
         training: further options of ``trainers.mappo``.

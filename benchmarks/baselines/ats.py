@@ -9,7 +9,7 @@ This is the authors' code (github.com/adaptivetokensampling/ATS) on one image at
 outputs are in tests/fixtures/originals. In a batch, theirs depends on the other images: an image
 with padding never loses its least significant patch, and one without padding always loses it.
 There, and where one patch is left, we differ by choice: an image doesn't depend on others, and its
-last patch stays. All prefix tokens are protected; theirs knows only a class token.
+last patch stays. All prefix tokens are protected; theirs knows only a class token. Dither is ours.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prunevit.agents.policies.dither import dither_levels
 from prunevit.agents.pruned_vit import Trace
 from prunevit.benchmarks.baselines.timm_parts import check_plain, chunks
 from prunevit.envs.vit.attention import attention_received
@@ -99,13 +100,15 @@ class ATS(nn.Module):
         backbone: says where the stages are: sampling takes place inside of the blocks before them.
             Its execution is not used.
         samples: points of each stage's grid, at least 2. The authors have as many as patches.
+        dither: strength with which each patch's own level changes its significance, the same for
+            all images, so that of similar neighbours other ones are sampled; 0 for none.
 
     Raises:
         UnsupportedBackboneError: blocks that are not timm's plain ones, or no class token.
         ValueError: a stage before the first block, or not a number of samples for each.
     """
 
-    def __init__(self, backbone: StagedViT, samples: Sequence[int]) -> None:
+    def __init__(self, backbone: StagedViT, samples: Sequence[int], dither: float = 0.0) -> None:
         super().__init__()
         check_plain(backbone.model)
         if not backbone.has_class_token:
@@ -121,6 +124,7 @@ class ATS(nn.Module):
             )
         self.backbone = backbone
         self.samples = tuple(samples)
+        self.dither = dither
         self._until_sampling = StagedViT(backbone.model, [b - 1 for b in backbone.prune_before])
 
     def forward(self, images: Tensor) -> Tensor:
@@ -134,9 +138,9 @@ class ATS(nn.Module):
         tokens = self._until_sampling.begin(images, with_attention=False)
         alive, sampled = [], torch.zeros(len(images), dtype=torch.int64, device=images.device)
         edges = (*backbone.prune_before, backbone.depth + 1)
-        for (start, next_stage), count in zip(pairwise(edges), self.samples, strict=True):
+        for stage, (start, next_stage) in enumerate(pairwise(edges)):
             before = tokens.alive.sum(1)
-            tokens = self._sampling_block(tokens, start - 1, count)
+            tokens = self._sampling_block(tokens, start - 1, stage)
             alive.append(tokens.alive[:, backbone.num_prefix :])
             sampled = sampled + self._macs(start - 1, before, tokens.alive.sum(1))
             tokens = run_blocks(
@@ -148,7 +152,7 @@ class ATS(nn.Module):
             macs=backbone.total_macs(tokens) + sampled,
         )
 
-    def _sampling_block(self, tokens: Tokens, index: int, count: int) -> Tokens:
+    def _sampling_block(self, tokens: Tokens, index: int, stage: int) -> Tokens:
         backbone, layout = self.backbone, tokens.layout
         assert layout is not None
         block, prefix = backbone.model.blocks[index], backbone.num_prefix
@@ -161,7 +165,10 @@ class ATS(nn.Module):
         row = tokens.row.view(len(patches), -1)
         dense = significance.new_zeros(patches.shape)
         dense[patches] = significance[row[:, prefix:][patches]]
-        keep = sample(dense, patches, count)
+        if self.dither:
+            level = dither_levels(*backbone.grid_size, stage, dense.device)
+            dense = dense * (1 / level - 1) ** self.dither
+        keep = sample(dense, patches, self.samples[stage])
 
         numbers = torch.arange(len(tokens.x), device=keep.device)[:, None]
         stays = backbone.prune(replace(tokens, x=numbers), keep)

@@ -33,7 +33,7 @@ SHAPES = (1.0, 0.7, 0.5, 0.35)  # schedules that keep this share from one stage 
 NUDGE = 2  # tokens of a stage by which a schedule is brought to its cost
 PITOME_SHARES = 2_000  # between a half and all, that are tried
 ORACLE_IMAGES = 100
-DITHERS = (0.0, 0.25, 0.5, 1.0)  # of the threshold on class attention, which no training scales
+DITHERS = (0.0, 0.25, 0.5, 1.0)  # of scores that no training gave a scale
 
 
 def best_schedule(
@@ -121,21 +121,28 @@ def attention_threshold(bench: Benchmark, seed: int) -> Method:
 
 
 def adaptive_sampling(bench: Benchmark, seed: int) -> Method:
-    """ATS, with the same number of samples at every stage."""
+    """ATS, with the same number of samples at every stage. Where the task allows, with the dither
+    that is best on validation.
+    """
     backbone = bench.backbone
 
     def make(knobs: Knobs) -> ATS:
-        return ATS(backbone, [knobs["samples"]] * backbone.num_stages)
-
-    def cost(samples: int) -> float:
-        return bench.validate(make({"samples": samples})).gmacs
+        return ATS(backbone, [knobs["samples"]] * backbone.num_stages, knobs.get("dither", 0.0))
 
     def tune(gmacs: float) -> Knobs:
-        # samples often fall on the same patch, so many more than there are patches can be needed
-        choices = range(2, 64 * backbone.num_patches + 1)
-        samples, spent = nearest(choices, cost, gmacs)
-        check_matched(spent, gmacs, {"samples": samples})
-        return {"samples": samples}
+        def searched(shared: Knobs) -> Knobs:
+            def cost(samples: int) -> float:
+                return bench.validate(make({"samples": samples, **shared})).gmacs
+
+            # samples often fall on the same patch, so many more than there are patches can be
+            # needed
+            choices = range(2, 64 * backbone.num_patches + 1)
+            samples, spent = nearest(choices, cost, gmacs)
+            knobs = {"samples": samples, **shared}
+            check_matched(spent, gmacs, knobs)
+            return knobs
+
+        return with_best_dither(bench, searched, make, DITHERS)
 
     return Method(tune, make)
 

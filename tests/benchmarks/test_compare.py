@@ -155,19 +155,21 @@ def test_a_threshold_goes_on_where_no_alpha_reaches(bench, monkeypatch):
     assert thresholds[0] > thresholds[1]
 
 
-def test_a_threshold_dithers_where_that_is_better_on_validation(bench):
-    bench = replace(bench, task=replace(bench.task, dithers=True), size=48)
+@pytest.mark.parametrize("name", ["threshold", "ats"])
+def test_rivals_dither_where_that_is_better_on_validation(bench, name, monkeypatch):
+    monkeypatch.setattr("prunevit.benchmarks.methods.untrained.DITHERS", (0.0, 0.5))
+    bench = replace(bench, task=replace(bench.task, dithers=True), size=16)
     target = bench.gmacs_at(0.4)
-    method, plain = METHODS["threshold"].open(bench, 0), replace(bench.task, dithers=False)
+    method, plain = METHODS[name].open(bench, 0), replace(bench.task, dithers=False)
     knobs = method.tune(target)
     assert knobs["dither"] in DITHERS
     chosen = evaluate(method.make(knobs), bench.validation, bench.size)
     again = evaluate(method.make(knobs), bench.validation, bench.size)
     assert (chosen.accuracy, chosen.gmacs) == (again.accuracy, again.gmacs)
     assert chosen.gmacs == pytest.approx(target, rel=0.01)
-    without = METHODS["threshold"].open(replace(bench, task=plain), 0)
+    without = METHODS[name].open(replace(bench, task=plain), 0)
     undithered = without.make(without.tune(target))
-    assert undithered.policy.dither == 0
+    assert (undithered if name == "ats" else undithered.policy).dither == 0
     assert chosen.accuracy >= evaluate(undithered, bench.validation, bench.size).accuracy
 
 

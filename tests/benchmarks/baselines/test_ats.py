@@ -5,6 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunevit.agents import PrunedViT
+from prunevit.agents.policies.dither import dither_levels
+from prunevit.benchmarks.baselines import ats as ats_module
 from prunevit.benchmarks.baselines.ats import ATS, sample
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
@@ -118,6 +120,31 @@ def test_its_cost_is_what_is_computed(sharp_vit, images, kwargs):
             for patches in (16, int(trace.alive[0, 0].sum()))
         )
         assert int(trace.macs[0]) == counter.get_total_flops() // 2 + observed
+
+
+@torch.no_grad()
+def test_dither_spreads_alike_patches_and_is_the_same_for_all_images(
+    sharp_vit, images, monkeypatch
+):
+    backbone = StagedViT(sharp_vit(), STAGES)
+    seen = []
+
+    def note(significance, alive, count):
+        seen.append(significance)
+        return sample(significance, alive, count)
+
+    monkeypatch.setattr(ats_module, "sample", note)
+    ATS(backbone, SAMPLES)(images)
+    dithered = ATS(backbone, SAMPLES, dither=0.5)
+    logits = dithered(images)
+    assert torch.equal(logits, dithered(images))
+    alone = torch.cat([dithered(image[None]) for image in images])
+    torch.testing.assert_close(alone, logits, rtol=0, atol=1e-5)
+    plain, changed = seen[0], seen[2]  # of the first stage, where all patches are alive
+    levels = dither_levels(*backbone.grid_size, 0, logits.device)
+    torch.testing.assert_close(changed / plain, (-levels.logit() / 2).exp().expand_as(plain))
+    kept = dithered.trace(images).alive
+    assert not torch.equal(kept, ATS(backbone, SAMPLES).trace(images).alive)
 
 
 def test_what_it_can_not_do_is_refused(make_vit, vit):
