@@ -3,8 +3,7 @@
 These take turns in one process, on the digits:
 
 - ``ours``: an iteration in the default settings but without a critic;
-- ``forward``: the bare forward passes that this iteration needs, which are the lower bound;
-- ``rollout``: a rollout of as many episodes, without learning from it.
+- ``forward``: the bare forward passes that this iteration needs, which are the lower bound.
 
 With ``--tokens N`` they run on noise of N patches and with random weights, where half of the tokens
 survive to the end. Run it once for each size, since peak memory is the process's.
@@ -49,7 +48,7 @@ from prunevit.trainers.common.run import COMMAND_ERRORS
 from prunevit.trainers.common.settings import Count, Range, Settings, Threads
 from prunevit.trainers.common.signals import ends_in_one_line
 from prunevit.trainers.common.timing import Timing, now, speedup
-from prunevit.trainers.mappo import Trainer, collect_rollout
+from prunevit.trainers.mappo import Trainer
 
 PATCH_SIZE = 8  # of digits_vit, in pixels
 SURVIVORS = 0.5  # share of the tokens of noise that survive to the end
@@ -151,15 +150,6 @@ class TimedTrainer:
         bare_forward(self.env, self.env.pixels.to(self.env.device), self.game.keeps)
         return self._figures(start)
 
-    def rollout(self) -> Figures:
-        """Plays as many episodes as an iteration does."""
-        start = now(self.env.device)
-        seed = self.trainer.iteration
-        generator = torch.Generator(self.env.device).manual_seed(seed)
-        learner, observed = self.trainer.learner, self.env.reset(seed)
-        collect_rollout(self.env, learner, observed, self.game.num_stages, generator)
-        return self._figures(start)
-
     def _figures(self, start: float) -> Figures:
         seconds = now(self.env.device) - start
         outcome = self.env.outcome
@@ -233,7 +223,7 @@ def measure(config: TrainSpeedConfig) -> list[dict[str, Any]]:
         "device": torch.cuda.get_device_name() if config.device == "cuda" else config.device,
         "threads": torch.get_num_threads(),
     }
-    variants = {"ours": ours.iterate, "forward": ours.forward, "rollout": ours.rollout}
+    variants = {"ours": ours.iterate, "forward": ours.forward}
     rounds = [{name: turn() for name, turn in variants.items()} for _ in range(config.rounds + 1)]
     # the first round warms up
     return [to_record(name, rounds[1:], config.num_envs) | shared for name in variants]

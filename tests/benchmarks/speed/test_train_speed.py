@@ -58,15 +58,6 @@ def test_the_bare_forward_runs_the_iterations_own_tokens(timed, monkeypatch):
     torch.testing.assert_close(logits["bare"], logits["iteration"])
 
 
-def test_a_rollout_teaches_nothing(timed):
-    before = [weight.clone() for weight in timed.trainer.learner.parameters()]
-    figures = timed.rollout()
-    assert timed.trainer.iteration == 0
-    torch.testing.assert_close(list(timed.trainer.learner.parameters()), before, rtol=0, atol=0)
-    first, _ = timed.game.keeps
-    assert figures["decisions"] == first.numel() + int(first.sum())
-
-
 def test_decisions_and_kept_tokens_are_counted(timed):
     figures = timed.iterate()
     first, _ = timed.game.keeps
@@ -96,14 +87,12 @@ def test_the_command_measures_and_writes(vit, some_images, tmp_path, monkeypatch
         ["--after", "3", "--rounds", "1", "--num-envs", "8", "--threads", "1", "--out", str(out)]
     )  # fmt: skip
     rows = json.loads(out.read_text())
-    assert [(row["after"], row["variant"]) for row in rows] == [
-        (3, "ours"), (3, "forward"), (3, "rollout")
-    ]  # fmt: skip
+    assert [(row["after"], row["variant"]) for row in rows] == [(3, "ours"), (3, "forward")]
     for row in rows:
         assert row["images_per_second"] == pytest.approx(8 / row["seconds"])
         assert 16 * 8 <= row["decisions_per_second"] * row["seconds"] <= 2 * 16 * 8
         assert row["peak_memory"] > 50 * 2**20
-    ours, forward, _ = rows
+    ours, forward = rows
     assert forward["over_forward"] == 1
     assert ours["over_forward"] == pytest.approx(ours["seconds"] / forward["seconds"])
     assert capsys.readouterr().out.strip() == table(rows)
