@@ -298,10 +298,10 @@ def test_a_finished_run_is_only_reported_again(whole, monkeypatch, tmp_path):
     assert (folder / "curve.png").exists()
 
 
-def test_a_run_from_before_images_could_be_skipped_goes_on(whole, tmp_path):
+def test_a_run_from_before_a_setting_came_goes_on(whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "older")
     (folder / "config.json").write_bytes(
-        edited(skip_bad_images=...)((folder / "config.json").read_bytes())
+        edited(critic_norm=...)((folder / "config.json").read_bytes())
     )
     run(["--resume", str(folder)])
     check_same(folder, whole)
