@@ -38,6 +38,7 @@ UNSEEDED: dict[str, tuple[str, Callable[[Benchmark, int], Method]]] = {
     "pitome": ("PiToMe: token merging by energy", untrained.pitome),
     "evit": ("EViT: class attention, the rest fused", partial(untrained.evit, True)),
     "evit-unfused": ("EViT without its fused token", partial(untrained.evit, False)),
+    "zero-tprune": ("Zero-TPrune: page rank of attention, and similarity", untrained.zero_tprune),
     "oracle": (
         "greedy leave-one-out by the true class, 100 images", partial(untrained.oracle, True),
     ),

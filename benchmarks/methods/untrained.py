@@ -13,6 +13,7 @@ from prunevit.agents.policies.oracle import Oracle
 from prunevit.agents.pruned_vit import PrunedViT, Trace
 from prunevit.benchmarks.baselines import evit as evit_baseline
 from prunevit.benchmarks.baselines import tome as tome_baseline
+from prunevit.benchmarks.baselines import zero_tprune as zero_tprune_baseline
 from prunevit.benchmarks.baselines.ats import ATS
 from prunevit.benchmarks.baselines.pitome import PiToMeViT, share_merges
 from prunevit.benchmarks.baselines.timm_parts import pass_counter
@@ -32,6 +33,7 @@ from prunevit.trainers.common.evaluation import schedules_at
 SHAPES = (1.0, 0.7, 0.5, 0.35)  # schedules that keep this share from one stage to the next
 NUDGE = 2  # tokens of a stage by which a schedule is brought to its cost
 PITOME_SHARES = 2_000  # between a half and all, that are tried
+RATES = 1_000  # Zero-TPrune's shares of patches that stay at a stage, that are tried
 ORACLE_IMAGES = 100
 DITHERS = (0.0, 0.25, 0.5, 1.0)  # of scores that no training gave a scale
 
@@ -206,6 +208,30 @@ def evit(with_fused: bool, bench: Benchmark, seed: int) -> Method:
 
     def tune(gmacs: float) -> Knobs:
         tokens, macs = nearest(schedules, count, gmacs * 1e9)  # more patches cost more
+        check_matched(macs / 1e9, gmacs, {"tokens": list(tokens)})
+        return {"tokens": list(tokens)}
+
+    return Method(tune, make)
+
+
+def zero_tprune(bench: Benchmark, seed: int) -> Method:
+    """Zero-TPrune, which keeps the same share at every stage."""
+    backbone, model = bench.backbone, bench.model
+    patches, stages = backbone.num_patches, backbone.prune_before
+    count = zero_tprune_baseline.macs_counter(model, backbone.image_shape, stages)
+    rates = (i / RATES for i in range(RATES + 1))
+    schedules = [
+        evit_baseline.even_tokens(patches, rate, len(stages), with_fused=False) for rate in rates
+    ]
+
+    def make(knobs: Knobs) -> FixedScheduleModel:
+        tokens = knobs["tokens"]
+        pruned = zero_tprune_baseline.ZeroTPrune(model, stages, tokens)
+        return FixedScheduleModel(pruned, backbone, count(tokens), tokens)
+
+    def tune(gmacs: float) -> Knobs:
+        choices = list(dict.fromkeys(schedules))
+        tokens, macs = nearest(choices, count, gmacs * 1e9)
         check_matched(macs / 1e9, gmacs, {"tokens": list(tokens)})
         return {"tokens": list(tokens)}
 

@@ -88,7 +88,18 @@ def test_a_point_that_no_knob_reaches_has_the_nearest(target, cost, nearest):
 
 
 @pytest.mark.parametrize(
-    "name", ["random", "attention", "threshold", "ats", "tome", "pitome", "evit", "evit-unfused"]
+    "name",
+    [
+        "random",
+        "attention",
+        "threshold",
+        "ats",
+        "tome",
+        "pitome",
+        "evit",
+        "evit-unfused",
+        "zero-tprune",
+    ],
 )
 @pytest.mark.parametrize("point", [0.4, 0.55, 0.7])
 def test_methods_spend_what_the_point_says_or_say_that_they_do_not(bench, name, point):

@@ -12,6 +12,7 @@ from prunevit.benchmarks.baselines.padded import PaddedViT
 from prunevit.benchmarks.baselines.pitome import PiToMeViT
 from prunevit.benchmarks.baselines.timm_parts import run_block
 from prunevit.benchmarks.baselines.tome import ToMeViT
+from prunevit.benchmarks.baselines.zero_tprune import ZeroTPrune
 from prunevit.envs.vit import execution, onednn_linear
 from prunevit.envs.vit.staged_vit import StagedViT
 
@@ -21,6 +22,7 @@ RIVALS = {
     "ToMe": lambda backbone: ToMeViT(backbone.model, (3, 0, 5, 2)),
     "PiToMe": lambda backbone: PiToMeViT(backbone.model, (3, 0, 5, 2)),
     "DiffRate": lambda backbone: DiffRateViT(backbone.model, ((16, 16), (14, 11), (9, 9), (8, 5))),
+    "Zero-TPrune": lambda backbone: ZeroTPrune(backbone.model, STAGES, (10, 5)),
     "LTMP": lambda backbone: LTMPViT(backbone, (0.9, 0.6, 1.1, 0.3), (0.02, 0.04, 0.0, 0.06)),
     "EViT": lambda backbone: EViT(backbone.model, STAGES, (10, 5)),
     "EViT, not fused": lambda backbone: EViT(backbone.model, STAGES, (10, 5), with_fused=False),
