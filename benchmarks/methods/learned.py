@@ -27,6 +27,7 @@ from prunevit.benchmarks.protocol import (
     Method,
     UnreachableError,
     check_matched,
+    nearest,
     search_knob,
     with_best_dither,
     with_knobs,
@@ -145,14 +146,14 @@ def tuned(bench: Benchmark, model: PrunedViT, gmacs: float) -> Knobs:
             return {"alpha": alpha, **shared}
 
         def with_threshold(odds: float) -> Knobs:
-            return {**nearest, "threshold": odds / (1 + odds)}
+            return {**reached, "threshold": odds / (1 + odds)}
 
-        nearest = shared
+        reached = shared
         if by_alpha:
             try:
                 return search(low / ALPHAS_BEYOND, high * ALPHAS_BEYOND, with_alpha)
             except UnreachableError as error:
-                nearest = error.nearest or shared
+                reached = error.nearest or shared
         return search(*ODDS, with_threshold)
 
     return with_best_dither(bench, searched, lambda knobs: set_to(model, knobs))
@@ -331,30 +332,50 @@ def described_kwargs(bench: Benchmark) -> dict[str, Any]:
     return {**described.get("model_kwargs", {}), **base.model_kwargs}
 
 
+def share_to_keep(bench: Benchmark, gmacs: float) -> float:
+    """The share of patches, in steps of 0.01, that costs ``gmacs`` if it is kept from stage to
+    stage.
+    """
+    backbone = bench.backbone
+
+    def cost(percent: int) -> float:
+        shares = ((percent / 100) ** (stage + 1) for stage in range(backbone.num_stages))
+        tokens = [round(backbone.num_patches * share) for share in shares]
+        return backbone.uniform_macs(tokens, with_attention=False) / 1e9
+
+    return nearest(range(1, 101), cost, gmacs)[0] / 100
+
+
 def dynamic_vit(bench: Benchmark, seed: int, fine_tune: bool = False) -> Method:
-    """DynamicViT, trained for one share of patches; the knob is the share it keeps. Where the task
+    """DynamicViT, trained for each operating point, as its authors do; with its backbone once, for
+    the middle one, as ours is. The knob is the share of patches that it keeps. Where the task
     allows, with dither if that is better on validation.
     """
-    folder = bench.runs / f"dynamic-vit{'-fine-tuned' if fine_tune else ''}-{seed}"
-    settings = {**bench.task.dynamic_vit, **shared_settings(bench, folder, seed)}
-    config = DynamicViTConfig(fine_tune=fine_tune, **settings)
     load = reader(bench, lambda folder: PrunedViT.from_run(folder))
 
     def make(knobs: Knobs) -> PrunedViT:
-        policy = copy.copy(load(folder).policy)  # shares the predictors
+        model = load(bench.runs / knobs["run"])
+        policy = copy.copy(model.policy)  # shares the predictors
         assert isinstance(policy, DynamicViTPolicy)
         policy.keep = knobs["keep"]
         policy.dither = knobs.get("dither", False)
-        return PrunedViT(load(folder).backbone, policy)
+        return PrunedViT(model.backbone, policy)
 
     def tune(gmacs: float) -> Knobs:
+        trained_for = bench.gmacs_at(bench.middle_point) if fine_tune else gmacs
+        percent = 100e9 * gmacs / bench.backbone.dense_macs
+        kind = "fine-tuned" if fine_tune else f"{percent:.0f}"
+        folder = bench.runs / f"dynamic-vit-{kind}-{seed}"
+        settings = {**bench.task.dynamic_vit, **shared_settings(bench, folder, seed)}
+        keep = share_to_keep(bench, trained_for)
+        config = DynamicViTConfig(fine_tune=fine_tune, keep=keep, **settings)
         if not is_trained(folder, config.to_json()):
             is_begun = RunFolder(folder).is_begun
             train_dynamic_vit(DynamicViTConfig(resume=folder) if is_begun else config)
 
         def searched(shared: Knobs) -> Knobs:
             def knobs(pruned: float) -> Knobs:
-                return {"keep": 1 / pruned, **shared}
+                return {"run": folder.name, "keep": 1 / pruned, **shared}
 
             def cost(pruned: float) -> float:
                 return bench.validate(make(knobs(pruned))).gmacs

@@ -530,9 +530,14 @@ def test_dynamic_vit_takes_part_with_and_without_its_backbone(bench):
             model.backbone.model.blocks[-1].mlp.fc1.weight, bench.model.blocks[-1].mlp.fc1.weight
         )
         assert learns == METHODS[name].fine_tunes
-    config = json.loads((bench.runs / "dynamic-vit-0" / "config.json").read_text())
+    config = json.loads((bench.runs / "dynamic-vit-50-0" / "config.json").read_text())
     assert config["iterations"] == SETTINGS["iterations"]
     assert config["batch_size"] == 8
+    # trained for what the point leaves of the patches, from stage to stage
+    cost = bench.backbone.uniform_macs(
+        [round(64 * config["keep"]), round(64 * config["keep"] ** 2)]
+    )
+    assert cost / 1e9 == pytest.approx(bench.gmacs_at(0.5), rel=0.03)
 
 
 def test_every_ablation_takes_one_thing_away(bench):
