@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -90,11 +90,8 @@ class Macs:
 
     def blocks(self, tokens: Any, start: int, stop: int) -> Any:
         """Of the blocks ``start`` to ``stop - 1`` on ``tokens`` tokens, an int or int64 tensor."""
-        total = [
-            sum(coefficients) for coefficients in zip(*self.of_blocks[start:stop], strict=True)
-        ]
-        constant, linear, quadratic = total or (0, 0, 0)
-        return constant + tokens * linear + tokens**2 * quadratic
+        total = [sum(each) for each in zip(*self.of_blocks[start:stop], strict=True)]
+        return _evaluate(total or (0, 0, 0), tokens)
 
     def attention_received(self, tokens: Any) -> Any:
         """Of one query against ``tokens`` keys, which gives the attention that each receives."""
@@ -102,12 +99,16 @@ class Macs:
 
     def head(self, tokens: Any) -> Any:
         """Of the pooling and the classifier, on ``tokens`` tokens."""
-        constant, linear, quadratic = self.of_head
-        return constant + tokens * linear + tokens**2 * quadratic
+        return _evaluate(self.of_head, tokens)
 
     def dense(self, tokens: int) -> int:
         """Of the unpruned model on images of ``tokens`` tokens."""
         return self.embed + self.blocks(tokens, 0, len(self.of_blocks)) + self.head(tokens)
+
+
+def _evaluate(polynomial: Sequence[int], tokens: Any) -> Any:
+    constant, linear, quadratic = polynomial
+    return constant + tokens * linear + tokens**2 * quadratic
 
 
 def _fit(cost: Callable[[int], int], prefix: int) -> Polynomial:
