@@ -196,9 +196,7 @@ class PrunedViT(
             "input_size": self.backbone.image_shape
         }
 
-    @property
-    def default_cfg(self) -> dict[str, Any]:
-        return self.pretrained_cfg
+    default_cfg = pretrained_cfg  # timm's older name
 
     def get_classifier(self) -> nn.Module:
         return self.backbone.model.get_classifier()

@@ -89,14 +89,13 @@ class EpisodePictures:
             raise GameError("nothing to render before reset")
         config = model_data_config(game.backbone.model)
         shown = denormalise(pixels.float().cpu(), tuple(config["mean"]), tuple(config["std"]))
-        height, width = pixels.shape[-2:]
+        width = pixels.shape[-1]
         pictures = []
         for image, stages in zip(shown, torch.stack(self._alive, dim=1).cpu(), strict=True):
             strip = stage_strip(image, stages, game.backbone.grid_size)
             whole = (game.num_stages + 1) * (width + GAP) - GAP
-            picture = np.full((height, whole, 3), 255, np.uint8)
-            picture[:, : strip.shape[1]] = strip
-            pictures.append(picture)
+            missing = ((0, 0), (0, whole - strip.shape[1]), (0, 0))
+            pictures.append(np.pad(strip, missing, constant_values=255))
         return pictures
 
 

@@ -56,8 +56,7 @@ class ImageDataset:
         timms = {key: value for key, value in data_config.items() if key != "classes"}
         try:
             self._transform = create_transform(
-                **(timms | dict(augmentation or {})),
-                is_training=augmentation is not None,
+                **(timms | dict(augmentation or {})), is_training=augmentation is not None
             )
         except (TypeError, ValueError, AssertionError) as error:
             raise DatasetError(f"timm.data.create_transform: {error}") from error

@@ -163,10 +163,7 @@ def _ignore_signals(worker: int) -> None:
 
 
 def prefetch(
-    images: ImageSet,
-    batches: Iterable[Sequence[int] | Tensor],
-    workers: int,
-    device: torch.device,
+    images: ImageSet, batches: Iterable[Sequence[int] | Tensor], workers: int, device: torch.device
 ) -> Generator[tuple[Tensor, Tensor]]:
     """Yields ``images.load(indices)`` for each of ``batches``, read ahead by worker processes.
 

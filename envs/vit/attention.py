@@ -95,13 +95,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, bias: Tensor | Non
 
 
 @torch.library.custom_op("prunevit::attend", mutates_args=())
-def _opaque_attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    buckets: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
+def _opaque_attend(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, bias: Tensor | None) -> Tensor:
     """``_attend`` as one operator without a gradient."""
     return _attend(q, k, v, buckets, bias)
 
