@@ -277,16 +277,19 @@ class Judgement:
 def judge(method: Method, knobs: Knobs, bench: Benchmark, size: int) -> Judgement:
     """What a method does on ``size`` test images with these knobs."""
     if method.search is not None:
-        return judge_traces(method.search(knobs), bench, size)
+        return judge_traces(method.search(knobs), bench.backbone, bench, size)
     assert method.make is not None
     model = method.make(knobs)
-    return judge_traces(lambda images, _: model.trace(images), bench, size)
+    # it may have stages of its own
+    return judge_traces(lambda images, _: model.trace(images), model.backbone, bench, size)
 
 
 def judge_traces(
-    trace_of: Callable[[Tensor, Tensor], Trace], bench: Benchmark, size: int
+    trace_of: Callable[[Tensor, Tensor], Trace], backbone: StagedViT, bench: Benchmark, size: int
 ) -> Judgement:
-    """What ``trace_of``, as ``evaluate_traces`` takes it, does on ``size`` test images."""
+    """What ``trace_of``, as ``evaluate_traces`` takes it with ``backbone``, does on ``size`` test
+    images.
+    """
     logits: list[Tensor] = []
     right: list[Tensor] = []
 
@@ -296,7 +299,7 @@ def judge_traces(
         right.append((trace.logits.argmax(1) == labels).cpu())
         return trace
 
-    evaluation = evaluate_traces(noted, bench.backbone, bench.test, size)
+    evaluation = evaluate_traces(noted, backbone, bench.test, size)
     return Judgement(evaluation, torch.cat(logits), torch.cat(right))
 
 
@@ -306,4 +309,4 @@ def judge_dense(bench: Benchmark, size: int) -> Judgement:
     backbone = bench.backbone
     kept = [backbone.num_patches] * backbone.num_stages
     dense = FixedScheduleModel(bench.model, backbone, backbone.dense_macs, kept)
-    return judge_traces(lambda images, _: dense.trace(images), bench, size)
+    return judge_traces(lambda images, _: dense.trace(images), backbone, bench, size)
