@@ -154,7 +154,7 @@ class View:
         layout, prefix, patches = self._tokens.layout, self.backbone.num_prefix, self.count
         # the layout knows the longest image, so a GPU need not be waited for
         longest = self.backbone.num_patches if layout is None else layout.max_seqlen - prefix
-        if not longest:
+        if longest < 1:  # no patch is left, or there is no image
             return self.token.new_zeros(0)
         rank = self._alive.cumsum(1).flatten().index_select(0, self._places) - 1
         cell = self.image * longest + rank

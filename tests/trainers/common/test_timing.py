@@ -79,8 +79,11 @@ def test_a_process_of_its_own_times_the_same_models(staged, some_images):
 def test_copies_are_timed(staged, some_images):
     pixels, _ = some_images.load(range(8))
     seen = []
-    staged.model.register_forward_hook(lambda model, inputs, _: seen.append((model, *inputs)))
-    found = timing._time_copies({"dense": staged.model}, pixels, 4, 2)["dense"]
+    hook = staged.model.register_forward_hook(lambda m, inputs, _: seen.append((m, *inputs)))
+    try:
+        found = timing._time_copies({"dense": staged.model}, pixels, 4, 2)["dense"]
+    finally:
+        hook.remove()  # other tests share the model
     assert len(found.passes) == 2
     assert len(seen) == 6
     assert all(model is not staged.model for model, _ in seen)
