@@ -148,7 +148,10 @@ def test_the_comparison_runs(folder, images, weights, monkeypatch):
         f"compare --task imagenet --data {images} --checkpoint {weights} --iterations 2 --seeds 1 "
         "--points 0.7 --eval-size 128 --test-size 128 --device cpu --threads 1 --out results"
     )
-    run(compare.main, f"{call} --methods attention random mappo released dynamic-vit --no-speed")
+    run(
+        compare.main,
+        f"{call} --methods attention random mappo released-threshold dynamic-vit --no-speed",
+    )
     records = Path("results/records.jsonl")
     reached = [line for line in records.read_text().splitlines(True) if "mappo" not in line]
     records.write_text("".join(reached))
@@ -158,10 +161,14 @@ def test_the_comparison_runs(folder, images, weights, monkeypatch):
     for name, value in {"prior_weight": 0.1, "keep_bias": -0.3, "alpha_weight": -0.1}.items():
         learned[name].fill_(value)
     save_file(learned, file)
-    everyone = ["attention", "random", "released", "dynamic-vit", "mappo", "mappo-fine-tuned"]
+    everyone = [
+        "attention", "random", "released-threshold", "dynamic-vit", "mappo", "mappo-fine-tuned",
+    ]  # fmt: skip
     run(compare.main, f"{call} --methods {' '.join(everyone)}")
     lines = records.read_text().splitlines()
     records = {record["method"]: record for record in map(json.loads, lines)}
+    dense = records.pop("dense")
+    assert dense["accuracy"] == dense["dense_accuracy"]
     assert set(records) == set(everyone)
     for record in records.values():
         assert record["task"] == "imagenet"

@@ -24,7 +24,7 @@ GAMES = {
             "max_cycles": 50,
             "surround": False,
         },
-        {"iterations": 16},
+        {"iterations": 24},
         1.5,
     ),
     # knights and archers are killed one by one while the others play on
