@@ -26,15 +26,14 @@ from torch.nn import functional as F
 from prunevit.benchmarks.baselines.ltmp import linear_macs
 from prunevit.benchmarks.baselines.timm_parts import (
     attend,
-    check_plain,
+    check_reads_class_token,
     chunks,
     embed,
     feed_forward,
     pass_counter,
 )
 from prunevit.envs.vit.staged_vit import StagedViT
-from prunevit.envs.vit.timm_models.heads import classify_prefix, pools_tokens
-from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
+from prunevit.envs.vit.timm_models.heads import classify_prefix
 from prunevit.trainers.common.masked_vit import masked_attention
 
 Schedule = Sequence[tuple[int, int]]  # patches that stay after pruning and after merging, by block
@@ -87,11 +86,7 @@ class DiffRateViT(nn.Module):
 
     def __init__(self, model: Any, schedule: Schedule) -> None:
         super().__init__()
-        self.model = check_plain(model)
-        if model.cls_token is None or pools_tokens(model):
-            raise UnsupportedBackboneError(
-                "learned compression rates need a class token, and a head that reads no patches"
-            )
+        self.model = check_reads_class_token(model, "learned compression rates need")
         if len(schedule) != len(model.blocks) or min(map(min, schedule)) < 1:
             raise ValueError(
                 f"schedule={schedule}: {len(model.blocks)} blocks need two numbers each, at least 1"

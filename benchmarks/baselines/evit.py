@@ -21,15 +21,15 @@ from torch import Tensor, nn
 
 from prunevit.benchmarks.baselines.timm_parts import (
     attend,
-    check_plain,
+    check_reads_class_token,
     chunks,
     embed,
     feed_forward,
     pass_counter,
     run_block,
+    tokens_after_blocks,
 )
-from prunevit.envs.vit.timm_models.heads import classify_prefix, pools_tokens
-from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
+from prunevit.envs.vit.timm_models.heads import classify_prefix
 
 
 def reorganise(patches: Tensor, attention: Tensor, count: int, with_fused: bool) -> Tensor:
@@ -102,20 +102,8 @@ class EViT(nn.Module):
         with_fused: bool = True,
     ) -> None:
         super().__init__()
-        self.model = check_plain(model)
-        if model.cls_token is None or pools_tokens(model):
-            raise UnsupportedBackboneError(
-                "fusing inattentive patches needs a class token, and a head that reads no patches"
-            )
-        if list(prune_before) != sorted(set(prune_before) & set(range(1, len(model.blocks)))):
-            raise ValueError(
-                f"prune_before={tuple(prune_before)} must ascend within 1..{len(model.blocks) - 1}"
-            )
-        if len(tokens) != len(prune_before) or min(tokens, default=0) < 0:
-            raise ValueError(
-                f"tokens={tuple(tokens)}: {len(prune_before)} stages need a number each, at least 0"
-            )
-        self.tokens = {block - 1: count for block, count in zip(prune_before, tokens, strict=True)}
+        self.model = check_reads_class_token(model, "fusing inattentive patches needs")
+        self.tokens = tokens_after_blocks(model, prune_before, tokens)
         self.with_fused = with_fused
 
     def forward(self, images: Tensor) -> Tensor:

@@ -26,13 +26,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunevit.agents.pruned_vit import Trace
-from prunevit.benchmarks.baselines.timm_parts import check_plain, chunks, embed, feed_forward
+from prunevit.benchmarks.baselines.timm_parts import (
+    check_reads_class_token,
+    chunks,
+    embed,
+    feed_forward,
+)
 from prunevit.benchmarks.baselines.tome import split
 from prunevit.envs.vit.macs import count_linear_macs
 from prunevit.envs.vit.onednn_linear import linear
 from prunevit.envs.vit.staged_vit import StagedViT
-from prunevit.envs.vit.timm_models.heads import classify_prefix, pools_tokens
-from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
+from prunevit.envs.vit.timm_models.heads import classify_prefix
 
 # the authors' code adds this much to the weights of a query in training, shared out among all keys
 EPSILON = 1e-5
@@ -141,10 +145,7 @@ class LTMPViT(nn.Module):
 
     def __init__(self, backbone: StagedViT, merge: Sequence[float], prune: Sequence[float]) -> None:
         super().__init__()
-        if check_plain(backbone.model).cls_token is None or pools_tokens(backbone.model):
-            raise UnsupportedBackboneError(
-                "learned thresholds need a class token, and a head that reads no patches"
-            )
+        check_reads_class_token(backbone.model, "learned thresholds need")
         if not len(merge) == len(prune) == backbone.depth:
             raise ValueError(
                 f"{len(merge)} and {len(prune)} thresholds for {backbone.depth} blocks"

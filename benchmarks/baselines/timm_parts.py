@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunevit.envs.vit.execution import num_chunks
 from prunevit.envs.vit.onednn_linear import linear, mlp, uses_onednn
+from prunevit.envs.vit.timm_models.heads import pools_tokens
 from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
 from prunevit.envs.vit.untouched import is_untouched
 
@@ -68,6 +69,40 @@ def attend(attn: Any, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, T
     if getattr(attn, "gate", None) is not None:
         mixed = mixed * attn.gate(x).sigmoid()
     return linear(attn.proj, mixed), q, k
+
+
+def check_reads_class_token(model: Any, who_needs_it: str) -> Any:
+    """``check_plain``, for methods that go by the class token.
+
+    Raises:
+        UnsupportedBackboneError: also if there is none, or the head reads more than it; the message
+            begins with ``who_needs_it``.
+    """
+    if check_plain(model).cls_token is None or pools_tokens(model):
+        raise UnsupportedBackboneError(
+            f"{who_needs_it} a class token, and a head that reads no patches"
+        )
+    return model
+
+
+def tokens_after_blocks(
+    model: Any, prune_before: Sequence[int], tokens: Sequence[int]
+) -> dict[int, int]:
+    """How many patches stay behind which block, where ``tokens`` stay from each of ``prune_before``
+    on.
+
+    Raises:
+        ValueError: stages out of range or order, or not a number of tokens for each.
+    """
+    if list(prune_before) != sorted(set(prune_before) & set(range(1, len(model.blocks)))):
+        raise ValueError(
+            f"prune_before={tuple(prune_before)} must ascend within 1..{len(model.blocks) - 1}"
+        )
+    if len(tokens) != len(prune_before) or min(tokens, default=0) < 0:
+        raise ValueError(
+            f"tokens={tuple(tokens)}: {len(prune_before)} stages need a number each, at least 0"
+        )
+    return {block - 1: count for block, count in zip(prune_before, tokens, strict=True)}
 
 
 def feed_forward(block: Any, x: Tensor) -> Tensor:

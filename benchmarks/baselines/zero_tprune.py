@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunevit.benchmarks.baselines.timm_parts import (
-    check_plain,
+    check_reads_class_token,
     chunks,
     embed,
     feed_forward,
     pass_counter,
     run_block,
+    tokens_after_blocks,
 )
 from prunevit.envs.vit.onednn_linear import linear
-from prunevit.envs.vit.timm_models.heads import classify_prefix, pools_tokens
-from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
+from prunevit.envs.vit.timm_models.heads import classify_prefix
 
 LEAST_VARIANCE, MOST_VARIANCE = 0.01, 0.7  # the paper's v_min and v_max
 # the paper's rounds of voting: in the first three blocks, in the last three, and between
@@ -124,21 +124,8 @@ class ZeroTPrune(nn.Module):
 
     def __init__(self, model: Any, prune_before: Sequence[int], tokens: Sequence[int]) -> None:
         super().__init__()
-        self.model = check_plain(model)
-        if model.cls_token is None or pools_tokens(model):
-            raise UnsupportedBackboneError(
-                "pruning by the attention graph needs a class token, and a head that reads no "
-                "patches"
-            )
-        if list(prune_before) != sorted(set(prune_before) & set(range(1, len(model.blocks)))):
-            raise ValueError(
-                f"prune_before={tuple(prune_before)} must ascend within 1..{len(model.blocks) - 1}"
-            )
-        if len(tokens) != len(prune_before) or min(tokens, default=0) < 0:
-            raise ValueError(
-                f"tokens={tuple(tokens)}: {len(prune_before)} stages need a number each, at least 0"
-            )
-        self.tokens = {block - 1: count for block, count in zip(prune_before, tokens, strict=True)}
+        self.model = check_reads_class_token(model, "pruning by the attention graph needs")
+        self.tokens = tokens_after_blocks(model, prune_before, tokens)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]."""
