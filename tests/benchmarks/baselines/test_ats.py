@@ -72,21 +72,6 @@ def test_the_last_patch_stays_and_the_dead_are_not_sampled():
 # --- the model ---
 
 
-@pytest.fixture
-def sharp_vit(make_vit):
-    """Models whose images differ in how many patches have most of the attention."""
-
-    def make(**kwargs):
-        model = make_vit(**kwargs).requires_grad_(False)
-        for block in model.blocks:
-            block.attn.qkv.weight *= 3
-            if kwargs.get("qk_norm"):
-                block.attn.q_norm.weight *= 20
-        return model
-
-    return make
-
-
 @each_backbone
 @torch.no_grad()
 def test_it_is_a_pass_with_the_sampled_patches_alone(sharp_vit, images, kwargs):

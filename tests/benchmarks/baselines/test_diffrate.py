@@ -20,18 +20,6 @@ from prunevit.trainers.common import masked_vit
 
 NOTHING = ((16, 16),) * 4
 SCHEDULE = ((16, 16), (14, 11), (9, 9), (8, 5))
-BACKBONES = {
-    "class token": {},
-    "layer scale": {"init_values": 0.1},
-    "query and key norms": {"qk_norm": True},
-    "registers": {"reg_tokens": 2},
-}
-each_backbone = pytest.mark.parametrize("kwargs", BACKBONES.values(), ids=BACKBONES)
-
-
-@pytest.fixture
-def images(some_images):
-    return some_images.load(range(3))[0]
 
 
 def test_the_last_patches_merge_into_the_most_similar_ones():
@@ -50,7 +38,6 @@ def test_counts_fall():
     assert token_counts(16, ((9, 12), (12, 14))) == [16, 9, 9]
 
 
-@each_backbone
 @torch.no_grad()
 def test_where_nothing_goes_it_is_timms_model(make_vit, images, kwargs):
     model = make_vit(**kwargs)
@@ -58,7 +45,6 @@ def test_where_nothing_goes_it_is_timms_model(make_vit, images, kwargs):
     torch.testing.assert_close(rival(images), model(images), rtol=0, atol=1e-5)
 
 
-@each_backbone
 @torch.no_grad()
 def test_a_pass_has_as_many_tokens_as_the_schedule_says(make_vit, images, kwargs):
     model = make_vit(**kwargs)
@@ -73,7 +59,6 @@ def test_a_pass_has_as_many_tokens_as_the_schedule_says(make_vit, images, kwargs
     assert seen == [model.num_prefix_tokens + count for count in token_counts(16, SCHEDULE)[1:]]
 
 
-@each_backbone
 def test_its_cost_is_what_is_computed(make_vit, kwargs):
     staged = StagedViT(make_vit(**kwargs), (1, 3))
     prefix, width = staged.num_prefix, staged.width
@@ -85,7 +70,6 @@ def test_its_cost_is_what_is_computed(make_vit, kwargs):
     assert macs_counter(staged.model, (3, 32, 32))(NOTHING) == staged.dense_macs
 
 
-@each_backbone
 @torch.no_grad()
 def test_masks_hide_what_is_removed(make_vit, images, kwargs, monkeypatch):
     """Where nothing merges: in training a merged token is at least as large as one patch."""

@@ -18,18 +18,6 @@ from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
 
 STAGES = (1, 3)
 PAPERS_STAGES = (4, 7, 10)
-BACKBONES = {
-    "class token": {},
-    "layer scale": {"init_values": 0.1},
-    "query and key norms": {"qk_norm": True},
-    "registers": {"reg_tokens": 2},
-}
-each_backbone = pytest.mark.parametrize("kwargs", BACKBONES.values(), ids=BACKBONES)
-
-
-@pytest.fixture
-def images(some_images):
-    return some_images.load(range(3))[0]
 
 
 # --- the paper's numbers ---
@@ -82,7 +70,6 @@ def test_the_attentive_stay_and_the_others_are_fused():
     assert torch.equal(reorganise(patches, attention, 4, with_fused=True), patches)
 
 
-@each_backbone
 @torch.no_grad()
 def test_where_nothing_goes_it_is_timms_model(make_vit, images, kwargs):
     model = make_vit(**kwargs)
@@ -91,7 +78,6 @@ def test_where_nothing_goes_it_is_timms_model(make_vit, images, kwargs):
     )
 
 
-@each_backbone
 @torch.no_grad()
 def test_without_fusing_it_is_pruning_by_class_attention(make_vit, images, kwargs):
     """The same patches survive, so the answers are the same; the MLPs before them are spared."""

@@ -17,18 +17,6 @@ from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
 
 STAGES = (1, 3)
-BACKBONES = {
-    "class token": {},
-    "layer scale": {"init_values": 0.1},
-    "query and key norms": {"qk_norm": True},
-    "registers": {"reg_tokens": 2},
-}
-each_backbone = pytest.mark.parametrize("kwargs", BACKBONES.values(), ids=BACKBONES)
-
-
-@pytest.fixture
-def images(some_images):
-    return some_images.load(range(3))[0]
 
 
 def some_attention(heads, tokens, seed=0):
@@ -97,7 +85,6 @@ def test_both_steps_choose_who_stays(prefix, count):
 # --- the model ---
 
 
-@each_backbone
 @torch.no_grad()
 def test_where_nothing_goes_it_is_timms_model(make_vit, images, kwargs):
     model = make_vit(**kwargs)
@@ -105,7 +92,6 @@ def test_where_nothing_goes_it_is_timms_model(make_vit, images, kwargs):
     torch.testing.assert_close(rival(images), model(images), rtol=0, atol=1e-5)
 
 
-@each_backbone
 @torch.no_grad()
 def test_it_is_a_pass_with_the_chosen_patches_alone(make_vit, images, kwargs, monkeypatch):
     model = make_vit(**kwargs)
@@ -126,7 +112,6 @@ def test_it_is_a_pass_with_the_chosen_patches_alone(make_vit, images, kwargs, mo
     torch.testing.assert_close(logits, pruned, rtol=0, atol=1e-5)
 
 
-@each_backbone
 def test_its_cost_is_what_is_computed(make_vit, kwargs):
     model = make_vit(**kwargs)
     staged, prefix = StagedViT(model, STAGES), model.num_prefix_tokens
