@@ -77,8 +77,10 @@ class CompareConfig(Settings):
     """Iterations of each training; the task's own if not given."""
     eval_size: Count = 1_000
     """Validation images on which knobs are set."""
+    split: Literal["test", "validation"] = "test"
+    """The images that judge. Ideas are tried on validation images: those of test judge once."""
     test_size: Count | None = None
-    """Test images; all of them if not given."""
+    """How many images judge; all of them if not given."""
     speed: bool = True
     """At the end, time what has no speed yet. Nothing else should run then."""
     device: str = "auto"
@@ -120,7 +122,7 @@ def open_benchmark(config: CompareConfig) -> Benchmark:
         backbone=StagedViT(model, task.prune_before),
         validation=open_images(base.dataset, "validation", data_config),
         size=config.eval_size,
-        test=open_images(base.dataset, "test", data_config),
+        test=open_images(base.dataset, config.split, data_config),
         runs=config.runs or config.out / "runs",
     )
 
@@ -133,6 +135,7 @@ def settings_of(config: CompareConfig, bench: Benchmark) -> dict[str, Any]:
         "prune_before": list(bench.task.prune_before),
         "iterations": config.iterations,
         "eval_size": config.eval_size,
+        "split": config.split,
         "test_size": min(config.test_size or len(bench.test), len(bench.test)),
     }
 

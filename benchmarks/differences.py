@@ -95,22 +95,28 @@ def cell(found: Difference | None) -> str:
 
 
 def summary(methods: Iterable[tuple[str, pd.DataFrame]]) -> str:
-    """A row for each method that reaches every operating point: its mean loss against the dense
-    model, which is the area between both curves over the range of compute, agreement with the dense
-    model's answers and divergence from them, in means over the points.
+    """A row for each method that reaches the operating points of ours (of all methods, without
+    ours): its mean loss against the dense model, which is the area between both curves over the
+    range of compute, agreement with the dense model's answers and divergence from them, in means
+    over these points.
     """
     methods = [(title, rows[is_matched(rows)]) for title, rows in methods]
-    points = {point for _, rows in methods for point in rows["point"]}
+    of_ours = [rows for _, rows in methods if rows["method"].eq(OURS).any()]
+    points = {point for rows in of_ours or [r for _, r in methods] for point in rows["point"]}
     lines = []
     for title, rows in methods:
+        rows = rows[rows["point"].isin(points)]
         if set(rows["point"]) == points and "agreement" in rows:
             means = rows[["agreement", "kl"]].mean()
             lines.append([
                 title, f"{100 * mean_loss(rows):.2f}", f"{100 * means['agreement']:.2f}%",
                 f"{means['kl']:.4f}",
             ])  # fmt: skip
-    header = ["method", "mean loss", "agreement with dense", "KL from dense, nats"]
-    return markdown_table(header, lines) if lines else ""
+    if not lines:
+        return ""
+    span = f"{min(points):.0%} to {max(points):.0%}"
+    header = ["method", f"mean loss, {span}", "agreement with dense", "KL from dense, nats"]
+    return markdown_table(header, lines)
 
 
 def mean_loss(rows: pd.DataFrame) -> float:

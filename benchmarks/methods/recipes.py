@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from prunevit.benchmarks.protocol import Benchmark
+from prunevit.trainers.common.config import MappoConfig
 
 Stages = Literal["task", "first", "released"]
 
@@ -105,4 +106,10 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "no-stage": Recipe("doesn't observe the stage", {"observation": WITHOUT_STAGE}),
     "one-stage": Recipe("prunes at the first stage alone", stages="first"),
+    "redundancy": Recipe(
+        "observes redundancy too", {"observation": (*MappoConfig.observation, "redundancy")}
+    ),
+    "stages-1-2": Recipe("stages before blocks 1 and 2", {"prune_before": (1, 2)}),
+    "stages-1-2-4": Recipe("stages before blocks 1, 2 and 4", {"prune_before": (1, 2, 4)}),
+    "all-stages": Recipe("a stage before every block but the first", {"prune_before": None}),
 }

@@ -540,7 +540,7 @@ def test_dynamic_vit_takes_part_with_and_without_its_backbone(bench):
     assert cost / 1e9 == pytest.approx(bench.gmacs_at(0.5), rel=0.03)
 
 
-def test_every_ablation_takes_one_thing_away(bench):
+def test_every_ablation_changes_one_thing(bench):
     settings = {name: recipe.settings(bench) for name, recipe in RECIPES.items()}
     ours = settings["mappo"]
     assert bench.base.critic == "central"  # MAPPO
@@ -551,6 +551,9 @@ def test_every_ablation_takes_one_thing_away(bench):
     assert settings["no-image-baseline"]["rollouts_per_image"] == 1
     assert settings["ippo"]["critic"] == "local"
     assert settings["no-team-reward"]["reward"] == "markov-game"
+    observation = (*ours["observation"][:-1], "redundancy", "alpha")
+    assert settings["redundancy"] == ours | {"observation": observation}
+    assert settings["all-stages"] == ours | {"prune_before": None}
     assert settings["released"]["prune_before"] == bench.task.released_stages
     assert settings["released-faster"] == settings["released"] | {"lr": 5e-4}
     for changes in settings.values():
@@ -625,6 +628,11 @@ def test_a_folder_of_another_task_is_refused(tmp_path):
         main(["--task", "cifar10", "--out", str(tmp_path)])
 
 
+def test_validation_images_can_judge():
+    bench = open_benchmark(CompareConfig(split="validation", **SETTINGS))
+    assert bench.test.sources.equal(bench.validation.sources)
+
+
 def test_records_of_other_settings_are_refused(tmp_path):
     config = CompareConfig(out=tmp_path, methods=("attention",), points=(0.4,), **SETTINGS)
     compare(config)
@@ -632,6 +640,7 @@ def test_records_of_other_settings_are_refused(tmp_path):
         ({"eval_size": 13}, "eval_size 12 for 13"),
         ({"test_size": 15}, "test_size 16 for 15"),
         ({"iterations": 2}, "iterations 1 for 2"),
+        ({"split": "validation"}, "split test for validation"),
         ({"checkpoint": ASSETS / "digits_vit.safetensors"}, "weights None for"),
     ):
         with pytest.raises(ValueError, match=rf"other settings \({named}"):

@@ -121,6 +121,14 @@ def test_a_method_that_lacks_a_point_has_no_mean_over_them():
     assert "far" not in summary(methods)
 
 
+def test_means_are_over_the_points_of_ours():
+    rows = [record(name, point=point) for name in ("mappo", "far") for point in (0.3, 0.5)]
+    _, methods = table(*rows)
+    _, with_more = table(*rows, record("far", point=0.2, accuracy=0.1))
+    assert "mean loss, 30% to 50%" in summary(methods)
+    assert summary(with_more) == summary(methods)
+
+
 def test_a_table_is_of_one_commit_and_one_machine():
     origin = {"commit": "abc", "hardware": "a"}
     data, _ = table(*(record(name, **origin) for name in SHARES))
