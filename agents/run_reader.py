@@ -67,7 +67,8 @@ def read_run(
         elif config["env"] != "token-prune":
             raise SavedModelError(f"{folder} is a run of {config['env']}, which prunes no ViT")
         else:
-            backbone, kwargs = _run_backbone(folder, config, hub_backbone)
+            num_classes = 0 if config.get("accuracy") == "embedding" else None
+            backbone, kwargs = _run_backbone(folder, config, hub_backbone, False, num_classes)
             prior, alpha = bool(config["attention_prior"]), default_alpha(config)
             make = partial(
                 learned_policy, backbone, config["observation"], config["hidden"], prior, alpha
@@ -83,7 +84,11 @@ def read_run(
 
 
 def _run_backbone(
-    folder: Path, config: Mapping[str, Any], hub_backbone: str | None, was_trained: bool = False
+    folder: Path,
+    config: Mapping[str, Any],
+    hub_backbone: str | None,
+    was_trained: bool = False,
+    num_classes: int | None = None,
 ) -> tuple[StagedViT, dict[str, Any]]:
     """Builds the backbone of a run, with the run's own weights if it ``was_trained``."""
     name, kwargs = config["backbone"], config["model_kwargs"]
@@ -102,7 +107,9 @@ def _run_backbone(
         )
     if checkpoint is not None:
         kwargs = read_description(Path(checkpoint), name).get("model_kwargs", {}) | kwargs
-    model = create_backbone(name, pretrained=pretrained, checkpoint=checkpoint, **kwargs)
+    model = create_backbone(
+        name, pretrained=pretrained, checkpoint=checkpoint, num_classes=num_classes, **kwargs
+    )
     digest = None if was_trained or checkpoint is None else config.get(CHECKPOINT_SHA256)
     if digest is not None and sha256(Path(checkpoint)) != digest:
         raise SavedModelError(

@@ -41,7 +41,7 @@ from prunevit.envs.old_names import COMPARE_FLAGS, rename_flags
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.weights import sha256
-from prunevit.trainers.common.classification import versions
+from prunevit.trainers.common.classification import check_can_classify, versions
 from prunevit.trainers.common.run import COMMAND_ERRORS
 from prunevit.trainers.common.settings import Count, Range, Settings, Threads
 from prunevit.trainers.common.signals import ends_in_one_line
@@ -114,12 +114,14 @@ def open_benchmark(config: CompareConfig) -> Benchmark:
     )
     model = model.to(pick_device(config.device)).to(memory_format=torch.channels_last)
     data_config = model_data_config(model)
+    backbone = StagedViT(model, task.prune_before)
+    check_can_classify(base.dataset, backbone.num_classes)
     return Benchmark(
         task=task,
         base=base,
         iterations=config.iterations,
         model=model.requires_grad_(False),
-        backbone=StagedViT(model, task.prune_before),
+        backbone=backbone,
         validation=open_images(base.dataset, "validation", data_config),
         size=config.eval_size,
         test=open_images(base.dataset, config.split, data_config),

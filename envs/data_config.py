@@ -19,7 +19,7 @@ def model_data_config(model: nn.Module) -> dict[str, Any]:
     pretrained weights and not a model that was built with other arguments.
 
     Returns:
-        timm's keys, and ``classes``, a ``ModelClasses``, if the model says how many it has.
+        timm's keys, and ``classes``, a ``ModelClasses``, if the model has a classifier.
     """
     config = as_built(resolve_model_data_config(model), model)
     if (classes := model_classes(model)) is not None:
@@ -28,10 +28,10 @@ def model_data_config(model: nn.Module) -> dict[str, Any]:
 
 
 def model_classes(model: nn.Module) -> ModelClasses | None:
-    """The classes of a model as it is; None if it doesn't say how many it has."""
+    """The classes of a model as it is; None if it has no classifier, or doesn't say how many."""
     # a PrunedViT has no head of its own, but says how many outputs it has
     count = count_classes(model) if hasattr(model, "head") else getattr(model, "num_classes", None)
-    if count is None:
+    if not count:
         return None
     described: Any = getattr(model, "pretrained_cfg", None) or {}
     names = described.get("label_names")

@@ -10,8 +10,16 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from prunevit.envs.data.image_set import NO_LABEL
 from prunevit.envs.observations import View
-from prunevit.envs.rewards import LARGEST_NUMBER, EndFacts, Reward, StageFacts, TeamReward
+from prunevit.envs.rewards import (
+    LARGEST_NUMBER,
+    EndFacts,
+    Reward,
+    StageFacts,
+    TeamReward,
+    reads_of,
+)
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.tokens import Tokens
 from prunevit.envs.vit.untouched import is_random
@@ -26,8 +34,9 @@ class Outcome:
     """How B episodes ended.
 
     Attributes:
-        logits: [B, classes].
-        correct: whether the prediction is the label, bool [B].
+        logits: [B, classes]; embeddings [B, D] of a backbone without a classifier.
+        dense_logits: those of the unpruned model; None if the reward needs none.
+        correct: whether the prediction is the label, bool [B]; False without one.
         gmacs: 1e9 multiply-accumulates spent on each image, float32 [B]. The class attention is
             included, the cost of the policy is not.
         kept: number of survivors of each stage, int64 [B, T].
@@ -35,6 +44,7 @@ class Outcome:
     """
 
     logits: Tensor
+    dense_logits: Tensor | None
     correct: Tensor
     gmacs: Tensor
     kept: Tensor
@@ -87,7 +97,8 @@ class TokenGame:
             before the first stage run once for all of them.
 
     Raises:
-        ValueError: ``rollouts_per_image`` is below 1.
+        ValueError: ``rollouts_per_image`` is below 1, the backbone pools nothing, or the reward
+            reads what the backbone doesn't give.
     """
 
     def __init__(
@@ -95,15 +106,29 @@ class TokenGame:
     ) -> None:
         if rollouts_per_image < 1:
             raise ValueError(f"rollouts_per_image={rollouts_per_image} must be at least 1")
-        if backbone.num_classes < 1 or not backbone.model.global_pool:
+        if not backbone.model.global_pool:
             raise ValueError(
-                "the game needs logits: the backbone has no classifier (num_classes=0), or no "
-                "pooling (global_pool='')"
+                "the game needs one output for an image: the backbone has no pooling "
+                "(global_pool='')"
             )
         self.backbone = backbone
         self.reward: Reward = TeamReward() if reward is None else reward
+        self._check_pays_by_outputs()
         self.rollouts_per_image = rollouts_per_image
         self._episode: _Episode | None = None
+
+    def _check_pays_by_outputs(self) -> None:
+        reads, name = reads_of(self.reward), type(self.reward).__name__
+        if self.backbone.num_classes == 0 and reads != "embeddings":
+            raise ValueError(
+                f"the backbone has no classifier (num_classes=0) and gives embeddings, but {name} "
+                f"pays by {reads}: take accuracy='embedding', or a backbone with a classifier"
+            )
+        if self.backbone.num_classes and reads == "embeddings":
+            raise ValueError(
+                f"{name} pays by embeddings, but the backbone has a classifier of "
+                f"{self.backbone.num_classes} classes: build it with num_classes=0"
+            )
 
     @property
     def num_stages(self) -> int:
@@ -120,7 +145,7 @@ class TokenGame:
         Args:
             images: floating point [n, C, H, W], normalised for the backbone, with
                 B = n * rollouts_per_image.
-            labels: int64 [n].
+            labels: int64 [n]; ``NO_LABEL`` for images without labels, if the reward reads none.
             alpha: weight of compute in the reward of each image, float [n]; the reward's own if
                 None. Agents that observe ``alpha`` see its logarithm.
 
@@ -139,7 +164,8 @@ class TokenGame:
         Returns:
             the images before the first stage, and the labels on the backbone's device.
         """
-        images, labels = checked_batch(self.backbone, images, labels)
+        with_labels = reads_of(self.reward) == "labels"
+        images, labels = checked_batch(self.backbone, images, labels, with_labels)
         with record_function("blocks before the first stage"):
             tokens = self.backbone.begin(images)
             dense_logits = self.dense_logits(tokens) if self.reward.needs_dense else None
@@ -208,6 +234,7 @@ class TokenGame:
         reward = reward + self._paid(self.reward.terminal(facts_of_end), alive)
         outcome = Outcome(
             logits=logits,
+            dense_logits=episode.dense_logits,
             correct=logits.argmax(1) == episode.labels,
             gmacs=backbone.total_macs(tokens).float() / 1e9,
             kept=survivors,
@@ -263,13 +290,17 @@ class TokenGame:
         return alpha.to(labels.device, torch.float32)
 
 
-def checked_batch(backbone: StagedViT, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def checked_batch(
+    backbone: StagedViT, images: Tensor, labels: Tensor, with_labels: bool = True
+) -> tuple[Tensor, Tensor]:
     """Images and labels that ``backbone`` can be judged by, on its device.
 
     Args:
         backbone: the staged ViT.
         images: floating point [B, C, H, W].
         labels: int64 [B].
+        with_labels: whether it is judged by labels. Without, all may be ``NO_LABEL``, and none
+            is looked at if the backbone has no classifier.
 
     Raises:
         ValueError: images have the wrong size, type or channels or are not finite, labels are out
@@ -296,6 +327,8 @@ def checked_batch(backbone: StagedViT, images: Tensor, labels: Tensor) -> tuple[
         bad = (~finite).nonzero().flatten().tolist()
         raise ValueError(f"images {bad} of the batch hold NaN or infinite values")
     outside = (labels < 0) | (labels >= backbone.num_classes)
+    if not with_labels and (not backbone.num_classes or (labels == NO_LABEL).all()):
+        outside = torch.zeros_like(outside)
     if outside.any():
         raise ValueError(
             f"labels {labels[outside].unique().tolist()} are outside the backbone's "

@@ -11,7 +11,15 @@ from torch.nn import functional as F
 
 from prunevit.choices import check_choice
 
-Accuracy = Literal["correct", "confidence", "agreement", "kl"]
+Accuracy = Literal["correct", "confidence", "agreement", "kl", "embedding"]
+Reads = Literal["labels", "logits", "embeddings"]
+READ_BY: dict[Accuracy, Reads] = {
+    "correct": "labels",
+    "confidence": "labels",
+    "agreement": "logits",
+    "kl": "logits",
+    "embedding": "embeddings",
+}
 # of alpha, beta and pot: rewards and their squares stay finite in float32
 LARGEST_NUMBER = 1e12
 
@@ -44,9 +52,10 @@ class EndFacts:
 
     Attributes:
         kept: agents alive after each stage, bool [T, B, N].
-        logits: logits of the pruned model [B, classes].
-        dense_logits: logits of the unpruned model, if ``Reward.needs_dense``, else None.
-        labels: int64 [B].
+        logits: logits of the pruned model [B, classes]; embeddings [B, D] of a model without a
+            classifier.
+        dense_logits: those of the unpruned model, if ``Reward.needs_dense``, else None.
+        labels: int64 [B]; ``NO_LABEL`` for images without labels.
     """
 
     kept: Tensor
@@ -62,6 +71,8 @@ class Reward(Protocol):
         alpha: weight of compute, unless an episode has its own.
         needs_dense: whether ``terminal`` reads the logits of the unpruned model, which cost a
             forward pass.
+        reads: by what ``terminal`` pays: labels (and logits), logits alone, or the embeddings of a
+            model without a classifier. A reward that doesn't say reads labels.
         pays_pruned: whether agents get rewards after the decision that pruned them. Such a reward
             needs agents that stay until the end, since one that left would never receive what its
             decision cost or earned.
@@ -74,6 +85,9 @@ class Reward(Protocol):
     def needs_dense(self) -> bool: ...
 
     @property
+    def reads(self) -> Reads: ...
+
+    @property
     def pays_pruned(self) -> bool: ...
 
     def stage(self, facts: StageFacts) -> Tensor:
@@ -83,6 +97,11 @@ class Reward(Protocol):
         """The reward at the end of the episode, added to the last stage's, float32 [B, N]."""
 
 
+def reads_of(reward: Reward) -> Reads:
+    """What ``reward`` reads; one that doesn't say was written for labels."""
+    return getattr(reward, "reads", "labels")
+
+
 def accuracy_of(kind: Accuracy, facts: EndFacts) -> Tensor:
     """Measures how accurate the pruned model is, float32 [B].
 
@@ -90,6 +109,8 @@ def accuracy_of(kind: Accuracy, facts: EndFacts) -> Tensor:
     - confidence: probability of the label.
     - agreement: 1 if the prediction is that of the unpruned model, else 0.
     - kl: -KL(dense || pruned), at most 0.
+    - embedding: cosine similarity of the embeddings of the pruned and the unpruned model, which
+      have no classifier.
 
     It is NaN where logits are: such an answer is neither right nor wrong.
     """
@@ -101,6 +122,8 @@ def accuracy_of(kind: Accuracy, facts: EndFacts) -> Tensor:
         return facts.logits.float().softmax(1).gather(1, facts.labels[:, None]).squeeze(1)
     if facts.dense_logits is None:
         raise ValueError(f"accuracy {kind!r} needs the dense model's logits")
+    if kind == "embedding":
+        return F.cosine_similarity(facts.logits.float(), facts.dense_logits.float())
     if kind == "agreement":
         same = (facts.logits.argmax(1) == facts.dense_logits.argmax(1)).float()
         return same.masked_fill(unknown | facts.dense_logits.isnan().any(1), torch.nan)
@@ -128,7 +151,11 @@ class _AccuracyForCompute:
 
     @property
     def needs_dense(self) -> bool:
-        return self.accuracy in ("agreement", "kl")
+        return self.reads != "labels"
+
+    @property
+    def reads(self) -> Reads:
+        return READ_BY[self.accuracy]
 
 
 @dataclass(frozen=True)
@@ -203,6 +230,7 @@ class ReleasedCodeReward:
             raise ValueError(f"keep={self.keep} must be a ratio in (0, 1]")
 
     needs_dense = False
+    reads: ClassVar[Reads] = "labels"
     pays_pruned: ClassVar[bool] = True
 
     def stage(self, facts: StageFacts) -> Tensor:

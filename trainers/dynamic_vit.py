@@ -36,7 +36,12 @@ from prunevit.trainers.common.backbones import (
     write_backbone,
 )
 from prunevit.trainers.common.checkpoint import write_json
-from prunevit.trainers.common.classification import learning_rate, make_mixup, versions
+from prunevit.trainers.common.classification import (
+    check_can_classify,
+    learning_rate,
+    make_mixup,
+    versions,
+)
 from prunevit.trainers.common.epochs import seed_global_generators
 from prunevit.trainers.common.evaluation import evaluate
 from prunevit.trainers.common.loop import Monitor, NotFiniteError
@@ -278,6 +283,7 @@ def train(config: DynamicViTConfig) -> dict[str, Any]:
     model = load_backbone(config)
     data_config = model_data_config(model)
     backbone = StagedViT(model, config.prune_before)
+    check_can_classify(config.dataset, backbone.num_classes)
     policy = dynamic_vit_policy(backbone, config.keep, config.hidden, config.seed)
     images = open_images(config.dataset, "train", data_config, augment=config.augment)
     validation = open_images(config.dataset, "validation", data_config)

@@ -30,7 +30,13 @@ from prunevit.envs.data_config import model_data_config
 from prunevit.envs.devices import pick_device
 from prunevit.envs.vit.staged_vit import Execution
 from prunevit.trainers.common.checkpoint import write_json
-from prunevit.trainers.common.classification import Learner, TrainingImages, train_from, versions
+from prunevit.trainers.common.classification import (
+    Learner,
+    TrainingImages,
+    check_can_classify,
+    train_from,
+    versions,
+)
 from prunevit.trainers.common.distributed import ALONE, Ranks, join_ranks
 from prunevit.trainers.common.epochs import train_epochs
 from prunevit.trainers.common.evaluation import accuracy, evaluate
@@ -235,6 +241,7 @@ def train(config: FinetuneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
     model, dataset = load_run(config, device)
+    check_can_classify(dataset, model.num_classes)
     # what can't be saved is better known before the training than after it
     with torch.random.fork_rng(devices=[]):
         saving.describe_backbone(model.backbone, model.model_kwargs)

@@ -20,7 +20,8 @@ from prunevit.envs.data.prefetch import Prefetcher
 from prunevit.envs.data_config import model_classes
 from prunevit.envs.fields import DEFAULT_FIELDS, field_slices, state_size
 from prunevit.envs.game import InitialState, Outcome, Stage, TokenGame
-from prunevit.envs.rewards import LARGEST_NUMBER, ReleasedCodeReward
+from prunevit.envs.measures import measure, measure_for
+from prunevit.envs.rewards import LARGEST_NUMBER, ReleasedCodeReward, reads_of
 from prunevit.envs.vit.prefix_cache import PrefixCache
 from prunevit.envs.vit.tokens import Tokens
 
@@ -74,7 +75,8 @@ class BatchedTokenPrune:
 
     Raises:
         ValueError: ``num_envs`` doesn't fit the rollouts or the data set, the data set has more
-            classes than the backbone, or ``alpha_range`` or ``shard`` is invalid.
+            classes than the backbone, the reward reads labels that the images don't have, or
+            ``alpha_range`` or ``shard`` is invalid.
     """
 
     def __init__(
@@ -103,6 +105,12 @@ class BatchedTokenPrune:
                 f"{needed} different images, the dataset has {len(images)}"
             )
         check_labels(model_classes(game.backbone.model), images)
+        if not images.num_classes and reads_of(game.reward) == "labels":
+            raise ValueError(
+                f"{type(game.reward).__name__} pays by labels, which the images don't have: take "
+                "accuracy='kl' or 'agreement' (or 'embedding' for a backbone without a "
+                "classifier), or images with classes"
+            )
         if alpha_range is not None and not 0 < alpha_range[0] <= alpha_range[1] <= LARGEST_NUMBER:
             raise ValueError(
                 f"alpha_range={alpha_range}: two positive numbers of at most {LARGEST_NUMBER:g}, "
@@ -315,8 +323,13 @@ class BatchedTokenPrune:
         )
 
     def _metrics(self, outcome: Outcome) -> dict[str, Tensor]:
-        metrics = {
-            "accuracy": outcome.correct.float(),
+        kind = measure_for(self.game.backbone.num_classes, self.images)
+        measured = {}
+        # a reward that pays without the dense model leaves nothing to compare with
+        if kind == "accuracy" or outcome.dense_logits is not None:
+            answers = (outcome.logits, self.labels, outcome.dense_logits)
+            measured[kind] = measure(kind, *answers)
+        metrics = measured | {
             "gmacs": outcome.gmacs,
             "keep_ratio": outcome.kept.float().mean(1) / self.num_agents,
         }

@@ -121,7 +121,8 @@ def with_labels_of(classes: ModelClasses, dataset: str, source: ImageSource) -> 
 
 
 def check_labels(classes: ModelClasses | None, images: ImageSet) -> None:
-    """Checks that labels of ``images``, however they were opened, are outputs of the model.
+    """Checks that labels of ``images``, however they were opened, are outputs of the model. Images
+    without labels pass.
 
     Where names of the model's outputs are unknown, or are others than those of the images, only
     numbers of classes can be compared; a warning shows both where one may be wrong.
@@ -129,7 +130,7 @@ def check_labels(classes: ModelClasses | None, images: ImageSet) -> None:
     Raises:
         DatasetError: the images have other classes than the model, or in another order.
     """
-    if classes is None:
+    if classes is None or not images.num_classes:
         return
     names = tuple(getattr(images, "class_names", ()))
     vocabularies = classes.vocabularies()

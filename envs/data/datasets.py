@@ -18,17 +18,20 @@ from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.data.image_sources import (
     SPLIT_NAMES,
     DatasetError,
-    FolderSource,
+    FileSource,
     ImageSource,
     Openers,
+    PhotoSource,
     folder_openers,
 )
 from prunevit.envs.data.timm_sources import TIMM_PREFIXES, timm_openers
 
 DIGITS = "digits"
 FOLDER_PREFIX = "folder:"
+PHOTOS_PREFIX = "photos:"
 HELD_OUT_NAMES = (SPLIT_NAMES["validation"], SPLIT_NAMES["test"])
 VALIDATION_SHARE = 0.1  # of the training images, if a data set has no validation split
+PHOTOS_SHARE = 0.1  # of the photographs, for validation and for test
 
 
 def open_images(
@@ -45,7 +48,9 @@ def open_images(
     Folders and timm's datasets have one or two held-out splits. Two are "validation" and "test".
     A single one is "test", whatever its name. "validation" is then the share ``VALIDATION_SHARE``
     of the training images, always the same ones, and "train" is without them. So nothing is ever
-    chosen on the images that results are reported on.
+    chosen on the images that results are reported on. Photographs without classes have no splits of
+    their own: shares of ``PHOTOS_SHARE``, always the same ones, are "validation" and "test", and
+    the rest is "train".
 
     Args:
         dataset: one of
@@ -54,6 +59,8 @@ def open_images(
             - "folder:PATH", with images in PATH/train/CLASS and in at least one of
               PATH/validation/CLASS (or val, valid) and PATH/test/CLASS. PATH/classes.txt may list
               the classes in the order of their labels, one a line;
+            - "photos:PATH", any tree of images, for whatever needs no labels: all labels are
+              ``NO_LABEL``, and there are no classes;
             - a name of ``timm.data.create_dataset``, followed by a colon and its folder if it
               needs one: "torch/cifar10:FOLDER", "hfds/OWNER/NAME", "wds/:FOLDER".
         split: "train", "validation" or "test".
@@ -79,7 +86,7 @@ def open_images(
         _check_takes_digits(data_config)
         return ClutteredDigits(split, size, seed, augment)
     source, indices = _open_split(dataset, split, skip)
-    if "classes" in data_config:
+    if "classes" in data_config and source.class_names:
         source = with_labels_of(data_config["classes"], dataset, source)
     if size is not None and size < len(indices):
         indices = np.random.RandomState(seed).permutation(indices)[:size]
@@ -91,7 +98,7 @@ def is_on_disk(dataset: str) -> bool:
     """Whether opening ``dataset`` reads image files and nothing else. The libraries behind the
     others may fetch what is named, or run it: webdataset takes commands for addresses.
     """
-    return dataset == DIGITS or dataset.startswith(FOLDER_PREFIX)
+    return dataset == DIGITS or dataset.startswith((FOLDER_PREFIX, PHOTOS_PREFIX))
 
 
 def find_bad_images(dataset: str) -> dict[str, str]:
@@ -100,21 +107,44 @@ def find_bad_images(dataset: str) -> dict[str, str]:
     Raises:
         DatasetError: the dataset is not a folder, or ``open_images`` could not open it.
     """
+    if dataset.startswith(PHOTOS_PREFIX):
+        return _open_photos(dataset).bad_files()
     if not dataset.startswith(FOLDER_PREFIX):
-        raise DatasetError(f"images can be skipped in folder:PATH only, not in {dataset}")
+        raise DatasetError(
+            f"images can be skipped in folder:PATH and photos:PATH only, not in {dataset}"
+        )
     bad: dict[str, str] = {}
     for opener in _openers(dataset).values():
         source = opener()
-        assert isinstance(source, FolderSource)
+        assert isinstance(source, FileSource)
         bad |= source.bad_files()
     return bad
 
 
+def has_classes(dataset: str) -> bool:
+    """Whether the images of ``dataset`` have labels."""
+    return not dataset.startswith(PHOTOS_PREFIX)
+
+
 def read_class_names(dataset: str) -> tuple[str, ...]:
-    """Reads the names of the classes in the order of labels; raises what ``open_images`` raises."""
+    """Reads the names of the classes in the order of labels.
+
+    Raises:
+        DatasetError: ``open_images`` could not open the dataset, or it has no classes.
+    """
     if dataset == DIGITS:
         return ClutteredDigits.class_names
+    check_has_classes(dataset)
     return _openers(dataset)["train"]().class_names
+
+
+def check_has_classes(dataset: str) -> None:
+    """Raises a ``DatasetError`` if the images of ``dataset`` have no labels."""
+    if not has_classes(dataset):
+        raise DatasetError(
+            f"{dataset} has no classes, and labels are needed here: give folder:PATH, with images "
+            "in PATH/train/CLASS"
+        )
 
 
 def _check_takes_digits(data_config: Mapping[str, Any]) -> None:
@@ -138,7 +168,7 @@ def _openers(dataset: str, skip: Collection[str] = ()) -> Openers:
         openers = timm_openers(dataset)
     else:
         raise DatasetError(
-            f"unknown dataset {dataset!r}: choose digits, folder:PATH, or a name of "
+            f"unknown dataset {dataset!r}: choose digits, folder:PATH, photos:PATH, or a name of "
             f"timm.data.create_dataset, as torch/cifar10:FOLDER or hfds/OWNER/NAME "
             f"(it begins with {', '.join(TIMM_PREFIXES)})"
         )
@@ -151,6 +181,8 @@ def _open_split(
     dataset: str, split: Split, skip: Collection[str]
 ) -> tuple[ImageSource, NDArray[np.int64]]:
     """Opens the source that contains ``split``; returns it and the split's indices."""
+    if dataset.startswith(PHOTOS_PREFIX):
+        return _open_part_of_photos(dataset, split, skip)
     openers = _openers(dataset, skip)
     held_out: list[Split] = [name for name in ("validation", "test") if name in openers]
     train = openers["train"]()
@@ -173,6 +205,28 @@ def _open_split(
     if not len(chosen):
         raise DatasetError(f"{dataset} has too few images to hold some of them out for validation")
     return train, np.sort(chosen)
+
+
+def _open_photos(dataset: str) -> PhotoSource:
+    return PhotoSource(dataset.removeprefix(PHOTOS_PREFIX))
+
+
+def _open_part_of_photos(
+    dataset: str, split: Split, skip: Collection[str]
+) -> tuple[ImageSource, NDArray[np.int64]]:
+    """Does what ``_open_split`` does. A photograph's split doesn't depend on which are skipped."""
+    source = _open_photos(dataset)
+    order = np.random.RandomState(0).permutation(len(source))
+    held_out = max(1, round(PHOTOS_SHARE * len(source)))
+    first = {"test": 0, "validation": held_out, "train": 2 * held_out}[split]
+    last = len(source) if split == "train" else first + held_out
+    chosen = [i for i in order[first:last] if source.files[i] not in skip]
+    if not chosen:
+        raise DatasetError(
+            f"{dataset}: of {len(source)} photographs none are left for {split} "
+            f"({len(skip)} are skipped)"
+        )
+    return source, np.sort(chosen)
 
 
 def _check_same_classes(

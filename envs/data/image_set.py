@@ -1,4 +1,4 @@
-"""``ImageSet``: what a set of labelled images offers."""
+"""``ImageSet``: what a set of images offers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+NO_LABEL = -1  # the label of images without labels
+
 
 class ImageSet(Protocol):
-    """A fixed, indexed set of labelled images.
+    """A fixed, indexed set of images, labelled or not.
 
     Attributes:
-        num_classes: labels are 0..num_classes - 1.
+        num_classes: labels are 0..num_classes - 1. Without labels it is 0, and they are
+            ``NO_LABEL``.
         class_names: names in the order of the labels.
     """
 

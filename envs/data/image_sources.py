@@ -1,4 +1,4 @@
-"""``ImageSource``: images as they are stored; folders of image files are one kind."""
+"""``ImageSource``: images as they are stored; folders of image files are two kinds."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from timm.data.readers import get_img_extensions
 from timm.utils import natural_key
 
 from prunevit.envs.data.digits import Split
+from prunevit.envs.data.image_set import NO_LABEL
 
 # names that a dataset may use for each split, the preferred one first
 SPLIT_NAMES: Mapping[Split, Sequence[str]] = {
@@ -41,7 +42,7 @@ class ImageSource(Protocol):
     """The images of one split, not yet decoded.
 
     Attributes:
-        class_names: names in the order of the labels.
+        class_names: names in the order of the labels; empty for images without classes.
     """
 
     class_names: tuple[str, ...]
@@ -55,7 +56,7 @@ class ImageSource(Protocol):
         """Decodes image ``index`` in PIL's colour ``mode``; threads may call it at the same time.
 
         Returns:
-            the image and its label, an index into ``class_names``.
+            the image and its label, an index into ``class_names``; ``NO_LABEL`` without classes.
 
         Raises:
             DatasetError: the image is damaged, or its label lies outside the classes.
@@ -118,7 +119,62 @@ def _listed_classes(file: Path) -> tuple[str, ...] | None:
     return names
 
 
-class FolderSource:
+class FileSource:
+    """Image files and their labels.
+
+    Args:
+        files: the files.
+        labels: their labels.
+        class_names: names of the classes in the order of the labels.
+    """
+
+    def __init__(
+        self, files: Sequence[str], labels: Sequence[int], class_names: tuple[str, ...]
+    ) -> None:
+        self.files = files
+        self._labels = labels
+        self.class_names = class_names
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def bad_files(self) -> dict[str, str]:
+        """Decodes every image; returns what is wrong with the damaged ones, by file."""
+        with ThreadPoolExecutor(DECODING_THREADS) as pool:
+            found = zip(self.files, pool.map(_damage, self.files), strict=True)
+            return {file: damage for file, damage in found if damage is not None}
+
+    def prepare(self, indices: NDArray[np.int64]) -> None:
+        del indices
+
+    def read(self, index: int, mode: str) -> tuple[Image.Image, int]:
+        file = self.files[index]
+        return decode(Path(file), mode, file), self._labels[index]
+
+
+class PhotoSource(FileSource):
+    """All image files in a folder and its folders, without classes, sorted by path.
+
+    Files and folders whose names begin with a dot are left out.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        DatasetError: there is no such folder, or it has no images.
+    """
+
+    def __init__(self, path: str) -> None:
+        root = Path(path).expanduser()
+        if not path or not root.is_dir():
+            raise DatasetError(f"no folder {path or 'is named: write photos:PATH'}")
+        others: Counter[str] = Counter()
+        files = _image_files(root, others)
+        _warn_of(others, root)
+        super().__init__(files, [NO_LABEL] * len(files), ())
+
+
+class FolderSource(FileSource):
     """Image files in ROOT/CLASS and its folders, with classes in natural order.
 
     Files and folders whose names begin with a dot are left out.
@@ -147,42 +203,32 @@ class FolderSource:
         # natural order takes "a" and "A" for equal: the name itself decides
         folders.sort(key=lambda name: (natural_key(name), name))
         self.is_listed = classes is not None
-        self.class_names = tuple(folders) if classes is None else classes
-        places = {name: label for label, name in enumerate(self.class_names)}
+        class_names = tuple(folders) if classes is None else classes
+        places = {name: label for label, name in enumerate(class_names)}
         unlisted = [name for name in folders if name not in places]
         if unlisted:
             raise DatasetError(
                 f"{root} has class folders that {CLASS_LIST} doesn't list: {', '.join(unlisted)}"
             )
-        self._files: list[str] = []
-        self._labels: list[int] = []
+        all_files: list[str] = []
+        labels: list[int] = []
         others: Counter[str] = Counter()
         for name in sorted(folders, key=places.__getitem__):
             label = places[name]
             files = [file for file in _image_files(root / name, others) if file not in skip]
             if not files:
                 raise DatasetError(f"every image of the class folder {root / name} is skipped")
-            self._files += files
-            self._labels += [label] * len(files)
-        if others:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
-            warnings.warn(f"{root}: files of other types are left out ({kinds})", stacklevel=2)
+            all_files += files
+            labels += [label] * len(files)
+        _warn_of(others, root)
+        super().__init__(all_files, labels, class_names)
 
-    def __len__(self) -> int:
-        return len(self._files)
 
-    def bad_files(self) -> dict[str, str]:
-        """Decodes every image; returns what is wrong with the damaged ones, by file."""
-        with ThreadPoolExecutor(DECODING_THREADS) as pool:
-            found = zip(self._files, pool.map(_damage, self._files), strict=True)
-            return {file: damage for file, damage in found if damage is not None}
-
-    def prepare(self, indices: NDArray[np.int64]) -> None:
-        del indices
-
-    def read(self, index: int, mode: str) -> tuple[Image.Image, int]:
-        file = self._files[index]
-        return decode(Path(file), mode, file), self._labels[index]
+def _warn_of(others: Counter[str], root: Path) -> None:
+    """Warns of images below ``root`` that are left out, counted by their types."""
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
+        warnings.warn(f"{root}: files of other types are left out ({kinds})", stacklevel=3)
 
 
 def _damage(file: str) -> str | None:
@@ -218,6 +264,6 @@ def _image_files(folder: Path, others: Counter[str]) -> list[str]:
                 others[extension] += 1
     if not files:
         raise DatasetError(
-            f"the class folder {folder} holds no images (of {' '.join(sorted(extensions))})"
+            f"the folder {folder} holds no images (of {' '.join(sorted(extensions))})"
         )
     return sorted(files)

@@ -40,7 +40,8 @@ def create_backbone(
             timm's names or those that timm knows of the model's authors. Position embeddings are
             resampled to the model's image size. A file that ``trainers.backbone`` wrote contains
             its ``num_classes`` and ``kwargs``.
-        num_classes: outputs of the head; the model's own if None.
+        num_classes: outputs of the head; the model's own if None. With 0 the model has no head,
+            whether its weights have one or not, and gives embeddings.
         untrained: leave the weights random, even those of "digits_vit". Without it, random weights
             cause a warning.
         new_head: begin with a random head, with a warning, if the checkpoint has none of this size.

@@ -135,6 +135,7 @@ def build_digits_vit(num_classes: int = 10, **kwargs: Any) -> VisionTransformer:
         "mean": (PIXEL_MEAN,),
         "std": (PIXEL_STD,),
         "num_classes": num_classes,
+        "classifier": "head",
     }
     return model
 

@@ -119,6 +119,11 @@ class StagedViT(nn.Module):
         return count_classes(self.model)
 
     @property
+    def num_outputs(self) -> int:
+        """Length of what ``finish`` returns: classes, or the width of an embedding."""
+        return self.num_classes or self.width
+
+    @property
     def keeps_last_patch(self) -> bool:
         return not head_reads_prefix(self.model)
 

@@ -106,7 +106,8 @@ def load_weights(model: nn.Module, name: str, path: Path, new_head: bool = False
         weights = _filtered(model, weights, path)
     found = _shapes(weights)
     begun_anew = [key for key in _head_keys(model) if found.get(key) != wanted.get(key)]
-    if new_head:
+    has_head = model.num_classes != 0
+    if new_head or not has_head:
         weights = {key: tensor for key, tensor in weights.items() if key not in begun_anew}
         weights |= {key: own[key] for key in begun_anew if key in own}
     differences = _differences(weights, own)
@@ -119,7 +120,7 @@ def load_weights(model: nn.Module, name: str, path: Path, new_head: bool = False
             f"the checkpoint {path} doesn't fit {name}: {'; '.join(differences[:3])}{more}{hint}"
         )
     model.load_state_dict(weights)
-    if begun_anew and new_head:
+    if begun_anew and new_head and has_head:
         warnings.warn(
             f"{path} has no head for {model.num_classes} classes: {name} begins with a random one",
             stacklevel=3,

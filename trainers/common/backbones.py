@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunevit.envs.data.datasets import DIGITS, read_class_names
+from prunevit.envs.data.datasets import DIGITS, has_classes, read_class_names
 from prunevit.envs.devices import pick_device
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.weights import read_description, write_weights
@@ -38,8 +38,9 @@ class BackboneSettings(RunSettings):
     checkpoint: Path | None = None
     """Start from the weights in this file (safetensors, or a state dict of torch.save)."""
     dataset: str = "digits"
-    """digits; folder:PATH, which has PATH/train/CLASS/NAME.jpg and the same in PATH/test; or a name
-    of timm.data.create_dataset, such as torch/cifar10:FOLDER or hfds/OWNER/NAME."""
+    """digits; folder:PATH, which has PATH/train/CLASS/NAME.jpg and the same in PATH/test;
+    photos:PATH, any tree of images, where no labels are needed; or a name of
+    timm.data.create_dataset, such as torch/cifar10:FOLDER or hfds/OWNER/NAME."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,26 +64,37 @@ class StagedViTSettings(BackboneSettings):
     """CPU threads. By default torch's own choice."""
 
 
-def make_backbone(config: BackboneSettings) -> nn.Module:
-    """Makes the backbone, frozen, on the CPU. A random one has the dataset's classes.
+def make_backbone(config: BackboneSettings, num_classes: int | None = None) -> nn.Module:
+    """Makes the backbone, frozen, on the CPU.
+
+    Args:
+        config: the settings.
+        num_classes: outputs of its head. With None they are the model's own, or for random weights
+            the dataset's classes.
 
     Raises:
         BackboneError: it can't be built or loaded.
     """
-    fits_data = not config.pretrained and config.checkpoint is None and config.dataset != DIGITS
+    fits_data = (
+        num_classes is None
+        and not config.pretrained
+        and config.checkpoint is None
+        and config.dataset != DIGITS
+        and has_classes(config.dataset)
+    )
     return create_backbone(
         config.backbone,
         pretrained=config.pretrained,
         checkpoint=config.checkpoint,
-        num_classes=len(read_class_names(config.dataset)) if fits_data else None,
+        num_classes=len(read_class_names(config.dataset)) if fits_data else num_classes,
         **config.model_kwargs,
     ).requires_grad_(False)
 
 
-def load_backbone(config: BackboneSettings) -> nn.Module:
+def load_backbone(config: BackboneSettings, num_classes: int | None = None) -> nn.Module:
     """``make_backbone``, on its device."""
     # convolutional stems run faster on this layout; nothing else depends on it but the last bits
-    model = make_backbone(config).to(pick_device(config.device))
+    model = make_backbone(config, num_classes).to(pick_device(config.device))
     return model.to(memory_format=torch.channels_last)
 
 

@@ -15,7 +15,7 @@ from timm.optim import create_optimizer_v2, muon
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from prunevit.envs.data.datasets import open_images
+from prunevit.envs.data.datasets import check_has_classes, open_images
 from prunevit.envs.data.image_set import ImageSet, Reseedable
 from prunevit.envs.data.prefetch import prefetch
 from prunevit.trainers.common.distributed import ALONE, Ranks
@@ -37,6 +37,21 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that affect a training's result."""
     packages = {package: version_of(package) for package in PACKAGES}
     return {"python": platform.python_version()} | packages
+
+
+def check_can_classify(dataset: str, num_classes: int) -> None:
+    """Checks that a model of ``num_classes`` can be judged by the labels of ``dataset``.
+
+    Raises:
+        DatasetError: the dataset has no labels.
+        TrainingError: the model has no classifier.
+    """
+    check_has_classes(dataset)
+    if not num_classes:
+        raise TrainingError(
+            "the backbone has no classifier (num_classes=0), which is needed here: take another, "
+            "or one that trainers.backbone gave a classifier"
+        )
 
 
 def batches(size: int, batch_size: int, seed: int, ranks: Ranks = ALONE) -> Iterator[Tensor]:

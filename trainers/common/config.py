@@ -81,9 +81,9 @@ class MappoConfig(StagedViTSettings):
     beta: float | None = None
     """The reward's weight of accuracy; the reward's own default if not given."""
     accuracy: str | None = None
-    """What counts as accuracy: correct, confidence, agreement or kl; the reward's own default if
-    not given.
-    """
+    """What counts as accuracy: correct, confidence, agreement, kl or embedding; the reward's own
+    default if not given. embedding is the cosine similarity to the dense model's embedding, and
+    plays with the backbone without its classifier."""
     rollouts_per_image: Count = 8
     """Episodes that play the same image and are compared with each other; 1 compares nothing."""
     attention_prior: Weight = 0.5

@@ -1,10 +1,10 @@
-"""Accuracy and compute of a model on given images."""
+"""How good a model is on given images, and its compute."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.data.prefetch import prefetch
 from prunevit.envs.data_config import model_classes
 from prunevit.envs.game import checked_batch
+from prunevit.envs.measures import Measure, measure, measure_for
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common.distributed import ALONE, Ranks
 
@@ -28,16 +29,37 @@ class Evaluation:
     """Results of a pruned model on a set of images.
 
     Attributes:
-        accuracy: share of images that were classified correctly.
+        score: mean of ``measure`` over the images.
         gmacs: mean 1e9 multiply-accumulates per image, the policy's included.
         kept: mean share of the patches that survive each stage.
         left: how many images have 0, 1, ... N patches left at the end.
+        measure: by what the model is judged, see ``measure_for``.
     """
 
-    accuracy: float
+    score: float
     gmacs: float
     kept: tuple[float, ...]
     left: tuple[int, ...]
+    measure: Measure = "accuracy"
+
+    @property
+    def accuracy(self) -> float:
+        """Share of images that were classified correctly.
+
+        Raises:
+            ValueError: the images have no labels, or the model has no classifier.
+        """
+        if self.measure != "accuracy":
+            raise ValueError(
+                f"{self.measure} was measured, and no accuracy: that needs images with classes and "
+                "a model with a classifier"
+            )
+        return self.score
+
+    def to_json(self) -> dict[str, Any]:
+        """The results as JSON values, the score under the name of its measure."""
+        others = {"gmacs": self.gmacs, "kept": list(self.kept), "left": list(self.left)}
+        return {self.measure: self.score} | others
 
 
 class Traced(Protocol):
@@ -55,7 +77,8 @@ def evaluate(
     ranks: Ranks = ALONE,
     workers: int = 0,
 ) -> Evaluation:
-    """Evaluates a pruned model.
+    """Evaluates a pruned model. Without labels or a classifier, its answers are compared with those
+    of the dense model.
 
     Args:
         model: the model.
@@ -91,24 +114,32 @@ def evaluate_traces(
     check_labels(model_classes(backbone.model), images)
     count = len(images) if size is None else min(size, len(images))
     device = backbone.device
-    right, macs, kept = 0, 0, torch.zeros(backbone.num_stages)
+    kind = measure_for(backbone.num_classes, images)
+    score, macs, kept = 0.0, 0, torch.zeros(backbone.num_stages)
     left = torch.zeros(backbone.num_patches + 1, dtype=torch.int64)
     for pixels, labels in _batches(images, count, device, ranks, workers):
-        pixels, labels = checked_batch(backbone, pixels, labels)
+        pixels, labels = checked_batch(backbone, pixels, labels, kind == "accuracy")
         trace = trace_of(pixels, labels)
         if trace.logits.isnan().any():
             raise ValueError("the model's logits are NaN: check its weights and its precision")
-        right += int((trace.logits.argmax(1) == labels).sum())
+        dense = None if kind == "accuracy" else backbone.model(pixels)
+        score += float(measure(kind, trace.logits, labels, dense).sum())
         macs += int(trace.macs.sum())
         survivors = trace.alive.sum(2).cpu()  # [B, T]
         kept += survivors.sum(0) / backbone.num_patches
         left += survivors[:, -1].bincount(minlength=len(left))
-    right, macs = ranks.total(right), ranks.total(macs)
+    macs = ranks.total(macs)
+    # float64 holds the number of right answers exactly
+    total = float(ranks.total_of(torch.tensor(score, dtype=torch.float64)))
     kept, left = (ranks.total_of(each) for each in (kept, left))
     if left.sum() != count:
         raise ValueError(f"the data set returned {int(left.sum())} images where {count} were asked")
     return Evaluation(
-        right / count, macs / count / 1e9, tuple((kept / count).tolist()), tuple(left.tolist())
+        total / count,
+        macs / count / 1e9,
+        tuple((kept / count).tolist()),
+        tuple(left.tolist()),
+        kind,
     )
 
 
@@ -201,13 +232,11 @@ def best_topk(
     score: Score,
     size: int | None = None,
 ) -> list[int]:
-    """Returns the schedule of ``schedules_at`` with which top-k by ``score`` is most accurate on
+    """Returns the schedule of ``schedules_at`` with which top-k by ``score`` is best on
     ``size`` of the ``images`` (all if None).
     """
     candidates = schedules_at(backbone, gmacs, kept, with_attention=score == "attention")
     return max(
         candidates,
-        key=lambda tokens: (
-            evaluate(PrunedViT(backbone, TopK(tokens, score)), images, size).accuracy
-        ),
+        key=lambda tokens: evaluate(PrunedViT(backbone, TopK(tokens, score)), images, size).score,
     )

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection, Iterable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from prunevit.envs.data.datasets import find_bad_images, open_images
 from prunevit.envs.data_config import model_data_config
 from prunevit.envs.devices import pick_device
 from prunevit.envs.game import TokenGame
+from prunevit.envs.measures import Measure
 from prunevit.envs.rewards import make_reward
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.torch_compile import check_compiler
@@ -56,7 +57,8 @@ class TokenPruneExperiment:
     def __init__(self, config: MappoConfig, ranks: Ranks = ALONE) -> None:
         self.config = config
         self.ranks = ranks
-        self.model = load_backbone(config).to(getattr(torch, config.backbone_dtype))
+        model = load_backbone(config, 0 if config.accuracy == "embedding" else None)
+        self.model = model.to(getattr(torch, config.backbone_dtype))
         self.data_config = model_data_config(self.model)
         self.backbone = StagedViT(self.model, config.prune_before)
         options = {
@@ -129,17 +131,16 @@ class TokenPruneExperiment:
         size = self.config.eval_size
         result = evaluate(self.pruned(actor), self.validation, size, self.ranks, self.workers)
         return {
-            "validation_accuracy": result.accuracy,
+            f"validation_{result.measure}": result.score,
             "validation_gmacs": result.gmacs,
             "validation_keep_ratio": sum(result.kept) / len(result.kept),
         }
 
     def progress(self, record: dict[str, float]) -> str:
         """What the progress bar shows of an iteration's record."""
-        return (
-            f"accuracy {record['accuracy']:.3f} kept {record['keep_ratio']:.3f} "
-            f"reward {record['reward']:.3f}"
-        )
+        shown = {name: record[name] for name in get_args(Measure) if name in record}
+        shown |= {"kept": record["keep_ratio"], "reward": record["reward"]}
+        return " ".join(f"{name} {value:.3f}" for name, value in shown.items())
 
     def activity(self) -> str:
         """What the last iteration trained on, for the message of an error in it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -173,7 +173,7 @@ class LibraryRun:
         write_json(
             self.folder / "report.json",
             {
-                "policies": {name: asdict(result) for name, result in results.items()},
+                "policies": {name: result.to_json() for name, result in results.items()},
                 "seconds": self._run.seconds,
                 "seed": self.config.seed,
                 **facts,
@@ -229,4 +229,4 @@ def run_command(
     with ends_in_one_line(*COMMAND_ERRORS, ImportError):
         config = parse_arguments(kind, arguments, description)
         results = train(config)
-        print(table({name: asdict(result) for name, result in results.items()}))
+        print(table({name: result.to_json() for name, result in results.items()}))

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from prunevit.agents.policies.heuristics import KeepAll, TopK
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.data_config import model_data_config
+from prunevit.envs.measures import Measure
 from prunevit.envs.rendering import denormalise, stage_strip
 from prunevit.extras import needs
 from prunevit.trainers.common.checkpoint import write_atomically
@@ -58,7 +59,7 @@ def report_pruning(
     return {
         "policies": {
             name: {
-                "accuracy": result.accuracy,
+                result.measure: result.score,
                 "gmacs": backbone.dense_macs / 1e9 if name == "dense" else result.gmacs,
                 "kept": list(result.kept),
                 "images_per_second": speeds[name],
@@ -72,22 +73,25 @@ def table(policies: Mapping[str, Mapping[str, Any]], split: str = "test") -> str
     """Formats results of policies by name as a table, compared with those of "dense".
 
     Args:
-        policies: each has an ``accuracy`` and ``gmacs``, and may have ``images_per_second`` and the
-            shares ``kept`` after each stage.
-        split: whose accuracy it is.
+        policies: each has an ``accuracy``, or another ``Measure``, and ``gmacs``, and may have
+            ``images_per_second`` and the shares ``kept`` after each stage.
+        split: on which it was measured.
     """
     dense = policies["dense"]
+    measure = next(name for name in get_args(Measure) if name in dense)
     timed = "images_per_second" in dense
     width = max(map(len, policies)) + 2
     lines = [
-        f"{'policy':<{width}}{f'{split} accuracy':>20}{'GMACs':>9}{'of dense':>9}"
+        f"{'policy':<{width}}{f'{split} {measure}':>20}{'GMACs':>9}{'of dense':>9}"
         + f"{'images/s':>10}{'speed-up':>9}" * timed
         + "  patches kept, % after each stage"
     ]
     for name, row in policies.items():
+        score = row[measure]
+        text = f"{score:>20.4f}" if measure == "cosine" else f"{100 * score:>19.2f}%"
         speed = row["images_per_second"] if timed else 0.0
         lines.append(
-            f"{name:<{width}}{100 * row['accuracy']:>19.2f}%{row['gmacs']:>9.4f}"
+            f"{name:<{width}}{text}{row['gmacs']:>9.4f}"
             f"{100 * row['gmacs'] / dense['gmacs']:>8.1f}%"
             + (f"{speed:>10.0f}{speed / dense['images_per_second']:>8.2f}x" if timed else "")
             + "  "
@@ -128,8 +132,8 @@ def save_figure(figure: Figure, path: Path, dpi: int = 80) -> None:
 
 @torch.inference_mode()
 def draw_pruned(model: PrunedViT, images: ImageSet, path: Path) -> None:
-    """Draws a few images stage by stage, pruned patches whited out, with label, prediction and
-    compute.
+    """Draws a few images stage by stage, pruned patches whited out, with compute, and label and
+    prediction where there are any.
     """
     backbone = model.backbone
     indices = np.linspace(0, len(images) - 1, PICTURES).astype(int).tolist()
@@ -146,13 +150,15 @@ def draw_pruned(model: PrunedViT, images: ImageSet, path: Path) -> None:
     for i, axes in enumerate(figure.subplots(PICTURES, 1, squeeze=False).flat):
         axes.imshow(stage_strip(shown[i], alive[i], backbone.grid_size))
         axes.set_axis_off()
-        answer = int(trace.logits[i].argmax())
-        answer_name = names[answer] if answer < len(names) else answer
+        answer = ""
+        if names and backbone.num_classes:
+            given = int(trace.logits[i].argmax())
+            answer_name = names[given] if given < len(names) else given
+            answer = f"{names[int(labels[i])]}, answered {answer_name}: "
         cost = float(trace.macs[i]) / backbone.dense_macs
         kept = " ".join(str(int(n)) for n in alive[i].sum(1))
         axes.set_title(
-            f"{names[int(labels[i])]}, answered {answer_name}: {cost:.0%} of the compute, "
-            f"patches {kept}",
+            f"{answer}{cost:.0%} of the compute, patches {kept}",
             fontsize=9,
         )
     save_figure(figure, path)
@@ -163,8 +169,10 @@ def draw_curve(folder: Path) -> None:
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     wanted = [
-        ("accuracy", "sampled, training images", "validation_accuracy", "greedy, validation"),
-        ("keep_ratio", "sampled, training images", "validation_keep_ratio", "greedy, validation"),
+        *(
+            (name, "sampled, training images", f"validation_{name}", "greedy, validation")
+            for name in (*get_args(Measure), "keep_ratio")
+        ),
         ("episode_return", "sampled", "validation_episode_return", "greedy"),
         ("reward", "sampled", None, None),
         ("entropy", "policy entropy", None, None),

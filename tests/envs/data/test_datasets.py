@@ -448,7 +448,7 @@ def with_bad_images(tmp_path):
 def test_whatever_is_bad_is_named(name, with_bad_images):
     split = "test" if name == "zero.jpg" else "train"
     images = open_images(with_bad_images, split, CONFIG)
-    source = images._source._files
+    source = images._source.files
     index = next(i for i, file in enumerate(source) if file.endswith(name))
     with pytest.raises(DatasetError, match=rf"{split}/bee/{name} can't be read as an image"):
         images.load([index])
@@ -467,7 +467,7 @@ def test_bad_images_are_found_and_left_out(with_bad_images):
 
 
 def test_what_is_no_folder_can_not_be_looked_through():
-    with pytest.raises(DatasetError, match="folder:PATH only, not in digits"):
+    with pytest.raises(DatasetError, match="folder:PATH and photos:PATH only, not in digits"):
         find_bad_images("digits")
 
 

@@ -178,7 +178,7 @@ def test_the_best_way_is_the_most_accurate_one_and_costs_enough(
     def rehearse(model, images, size):
         assert (images, size, model.policy.score) == (some_images, 9, score)
         seen.append(list(model.policy.tokens))
-        return Evaluation(accuracy=float(seen[-1] == best), gmacs=0.0, kept=(), left=())
+        return Evaluation(score=float(seen[-1] == best), gmacs=0.0, kept=(), left=())
 
     monkeypatch.setattr(evaluation, "evaluate", rehearse)
     for best in candidates:
