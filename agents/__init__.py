@@ -1,6 +1,6 @@
 """Policies that decide which tokens stay, and ``PrunedViT``, a backbone pruned by one."""
 
-from prunevit.agents.policies.actor_critic import TokenActor
+from prunevit.agents.policies.actor_critic import CommunicatingActor, TokenActor
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.agents.policies.heuristics import AttentionThreshold, KeepAll, TopK
 from prunevit.agents.policies.learned import LearnedPolicy
@@ -9,6 +9,7 @@ from prunevit.agents.pruned_vit import PrunedViT, prune
 
 __all__ = [
     "AttentionThreshold",
+    "CommunicatingActor",
     "DynamicViTPolicy",
     "KeepAll",
     "LearnedPolicy",

@@ -13,11 +13,12 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
 
 from prunevit.agents import run_reader, saving
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.agents.policies.learned import LearnedPolicy
-from prunevit.agents.policies.policy import Policy
+from prunevit.agents.policies.policy import Policy, count_policy_macs
 from prunevit.envs.observations import View
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
@@ -137,14 +138,12 @@ class PrunedViT(
         """Classifies images, and reports which patches survived and what it cost."""
         tokens, alive = self._run(images)
         # the first stage decides on every patch, a later one on the survivors of the stage before
-        patches, survivors = self.backbone.num_patches, alive[:, :-1].sum(2)  # [B, T - 1]
-        decisions, pairs = patches + survivors.sum(1), patches**2 + survivors.square().sum(1)
+        living = F.pad(alive[:, :-1].sum(2), (1, 0), value=self.backbone.num_patches)  # [B, T]
         return Trace(
             logits=self.backbone.finish(tokens),
             alive=alive,
             macs=self.backbone.total_macs(tokens)
-            + decisions * getattr(self.policy, "macs_per_decision", 0)
-            + pairs * self.backbone.width * getattr(self.policy, "compares_patches", False),
+            + count_policy_macs(self.policy, self.backbone, living),
         )
 
     @torch.compiler.disable(recursive=False)

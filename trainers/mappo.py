@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import record_function
 
-from prunevit.agents.policies.actor_critic import Critic
+from prunevit.agents.policies.actor_critic import CommunicatingActor, Critic, logits_of
 from prunevit.envs.batched.protocol import BatchedEnv, Observations
 from prunevit.trainers.common import loop
 from prunevit.trainers.common.checkpoint import write_json
@@ -63,6 +63,7 @@ class Learner(nn.Module):
         self.config = config
         self.ranks = ranks
         self.actor = actor.to(env.device)
+        self.communicates = isinstance(actor, CommunicatingActor)
         self.critic: Critic | None = None
         if config.critic != "none":
             inputs = env.observation_space.shape[0]
@@ -93,20 +94,25 @@ class Learner(nn.Module):
         values = None
         if self.critic is not None:
             values = self.critic(observation, state, state_of).index_select(0, seen)
-        return self.log_probs(observation, seen, mask), values
+        return self.log_probs(observation, seen, mask, state_of), values
 
-    def log_probs(self, observation: Tensor, seen: Tensor, mask: Tensor) -> Tensor:
+    def log_probs(
+        self, observation: Tensor, seen: Tensor, mask: Tensor, state_of: Tensor | None
+    ) -> Tensor:
         """Log-probabilities of the actions.
 
         Args:
             observation: the distinct observations, [U, D_obs].
             seen: which of them each agent sees, int64 [R].
             mask: actions allowed, bool [R, A].
+            state_of: which state each distinct observation was made in, int64 [U]. Agents that
+                communicate do so within their state; None if they don't.
 
         Returns:
             [R, A].
         """
-        return masked_log_probs(self.actor(observation).index_select(0, seen), mask)
+        logits = logits_of(self.actor, observation, state_of)
+        return masked_log_probs(logits.index_select(0, seen), mask)
 
     @torch.no_grad()
     def values(self, observed: Observations) -> Tensor:
@@ -135,7 +141,8 @@ def collect_rollout(
     for _ in range(steps):
         mask = observed.action_mask[observed.alive]
         with record_function("policy and critic"):
-            log_probs = learner.log_probs(*observed.distinct(), mask)
+            state_of = observed.distinct_states()[1] if learner.communicates else None
+            log_probs = learner.log_probs(*observed.distinct(), mask, state_of)
             action = sample(log_probs, generator)
         joint = torch.zeros(observed.alive.shape, dtype=torch.int64, device=env.device)
         joint[observed.alive] = action
@@ -189,13 +196,14 @@ def compute_advantages(rollout: Rollout, learner: Learner, env: BatchedEnv) -> B
         advantage = leave_one_out(advantage, compared, env.rollouts_per_start)
     observation, seen = join([observed.distinct() for observed in rollout.observations])
     state, state_of = None, None
-    if config.critic == "central":
+    if config.critic == "central" or learner.communicates:
         state, state_of = join([observed.distinct_states() for observed in rollout.observations])
     return Batch(
         observation=observation,
         seen=seen,
-        state=state,
+        state=state if config.critic == "central" else None,
         state_of=state_of,
+        keeps_states_whole=learner.communicates,
         mask=torch.cat([observed.action_mask[observed.alive] for observed in rollout.observations]),
         action=torch.cat(rollout.action),
         log_prob=torch.cat(rollout.log_prob),

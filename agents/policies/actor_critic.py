@@ -108,7 +108,11 @@ class TokenActor(Actor):
             self.alpha_weight = nn.Parameter(torch.zeros(()))
 
     def forward(self, observation: Tensor) -> Tensor:
-        prune, keep = self.net(observation).unbind(-1)
+        return self.with_prior(self.net(observation), observation)
+
+    def with_prior(self, logits: Tensor, observation: Tensor) -> Tensor:
+        """Adds prior, bias and alpha to the network's logits, [R, 2]."""
+        prune, keep = logits.unbind(-1)
         keep = keep + self.keep_bias * self.PRIOR_SPEED
         if self.attention is not None:
             prior = observation[:, self.attention].clamp(min=PRIOR_FLOOR).log()
@@ -170,6 +174,107 @@ class TokenActor(Actor):
             alpha = rows.column(self.alpha)
             margin = torch.addcmul(margin, alpha, self.alpha_weight, value=self.PRIOR_SPEED)
         return margin.expand(int(rows.layout.lengths.sum()))
+
+
+class AgentAttention(nn.Module):
+    """Attention among the living agents of an image, added to the features of each.
+
+    The output layer begins at zero, so that at first nothing is added.
+
+    Args:
+        width: W, the number of features.
+        heads: number of heads, of ``HEAD_WIDTH`` queries, keys and values each.
+
+    Raises:
+        ValueError: there is no head.
+    """
+
+    HEAD_WIDTH = 8
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        if heads < 1:
+            raise ValueError(f"an attention among agents of {heads} heads: it needs at least one")
+        self.heads = heads
+        inner = heads * self.HEAD_WIDTH
+        self.norm = nn.LayerNorm(width)
+        self.qkv = orthogonal(nn.Linear(width, 3 * inner), 1.0)
+        self.output = nn.Linear(inner, width)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+        self.macs_per_pair = 2 * inner  # scores, and the values that they weigh
+
+    def forward(self, features: Tensor, image: Tensor | None) -> Tensor:
+        """Lets agents attend to those of the same image, [R, W] -> [R, W].
+
+        Args:
+            features: of each agent, [R, W].
+            image: a number for each agent, int64 [R]. Agents of an image have the same and follow
+                each other. None if all are of one image.
+        """
+        qkv, cell, valid = self.qkv(self.norm(features)), None, None
+        if image is None:
+            padded = qkv[None]
+        elif not len(image):
+            return features
+        else:
+            _, index, count = image.unique_consecutive(return_inverse=True, return_counts=True)
+            longest = int(count.max())
+            padded = qkv
+            if len(count) * longest > len(image):  # images of different numbers of agents
+                place = torch.arange(len(image), device=image.device)
+                cell = index * longest + place - (count.cumsum(0) - count).index_select(0, index)
+                padded = qkv.new_zeros(len(count) * longest, qkv.shape[1]).index_copy(0, cell, qkv)
+                valid = (torch.arange(longest, device=image.device) < count[:, None])[:, None, None]
+            padded = padded.unflatten(0, (len(count), longest))
+        # 3 of [images, heads, longest, HEAD_WIDTH]
+        q, k, v = padded.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=valid)
+        rows = mixed.transpose(1, 2).flatten(2).flatten(0, 1)
+        return features + self.output(rows if cell is None else rows.index_select(0, cell))
+
+
+class CommunicatingActor(TokenActor):
+    """A ``TokenActor`` whose agents attend to the living agents of their image before they decide.
+
+    The attention stands behind the first hidden layer. An agent then decides on what others observe
+    too, so execution is no longer decentralised in the strict sense: it is MAPPO with actors that
+    communicate. What they say to each other counts as the policy's compute.
+
+    Args:
+        observation_size, hidden, attention, prior_weight, keep_bias, alpha: as of ``TokenActor``.
+        heads: as of ``AgentAttention``.
+
+    Raises:
+        ValueError: there is no head, or no hidden layer.
+    """
+
+    def __init__(
+        self,
+        observation_size: int,
+        hidden: Sequence[int],
+        attention: int | None,
+        prior_weight: float = 1.0,
+        keep_bias: float = 0.0,
+        alpha: int | None = None,
+        heads: int = 1,
+    ) -> None:
+        super().__init__(observation_size, hidden, attention, prior_weight, keep_bias, alpha)
+        if not hidden:
+            raise ValueError("attention among agents needs an actor with a hidden layer")
+        self.among_agents = AgentAttention(hidden[0], heads)
+
+    def forward(self, observation: Tensor, image: Tensor | None = None) -> Tensor:
+        """Logits [R, 2] of observations [R, D_obs]; ``image`` as of ``AgentAttention``."""
+        features = self.among_agents(self.net[:3](observation), image)
+        return self.with_prior(self.net[3:](features), observation)
+
+
+def logits_of(actor: nn.Module, observation: Tensor, image: Tensor | None) -> Tensor:
+    """An actor's logits [R, A]; only a ``CommunicatingActor`` is told which image agents are of."""
+    if isinstance(actor, CommunicatingActor):
+        return actor(observation, image)
+    return actor(observation)
 
 
 def _squared_norm(values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunevit.agents.policies.actor_critic import TokenActor
+from prunevit.agents.policies.actor_critic import CommunicatingActor, TokenActor, logits_of
 from prunevit.agents.policies.dither import with_dither
 from prunevit.envs.fields import field_size
 from prunevit.envs.observations import View
@@ -22,7 +22,7 @@ class LearnedPolicy(nn.Module):
     ``alpha``, ``threshold`` and ``dither`` can be changed at any time.
 
     Args:
-        actor: observations [R, D_obs] -> logits [R, 2].
+        actor: observations [R, D_obs] -> logits [R, 2]; or a ``CommunicatingActor``.
         fields: the fields that the actor observes.
         num_prefix: number of prefix tokens of the backbone it was trained with; None if unknown.
         alpha: weight of compute, for an actor that observes it. The higher it is, the fewer patches
@@ -55,6 +55,9 @@ class LearnedPolicy(nn.Module):
         self.needs_attention = "cls_attention" in self.fields
         self.compares_patches = "redundancy" in self.fields
         self.macs_per_decision = count_linear_macs(actor)
+        self.macs_per_pair = (
+            actor.among_agents.macs_per_pair if isinstance(actor, CommunicatingActor) else 0
+        )
         self.alpha = alpha
         self.threshold = threshold
 
@@ -148,4 +151,6 @@ class LearnedPolicy(nn.Module):
 
     def logits(self, view: View) -> Tensor:
         """Computes the actor's logits for the living patches, [R, 2]."""
-        return self.actor(view.living(self.fields))
+        # nothing is padded for one image
+        image = view.image if len(view.alive) != 1 else None
+        return logits_of(self.actor, view.living(self.fields), image)

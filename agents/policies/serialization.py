@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunevit.agents.policies.actor_critic import TokenActor
+from prunevit.agents.policies.actor_critic import CommunicatingActor, TokenActor, logits_of
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.agents.policies.heuristics import AttentionThreshold, KeepAll, TopK
 from prunevit.agents.policies.learned import LearnedPolicy
@@ -47,12 +48,15 @@ def describe_policy(policy: Policy) -> dict[str, Any]:
         if type(policy) is plain:
             return {"kind": kind} | {name: getattr(policy, name) for name in arguments}
     # not of subclasses, which may decide in another way
-    if type(policy) is LearnedPolicy and type(policy.actor) is TokenActor:
+    if type(policy) is LearnedPolicy and type(policy.actor) in (TokenActor, CommunicatingActor):
+        actor = policy.actor
+        heads = actor.among_agents.heads if isinstance(actor, CommunicatingActor) else 0
         return {
             "kind": "learned",
             "observation": list(policy.fields),
             "hidden": list(policy.actor.hidden),
             "attention_prior": policy.actor.attention is not None,
+            "actor_attention": heads,
             "alpha": policy.alpha,
             "threshold": policy.threshold,
             "dither": policy.dither,
@@ -95,6 +99,7 @@ def make_policy(described: Mapping[str, Any], backbone: StagedViT) -> Policy:
         described["hidden"],
         described["attention_prior"],
         described.get("alpha"),
+        described.get("actor_attention", 0),  # models of before 0.2 have none
     )
     policy.threshold = described.get("threshold", 0.5)
     policy.dither = described.get("dither", False)
@@ -141,7 +146,8 @@ def _on_a_probe(policy: Any, backbone: StagedViT) -> Tensor:
     device = some_tensor(policy).device
     if isinstance(policy, LearnedPolicy):
         size = sum(field_size(backbone, name) for name in policy.fields)
-        return policy.actor(torch.randn(PROBED, size, generator=random).to(device))
+        observation = torch.randn(PROBED, size, generator=random).to(device)
+        return logits_of(policy.actor, observation, None)
     tokens = torch.randn(PROBED, backbone.width, generator=random).to(device)
     image = torch.zeros(PROBED, dtype=torch.int64, device=device)
     alive = torch.ones(PROBED, device=device)
@@ -154,6 +160,7 @@ def learned_policy(
     hidden: Sequence[int],
     with_prior: bool,
     alpha: float | None = None,
+    heads: int = 0,
 ) -> LearnedPolicy:
     """Builds an untrained ``LearnedPolicy`` for ``backbone``.
 
@@ -163,13 +170,15 @@ def learned_policy(
         hidden: widths of the actor's hidden layers.
         with_prior: start from class attention, see ``TokenActor``.
         alpha: weight of compute, if it is observed.
+        heads: of the attention among agents; 0 for none.
     """
     slices = field_slices(backbone, observation)
     size = max(columns.stop for columns in slices.values())
     attention = slices["cls_attention"].start if with_prior else None
     alpha_column = slices["alpha"].start if "alpha" in slices else None
     with torch.random.fork_rng(devices=[]):
-        actor = TokenActor(size, hidden, attention, alpha=alpha_column)
+        make = partial(CommunicatingActor, heads=heads) if heads else TokenActor
+        actor = make(size, hidden, attention, alpha=alpha_column)
         return LearnedPolicy(actor, observation, backbone.num_prefix, alpha)
 
 

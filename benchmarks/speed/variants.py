@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from prunevit.agents.policies.actor_critic import TokenActor
 from prunevit.agents.policies.heuristics import KeepAll, TopK
 from prunevit.agents.policies.learned import LearnedPolicy
-from prunevit.agents.policies.policy import Policy
+from prunevit.agents.policies.policy import Policy, count_policy_macs
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.benchmarks.baselines.padded import PaddedViT
 from prunevit.benchmarks.baselines.tome import ToMeViT, macs_counter, merges_at
@@ -109,13 +110,15 @@ class Workload:
         Args:
             carried: patches that are computed after each stage, [n, T]; the living ones if None.
         """
-        decisions = self.packed.num_patches + self.survivors[:, :-1].sum(1).mean()
+        living = torch.from_numpy(self.survivors[:, :-1])
+        living = F.pad(living, (1, 0), value=self.packed.num_patches)  # [n, T]
+        decisions = count_policy_macs(self.policy, self.packed, living)
         counts = np.broadcast_to(
             self.survivors if carried is None else carried, self.keep.shape[:2]
         )
         with_attention = self.policy.needs_attention
         ran = [self.packed.uniform_macs(row, with_attention) for row in counts.tolist()]
-        return float(np.mean(ran) + decisions * self.policy.macs_per_decision)
+        return float(np.mean(ran) + decisions.double().mean())
 
     def longest(self, batch_size: int) -> NDArray[np.int64]:
         """The most living patches in each image's batch, [n, T]."""

@@ -12,13 +12,15 @@ from prunevit.envs.vit.staged_vit import StagedViT
 STAGES = (1, 3)
 
 
-def pruned(vit, prior=True, fields=DEFAULT_FIELDS):
+def pruned(vit, prior=True, fields=DEFAULT_FIELDS, heads=0):
     """Its decisions differ from image to image."""
-    policy = learned_policy(StagedViT(vit, STAGES), list(fields), [8], prior)
+    policy = learned_policy(StagedViT(vit, STAGES), list(fields), [8], prior, heads=heads)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         for layer in (policy.actor.net[1], policy.actor.net[-1]):
             torch.nn.init.normal_(layer.weight)
+        if heads:
+            torch.nn.init.normal_(policy.actor.among_agents.output.weight)
     policy.actor.keep_bias.data.fill_(-0.1)
     return prune(vit, policy, STAGES)
 
@@ -28,10 +30,12 @@ def images(make_images):
     return make_images(12).images
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"reg_tokens": 2}, {"init_values": 0.1}])
+@pytest.mark.parametrize(
+    ("kwargs", "heads"), [({}, 0), ({"reg_tokens": 2}, 0), ({"init_values": 0.1}, 0), ({}, 2)]
+)
 @torch.no_grad()
-def test_one_image_is_what_the_pruned_vit_does(make_vit, images, kwargs):
-    model = pruned(make_vit(**kwargs))
+def test_one_image_is_what_the_pruned_vit_does(make_vit, images, kwargs, heads):
+    model = pruned(make_vit(**kwargs), heads=heads)
     one = OneImage(model).eval()
     for image in images:
         torch.testing.assert_close(one(image[None]), model(image[None]), rtol=0, atol=1e-5)
@@ -48,12 +52,15 @@ def test_a_head_that_looks_at_all_tokens_does_so(make_vit, images):
 
 
 @pytest.mark.integration("onnx")
-@pytest.mark.parametrize("fields", [DEFAULT_FIELDS, (*DEFAULT_FIELDS, "redundancy")])
+@pytest.mark.parametrize(
+    ("fields", "heads"),
+    [(DEFAULT_FIELDS, 0), ((*DEFAULT_FIELDS, "redundancy"), 0), (DEFAULT_FIELDS, 2)],
+)
 @torch.no_grad()
-def test_onnxruntime_gives_the_same_logits(vit, images, tmp_path, fields):
+def test_onnxruntime_gives_the_same_logits(vit, images, tmp_path, fields, heads):
     import onnxruntime as runtime
 
-    model = pruned(vit, fields=fields)
+    model = pruned(vit, fields=fields, heads=heads)
     survivors = {int(kept.sum()) for kept in model(images, return_keep=True)[1]}
     assert len(survivors) > 3
     export_onnx(model, tmp_path / "pruned.onnx")

@@ -48,10 +48,10 @@ timm_records = pytest.mark.skipif(
 )
 
 
-def random_policy(backbone, fields=DEFAULT_FIELDS):
+def random_policy(backbone, fields=DEFAULT_FIELDS, heads=0):
     """Its random decisions are not all the same."""
     alpha = 0.1 if "alpha" in fields else None
-    policy = learned_policy(backbone, fields, [8], "cls_attention" in fields, alpha)
+    policy = learned_policy(backbone, fields, [8], "cls_attention" in fields, alpha, heads)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         for layer in (policy.actor.net[1], policy.actor.net[-1]):
@@ -459,12 +459,16 @@ def test_what_is_cached_is_nobodys_tensor(vit):
         TopK((9, 4), "random", seed=3),
         AttentionThreshold((0.9, 1.1), dither=0.5),
         DynamicViTPolicy(32, 2, keep=0.6, hidden=8, dither=True),
+        "among agents",
     ],
-    ids=["learned", "keep all", "attention", "random", "threshold", "dynamic"],
+    ids=["learned", "keep all", "attention", "random", "threshold", "dynamic", "among agents"],
 )
 @torch.no_grad()
 def test_what_was_saved_comes_back(make_vit, images, tmp_path, policy):
     vit = make_vit(global_pool="avg", num_classes=7)
+    if policy == "among agents":
+        policy = random_policy(StagedViT(vit, STAGES), heads=2)
+        torch.nn.init.normal_(policy.actor.among_agents.output.weight)
     model = pruned(vit, policy)
     model.save_pretrained(tmp_path / "mine")
     logits = model(images)

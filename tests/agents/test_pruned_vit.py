@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from prunevit.agents import KeepAll, LearnedPolicy, PrunedViT, TokenActor, TopK
+from prunevit.agents.policies.actor_critic import CommunicatingActor
 from prunevit.envs.fields import DEFAULT_FIELDS, field_slices
 from prunevit.envs.game import TokenGame
 from prunevit.envs.vit.staged_vit import StagedViT
@@ -12,15 +13,17 @@ BATCH, PATCHES, STAGES = 5, 16, (1, 2)
 HIDDEN = (8,)
 
 
-def learned_policy(backbone, fields=DEFAULT_FIELDS):
+def learned_policy(backbone, fields=DEFAULT_FIELDS, kind=TokenActor):
     """Its random decisions are not all the same."""
     slices = field_slices(backbone, fields)
     size = max(part.stop for part in slices.values())
     attention = slices["cls_attention"].start if "cls_attention" in fields else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        actor = TokenActor(size, HIDDEN, attention, prior_weight=0.3)
+        actor = kind(size, HIDDEN, attention, prior_weight=0.3)
         torch.nn.init.normal_(actor.net[-1].weight)
+        if kind is CommunicatingActor:
+            torch.nn.init.normal_(actor.among_agents.output.weight)
     return LearnedPolicy(actor, fields)
 
 
@@ -31,6 +34,7 @@ POLICIES = {
     "nothing": lambda backbone: TopK((0, 0), "norm"),
     "learned": learned_policy,
     "learned with redundancy": lambda backbone: learned_policy(backbone, ("redundancy", "token")),
+    "learned among agents": lambda backbone: learned_policy(backbone, kind=CommunicatingActor),
     "learned without attention": lambda backbone: learned_policy(backbone, ("token", "stage")),
 }
 
@@ -62,10 +66,10 @@ def test_a_pass_is_an_episode(make_vit, images, policy, execution, kwargs):
     # the policy comes on top; the game observes attention even for those that don't need it
     spent = [backbone.uniform_macs(kept, policy.needs_attention) for kept in outcome.kept.tolist()]
     decided = outcome.decisions * policy.macs_per_decision
-    if getattr(
-        policy, "compares_patches", False
-    ):  # all with all, then the survivors with each other
-        decided += (PATCHES**2 + outcome.kept[:, :-1].square().sum(1)) * backbone.width
+    # all with all, then the survivors with each other
+    of_pair = backbone.width * getattr(policy, "compares_patches", False)
+    of_pair += getattr(policy, "macs_per_pair", 0)
+    decided += (PATCHES**2 + outcome.kept[:, :-1].square().sum(1)) * of_pair
     assert torch.equal(trace.macs, torch.tensor(spent) + decided)
     if policy.needs_attention:
         torch.testing.assert_close((trace.macs - decided) / 1e9, outcome.gmacs, rtol=1e-6, atol=0)

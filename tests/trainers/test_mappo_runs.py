@@ -301,7 +301,7 @@ def test_a_finished_run_is_only_reported_again(whole, monkeypatch, tmp_path):
 def test_a_run_from_before_a_setting_came_goes_on(whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "older")
     (folder / "config.json").write_bytes(
-        edited(critic_norm=...)((folder / "config.json").read_bytes())
+        edited(critic_norm=..., actor_attention=...)((folder / "config.json").read_bytes())
     )
     run(["--resume", str(folder)])
     check_same(folder, whole)
@@ -391,6 +391,36 @@ def test_a_run_without_a_name_is_named_after_its_game_and_seed(monkeypatch):
     config = dataclasses.replace(defaults_for(SPREAD), seed=8)
     assert mappo.open_run(config)[0].path.match("runs/mpe2.simple_spread_v3-seed8-*")
     assert mappo.open_run(MappoConfig())[0].path.match("runs/token-prune-seed0-*")
+
+
+# what an actor among whose agents there is attention is trained with
+AMONG_AGENTS = {"actor_attention": 2, "minibatches": 1}
+
+
+@pytest.mark.parametrize("critic", ["central", "none"])
+def test_agents_that_attend_to_each_other_learn_and_go_on(critic, tokens, monkeypatch):
+    """In parts as in one; a run that was stopped ends as the one that wasn't."""
+    changes = AMONG_AGENTS | {"critic": critic}
+    run(tokens("one", accumulate=1, **changes))
+    run(tokens("parts", accumulate=3, **changes))
+    weights = load_file("runs/one/policy.safetensors")
+    assert weights["among_agents.output.weight"].abs().max() > 1e-3
+    for key, other in load_file("runs/parts/policy.safetensors").items():
+        torch.testing.assert_close(other, weights[key], rtol=1e-3, atol=1e-4)
+    iterate = mappo.Trainer.iterate
+
+    def stopped(trainer):
+        if trainer.iteration == 3:
+            raise KeyboardInterrupt
+        return iterate(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mappo.Trainer, "iterate", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(tokens("stopped", accumulate=3, **changes))
+    run(["--resume", "runs/stopped"])
+    check_same(Path("runs/stopped"), Path("runs/parts"))
+    assert PrunedViT.from_run("runs/one").policy.macs_per_pair > 0
 
 
 @pytest.mark.parametrize(("critic", "inputs"), [("central", 35 + 35), ("local", 35)])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Iterable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import nn
 
-from prunevit.agents.policies.actor_critic import Actor, TokenActor
+from prunevit.agents.policies.actor_critic import Actor, CommunicatingActor, TokenActor
 from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.agents.run_reader import default_alpha
@@ -106,7 +107,9 @@ class TokenPruneExperiment:
             attention = self.env.field_slices["cls_attention"].start
         size = self.env.observation_space.shape[0]
         alpha = self.env.field_slices.get("alpha")
-        return TokenActor(
+        heads = self.config.actor_attention
+        make = partial(CommunicatingActor, heads=heads) if heads else TokenActor
+        return make(
             size,
             self.config.hidden,
             attention,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,8 +64,8 @@ class Batch:
         observation: the distinct observations, [U, D_obs].
         seen: which of them each row saw, int64 [R].
         state: the distinct global states [S, D_state]; None where no critic sees them.
-        state_of: which of them each distinct observation was made in, int64 [U]; None without
-            ``state``.
+        state_of: which of them each distinct observation was made in, int64 [U]; None where
+            neither a critic nor an actor whose agents communicate needs it.
         mask: bool [R, A].
         action: int64 [R].
         log_prob: of the action when it was taken, [R].
@@ -72,6 +73,8 @@ class Batch:
         returns: targets of the critic, [R].
         advantage: normalised, [R].
         count: divides sums over the rows to give means: R, or the mean R of many ranks.
+        keeps_states_whole: whether ``micro_batches`` leaves all rows of a state together, since
+            their agents communicate.
     """
 
     observation: Tensor
@@ -85,6 +88,7 @@ class Batch:
     count: float
     state: Tensor | None = None
     state_of: Tensor | None = None
+    keeps_states_whole: bool = False
 
     def rows(self, index: Tensor, ranks: Ranks) -> Batch:
         """The rows at ``index``, int64 [R']."""
@@ -111,17 +115,31 @@ class Batch:
         if count < 2:
             return [self]
         batches = []
-        pieces = (getattr(self, name).tensor_split(count) for name in OF_ROWS)
+        cuts = self._between_states(count) if self.keeps_states_whole else count
+        pieces = (getattr(self, name).tensor_split(cuts) for name in OF_ROWS)
         for piece in zip(*pieces, strict=True):
             rows = dict(zip(OF_ROWS, piece, strict=True))
             # rows are in the order of what they see, and that in the order of states
             used, rows["seen"] = _span(rows["seen"])
             rows["observation"] = self.observation[used]
-            if self.state is not None and self.state_of is not None:
+            if self.state_of is not None:
                 used, rows["state_of"] = _span(self.state_of[used])
-                rows["state"] = self.state[used]
+                if self.state is not None:
+                    rows["state"] = self.state[used]
             batches.append(replace(self, **rows))
         return batches
+
+    def _between_states(self, count: int) -> list[int]:
+        """Where to cut the rows into ``count`` parts or fewer, about as large as each other, each
+        with all rows of its states.
+        """
+        assert self.state_of is not None
+        state = self.state_of[self.seen].cpu().numpy()
+        allowed = np.flatnonzero(np.diff(state)) + 1
+        ideal = np.arange(1, count) * len(state) / count
+        # beyond the last place where they can be cut they aren't
+        place = np.unique(np.searchsorted(allowed, ideal))
+        return allowed[place[place < len(allowed)]].tolist()
 
 
 def join(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

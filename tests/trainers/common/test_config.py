@@ -142,6 +142,8 @@ def test_a_run_of_before_keeps_its_networks_and_its_norms_decay():
     config = MappoConfig.from_json(values)
     assert (config.critic_norm, config.value_norm_decay) == (False, 0.99)
     assert config.hidden_layers == "gelu"
+    del values["actor_attention"]
+    assert MappoConfig.from_json(values).actor_attention == 0
 
 
 def test_settings_of_another_version_are_named():
@@ -221,6 +223,19 @@ def test_pettingzoo_needs_a_critic():
 def test_networks_that_the_token_game_can_not_read_again_are_refused():
     with pytest.raises(ValueError, match=r"'relu-norm' is for PettingZoo games"):
         MappoConfig(hidden_layers="relu-norm")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"minibatches": 2}, r"minibatches=2 would tear agents apart .* --minibatches 1"),
+        ({"hidden": ()}, "needs an actor with a hidden layer"),
+        ({"env": SPREAD}, "only agents of the token game attend"),
+    ],
+)
+def test_agents_that_can_not_attend_to_each_other_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        MappoConfig(actor_attention=2, **changes)
 
 
 def test_an_unknown_env_is_told_what_exists():
