@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prunevit.envs.fields import ALPHA_FLOOR, FIELDS, RowField, Rows, patch_positions
+from prunevit.envs.vit.merging import pad_units
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.tokens import Tokens
 
@@ -151,18 +152,14 @@ class View:
 
         It takes D multiply-accumulates for each pair of living patches.
         """
-        layout, prefix, patches = self._tokens.layout, self.backbone.num_prefix, self.count
+        layout, prefix = self._tokens.layout, self.backbone.num_prefix
         # the layout knows the longest image, so a GPU need not be waited for
         longest = self.backbone.num_patches if layout is None else layout.max_seqlen - prefix
         if longest < 1:  # no patch is left, or there is no image
             return self.token.new_zeros(0)
-        rank = self._alive.cumsum(1).flatten().index_select(0, self._places) - 1
-        cell = self.image * longest + rank
-        unit = self.token.new_zeros(len(patches) * longest, self.token.shape[1])
-        unit[cell] = F.normalize(self.token, dim=1)
-        unit = unit.unflatten(0, (len(patches), longest))
+        unit, cell = pad_units(self.token, self._alive, self._places, longest)
         similar = unit @ unit.transpose(1, 2)  # [B, longest, longest]
-        is_padding = torch.arange(longest, device=unit.device) >= patches[:, None]
+        is_padding = torch.arange(longest, device=unit.device) >= self.count[:, None]
         itself = torch.eye(longest, dtype=torch.bool, device=unit.device)
         similar = similar.masked_fill(is_padding[:, None] | itself, -1.0)
         return similar.amax(2).flatten().index_select(0, cell)

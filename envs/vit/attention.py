@@ -20,7 +20,9 @@ AMPERE = (8, 0)  # compute capability
 HAS_VARLEN = find_spec("torch.nn.attention.varlen") is not None
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, bias: Tensor | None = None
+) -> Tensor:
     """Softmax attention within each image of a packed tensor.
 
     Args:
@@ -28,11 +30,12 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         k: keys [S, heads, head_dim].
         v: values [S, heads, head_dim].
         layout: which rows belong to which image.
+        bias: what is added to all scores of each key, [S]; None for nothing.
 
     Returns:
         [S, heads * head_dim].
     """
-    if _has_varlen_kernel(q):
+    if bias is None and _has_varlen_kernel(q):  # it takes no bias
         from torch.nn.attention.varlen import varlen_attn
 
         cu_seqlens, max_seqlen = layout.cu_seqlens, layout.max_seqlen
@@ -41,11 +44,12 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         return mixed.flatten(1)
     # what differs from layout to layout is no business of a compiler
     attend = _opaque_attend if torch.compiler.is_compiling() else _attend
-    padding = layout.padding
+    padding, biased = layout.padding, bias is not None
     if padding is None:
-        return attend(q, k, v, layout.buckets, None)
+        return attend(q, k, v, layout.buckets, bias, biased)
     q, k, v = (rows.index_select(0, padding.row) for rows in (q, k, v))
-    return attend(q, k, v, layout.buckets, padding.bias).index_select(0, padding.cell)
+    mask = padding.bias if bias is None else padding.bias + bias.index_select(0, padding.row)
+    return attend(q, k, v, layout.buckets, mask, biased).index_select(0, padding.cell)
 
 
 def _has_varlen_kernel(q: Tensor) -> bool:
@@ -72,16 +76,19 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
     return scores.softmax(-1) @ v
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, bias: Tensor | None) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, bias: Tensor | None, biased: bool
+) -> Tensor:
     """Attention over cells, one call a bucket.
 
-    [cells, heads, head_dim] -> [cells, heads * head_dim].
+    [cells, heads, head_dim] -> [cells, heads * head_dim]. Without ``biased``, ``bias`` is zero in
+    buckets without padding, and left away there.
     """
     mixed, start = [], 0
     for images, length, padded in buckets.view(-1, 3).tolist():
         stop = start + images * length
         mask = None
-        if padded and bias is not None:
+        if bias is not None and (padded or biased):
             mask = bias[start:stop].view(images, 1, 1, length).to(q.dtype)
         queries, keys, values = (
             rows[start:stop].unflatten(0, (images, length)).transpose(1, 2) for rows in (q, k, v)
@@ -95,17 +102,23 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, bias: Tensor | Non
 
 
 @torch.library.custom_op("prunevit::attend", mutates_args=())
-def _opaque_attend(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, bias: Tensor | None) -> Tensor:
+def _opaque_attend(
+    q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, bias: Tensor | None, biased: bool
+) -> Tensor:
     """``_attend`` as one operator without a gradient."""
-    return _attend(q, k, v, buckets, bias)
+    return _attend(q, k, v, buckets, bias, biased)
 
 
 @_opaque_attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, bias: Tensor | None) -> Tensor:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, bias: Tensor | None, biased: bool
+) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
 
 
-def attention_received(q: Tensor, k: Tensor, layout: Layout, num_query_tokens: int) -> Tensor:
+def attention_received(
+    q: Tensor, k: Tensor, layout: Layout, num_query_tokens: int, bias: Tensor | None = None
+) -> Tensor:
     """The attention that every row receives from one query of its image, averaged over heads.
 
     With the query of the class token this is the first row of each image's attention matrix.
@@ -116,18 +129,24 @@ def attention_received(q: Tensor, k: Tensor, layout: Layout, num_query_tokens: i
         layout: which rows belong to which image.
         num_query_tokens: an image's query is the mean of those of this many first tokens, or of all
             its tokens if 0.
+        bias: what is added to the score of each key, [S]; None for nothing.
 
     Returns:
         [S]; sums to 1 over each image.
     """
     receive = _opaque_received if torch.compiler.is_compiling() else _received
-    received = receive(q, k, layout.image, layout.buckets, num_query_tokens)
+    received = receive(q, k, layout.image, layout.buckets, num_query_tokens, bias)
     assert isinstance(received, Tensor)
     return received
 
 
 def _received(
-    q: Tensor, k: Tensor, image: Tensor, buckets: Tensor, num_query_tokens: int
+    q: Tensor,
+    k: Tensor,
+    image: Tensor,
+    buckets: Tensor,
+    num_query_tokens: int,
+    bias: Tensor | None,
 ) -> Tensor:
     calls = buckets.view(-1, 3).tolist()
     scale = q.shape[-1] ** -0.5
@@ -135,10 +154,15 @@ def _received(
         # images of one length need no gathering
         queries, keys = (rows.unflatten(0, calls[0][:2]) for rows in (q, k))
         query = queries[:, : num_query_tokens or None].mean(1, keepdim=True)
-        return ((keys * query).sum(-1) * scale).softmax(1).mean(-1).flatten()
+        scores = (keys * query).sum(-1) * scale  # [B, L, heads]
+        if bias is not None:
+            scores = scores + bias.view(*scores.shape[:2], 1)
+        return scores.softmax(1).mean(-1).flatten()
     images = sum(call[0] for call in calls)
     query = _mean_query(q, image, images, num_query_tokens)
     scores = (query[image] * k).sum(-1) * scale  # [S, heads]
+    if bias is not None:
+        scores = scores + bias[:, None]
     if scores.dtype in HALF_PRECISION:
         scores = scores.float()  # sums of half precision stop growing
     index = image[:, None].expand_as(scores)
@@ -162,12 +186,24 @@ def _mean_query(q: Tensor, image: Tensor, images: int, num_query_tokens: int) ->
 
 @torch.library.custom_op("prunevit::attention_received", mutates_args=())
 def _opaque_received(
-    q: Tensor, k: Tensor, image: Tensor, buckets: Tensor, num_query_tokens: int
+    q: Tensor,
+    k: Tensor,
+    image: Tensor,
+    buckets: Tensor,
+    num_query_tokens: int,
+    bias: Tensor | None,
 ) -> Tensor:
     """``_received`` as one operator without a gradient."""
-    return _received(q, k, image, buckets, num_query_tokens).to(q.dtype)
+    return _received(q, k, image, buckets, num_query_tokens, bias).to(q.dtype)
 
 
 @_opaque_received.register_fake
-def _(q: Tensor, k: Tensor, image: Tensor, buckets: Tensor, num_query_tokens: int) -> Tensor:
+def _(
+    q: Tensor,
+    k: Tensor,
+    image: Tensor,
+    buckets: Tensor,
+    num_query_tokens: int,
+    bias: Tensor | None,
+) -> Tensor:
     return q.new_empty(q.shape[0])

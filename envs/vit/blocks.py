@@ -31,12 +31,15 @@ class BlockCall:
         rotary: rotary embedding of the rows in this block; None if the model has none.
         num_query_tokens: also return the attention that each row receives from the mean query of
             this many first tokens of its image, or of all its tokens if 0; None returns none.
+        log_size: logarithm of the number of first tokens that each row stands for, [rows]. Added to
+            the scores of its key it makes attention proportional to that number. None if all are 1.
     """
 
     ops: ModelOps
     block: Any
     rotary: RotaryEmbedding | None
     num_query_tokens: int | None
+    log_size: Tensor | None = None
 
 
 def packed_block(call: BlockCall, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
@@ -60,7 +63,8 @@ def packed_block(call: BlockCall, x: Tensor, layout: Layout) -> tuple[Tensor, Te
     if plain and not uses_onednn(block.attn.proj, x):
         images = x.unflatten(0, (-1, layout.uniform_length))
         rope = call.rotary.patches(len(images)) if call.rotary else None
-        return ops.dense_block(block, images, None, rope).flatten(0, 1), None
+        mask = _proportional(call.log_size, len(images))
+        return ops.dense_block(block, images, mask, rope).flatten(0, 1), None
     x, received = _packed_attention(call, x, layout)
     return ops.steps(block).mlp(block, x), received
 
@@ -73,13 +77,18 @@ def _packed_attention(call: BlockCall, x: Tensor, layout: Layout) -> tuple[Tenso
     block, steps = call.block, call.ops.steps(call.block)
     attn, source = block.attn, steps.pre_attention(block, x)
     q, k, v = call.ops.project(block, source, call.rotary.rows() if call.rotary else None)
-    mixed = attn.norm(varlen_attention(q, k, v, layout))
+    mixed = attn.norm(varlen_attention(q, k, v, layout, call.log_size))
     if getattr(attn, "gate", None) is not None:
         mixed = mixed * attn.gate(source).sigmoid()
     received = None
     if call.num_query_tokens is not None:
-        received = attention_received(q, k, layout, call.num_query_tokens)
+        received = attention_received(q, k, layout, call.num_query_tokens, call.log_size)
     return steps.residual(block, x, linear(attn.proj, mixed)), received
+
+
+def _proportional(log_size: Tensor | None, images: int) -> Tensor | None:
+    """timm's attention mask for images of one length; ``BlockCall.log_size`` -> [B, 1, 1, L]."""
+    return None if log_size is None else log_size.view(images, 1, 1, -1)
 
 
 # the lengths of images differ from batch to batch: nothing to compile
@@ -94,15 +103,17 @@ def timm_block(call: BlockCall, x: Tensor, layout: Layout) -> tuple[Tensor, Tens
     for rows, images, length in layout.groups():
         part = x[rows].unflatten(0, (images, length))
         rope = call.rotary.slice_rows(rows).patches(images) if call.rotary else None
+        bias = None if call.log_size is None else call.log_size[rows]
+        mask = _proportional(bias, images)
         if call.num_query_tokens is None:
-            out = call.ops.dense_block(call.block, part, None, rope)
+            out = call.ops.dense_block(call.block, part, mask, rope)
         else:
-            out, q, k = _observed_block(call, part, rope)
+            out, q, k = _observed_block(call, part, mask, rope)
             group = Layout.uniform(images, length, layout.width, x.device)
             if not attn.fused_attn:  # fused kernels take the usual scale, whatever attn.scale is
                 q = q * (attn.scale / attn.head_dim**-0.5)
             rows_of = (q.flatten(0, 1), k.flatten(0, 1))
-            paid.append(attention_received(*rows_of, group, call.num_query_tokens))
+            paid.append(attention_received(*rows_of, group, call.num_query_tokens, bias))
         outputs.append(out.flatten(0, 1))
     if not outputs:
         return x, None if call.num_query_tokens is None else x.new_zeros(0)
@@ -110,7 +121,7 @@ def timm_block(call: BlockCall, x: Tensor, layout: Layout) -> tuple[Tensor, Tens
 
 
 def _observed_block(
-    call: BlockCall, images: Tensor, rope: Tensor | None
+    call: BlockCall, images: Tensor, mask: Tensor | None, rope: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """timm's block on images [B, L, D], with the queries and keys [B, L, heads, head_dim] in it.
 
@@ -118,7 +129,7 @@ def _observed_block(
     """
     attn = call.block.attn
     with _capture_outputs(attn, ("q_norm", "k_norm")) as seen:
-        out = call.ops.dense_block(call.block, images, None, rope)
+        out = call.ops.dense_block(call.block, images, mask, rope)
     if len(seen) != 2:
         raise RuntimeError(
             "the attention of a block was replaced, so that the attention which tokens receive "
@@ -177,7 +188,11 @@ def masked_block(call: BlockCall, x: Tensor, alive: Tensor) -> tuple[Tensor, Ten
     if call.num_query_tokens is not None:
         received = masked_attention_received(call, images, alive).flatten()
     rope = call.rotary.patches(len(images)) if call.rotary else None
-    out = call.ops.dense_block(call.block, images, alive[:, None, None, :], rope)
+    mask = alive[:, None, None, :]
+    sizes = _proportional(call.log_size, len(images))
+    if sizes is not None:
+        mask = sizes.masked_fill(~mask, -torch.inf)
+    out = call.ops.dense_block(call.block, images, mask, rope)
     return out.flatten(0, 1), received
 
 
@@ -192,7 +207,9 @@ def timm_block_on_slots(call: BlockCall, x: Tensor, alive: Tensor) -> tuple[Tens
     attn = call.block.attn
     layout = Layout.of(lengths, attn.num_heads * attn.head_dim, alive.device)
     rotary = call.rotary.take(slot % alive.shape[1]) if call.rotary else None
-    out, received = timm_block(replace(call, rotary=rotary), x.index_select(0, slot), layout)
+    sizes = None if call.log_size is None else call.log_size.index_select(0, slot)
+    some = replace(call, rotary=rotary, log_size=sizes)
+    out, received = timm_block(some, x.index_select(0, slot), layout)
     if received is not None:
         received = received.new_zeros(len(x)).index_copy(0, slot, received)
     return x.to(out.dtype).index_copy(0, slot, out), received
@@ -217,5 +234,7 @@ def masked_attention_received(call: BlockCall, images: Tensor, alive: Tensor) ->
         weight = alive.float()[..., None, None]  # in half precision sums would overflow
         query = ((q * weight).sum(1) / weight.sum(1)).to(q.dtype)
     scores = torch.einsum("bhd,blhd->bhl", query, k) * call.block.attn.scale
+    if call.log_size is not None:
+        scores = scores + call.log_size.view(len(images), 1, -1)
     scores = scores.masked_fill(~alive[:, None, :], -torch.inf)
     return scores.softmax(-1).mean(1)

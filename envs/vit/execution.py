@@ -74,11 +74,12 @@ def run_blocks(
     packed = eager_block if gradients else compile_block() if torch_compile else packed_block
     own, timms = (masked_block, timm_block_on_slots) if masked else (packed, timm_block)
     where: Any = tokens.alive if masked else tokens.layout
+    log_size = None if tokens.size is None else tokens.size.log().to(x.dtype)
     recomputes = model.grad_checkpointing and gradients
     for i, plain in zip(range(start, stop), untouched, strict=True):
         rotary = tokens.rotary.of_block(i) if tokens.rotary else None
         queries = num_query_tokens if i == stop - 1 else None
-        arguments = (BlockCall(ops, model.blocks[i], rotary, queries), x, where)
+        arguments = (BlockCall(ops, model.blocks[i], rotary, queries, log_size), x, where)
         run = own if plain else timms
         # as timm's models do: what a block computes for the backward pass is computed again there
         x, received = checkpoint(run, *arguments) if recomputes else run(*arguments)
@@ -102,7 +103,8 @@ def _run_chunks(
     x, received = torch.empty_like(tokens.x), []
     for rows, layout in tokens.layout.split(count):
         rotary = tokens.rotary.slice_rows(rows) if tokens.rotary else None
-        chunk = replace(tokens, x=tokens.x[rows], layout=layout, rotary=rotary)
+        size = None if tokens.size is None else tokens.size[rows]
+        chunk = replace(tokens, x=tokens.x[rows], layout=layout, rotary=rotary, size=size)
         out = run_blocks(
             model, ops, lambda c=chunk: c, start, stop, num_query_tokens, chunked=False
         )

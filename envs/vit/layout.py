@@ -143,10 +143,13 @@ class Layout:
         ends = _cumulative(self.lengths).tolist()
         return [(slice(ends[i], ends[j]), self.lengths[i:j]) for i, j in pairwise(edges.tolist())]
 
-    def mean(self, rows: Tensor) -> Tensor:
-        """Averages over each image's rows: [S, ...] -> [B, ...]."""
+    def mean(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Averages over each image's rows, with the weights [S] of rows: [S, ...] -> [B, ...]."""
         # sums of half precision would overflow, or stop growing
         wide = rows.float() if rows.dtype.itemsize < 4 else rows
+        if weight is not None:
+            share = weight / self.mean(weight)[self.image]
+            wide = wide * share.view(-1, *[1] * (rows.dim() - 1))
         total = wide.new_zeros(len(self.lengths), *rows.shape[1:]).index_add(0, self.image, wide)
         count = torch.from_numpy(self.lengths).to(wide.device, wide.dtype)
         return (total / count.view(-1, *[1] * (rows.dim() - 1))).to(rows.dtype)

@@ -106,6 +106,18 @@ class Macs:
         return self.embed + self.blocks(tokens, 0, len(self.of_blocks)) + self.head(tokens)
 
 
+def merging_macs(merged: Any, survivors: Any, width: int) -> Any:
+    """Of merging patches into survivors of their image: a similarity of each with every survivor,
+    and the products of the averages, one for what comes and at most one for what it comes to.
+
+    Args:
+        merged: number of patches that go, an int or int64 tensor.
+        survivors: number of patches that stay; where there are none, nothing merges.
+        width: D, the embedding width.
+    """
+    return merged * (survivors + 2) * width * (survivors > 0)
+
+
 def _evaluate(polynomial: Sequence[int], tokens: Any) -> Any:
     constant, linear, quadratic = polynomial
     return constant + tokens * linear + tokens**2 * quadratic

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from prunevit.choices import check_choice
 from prunevit.envs.vit.execution import embed_chunks, num_chunks, run_blocks
 from prunevit.envs.vit.layout import Layout
-from prunevit.envs.vit.macs import Macs, head_size
+from prunevit.envs.vit.macs import Macs, head_size, merging_macs
+from prunevit.envs.vit.merging import merge_tokens
 from prunevit.envs.vit.timm_models.heads import (
     classify_pooled,
     classify_prefix,
@@ -36,6 +37,7 @@ from prunevit.envs.vit.tokens import Segment, Tokens, nonzero, remove_tokens
 from prunevit.envs.vit.untouched import why_bypassed
 
 Execution = Literal["packed", "masked"]
+OnPrune = Literal["drop", "merge"]
 
 
 class StagedViT(nn.Module):
@@ -56,6 +58,10 @@ class StagedViT(nn.Module):
         torch_compile: compile the blocks of packed execution with ``torch.compile``, which takes
             half a minute for each of at most six graphs. Where gradients may be needed, they run
             uncompiled.
+        on_prune: what becomes of pruned patches. "drop": they are gone. "merge": each is averaged
+            into the most similar patch of its image that stays, by cosine of the embeddings,
+            weighted with the number of patches that each stands for. Attention and pooling weigh
+            tokens with that number. An image that loses all of its patches loses what they held.
 
     Attributes:
         num_patches: N.
@@ -72,7 +78,8 @@ class StagedViT(nn.Module):
 
     Raises:
         UnsupportedBackboneError: the model can't run on part of its tokens; the message says why.
-        ValueError: stages out of range, repeated or out of order, or an unknown execution.
+        ValueError: stages out of range, repeated or out of order, or an unknown ``execution`` or
+            ``on_prune``.
     """
 
     def __init__(
@@ -81,12 +88,15 @@ class StagedViT(nn.Module):
         prune_before: Sequence[int] | None = None,
         execution: Execution = "packed",
         torch_compile: bool = False,
+        on_prune: OnPrune = "drop",
     ) -> None:
         super().__init__()
         check_choice("execution", execution, get_args(Execution))
+        check_choice("on_prune", on_prune, get_args(OnPrune))
         self.ops = model_ops(model)
         self.model = cast(Any, model)
         self.execution = execution
+        self.on_prune = on_prune
         self._torch_compile = torch_compile
         self.depth = len(self.model.blocks)
         self.prune_before = _check_stages(prune_before, self.depth)
@@ -154,9 +164,10 @@ class StagedViT(nn.Module):
 
         Raises:
             ValueError: the images have another size than the backbone, or its patch dropout is on.
-            UnsupportedBackboneError: the model was given hooks that could not run.
+            UnsupportedBackboneError: the model was given hooks that could not run, or a head that
+                can't weigh merged patches.
         """
-        reason = why_bypassed(self.model)
+        reason = why_bypassed(self.model) or self._why_not_merged()
         if reason is not None:
             raise UnsupportedBackboneError(reason)
         if head_size(self.model) != self._counted_head:
@@ -175,6 +186,17 @@ class StagedViT(nn.Module):
             )
         make = partial(self._embed, images, execution)
         return self._run(make, 0, self.prune_before[0], with_attention)
+
+    def _why_not_merged(self) -> str | None:
+        """Why the head can't pool merged patches, or None if it can."""
+        if self.on_prune == "drop" or not pools_tokens(self.model):
+            return None
+        if is_head_untouched(self.model, hooked=True):  # those that count and trace only look on
+            return None
+        return (
+            "on_prune='merge': a pooling head with hooks, replaced or quantised layers would take "
+            "each merged patch for a single one: take on_prune='drop', or remove what was added"
+        )
 
     @torch.compiler.disable(recursive=False)
     def _embed(self, images: Tensor, execution: Execution | None) -> Tokens:
@@ -243,7 +265,7 @@ class StagedViT(nn.Module):
 
     @torch.compiler.disable
     def prune(self, tokens: Tokens, keep: Tensor) -> Tokens:
-        """Removes the patches where ``keep``, bool [B, N], is False."""
+        """Removes the patches where ``keep``, bool [B, N], is False, see ``on_prune``."""
         patches = tokens.alive[:, self.num_prefix :]
         survivors = patches & keep
         if self.keeps_last_patch:
@@ -251,6 +273,8 @@ class StagedViT(nn.Module):
             spared = patches & (patches.cumsum(1) == 1)
             survivors = torch.where(survivors.any(1, keepdim=True), survivors, spared)
         alive = torch.cat([tokens.alive[:, : self.num_prefix], survivors], dim=1)
+        if self.on_prune == "merge":
+            return merge_tokens(tokens, alive, self.num_prefix)
         return remove_tokens(tokens, alive)
 
     @torch.compiler.disable
@@ -259,7 +283,8 @@ class StagedViT(nn.Module):
 
         A model without a classifier returns what would go into it: [B, D].
         """
-        if not is_head_untouched(self.model):
+        weighs = tokens.size is not None and pools_tokens(self.model)
+        if not weighs and not is_head_untouched(self.model):
             return self._by_length(tokens, lambda x: self.model.forward_head(self.model.norm(x)))
         if not pools_tokens(self.model):
             if tokens.layout is not None and tokens.layout.uniform_length is not None:
@@ -269,9 +294,11 @@ class StagedViT(nn.Module):
             return classify_prefix(self.model, tokens.x[row[:, : self.num_prefix]])
         lengths = tokens.alive.sum(1).cpu().numpy()
         slot = nonzero(tokens.alive.flatten()[None], int(lengths.sum()))[1]
-        rows = self.model.norm(tokens.x.index_select(0, tokens.row[slot]))
+        row = tokens.row[slot]
+        rows = self.model.norm(tokens.x.index_select(0, row))
         layout = Layout.of(lengths, attention_width(self.model), rows.device)
-        return classify_pooled(self.model, rows, layout)
+        size = None if tokens.size is None else tokens.size[row]
+        return classify_pooled(self.model, rows, layout, size=size)
 
     def _by_length(self, tokens: Tokens, run: Callable[[Tensor], Tensor]) -> Tensor:
         """Runs a function of whole images on those that have as many tokens left together.
@@ -321,9 +348,17 @@ class StagedViT(nn.Module):
 
         Returns:
             logits [B, classes].
+
+        Raises:
+            UnsupportedBackboneError: the head pools patches that may have merged.
         """
         if not pools_tokens(self.model):
             return self.model.forward_head(features, pre_logits=pre_logits)
+        if self.on_prune == "merge":
+            raise UnsupportedBackboneError(
+                "on_prune='merge': features don't tell how many patches each stands for, which a "
+                "pooling head needs: classify images as a whole"
+            )
         alive = features.ne(0).any(2)
         if not is_head_untouched(self.model):
             head = partial(self.model.forward_head, pre_logits=pre_logits)
@@ -345,7 +380,15 @@ class StagedViT(nn.Module):
             spent = spent + self._macs.blocks(count, segment.start, segment.stop)
             if segment.with_attention:
                 spent = spent + self._macs.attention_received(count)
+        if self.on_prune == "merge":
+            counts = [segment.alive.sum(1) for segment in tokens.segments] + [tokens.alive.sum(1)]
+            for before, after in pairwise(counts):
+                spent = spent + self._merging_macs(before, after)
         return spent
+
+    def _merging_macs(self, before: Any, after: Any) -> Any:
+        """Multiply-accumulates of the merging that leaves ``after`` of ``before`` tokens."""
+        return merging_macs(before - after, after - self.num_prefix, self.width)
 
     def uniform_macs(self, tokens: Sequence[int], with_attention: bool = True) -> int:
         """Multiply-accumulates of an image that keeps ``tokens[t]`` patches at each stage t."""
@@ -356,6 +399,8 @@ class StagedViT(nn.Module):
             spent += self._macs.blocks(count, start, stop)
             if with_attention and stop > start and stop < self.depth:
                 spent += self._macs.attention_received(count)
+        if self.on_prune == "merge":
+            spent += sum(self._merging_macs(*counts) for counts in pairwise(alive))
         return spent
 
     def segment_macs(self, alive_patches: Tensor, stage: int) -> Tensor:

@@ -48,6 +48,8 @@ class Tokens:
             without a class token uses the mean query of its prefix tokens, or of all its tokens.
         segments: the blocks that have run so far.
         rotary: rotary embedding of the rows; None if the model has none.
+        size: number of first tokens that each row stands for, float [S]; None as long as no tokens
+            have merged.
     """
 
     x: Tensor
@@ -57,6 +59,7 @@ class Tokens:
     attention: Tensor | None = None
     segments: tuple[Segment, ...] = ()
     rotary: RotaryEmbedding | None = None
+    size: Tensor | None = None
 
     @staticmethod
     def of_slots(x: Tensor, alive: Tensor) -> Tokens:
@@ -83,6 +86,7 @@ class Tokens:
             alive=self.alive.repeat_interleave(times, dim=0),
             row=row if shared else torch.arange(len(row), device=row.device),
             attention=self.attention if shared or self.attention is None else self.attention[row],
+            size=self.size if shared or self.size is None else self.size[row],
             segments=tuple(
                 replace(segment, alive=segment.alive.repeat_interleave(times, dim=0))
                 for segment in self.segments
@@ -117,13 +121,15 @@ def remove_tokens(tokens: Tokens, alive: Tensor) -> Tokens:
         layout = Layout.of(lengths, width, alive.device)
         row = torch.zeros_like(tokens.row)
         row[slot] = torch.arange(len(slot), device=slot.device)
+    source = tokens.row.index_select(0, slot)
     return Tokens(
-        x=tokens.x.index_select(0, tokens.row.index_select(0, slot)),
+        x=tokens.x.index_select(0, source),
         alive=alive,
         row=row,
         layout=layout,
         segments=tokens.segments,
         rotary=tokens.rotary.take(slot % alive.shape[1]) if tokens.rotary else None,
+        size=None if tokens.size is None else tokens.size.index_select(0, source),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
@@ -25,7 +26,13 @@ def classify_prefix(model: Any, prefix: Tensor) -> Tensor:
     return model.forward_head(model.norm(prefix))
 
 
-def classify_pooled(model: Any, rows: Tensor, layout: Layout, pre_logits: bool = False) -> Tensor:
+def classify_pooled(
+    model: Any,
+    rows: Tensor,
+    layout: Layout,
+    pre_logits: bool = False,
+    size: Tensor | None = None,
+) -> Tensor:
     """timm's ``forward_head`` for models that pool over their tokens.
 
     Args:
@@ -33,6 +40,8 @@ def classify_pooled(model: Any, rows: Tensor, layout: Layout, pre_logits: bool =
         rows: tokens after the last norm [S, D].
         layout: which rows belong to which image.
         pre_logits: return the input of the classifier instead of logits.
+        size: number of first tokens that each row stands for, [S]: it is pooled as if it were there
+            as many times. None if all are 1.
 
     Returns:
         logits [B, classes].
@@ -43,21 +52,28 @@ def classify_pooled(model: Any, rows: Tensor, layout: Layout, pre_logits: bool =
             "forward_features, or build the model with another global_pool"
         )
     if not _pools_prefix(model):
+        if size is not None:
+            size = layout.without_first(size, model.num_prefix_tokens)[0]
         rows, layout = layout.without_first(rows, model.num_prefix_tokens)
+    log_size = None if size is None else size.log().to(rows.dtype)
     if model.global_pool == "prr":
         pool = model.attn_pool
         heads = pool.pre_norm(rows).unflatten(1, (pool.num_heads, pool.head_dim))
-        refined = pool.post_norm(varlen_attention(heads, heads, heads, layout))
-        pooled = refined[layout.starts] if pool.pool == "token" else layout.mean(refined)
+        refined = pool.post_norm(varlen_attention(heads, heads, heads, layout, log_size))
+        pooled = refined[layout.starts] if pool.pool == "token" else layout.mean(refined, size)
     elif model.global_pool == "map":
         padded, valid = layout.pad(rows)
-        pooled = model.attn_pool(padded, attn_mask=valid[:, None, None, :])
+        mask = valid[:, None, None, :]
+        if log_size is not None:
+            bias = layout.pad(log_size[:, None])[0].mT[:, None]
+            mask = bias.masked_fill(~mask, -torch.inf)
+        pooled = model.attn_pool(padded, attn_mask=mask)
     elif model.global_pool == "avg":
-        pooled = layout.mean(rows)
+        pooled = layout.mean(rows, size)
     elif model.global_pool == "max":
         pooled = layout.max(rows)
     else:
-        pooled = 0.5 * (layout.max(rows) + layout.mean(rows))
+        pooled = 0.5 * (layout.max(rows) + layout.mean(rows, size))
     pooled = model.head_drop(model.fc_norm(pooled))
     return pooled if pre_logits else model.head(pooled)
 
@@ -87,10 +103,15 @@ def count_classes(model: Any) -> int:
     return sizes[-1] if sizes else model.num_classes
 
 
-def is_head_untouched(model: Any) -> bool:
-    """Whether nothing but timm's own code runs after the last block."""
+def is_head_untouched(model: Any, hooked: bool = False) -> bool:
+    """Whether nothing but timm's own code runs after the last block.
+
+    Args:
+        model: timm's model.
+        hooked: leave hooks on all modules together out of account.
+    """
     own = vars(model)
-    if "forward_head" in own or "pool" in own or has_global_hooks():
+    if "forward_head" in own or "pool" in own or (has_global_hooks() and not hooked):
         return False
     names = ("norm", "attn_pool", "fc_norm", "head_drop", "head", "head_dist")
     parts = [own["_modules"].get(name) for name in names]

@@ -36,10 +36,17 @@ def play(game, images, labels, shares):
     return [*told, stage.outcome.logits]
 
 
-def test_a_compiled_game_is_the_same_and_compiles_no_number_of_tokens_anew(vit, make_images):
+@pytest.mark.parametrize("on_prune", ["drop", "merge"])
+def test_a_compiled_game_is_the_same_and_compiles_no_number_of_tokens_anew(
+    vit, make_images, on_prune
+):
     images, labels = make_images(24).load(range(24))
     plain, fast = (
-        TokenGame(StagedViT(vit, (1, 3), torch_compile=is_compiled), TeamReward(accuracy="kl"), 2)
+        TokenGame(
+            StagedViT(vit, (1, 3), torch_compile=is_compiled, on_prune=on_prune),
+            TeamReward(accuracy="kl"),
+            rollouts_per_image=2,
+        )
         for is_compiled in (False, True)
     )
     graphs = []
