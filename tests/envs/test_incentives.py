@@ -18,6 +18,8 @@ REWARDS = {
     "team": TeamReward(),
     "markov-game": MarkovGameReward(),
     "released-code": ReleasedCodeReward(),
+    "team, embeddings": TeamReward(accuracy="embedding"),
+    "markov-game, embeddings": MarkovGameReward(accuracy="embedding"),
 }
 
 
@@ -37,6 +39,12 @@ def game():
         "observation": ("cls_attention",),
         "device": "cpu",
     }
+
+
+def paying(game, reward):
+    """Arguments of the game with this reward, on a backbone that gives what it reads."""
+    headless = {"backbone": create_backbone("digits_vit", num_classes=0)}
+    return game | {"reward": reward} | (headless if reward.reads == "embeddings" else {})
 
 
 # --- ways to play: what is seen [B, N, 1] and the stage -> who is kept, bool [B, N] ---
@@ -80,7 +88,7 @@ def assert_order(received, reward):
 
 def through(driver, game, reward, way):
     batch = IMAGES if driver.batch > 1 else 1
-    env = driver.make(batch, game | {"reward": reward})
+    env = driver.make(batch, paying(game, reward))
     total = 0.0
     for start in range(0, IMAGES, batch):
         seen = driver.begin(env, indices=list(range(start, start + batch)))
@@ -118,7 +126,7 @@ def one_by_one(env, way):
 @pytest.mark.parametrize("reward", REWARDS.values(), ids=REWARDS)
 @pytest.mark.parametrize("pruned_agents", ["stay", "leave"])
 def test_one_image_at_a_time_pays_alike(game, reward, pruned_agents):
-    arguments = game | {"reward": reward, "pruned_agents": pruned_agents}
+    arguments = paying(game, reward) | {"pruned_agents": pruned_agents}
     if pruned_agents == "leave" and reward.pays_pruned:
         with pytest.raises(ValueError, match="whoever left would not receive it"):
             TokenPruneEnv(**arguments)
