@@ -13,7 +13,8 @@ from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.policies.serialization import own_additions
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.envs.observations import View
-from prunevit.envs.vit.blocks import BlockCall, masked_attention_received
+from prunevit.envs.vit.blocks import BlockCall, dense_block, masked_attention_received
+from prunevit.envs.vit.execution import split_at_blocks
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.timm_models.heads import (
     classify_prefix,
@@ -77,8 +78,7 @@ class OneImage(nn.Module):
             raise ExportError("a backbone that rotates positions can't be exported")
         everyone = torch.ones(1, backbone.num_slots, dtype=torch.bool, device=x.device)
         tokens = Tokens.of_slots(x, everyone)
-        edges = (0, *backbone.prune_before, backbone.depth)
-        for stage, (start, stop) in enumerate(pairwise(edges)):
+        for stage, (start, stop) in enumerate(pairwise((0, *backbone.edges))):
             last = stage == backbone.num_stages
             tokens = self._run(tokens, start, stop, policy.needs_attention and not last)
             if not last:
@@ -110,14 +110,17 @@ class OneImage(nn.Module):
     def _run(self, tokens: Tokens, start: int, stop: int, with_attention: bool) -> Tokens:
         backbone, image, attention = self.backbone, tokens.x[None], None
         torch._check(image.shape[1] > 0)  # the class token always stays
-        for i in range(start, stop):
+        blocks = split_at_blocks(start, stop)
+        for i, sublayer in blocks:
             block = backbone.model.blocks[i]
-            if with_attention and i == stop - 1:
+            call = BlockCall(
+                backbone.ops, block, None, backbone.num_query_tokens, sublayer=sublayer
+            )
+            if with_attention and i == blocks[-1][0]:
                 whole = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
-                call = BlockCall(backbone.ops, block, None, backbone.num_query_tokens)
                 attention = masked_attention_received(call, image, whole).squeeze(0)
             # without a mask, whose dynamic length an exporter would compare with 1
-            image = backbone.ops.dense_block(block, image, None, None)
+            image = dense_block(call, image, None, None)
         return replace(tokens, x=image.squeeze(0), attention=attention)
 
 

@@ -20,7 +20,7 @@ from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.policies.policy import Policy, count_policy_macs
 from prunevit.envs.observations import View
-from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.staged_vit import PruneAt, StagedViT
 from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
 from prunevit.envs.vit.tokens import Tokens
 
@@ -303,6 +303,7 @@ def prune(
     policy: Policy | Decide,
     prune_before: Sequence[int] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
+    prune_at: PruneAt = "block",
 ) -> PrunedViT:
     """Makes a timm ViT drop tokens.
 
@@ -317,6 +318,8 @@ def prune(
             every block but the first.
         model_kwargs: arguments that ``vit`` was built with and that can't be read off it, such as
             ``depth`` or ``embed_dim``. Only ``save_pretrained`` needs them.
+        prune_at: "block" drops tokens before these blocks begin, "mlp" between their attention and
+            their MLP.
 
     Raises:
         UnsupportedBackboneError: the model can't run on part of its tokens, or can't be copied.
@@ -330,5 +333,5 @@ def prune(
             f"{type(vit).__name__} can't be copied ({error}): prune it before it is sharded or "
             "wrapped, or take PrunedViT(StagedViT(vit, prune_before), policy), which uses it itself"
         ) from error
-    backbone = StagedViT(own, prune_before)
+    backbone = StagedViT(own, prune_before, prune_at=prune_at)
     return PrunedViT(backbone, _frozen(copy.deepcopy(policy)), model_kwargs).eval()

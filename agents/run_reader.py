@@ -116,4 +116,5 @@ def _run_backbone(
             f"{checkpoint} holds other weights than those that {folder} learned to prune: put them "
             "back, or train again"
         )
-    return StagedViT(model, config["prune_before"]), kwargs
+    staged = StagedViT(model, config["prune_before"], prune_at=config.get("prune_at", "block"))
+    return staged, kwargs

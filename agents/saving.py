@@ -83,6 +83,7 @@ def write(
         "format": FORMAT,
         "backbone": describe_backbone(backbone, model_kwargs),
         "prune_before": list(backbone.prune_before),
+        "prune_at": backbone.prune_at,
         "policy": described,
         "versions": {name: version_of(name) for name in ("prunevit", "timm", "torch")},
     }
@@ -316,7 +317,9 @@ def rebuild(config: Mapping[str, Any], weights: Path) -> tuple[StagedViT, Policy
         model = build(name, kwargs)
         cfg: Any = model.pretrained_cfg
         vars(model)["pretrained_cfg"] = {**cfg, **_with_tuples(data_config)}
-        backbone = StagedViT(model, config["prune_before"])
+        backbone = StagedViT(
+            model, config["prune_before"], prune_at=config.get("prune_at", "block")
+        )
         _refuse(size_problem(partial(make_policy, config["policy"], backbone), weights))
         policy = make_policy(config["policy"], backbone)
     except BackboneError as error:

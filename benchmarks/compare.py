@@ -114,7 +114,7 @@ def open_benchmark(config: CompareConfig) -> Benchmark:
     )
     model = model.to(pick_device(config.device)).to(memory_format=torch.channels_last)
     data_config = model_data_config(model)
-    backbone = StagedViT(model, task.prune_before)
+    backbone = StagedViT(model, task.prune_before, prune_at=task.prune_at)
     check_can_classify(base.dataset, backbone.num_classes)
     return Benchmark(
         task=task,
@@ -131,7 +131,9 @@ def open_benchmark(config: CompareConfig) -> Benchmark:
 
 def settings_of(config: CompareConfig, bench: Benchmark) -> dict[str, Any]:
     """What all records of a folder have in common."""
-    names = ("backbone", "model_kwargs", "pretrained", "dataset")
+    names = ["backbone", "model_kwargs", "pretrained", "dataset"]
+    if bench.task.prune_at != "block":  # older records don't name it
+        names.append("prune_at")
     return {name: getattr(bench.base, name) for name in names} | {
         "weights": sha256(bench.base.checkpoint) if bench.base.checkpoint else None,
         "prune_before": list(bench.task.prune_before),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prunevit.envs.vit.staged_vit import PruneAt
 from prunevit.trainers.common.config import MappoConfig
 
 
@@ -21,6 +22,7 @@ class Task:
         released_stages: three stages like RL4EViT's (3, 6, 9) of 12.
         points: operating points, shares of the dense model's compute.
         alpha_range: alphas that one policy for many of them is trained under.
+        prune_at: where in these blocks they stand, as ``StagedViT`` takes it.
         dithers: whether learned policies, DynamicViT, ATS and the threshold on class attention may
             dither, where that is better on validation. In photographs neighbouring patches are
             alike, and would all go at once.
@@ -37,6 +39,7 @@ class Task:
     released_stages: tuple[int, ...]
     points: tuple[float, ...]
     alpha_range: tuple[float, float]
+    prune_at: PruneAt = "block"
     dithers: bool = True
     training: Mapping[str, Any] = field(default_factory=dict)
     fine_tuning: Mapping[str, Any] = field(default_factory=dict)
@@ -62,6 +65,7 @@ class Task:
             checkpoint=checkpoint,
             pretrained=pretrained,
             prune_before=self.prune_before,
+            prune_at=self.prune_at,
             **self.training,
         )
 

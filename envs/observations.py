@@ -122,8 +122,8 @@ class View:
     def cls_attention(self) -> Tensor:
         """Attention that each living patch received from the class token, times N, [R].
 
-        Of the last block, averaged over heads. 1 is an even share among all patches of the image,
-        and the value of all patches before the first block.
+        Of the last attention, averaged over heads. 1 is an even share among all patches of the
+        image, and the value of all patches before the first block.
 
         Raises:
             ValueError: the policy said that it would not need it.
@@ -136,7 +136,7 @@ class View:
         [1, 1] and False.
         """
         received = self._tokens.attention
-        if received is None and self.backbone.prune_before[self.stage] > 0:
+        if received is None and self.backbone.has_attended(self.stage):
             raise ValueError(
                 "class attention was not observed, since the policy says needs_attention = False: "
                 "let it say True"

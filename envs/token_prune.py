@@ -29,7 +29,7 @@ from prunevit.envs.rendering import EpisodePictures
 from prunevit.envs.rewards import Reward, make_reward
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.digits_vit import DIGITS_VIT
-from prunevit.envs.vit.staged_vit import Execution, StagedViT
+from prunevit.envs.vit.staged_vit import Execution, PruneAt, StagedViT
 
 PrunedAgents = Literal["leave", "stay"]
 RENDER_MODES = ("rgb_array", "human")
@@ -73,6 +73,8 @@ class TokenPruneEnv(ParallelEnv):
         execution: "packed" removes tokens. "masked" hides them from the others instead: it is the
             slow reference.
         render_mode: "rgb_array" or "human".
+        prune_at: "block" decides before a block of ``prune_before`` begins, "mlp" inside of it,
+            between its attention and its MLP.
 
     Infos have the same keys from ``reset`` on: ``index`` and ``label`` of the image,
     ``action_mask`` int8 [2], and the outcome of the last episode that ended: ``logits`` [classes],
@@ -107,6 +109,7 @@ class TokenPruneEnv(ParallelEnv):
         device: str | torch.device = "auto",
         execution: Execution = "packed",
         render_mode: str | None = None,
+        prune_at: PruneAt = "block",
     ) -> None:
         if pruned_agents not in get_args(PrunedAgents):
             raise ValueError(f"pruned_agents={pruned_agents!r}: choose from leave, stay")
@@ -132,7 +135,8 @@ class TokenPruneEnv(ParallelEnv):
             model = _in_eval_mode(backbone, played_on)
         if isinstance(dataset, str):
             dataset = open_images(dataset, split, model_data_config(model))
-        game = TokenGame(StagedViT(model, prune_before, execution), paid)
+        staged = StagedViT(model, prune_before, execution, prune_at=prune_at)
+        game = TokenGame(staged, paid)
         episodes = 1 if num_envs is None else num_envs
         self.batched = BatchedTokenPrune(game, dataset, episodes, observation)
         self.num_envs = num_envs

@@ -61,6 +61,7 @@ from prunevit.trainers.common.settings import (
 from prunevit.trainers.common.signals import ends_in_one_line
 
 Frozen = Literal["nothing", "before-first-stage", "before-last-stage"]
+ATTENTION_PARTS = ("norm1", "attn", "ls1", "gamma_1")  # of a block, up to its first residual
 
 
 @dataclass
@@ -167,6 +168,11 @@ def freeze(model: PrunedViT, frozen: Frozen) -> None:
         return
     first = backbone.prune_before[0 if frozen == "before-first-stage" else -1]
     train_from(backbone.model, first)
+    if backbone.prune_at == "mlp":
+        block = backbone.model.blocks[first]
+        for part in (getattr(block, name, None) for name in ATTENTION_PARTS):
+            if part is not None:
+                part.requires_grad_(False)
 
 
 def load_run(config: FinetuneConfig, device: torch.device) -> tuple[PrunedViT, str]:

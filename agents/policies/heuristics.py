@@ -34,7 +34,7 @@ class TopK:
     Args:
         tokens: k for each stage: a number of patches, or a float up to 1 for a share of all the
             patches that an image has at the beginning.
-        score: "attention": attention received from the class token in the block before, as in EViT
+        score: "attention": attention last received from the class token, as in EViT
             (arXiv 2202.07800). "norm": norm of the embedding. "brightness": mean pixel value, for
             bright objects on dark ground such as digits. "random": random scores.
         seed: seed of the random scores.
@@ -62,7 +62,7 @@ class TopK:
 
     def _scores(self, view: View) -> Tensor:
         if self.score == "attention":
-            if view.backbone.prune_before[view.stage] == 0:
+            if not view.backbone.has_attended(view.stage):
                 warnings.warn(
                     "before block 0 all patches have the same attention: top-k keeps any of them. "
                     "Choose another score, or a later block in prune_before",
@@ -80,7 +80,7 @@ class TopK:
 
 
 class AttentionThreshold:
-    """Keeps every patch that received enough attention from the class token in the block before.
+    """Keeps every patch that last received enough attention from the class token.
 
     It is the simplest rule that keeps different numbers of patches of different images. Before the
     first block, all patches count as having received an even share.

@@ -27,7 +27,7 @@ from prunevit.agents.policies.dither import dither_levels
 from prunevit.agents.pruned_vit import Trace
 from prunevit.benchmarks.baselines.timm_parts import check_plain, chunks
 from prunevit.envs.vit.attention import attention_received
-from prunevit.envs.vit.execution import run_blocks
+from prunevit.envs.vit.execution import run_sublayers
 from prunevit.envs.vit.layout import Layout
 from prunevit.envs.vit.macs import count_linear_macs
 from prunevit.envs.vit.onednn_linear import linear
@@ -97,8 +97,8 @@ class ATS(nn.Module):
     """A timm VisionTransformer, neither changed nor copied, with adaptive token sampling.
 
     Args:
-        backbone: says where the stages are: sampling takes place inside of the blocks before them.
-            Its execution is not used.
+        backbone: says where the stages are: sampling takes place inside of the blocks before them,
+            or of their own blocks if they prune inside too. Its execution is not used.
         samples: points of each stage's grid, at least 2. The authors have as many as patches.
         dither: strength with which each patch's own level changes its significance, the same for
             all images, so that of similar neighbours other ones are sampled; 0 for none.
@@ -113,7 +113,7 @@ class ATS(nn.Module):
         check_plain(backbone.model)
         if not backbone.has_class_token:
             raise UnsupportedBackboneError("adaptive token sampling needs a class token")
-        if backbone.prune_before[0] == 0:
+        if not backbone.has_attended(0):
             raise ValueError("no block comes before the stage at block 0, to sample in")
         if len(samples) != backbone.num_stages or not all(
             isinstance(count, Integral) and count >= 2 for count in samples
@@ -125,7 +125,9 @@ class ATS(nn.Module):
         self.backbone = backbone
         self.samples = tuple(samples)
         self.dither = dither
-        self._until_sampling = StagedViT(backbone.model, [b - 1 for b in backbone.prune_before])
+        # inside of which sampling takes place
+        self._blocks = [block - 1 for block in backbone.whole_from]
+        self._until_sampling = StagedViT(backbone.model, self._blocks)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]."""
@@ -137,14 +139,14 @@ class ATS(nn.Module):
         backbone = self.backbone
         tokens = self._until_sampling.begin(images, with_attention=False)
         alive, sampled = [], torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        edges = (*backbone.prune_before, backbone.depth + 1)
-        for stage, (start, next_stage) in enumerate(pairwise(edges)):
+        for stage, (block, next_block) in enumerate(pairwise((*self._blocks, backbone.depth))):
             before = tokens.alive.sum(1)
-            tokens = self._sampling_block(tokens, start - 1, stage)
+            tokens = self._sampling_block(tokens, block, stage)
             alive.append(tokens.alive[:, backbone.num_prefix :])
-            sampled = sampled + self._macs(start - 1, before, tokens.alive.sum(1))
-            tokens = run_blocks(
-                backbone.model, backbone.ops, lambda t=tokens: t, start, next_stage - 1, None
+            sampled = sampled + self._macs(block, before, tokens.alive.sum(1))
+            start, stop = 2 * (block + 1), 2 * next_block
+            tokens = run_sublayers(
+                backbone.model, backbone.ops, lambda t=tokens: t, start, stop, None
             )
         return Trace(
             logits=backbone.finish(tokens),

@@ -172,7 +172,7 @@ class LTMPViT(nn.Module):
             similarities = similarities + sources * targets * block.attn.head_dim
             state = self._block(block, state, *thresholds)
             counts.append(state.alive.sum(1))
-        kept = torch.stack([counts[block] - prefix for block in backbone.prune_before], dim=1)
+        kept = torch.stack([counts[block] - prefix for block in backbone.whole_from], dim=1)
         places = torch.arange(backbone.num_patches, device=kept.device)
         return Trace(
             logits=classify_prefix(backbone.model, state.x[:, :prefix]),

@@ -25,6 +25,7 @@ from prunevit.benchmarks.baselines.timm_parts import (
 )
 from prunevit.envs.observations import View
 from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
 from prunevit.envs.vit.tokens import Tokens
 
 
@@ -36,12 +37,17 @@ class PaddedViT(nn.Module):
         policy: who stays.
 
     Raises:
-        UnsupportedBackboneError: the backbone's blocks are not timm's plain ones.
+        UnsupportedBackboneError: the backbone's blocks are not timm's plain ones, or it prunes
+            inside of them.
     """
 
     def __init__(self, backbone: StagedViT, policy: Policy) -> None:
         super().__init__()
         check_plain(backbone.model)
+        if backbone.prune_at != "block":
+            raise UnsupportedBackboneError(
+                f"rectangles of tokens run whole blocks, not prune_at={backbone.prune_at!r}"
+            )
         self.backbone = backbone
         self.policy = policy
 

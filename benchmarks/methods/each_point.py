@@ -157,7 +157,7 @@ def diffrate(bench: Benchmark, seed: int) -> Method:
     def make(knobs: Knobs) -> FixedScheduleModel:
         schedule = knobs["schedule"]
         counts = diffrate_baseline.token_counts(patches, schedule)
-        kept = [counts[block] for block in backbone.prune_before]
+        kept = [counts[block] for block in backbone.whole_from]
         pruned = diffrate_baseline.DiffRateViT(model, schedule)
         return FixedScheduleModel(pruned, backbone, count(schedule), kept)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from prunevit.benchmarks.protocol import Benchmark
 from prunevit.trainers.common.config import MappoConfig
 
-Stages = Literal["task", "first", "released"]
+Stages = Literal["task", "first", "inside", "released"]
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Recipe:
         changes: settings that differ from the benchmark's.
         alpha_range: train one policy, which observes alpha, for the task's range of alphas. Without
             it, train for one alpha, and reach other costs by the threshold later.
-        stages: where it prunes: the task's stages, the first of them alone, or those of RL4EViT's
-            code.
+        stages: where it prunes: the task's stages, the first of them alone, inside of the blocks
+            before them, where ATS and EViT prune, or at those of RL4EViT's code.
         length: iterations as a share of the task's; ignored where their number is given.
         samples: whether its authors evaluate it by drawing actions. It then has the one compute
             that this gives, and takes part a second time with a threshold.
@@ -40,8 +40,12 @@ class Recipe:
         settings = dict(self.changes)
         if self.stages == "released":
             settings["prune_before"] = bench.task.released_stages
+            settings["prune_at"] = "block"
         elif self.stages == "first":
             settings["prune_before"] = bench.task.prune_before[:1]
+        elif self.stages == "inside":
+            settings["prune_before"] = tuple(block - 1 for block in bench.backbone.whole_from)
+            settings["prune_at"] = "mlp"
         if bench.iterations is None:
             settings["iterations"] = round(self.length * bench.base.iterations)
         if self.alpha_range:
@@ -105,6 +109,7 @@ RECIPES: Mapping[str, Recipe] = {
         alpha_range=False,
     ),
     "no-stage": Recipe("doesn't observe the stage", {"observation": WITHOUT_STAGE}),
+    "inside": Recipe("prunes between attention and MLP", stages="inside"),
     "one-stage": Recipe("prunes at the first stage alone", stages="first"),
     "redundancy": Recipe(
         "observes redundancy too", {"observation": (*MappoConfig.observation, "redundancy")}

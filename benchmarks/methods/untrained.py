@@ -163,7 +163,7 @@ def merging(
     def make(knobs: Knobs) -> FixedScheduleModel:
         merges = knobs["merges"]
         tokens = tome_baseline.token_counts(backbone.num_patches, 0, merges)
-        kept = [tokens[block] for block in backbone.prune_before]
+        kept = [tokens[block] for block in backbone.whole_from]
         return FixedScheduleModel(build(model, merges), backbone, count(merges), kept)
 
     def tune(gmacs: float) -> Knobs:
@@ -193,7 +193,7 @@ def pitome(bench: Benchmark, seed: int) -> Method:
 def evit(with_fused: bool, bench: Benchmark, seed: int) -> Method:
     """EViT with its paper's schedule, which keeps the same share at every stage."""
     backbone, model = bench.backbone, bench.model
-    patches, stages = backbone.num_patches, backbone.prune_before
+    patches, stages = backbone.num_patches, backbone.whole_from
     count = evit_baseline.macs_counter(model, backbone.image_shape, stages, with_fused)
     rates = [kept / patches for kept in range(1, patches + 1)]
     schedules = sorted(
@@ -217,7 +217,7 @@ def evit(with_fused: bool, bench: Benchmark, seed: int) -> Method:
 def zero_tprune(bench: Benchmark, seed: int) -> Method:
     """Zero-TPrune, which keeps the same share at every stage."""
     backbone, model = bench.backbone, bench.model
-    patches, stages = backbone.num_patches, backbone.prune_before
+    patches, stages = backbone.num_patches, backbone.whole_from
     count = zero_tprune_baseline.macs_counter(model, backbone.image_shape, stages)
     rates = (i / RATES for i in range(RATES + 1))
     schedules = [

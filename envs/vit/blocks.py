@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.layers import apply_rot_embed_cat
@@ -18,6 +18,8 @@ from prunevit.envs.vit.onednn_linear import linear, uses_onednn
 from prunevit.envs.vit.timm_models.ops import ModelOps
 from prunevit.envs.vit.timm_models.rope import RotaryEmbedding
 from prunevit.envs.vit.tokens import slots_by_length
+
+Sublayer = Literal["attention", "mlp"]
 
 
 # not frozen: of a frozen one, the compiler of torch 2.6 looks at all fields, used or not
@@ -33,6 +35,7 @@ class BlockCall:
             this many first tokens of its image, or of all its tokens if 0; None returns none.
         log_size: logarithm of the number of first tokens that each row stands for, [rows]. Added to
             the scores of its key it makes attention proportional to that number. None if all are 1.
+        sublayer: run this part of the block alone, with its residual connection; None runs all.
     """
 
     ops: ModelOps
@@ -40,6 +43,24 @@ class BlockCall:
     rotary: RotaryEmbedding | None
     num_query_tokens: int | None
     log_size: Tensor | None = None
+    sublayer: Sublayer | None = None
+
+
+def dense_block(
+    call: BlockCall, images: Tensor, mask: Tensor | None, rope: Tensor | None
+) -> Tensor:
+    """timm's own forward pass of a block, or of its sublayer, as ``ModelOps.dense_block``."""
+    block = call.block
+    if call.sublayer is None:
+        return call.ops.dense_block(block, images, mask, rope)
+    steps = call.ops.steps(block)
+    if call.sublayer == "mlp":
+        return steps.mlp(block, images)
+    if not len(images):
+        return images  # timm's attention infers shapes from the number of elements
+    rotary = {} if rope is None else {"rope": rope}
+    mixed = block.attn(steps.pre_attention(block, images), attn_mask=mask, **rotary)
+    return steps.residual(block, images, mixed)
 
 
 def packed_block(call: BlockCall, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
@@ -53,24 +74,29 @@ def packed_block(call: BlockCall, x: Tensor, layout: Layout) -> tuple[Tensor, Te
     Returns:
         rows [S, D], and the attention received [S] or None.
     """
+    ops, block = call.ops, call.block
+    if call.sublayer == "mlp":
+        return ops.steps(block).mlp(block, x), None
     # a compiler would make graphs of their own for images of one length
     plain = (
         not torch.compiler.is_compiling()
+        and call.sublayer is None
         and layout.uniform_length is not None
         and call.num_query_tokens is None
     )
-    ops, block = call.ops, call.block
     if plain and not uses_onednn(block.attn.proj, x):
         images = x.unflatten(0, (-1, layout.uniform_length))
         rope = call.rotary.patches(len(images)) if call.rotary else None
         mask = _proportional(call.log_size, len(images))
         return ops.dense_block(block, images, mask, rope).flatten(0, 1), None
     x, received = _packed_attention(call, x, layout)
+    if call.sublayer == "attention":
+        return x, received
     return ops.steps(block).mlp(block, x), received
 
 
 def _packed_attention(call: BlockCall, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-    """The first half of ``packed_block``.
+    """The attention of ``packed_block``, with its residual connection.
 
     A function of its own, so that queries, keys and values are freed before the MLP needs memory.
     """
@@ -106,7 +132,7 @@ def timm_block(call: BlockCall, x: Tensor, layout: Layout) -> tuple[Tensor, Tens
         bias = None if call.log_size is None else call.log_size[rows]
         mask = _proportional(bias, images)
         if call.num_query_tokens is None:
-            out = call.ops.dense_block(call.block, part, mask, rope)
+            out = dense_block(call, part, mask, rope)
         else:
             out, q, k = _observed_block(call, part, mask, rope)
             group = Layout.uniform(images, length, layout.width, x.device)
@@ -129,7 +155,7 @@ def _observed_block(
     """
     attn = call.block.attn
     with _capture_outputs(attn, ("q_norm", "k_norm")) as seen:
-        out = call.ops.dense_block(call.block, images, mask, rope)
+        out = dense_block(call, images, mask, rope)
     if len(seen) != 2:
         raise RuntimeError(
             "the attention of a block was replaced, so that the attention which tokens receive "
@@ -192,7 +218,7 @@ def masked_block(call: BlockCall, x: Tensor, alive: Tensor) -> tuple[Tensor, Ten
     sizes = _proportional(call.log_size, len(images))
     if sizes is not None:
         mask = sizes.masked_fill(~mask, -torch.inf)
-    out = call.ops.dense_block(call.block, images, mask, rope)
+    out = dense_block(call, images, mask, rope)
     return out.flatten(0, 1), received
 
 

@@ -1,11 +1,15 @@
-"""Runs a range of blocks on ``Tokens``, in chunks of images where that is faster."""
+"""Runs a range of sublayers on ``Tokens``, in chunks of images where that is faster.
+
+Sublayer 2 b is the attention of block b, sublayer 2 b + 1 its MLP.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import cache
+from typing import Any, get_args
 
 import torch
 from timm.models import checkpoint
@@ -13,6 +17,7 @@ from torch import Tensor
 
 from prunevit.envs.vit.blocks import (
     BlockCall,
+    Sublayer,
     masked_block,
     packed_block,
     timm_block,
@@ -34,8 +39,19 @@ eager_block = torch.compiler.disable(packed_block)
 CHUNK_BYTES = 1 << 22
 
 
+@cache
+def split_at_blocks(start: int, stop: int) -> tuple[tuple[int, Sublayer | None], ...]:
+    """The blocks to which the sublayers ``start`` to ``stop - 1`` belong, each with the one of its
+    sublayers that is among them, None if both are.
+    """
+    found: dict[int, list[Sublayer]] = {}
+    for i in range(start, stop):
+        found.setdefault(i // 2, []).append(get_args(Sublayer)[i % 2])
+    return tuple((i, None if len(names) > 1 else names[0]) for i, names in found.items())
+
+
 @torch.compiler.disable(recursive=False)
-def run_blocks(
+def run_sublayers(
     model: Any,
     ops: ModelOps,
     make: Callable[[], Tokens],
@@ -45,25 +61,27 @@ def run_blocks(
     torch_compile: bool = False,
     chunked: bool = True,
 ) -> Tokens:
-    """Runs the blocks ``start`` to ``stop - 1``.
+    """Runs the sublayers ``start`` to ``stop - 1``.
 
     Args:
         model: timm's model.
         ops: its operations.
         make: makes the tokens. Nothing else may hold them, or the memory of their rows is only
             freed after the last block.
-        start: the first block.
-        stop: the block after the last one.
+        start: the first sublayer.
+        stop: the sublayer after the last one.
         num_query_tokens: fill ``Tokens.attention`` with the attention received from this many first
             tokens in the last block, see ``packed_block``; None leaves it empty.
         torch_compile: compile the blocks of packed execution, unless gradients may be needed.
+            Blocks of which one sublayer runs alone are not compiled.
         chunked: run large batches in chunks of images where that is allowed.
     """
     tokens = make()
     anyone = has_global_hooks()
     masked = tokens.layout is None  # masked execution runs timm's blocks, dropout included
-    untouched = [not anyone and is_untouched(block, masked) for block in model.blocks[start:stop]]
-    if chunked and stop > start and not masked and all(untouched):
+    blocks = split_at_blocks(start, stop)
+    untouched = [not anyone and is_untouched(model.blocks[i], masked) for i, _ in blocks]
+    if chunked and blocks and not masked and all(untouched):
         count = num_chunks(model, len(tokens.x), len(tokens.alive), torch_compile)
         if count > 1:
             return _run_chunks(model, ops, tokens, start, stop, num_query_tokens, count)
@@ -76,11 +94,11 @@ def run_blocks(
     where: Any = tokens.alive if masked else tokens.layout
     log_size = None if tokens.size is None else tokens.size.log().to(x.dtype)
     recomputes = model.grad_checkpointing and gradients
-    for i, plain in zip(range(start, stop), untouched, strict=True):
+    for (i, sublayer), plain in zip(blocks, untouched, strict=True):
         rotary = tokens.rotary.of_block(i) if tokens.rotary else None
-        queries = num_query_tokens if i == stop - 1 else None
-        arguments = (BlockCall(ops, model.blocks[i], rotary, queries, log_size), x, where)
-        run = own if plain else timms
+        queries = num_query_tokens if i == blocks[-1][0] else None
+        arguments = (BlockCall(ops, model.blocks[i], rotary, queries, log_size, sublayer), x, where)
+        run = timms if not plain else eager_block if sublayer and not masked else own
         # as timm's models do: what a block computes for the backward pass is computed again there
         x, received = checkpoint(run, *arguments) if recomputes else run(*arguments)
     segment = Segment(tokens.alive, start, stop, received is not None)
@@ -98,14 +116,14 @@ def _run_chunks(
     num_query_tokens: int | None,
     count: int,
 ) -> Tokens:
-    """``run_blocks`` on ``count`` chunks of about as many rows each, one after the other."""
+    """``run_sublayers`` on ``count`` chunks of about as many rows each, one after the other."""
     assert tokens.layout is not None
     x, received = torch.empty_like(tokens.x), []
     for rows, layout in tokens.layout.split(count):
         rotary = tokens.rotary.slice_rows(rows) if tokens.rotary else None
         size = None if tokens.size is None else tokens.size[rows]
         chunk = replace(tokens, x=tokens.x[rows], layout=layout, rotary=rotary, size=size)
-        out = run_blocks(
+        out = run_sublayers(
             model, ops, lambda c=chunk: c, start, stop, num_query_tokens, chunked=False
         )
         x[rows] = out.x

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -43,13 +44,14 @@ class Macs:
 
     Attributes:
         embed: of the patch embedding of an image.
-        of_blocks: of each block, as a polynomial in the number of tokens.
+        of_sublayers: of the attention and of the MLP of each block, in turn, as polynomials in the
+            number of tokens.
         width: attention width: heads times head size.
         of_head: of the head, likewise.
     """
 
     embed: int
-    of_blocks: tuple[Polynomial, ...]
+    of_sublayers: tuple[Polynomial, ...]
     width: int
     of_head: Polynomial
 
@@ -60,15 +62,21 @@ class Macs:
         blank = torch.zeros(1, *image_shape, dtype=some.dtype, device=some.device)
         ops, width = model_ops(model), attention_width(model)
 
-        def of_block(block: Any) -> Polynomial:
+        def of_block(block: Any) -> tuple[Polynomial, Polynomial]:
+            linear = count_linear_macs(block.attn)
             if not _has_other_products(block):
-                return 0, count_linear_macs(block), 2 * width
+                return (0, linear, 2 * width), (0, count_linear_macs(block) - linear, 0)
 
-            def cost(tokens: int) -> int:
-                image = blank.new_zeros(1, tokens, model.embed_dim)
-                return _count_macs(model, partial(ops.dense_block, block, image, None, None))
+            def fitted(run: Callable[[Tensor], Tensor]) -> Polynomial:
+                def cost(tokens: int) -> int:
+                    image = blank.new_zeros(1, tokens, model.embed_dim)
+                    return _count_macs(model, partial(run, image))
 
-            return _fit(cost, model.num_prefix_tokens)
+                return _fit(cost, model.num_prefix_tokens)
+
+            both = fitted(lambda image: ops.dense_block(block, image, None, None))
+            mlp = fitted(partial(ops.steps(block).mlp, block))
+            return (both[0] - mlp[0], both[1] - mlp[1], both[2] - mlp[2]), mlp
 
         def head_cost(tokens: int) -> int:
             if model.global_pool == "":
@@ -83,14 +91,14 @@ class Macs:
         with in_eval_mode(model), _without_hooks(model):
             return Macs(
                 embed=_count_macs(model, partial(ops.embed, model, blank)),
-                of_blocks=tuple(map(of_block, model.blocks)),
+                of_sublayers=tuple(chain.from_iterable(map(of_block, model.blocks))),
                 width=width,
                 of_head=_fit(head_cost, model.num_prefix_tokens),
             )
 
-    def blocks(self, tokens: Any, start: int, stop: int) -> Any:
-        """Of the blocks ``start`` to ``stop - 1`` on ``tokens`` tokens, an int or int64 tensor."""
-        total = [sum(each) for each in zip(*self.of_blocks[start:stop], strict=True)]
+    def sublayers(self, tokens: Any, start: int, stop: int) -> Any:
+        """Of the sublayers ``start`` to ``stop - 1`` on ``tokens`` tokens, int or int64 tensor."""
+        total = [sum(each) for each in zip(*self.of_sublayers[start:stop], strict=True)]
         return _evaluate(total or (0, 0, 0), tokens)
 
     def attention_received(self, tokens: Any) -> Any:
@@ -103,7 +111,8 @@ class Macs:
 
     def dense(self, tokens: int) -> int:
         """Of the unpruned model on images of ``tokens`` tokens."""
-        return self.embed + self.blocks(tokens, 0, len(self.of_blocks)) + self.head(tokens)
+        every = self.sublayers(tokens, 0, len(self.of_sublayers))
+        return self.embed + every + self.head(tokens)
 
 
 def merging_macs(merged: Any, survivors: Any, width: int) -> Any:

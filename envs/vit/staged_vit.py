@@ -1,4 +1,4 @@
-"""``StagedViT``: a timm ViT that stops before chosen blocks and continues on surviving tokens."""
+"""``StagedViT``: a timm ViT that stops at chosen blocks and continues on surviving tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunevit.choices import check_choice
-from prunevit.envs.vit.execution import embed_chunks, num_chunks, run_blocks
+from prunevit.envs.vit.execution import embed_chunks, num_chunks, run_sublayers
 from prunevit.envs.vit.layout import Layout
 from prunevit.envs.vit.macs import Macs, head_size, merging_macs
 from prunevit.envs.vit.merging import merge_tokens
@@ -34,10 +34,11 @@ from prunevit.envs.vit.timm_models.supported import (
     some_tensor,
 )
 from prunevit.envs.vit.tokens import Segment, Tokens, nonzero, remove_tokens
-from prunevit.envs.vit.untouched import why_bypassed
+from prunevit.envs.vit.untouched import why_bypassed, why_indivisible
 
 Execution = Literal["packed", "masked"]
 OnPrune = Literal["drop", "merge"]
+PruneAt = Literal["block", "mlp"]
 
 
 class StagedViT(nn.Module):
@@ -57,13 +58,18 @@ class StagedViT(nn.Module):
             attention; it is slower, and the reference, for gradients too.
         torch_compile: compile the blocks of packed execution with ``torch.compile``, which takes
             half a minute for each of at most six graphs. Where gradients may be needed, they run
-            uncompiled.
+            uncompiled. So do blocks that are pruned inside.
         on_prune: what becomes of pruned patches. "drop": they are gone. "merge": each is averaged
             into the most similar patch of its image that stays, by cosine of the embeddings,
             weighted with the number of patches that each stands for. Attention and pooling weigh
             tokens with that number. An image that loses all of its patches loses what they held.
+        prune_at: "block" prunes before these blocks begin. "mlp" prunes inside of them, between
+            their attention and their MLP: decisions then see the attention of the block itself, and
+            its MLP runs on the survivors alone.
 
     Attributes:
+        edges: the sublayers before which each stage stands, then the number of all sublayers.
+            Sublayer 2 b is the attention of block b, sublayer 2 b + 1 its MLP.
         num_patches: N.
         num_prefix: number of prefix tokens: class token, distillation token, registers.
         num_slots: L, the sum of both.
@@ -78,8 +84,8 @@ class StagedViT(nn.Module):
 
     Raises:
         UnsupportedBackboneError: the model can't run on part of its tokens; the message says why.
-        ValueError: stages out of range, repeated or out of order, or an unknown ``execution`` or
-            ``on_prune``.
+        ValueError: stages out of range, repeated or out of order, or an unknown ``execution``,
+            ``on_prune`` or ``prune_at``.
     """
 
     def __init__(
@@ -89,10 +95,12 @@ class StagedViT(nn.Module):
         execution: Execution = "packed",
         torch_compile: bool = False,
         on_prune: OnPrune = "drop",
+        prune_at: PruneAt = "block",
     ) -> None:
         super().__init__()
         check_choice("execution", execution, get_args(Execution))
         check_choice("on_prune", on_prune, get_args(OnPrune))
+        check_choice("prune_at", prune_at, get_args(PruneAt))
         self.ops = model_ops(model)
         self.model = cast(Any, model)
         self.execution = execution
@@ -100,7 +108,10 @@ class StagedViT(nn.Module):
         self._torch_compile = torch_compile
         self.depth = len(self.model.blocks)
         self.prune_before = _check_stages(prune_before, self.depth)
-        self._edges = (*self.prune_before, self.depth)
+        self.prune_at = prune_at
+        inside = prune_at == "mlp"
+        self.edges = (*(2 * block + inside for block in self.prune_before), 2 * self.depth)
+        self._check_divisible()
         self.width: int = self.model.embed_dim
         self.num_prefix: int = self.model.num_prefix_tokens
         self.num_patches: int = self.model.patch_embed.num_patches
@@ -113,6 +124,15 @@ class StagedViT(nn.Module):
         self.has_class_token = getattr(self.model, "cls_token", None) is not None
         self.num_query_tokens = 1 if self.has_class_token else self.num_prefix
         self._look_at_head()
+
+    def _check_divisible(self) -> None:
+        for i in self.prune_before if self.prune_at == "mlp" else ():
+            reason = why_indivisible(self.model.blocks[i])
+            if reason is not None:
+                raise UnsupportedBackboneError(
+                    f"block {i} can't be pruned between its attention and its MLP, since {reason}, "
+                    "which would never run: take prune_at='block'"
+                )
 
     def _look_at_head(self) -> None:
         self._counted_head = head_size(self.model)
@@ -143,6 +163,15 @@ class StagedViT(nn.Module):
         return len(self.prune_before)
 
     @property
+    def whole_from(self) -> tuple[int, ...]:
+        """The first block that runs as a whole on what each stage leaves."""
+        return tuple((edge + 1) // 2 for edge in self.edges[:-1])
+
+    def has_attended(self, stage: int) -> bool:
+        """Whether tokens have attended to each other before a stage."""
+        return self.edges[stage] > 0
+
+    @property
     def device(self) -> torch.device:
         return some_tensor(self.model).device
 
@@ -154,7 +183,7 @@ class StagedViT(nn.Module):
     def begin(
         self, images: Tensor, with_attention: bool = True, execution: Execution | None = None
     ) -> Tokens:
-        """Embeds images and runs the blocks before the first stage.
+        """Embeds images and runs what comes before the first stage.
 
         Args:
             images: float [B, C, H, W].
@@ -170,6 +199,7 @@ class StagedViT(nn.Module):
         reason = why_bypassed(self.model) or self._why_not_merged()
         if reason is not None:
             raise UnsupportedBackboneError(reason)
+        self._check_divisible()
         if head_size(self.model) != self._counted_head:
             self._look_at_head()  # the model was given another head
         if tuple(images.shape[1:]) != self.image_shape:
@@ -185,7 +215,7 @@ class StagedViT(nn.Module):
                 "with patch_drop_rate=0, or call .eval() on it"
             )
         make = partial(self._embed, images, execution)
-        return self._run(make, 0, self.prune_before[0], with_attention)
+        return self._run(make, 0, self.edges[0], with_attention)
 
     def _why_not_merged(self) -> str | None:
         """Why the head can't pool merged patches, or None if it can."""
@@ -243,7 +273,7 @@ class StagedViT(nn.Module):
             rotary: ``Tokens.rotary`` of any of these images.
         """
         tokens = self._dense_tokens(x, rotary, self.execution)
-        segment = Segment(tokens.alive, 0, self.prune_before[0], attention is not None)
+        segment = Segment(tokens.alive, 0, self.edges[0], attention is not None)
         received = None if attention is None else attention.flatten()
         return replace(tokens, attention=received, segments=(segment,))
 
@@ -251,7 +281,7 @@ class StagedViT(nn.Module):
     def advance(
         self, tokens: Tokens, keep: Tensor, stage: int, with_attention: bool = True
     ) -> Tokens:
-        """Prunes, then runs the blocks up to the next stage, or to the end after the last stage.
+        """Prunes, then runs on to the next stage, or to the end after the last stage.
 
         Args:
             tokens: what ``begin`` or the last ``advance`` returned.
@@ -259,7 +289,7 @@ class StagedViT(nn.Module):
             stage: 0-based stage at which ``keep`` was decided.
             with_attention: fill ``Tokens.attention`` for the next stage.
         """
-        start, stop = self._edges[stage : stage + 2]
+        start, stop = self.edges[stage : stage + 2]
         make = partial(self.prune, tokens, keep)
         return self._run(make, start, stop, with_attention and stage + 1 < self.num_stages)
 
@@ -377,7 +407,7 @@ class StagedViT(nn.Module):
         spent = torch.full((len(tokens.alive),), self._macs.embed, device=tokens.alive.device)
         for segment in tokens.segments:
             count = segment.alive.sum(1)
-            spent = spent + self._macs.blocks(count, segment.start, segment.stop)
+            spent = spent + self._macs.sublayers(count, segment.start, segment.stop)
             if segment.with_attention:
                 spent = spent + self._macs.attention_received(count)
         if self.on_prune == "merge":
@@ -395,16 +425,16 @@ class StagedViT(nn.Module):
         least = int(self.keeps_last_patch)
         alive = [self.num_slots, *(self.num_prefix + max(kept, least) for kept in tokens)]
         spent = self._macs.embed + self._macs.head(alive[-1])
-        for count, (start, stop) in zip(alive, pairwise((0, *self._edges)), strict=True):
-            spent += self._macs.blocks(count, start, stop)
-            if with_attention and stop > start and stop < self.depth:
+        for count, (start, stop) in zip(alive, pairwise((0, *self.edges)), strict=True):
+            spent += self._macs.sublayers(count, start, stop)
+            if with_attention and stop > start and stop < self.edges[-1]:
                 spent += self._macs.attention_received(count)
         if self.on_prune == "merge":
             spent += sum(self._merging_macs(*counts) for counts in pairwise(alive))
         return spent
 
     def segment_macs(self, alive_patches: Tensor, stage: int) -> Tensor:
-        """Multiply-accumulates of the blocks from ``stage`` to the next one.
+        """Multiply-accumulates from ``stage`` to the next one.
 
         Args:
             alive_patches: number of surviving patches, int64 of any shape.
@@ -413,15 +443,15 @@ class StagedViT(nn.Module):
         Returns:
             int64 of the same shape.
         """
-        start, stop = self._edges[stage : stage + 2]
-        return self._macs.blocks(alive_patches + self.num_prefix, start, stop)
+        start, stop = self.edges[stage : stage + 2]
+        return self._macs.sublayers(alive_patches + self.num_prefix, start, stop)
 
     @torch.compiler.disable(recursive=False)
     def _run(
         self, make: Callable[[], Tokens], start: int, stop: int, with_attention: bool
     ) -> Tokens:
         queries = self.num_query_tokens if with_attention else None
-        return run_blocks(self.model, self.ops, make, start, stop, queries, self._torch_compile)
+        return run_sublayers(self.model, self.ops, make, start, stop, queries, self._torch_compile)
 
 
 def _check_stages(prune_before: Sequence[int] | None, depth: int) -> tuple[int, ...]:

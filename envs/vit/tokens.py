@@ -1,4 +1,4 @@
-"""``Tokens``: the tokens of B images between two blocks, and how pruned ones are removed."""
+"""``Tokens``: the tokens of B images between two sublayers, and how pruned ones are removed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from prunevit.envs.vit.timm_models.rope import RotaryEmbedding
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive blocks that have run on the same tokens; their cost is counted on demand.
+    """Consecutive sublayers that have run on the same tokens; their cost is counted on demand.
+
+    Sublayer 2 b is the attention of block b, sublayer 2 b + 1 its MLP.
 
     Attributes:
         alive: which tokens they ran on, bool [B, L].
-        start: the first of the blocks.
-        stop: the block after the last one.
-        with_attention: whether the last block also returned its class attention.
+        start: the first of the sublayers.
+        stop: the sublayer after the last one.
+        with_attention: whether the last attention also returned what the class token paid.
     """
 
     alive: Tensor
@@ -43,10 +45,11 @@ class Tokens:
         row: the row of ``x`` that holds the token of each slot, int64 [B * L]; undefined for slots
             whose token is gone.
         layout: layout of the packed rows; None in masked execution.
-        attention: attention that each row received from the class token in the last block, averaged
-            over heads, [S]. None before the first block, or if it was not asked for. A model
-            without a class token uses the mean query of its prefix tokens, or of all its tokens.
-        segments: the blocks that have run so far.
+        attention: attention that each row received from the class token when it last attended,
+            averaged over heads, [S]. None before the first block, or if it was not asked for. A
+            model without a class token uses the mean query of its prefix tokens, or of all its
+            tokens.
+        segments: the sublayers that have run so far.
         rotary: rotary embedding of the rows; None if the model has none.
         size: number of first tokens that each row stands for, float [S]; None as long as no tokens
             have merged.

@@ -123,6 +123,19 @@ def why_bypassed(model: Any) -> str | None:
     return None
 
 
+@torch.compiler.disable
+def why_indivisible(block: nn.Module) -> str | None:
+    """What of a block as a whole would never run if its attention and its MLP are run one by one.
+
+    Returns:
+        the reason not to, or None.
+    """
+    known = find_class(block, KNOWN)
+    if "forward" in vars(block) or known is None or known.forward is not KNOWN[known]:
+        return "its forward pass was replaced"
+    return "it has hooks" if has_own_hooks(block) else None
+
+
 def has_own_hooks(module: nn.Module) -> bool:
     """Whether hooks run around the module's forward or backward pass."""
     own = module.__dict__

@@ -12,9 +12,9 @@ from prunevit.envs.vit.staged_vit import StagedViT
 STAGES = (1, 3)
 
 
-def pruned(vit, prior=True, fields=DEFAULT_FIELDS, heads=0):
+def pruned(vit, prior=True, fields=DEFAULT_FIELDS, heads=0, stages=STAGES, prune_at="block"):
     """Its decisions differ from image to image."""
-    policy = learned_policy(StagedViT(vit, STAGES), list(fields), [8], prior, heads=heads)
+    policy = learned_policy(StagedViT(vit, stages), list(fields), [8], prior, heads=heads)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         for layer in (policy.actor.net[1], policy.actor.net[-1]):
@@ -22,7 +22,7 @@ def pruned(vit, prior=True, fields=DEFAULT_FIELDS, heads=0):
         if heads:
             torch.nn.init.normal_(policy.actor.among_agents.output.weight)
     policy.actor.keep_bias.data.fill_(-0.1)
-    return prune(vit, policy, STAGES)
+    return prune(vit, policy, stages, prune_at=prune_at)
 
 
 @pytest.fixture
@@ -42,6 +42,14 @@ def test_one_image_is_what_the_pruned_vit_does(make_vit, images, kwargs, heads):
 
 
 @torch.no_grad()
+def test_one_image_is_pruned_inside_of_its_blocks(vit, images):
+    model = pruned(vit, stages=(0, 3), prune_at="mlp")
+    one = OneImage(model).eval()
+    for image in images:
+        torch.testing.assert_close(one(image[None]), model(image[None]), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
 def test_a_head_that_looks_at_all_tokens_does_so(make_vit, images):
     vit = make_vit()
     vit.norm.register_forward_hook(lambda _, __, out: out - out.mean(1, keepdim=True))
@@ -53,14 +61,19 @@ def test_a_head_that_looks_at_all_tokens_does_so(make_vit, images):
 
 @pytest.mark.integration("onnx")
 @pytest.mark.parametrize(
-    ("fields", "heads"),
-    [(DEFAULT_FIELDS, 0), ((*DEFAULT_FIELDS, "redundancy"), 0), (DEFAULT_FIELDS, 2)],
+    ("fields", "heads", "prune_at"),
+    [
+        (DEFAULT_FIELDS, 0, "block"),
+        ((*DEFAULT_FIELDS, "redundancy"), 0, "block"),
+        (DEFAULT_FIELDS, 2, "block"),
+        (DEFAULT_FIELDS, 0, "mlp"),
+    ],
 )
 @torch.no_grad()
-def test_onnxruntime_gives_the_same_logits(vit, images, tmp_path, fields, heads):
+def test_onnxruntime_gives_the_same_logits(vit, images, tmp_path, fields, heads, prune_at):
     import onnxruntime as runtime
 
-    model = pruned(vit, fields=fields, heads=heads)
+    model = pruned(vit, fields=fields, heads=heads, prune_at=prune_at)
     survivors = {int(kept.sum()) for kept in model(images, return_keep=True)[1]}
     assert len(survivors) > 3
     export_onnx(model, tmp_path / "pruned.onnx")

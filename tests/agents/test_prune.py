@@ -484,6 +484,34 @@ def test_what_was_saved_comes_back(make_vit, images, tmp_path, policy):
     assert files[0].read_text() == files[1].read_text()
 
 
+@torch.no_grad()
+def test_a_model_that_prunes_inside_of_its_blocks_comes_back(vit, images, tmp_path):
+    model = prune(vit, TopK((9, 4), "attention"), (0, 2), prune_at="mlp")
+    logits, alive = model(images, return_keep=True)
+    # as if before the next blocks, by the same attention
+    behind = prune(vit, TopK((9, 4), "attention"), (1, 3))
+    expected, survivors = behind(images, return_keep=True)
+    assert torch.equal(alive, survivors)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path / "mine")
+    again = PrunedViT.from_pretrained(tmp_path / "mine")
+    assert (again.backbone.prune_at, again.backbone.prune_before) == ("mlp", (0, 2))
+    assert torch.equal(again(images), logits)
+    assert torch.equal(again.trace(images).macs, model.trace(images).macs)
+    # models of before say nothing of it
+    behind.save_pretrained(tmp_path / "older")
+    file = tmp_path / "older" / "config.json"
+    described = json.loads(file.read_text())
+    assert described.pop("prune_at") == "block"
+    file.write_text(json.dumps(described))
+    older = PrunedViT.from_pretrained(tmp_path / "older")
+    assert older.backbone.prune_at == "block"
+    assert torch.equal(older(images), expected)
+    file.write_text(json.dumps(described | {"prune_at": "head"}))
+    with pytest.raises(ValueError, match="unknown prune_at 'head'"):
+        PrunedViT.from_pretrained(tmp_path / "older")
+
+
 def test_a_run_becomes_a_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = "--num-envs 16 --iterations 2 --eval-size 20 --prune-before 2 4 --hidden 4 --seed 3"

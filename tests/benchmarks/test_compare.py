@@ -14,7 +14,13 @@ from safetensors.torch import load_file, save_file
 from prunevit.agents import PrunedViT, TopK
 from prunevit.benchmarks import compare as comparison
 from prunevit.benchmarks import method_speed
-from prunevit.benchmarks.compare import CompareConfig, compare, main, open_benchmark
+from prunevit.benchmarks.compare import (
+    CompareConfig,
+    compare,
+    main,
+    open_benchmark,
+    settings_of,
+)
 from prunevit.benchmarks.machine import hardware
 from prunevit.benchmarks.methods import learned
 from prunevit.benchmarks.methods.recipes import RECIPES
@@ -28,6 +34,7 @@ from prunevit.benchmarks.protocol import (
     with_best_dither,
 )
 from prunevit.benchmarks.records import FIELDS, Records, command, commit, read, unpack_answers
+from prunevit.benchmarks.tasks import TASKS
 from prunevit.envs.vit.digits_vit import ASSETS
 from prunevit.trainers.common.evaluation import evaluate
 from prunevit.trainers.common.timing import Timing
@@ -545,6 +552,8 @@ def test_every_ablation_changes_one_thing(bench):
     ours = settings["mappo"]
     assert bench.base.critic == "central"  # MAPPO
     assert settings["rloo"] == ours | {"critic": "none"}
+    inside = tuple(block - 1 for block in bench.task.prune_before)
+    assert settings["inside"] == ours | {"prune_before": inside, "prune_at": "mlp"}
     assert settings["one-stage"] == ours | {"prune_before": bench.task.prune_before[:1]}
     assert settings["no-attention-prior"] == ours | {"attention_prior": 0.0}
     assert "stage" not in settings["no-stage"]["observation"]
@@ -558,6 +567,34 @@ def test_every_ablation_changes_one_thing(bench):
     assert settings["released-faster"] == settings["released"] | {"lr": 5e-4}
     for changes in settings.values():
         replace(bench.base, **changes)  # raises where settings don't go together
+
+
+def test_a_task_can_have_its_stages_inside_of_blocks(bench, monkeypatch):
+    """Every method then prunes there, or where it comes nearest to that."""
+    task = replace(bench.task, prune_before=(0, 2), prune_at="mlp")
+    monkeypatch.setitem(TASKS, "digits", task)
+    config = CompareConfig(**SETTINGS)
+    inside = open_benchmark(config)
+    assert inside.backbone.edges[:-1] == (1, 5)
+    assert settings_of(config, inside)["prune_at"] == "mlp"
+    assert "prune_at" not in settings_of(config, bench)  # as in records of before
+    settings = {name: recipe.settings(inside) for name, recipe in RECIPES.items()}
+    for name, changes in settings.items():
+        trained = replace(inside.base, **changes)
+        assert trained.prune_at == ("block" if name.startswith("released") else "mlp")
+    assert settings["inside"] == settings["mappo"] | {"prune_before": (0, 2), "prune_at": "mlp"}
+    keep = learned.share_to_keep(inside, inside.gmacs_at(0.5))
+    assert keep > learned.share_to_keep(bench, bench.gmacs_at(0.5))
+    target = inside.gmacs_at(0.5)
+    for name in ("attention", "ats", "evit", "tome"):
+        method = METHODS[name].open(inside, 0)
+        try:
+            knobs = method.tune(target)
+        except UnreachableError as error:
+            knobs = error.nearest
+        found = evaluate(method.make(knobs), inside.validation, inside.size)
+        assert found.gmacs == pytest.approx(target, rel=0.03)
+        assert 1 > found.kept[0] > found.kept[1]
 
 
 def test_released_has_the_numbers_of_the_code(bench):

@@ -242,7 +242,7 @@ def test_nobody_observes_attention_on_the_way_to_the_dense_answer(game, batch, m
     game.reset(*batch)
     (tokens,) = ended
     assert tokens.alive.all()
-    assert [ran.stop for ran in tokens.segments] == [0, 1, 3, 4]
+    assert [ran.stop for ran in tokens.segments] == [0, 2, 6, 8]  # sublayers
     assert not any(ran.with_attention for ran in tokens.segments)
 
 

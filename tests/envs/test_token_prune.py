@@ -183,13 +183,15 @@ def test_values_lie_in_their_spaces(make_env, decisions, mode):
 
 @pytest.mark.parametrize("reward", REWARDS)
 @pytest.mark.parametrize("execution", ["packed", "masked"])
-def test_every_mode_plays_the_same_game(make_env, decisions, reward, execution):
+@pytest.mark.parametrize("prune_at", ["block", "mlp"])
+def test_every_mode_plays_the_same_game(make_env, decisions, reward, execution, prune_at):
     """Rewards, observations and infos for as long as an agent is there, against the game itself."""
-    kwargs = {"execution": execution, "reward": reward}
+    kwargs = {"execution": execution, "reward": reward, "prune_at": prune_at}
     modes = ["stay"] if reward.pays_pruned else BOTH
     batched = make_env(**MODES["batched"] | kwargs)
     all_images = play(batched, INDICES, decisions)
-    game = TokenGame(StagedViT(batched.batched.game.backbone.model, STAGES), reward)
+    model = batched.batched.game.backbone.model
+    game = TokenGame(StagedViT(model, STAGES, prune_at=prune_at), reward)
     stages = [game.reset(*batched.batched.images.load(INDICES))]
     stages += [game.step(decision) for decision in decisions]
     for stage, (observations, rewards, *_) in zip(stages, all_images, strict=True):

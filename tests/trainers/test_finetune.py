@@ -173,28 +173,31 @@ MODELS = {
     "distilled": ("deit_tiny_distilled_patch16_224", {}),
     "registers, norms": ("vit_base_patch16_clip_224", {"reg_tokens": 2}),
     "attention pooling": ("vit_tiny_patch16_224", {"global_pool": "map", "class_token": False}),
-    "rotary": ("eva02_tiny_patch14_224", {}),
+    "rotary": ("eva02_tiny_patch14_224", {"init_values": 0.5}),
+    "layer scale": ("vit_tiny_patch16_224", {"init_values": 0.5}),
     "stem": ("vit_tiny_patch16_224", {"embed_layer": "conv_stem"}),
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("frozen", "first"), [("before-first-stage", 1), ("before-last-stage", 3)])
-def test_frozen_is_whatever_the_tokens_of_a_stage_depend_on(make_vit, name, frozen, first):
+@pytest.mark.parametrize("prune_at", ["block", "mlp"])
+def test_frozen_is_whatever_the_tokens_of_a_stage_depend_on(
+    make_vit, name, frozen, first, prune_at
+):
     timm_name, kwargs = MODELS[name]
     if "embed_layer" in kwargs:
         vit = create_backbone(timm_name, img_size=32, patch_size=8, depth=4, **kwargs)
     else:
         vit = make_vit(timm_name, **kwargs)
-    staged = StagedViT(vit, (first,))
+    staged = StagedViT(vit, (first,), prune_at=prune_at)
     images = torch.randn(2, *staged.image_shape, generator=torch.Generator().manual_seed(0))
     vit.requires_grad_(True)
     seen = staged.begin(images).x.square().sum()
     gradients = torch.autograd.grad(seen, list(vit.parameters()), allow_unused=True)
     fields = ["token", "stage"]
-    model = PrunedViT(
-        StagedViT(vit, STAGES), learned_policy(StagedViT(vit, STAGES), fields, [], False)
-    )
+    backbone = StagedViT(vit, STAGES, prune_at=prune_at)
+    model = PrunedViT(backbone, learned_policy(backbone, fields, [], False))
     freeze(model, frozen)
     for (parameter, tensor), gradient in zip(vit.named_parameters(), gradients, strict=True):
         assert tensor.requires_grad == (gradient is None), parameter

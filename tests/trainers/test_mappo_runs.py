@@ -22,6 +22,8 @@ from prunevit.agents import PrunedViT
 from prunevit.agents.policies.actor_critic import Critic, TokenActor
 from prunevit.agents.policies.serialization import SavedModelError
 from prunevit.envs.batched.token_prune import BatchedTokenPrune
+from prunevit.envs.data.datasets import open_images
+from prunevit.envs.data_config import model_data_config
 from prunevit.envs.vit.blocks import packed_block
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.torch_compile import compile_block
@@ -29,6 +31,7 @@ from prunevit.envs.vit.weights import write_weights
 from prunevit.trainers import mappo
 from prunevit.trainers.common.checkpoint import load_checkpoint
 from prunevit.trainers.common.config import MappoConfig, defaults_for, parse
+from prunevit.trainers.common.evaluation import evaluate
 from prunevit.trainers.common.run import RunFolder
 
 SPREAD = "pettingzoo:mpe2.simple_spread_v3"
@@ -298,13 +301,27 @@ def test_a_finished_run_is_only_reported_again(whole, monkeypatch, tmp_path):
     assert (folder / "curve.png").exists()
 
 
-def test_a_run_from_before_a_setting_came_goes_on(whole, tmp_path):
+@pytest.mark.parametrize("setting", ["critic_norm", "actor_attention", "prune_at"])
+def test_a_run_from_before_a_setting_came_goes_on(whole, tmp_path, setting):
     folder = shutil.copytree(whole, tmp_path / "older")
     (folder / "config.json").write_bytes(
-        edited(critic_norm=..., actor_attention=...)((folder / "config.json").read_bytes())
+        edited(**{setting: ...})((folder / "config.json").read_bytes())
     )
+    assert PrunedViT.from_run(folder).backbone.prune_at == "block"
     run(["--resume", str(folder)])
     check_same(folder, whole)
+
+
+def test_a_run_that_prunes_inside_of_blocks(tokens, photographs):
+    report = run(tokens("inside", prune_before=(0, 1), prune_at="mlp", keep_bias=0))
+    model = PrunedViT.from_run("runs/inside")
+    assert (model.backbone.prune_at, model.backbone.prune_before) == ("mlp", (0, 1))
+    test = open_images(photographs, "test", model_data_config(model.backbone.model))
+    result = evaluate(model, test)
+    learned = report["policies"]["learned"]
+    assert result.accuracy == learned["accuracy"]
+    assert result.gmacs == pytest.approx(learned["gmacs"])
+    assert learned["gmacs"] < report["policies"]["dense"]["gmacs"]
 
 
 def test_another_seed_is_another_run(tokens, whole):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from prunevit.envs.data.datasets import DIGITS, has_classes, read_class_names
 from prunevit.envs.devices import pick_device
 from prunevit.envs.vit.create import create_backbone
+from prunevit.envs.vit.staged_vit import PruneAt
 from prunevit.envs.vit.weights import read_description, write_weights
 from prunevit.trainers.common.checkpoint import write_atomically
 from prunevit.trainers.common.run import RunSettings
@@ -56,8 +57,13 @@ class BackboneSettings(RunSettings):
 class StagedViTSettings(BackboneSettings):
     """Which ViT is pruned before which blocks, on which images, and where it runs."""
 
+    LATER: ClassVar[Mapping[str, object]] = {"prune_at": "block"}
+
     prune_before: tuple[int, ...] | None = (1, 3)
     """Blocks, counted from 0, before which tokens can be pruned. None: all but the first."""
+    prune_at: PruneAt = "block"
+    """block: prune before these blocks begin. mlp: prune inside of them, between their attention
+    and their MLP."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     threads: Threads | None = None

@@ -40,6 +40,7 @@ class MappoConfig(StagedViTSettings):
     """MAPPO on the token-pruning game, or on any PettingZoo ParallelEnv with homogeneous agents."""
 
     LATER: ClassVar[Mapping[str, object]] = {
+        **StagedViTSettings.LATER,
         "actor_attention": 0,
         "critic_norm": False,
         "hidden_layers": "gelu",

@@ -61,7 +61,7 @@ class TokenPruneExperiment:
         model = load_backbone(config, 0 if config.accuracy == "embedding" else None)
         self.model = model.to(getattr(torch, config.backbone_dtype))
         self.data_config = model_data_config(self.model)
-        self.backbone = StagedViT(self.model, config.prune_before)
+        self.backbone = StagedViT(self.model, config.prune_before, prune_at=config.prune_at)
         options = {
             name: getattr(config, name)
             for name in ("alpha", "beta", "accuracy")
@@ -71,7 +71,9 @@ class TokenPruneExperiment:
         played = self.backbone
         if config.compile:
             check_compiler(played.device)
-            played = StagedViT(self.model, config.prune_before, torch_compile=True)
+            played = StagedViT(
+                self.model, config.prune_before, torch_compile=True, prune_at=config.prune_at
+            )
         game = TokenGame(played, make_reward(config.reward, **options), config.rollouts_per_image)
         self.workers = ranks.workers(config.workers, self.backbone.device)
         self.skipped = list_bad_images(config.dataset) if config.skip_bad_images else ()

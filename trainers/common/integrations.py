@@ -116,12 +116,13 @@ class LibraryRun:
         # on the CPU, from where an environment takes it to its device or to other processes
         backbone = make_backbone(config)
         self._data_config = model_data_config(backbone)
-        self.staged = StagedViT(backbone, config.prune_before)
+        self.staged = StagedViT(backbone, config.prune_before, prune_at=config.prune_at)
         options = {} if config.alpha is None else {"alpha": config.alpha}
         self.game: dict[str, Any] = {
             "backbone": backbone,
             "dataset": open_images(config.dataset, "train", self._data_config, augment=True),
             "prune_before": config.prune_before,
+            "prune_at": config.prune_at,
             "observation": config.observation,
             "reward": make_reward(config.reward, **options),
             "device": pick_device(config.device),
@@ -163,7 +164,9 @@ class LibraryRun:
         """
         own = token_actor(actor)
         self._run.write_networks(policy=own)
-        staged = StagedViT(self.staged.model, self.config.prune_before)
+        staged = StagedViT(
+            self.staged.model, self.config.prune_before, prune_at=self.config.prune_at
+        )
         policy = LearnedPolicy(own.to(staged.device), self.config.observation, staged.num_prefix)
         test = open_images(self.config.dataset, "test", self._data_config)
         results = {

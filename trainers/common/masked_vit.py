@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
+from prunevit.envs.vit.blocks import BlockCall, dense_block
+from prunevit.envs.vit.execution import split_at_blocks
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.tokens import Tokens
 
@@ -78,9 +80,10 @@ class Outputs:
 def run_dense(backbone: StagedViT, begun: Tokens) -> Outputs:
     """Runs the dense model from ``begun``, the tokens before the first stage."""
     x = begun.x.unflatten(0, begun.alive.shape)
-    for i in range(backbone.prune_before[0], backbone.depth):
-        rope = begun.rotary.of_block(i).patches(len(x)) if begun.rotary else None
-        x = backbone.ops.dense_block(backbone.model.blocks[i], x, None, rope)
+    for i, sublayer in split_at_blocks(backbone.edges[0], backbone.edges[-1]):
+        rotary = begun.rotary.of_block(i) if begun.rotary else None
+        call = BlockCall(backbone.ops, backbone.model.blocks[i], rotary, None, sublayer=sublayer)
+        x = dense_block(call, x, None, rotary.patches(len(x)) if rotary else None)
     everyone = x.new_ones(backbone.num_stages, len(x), backbone.num_patches)
     return _finished(backbone, begun, x, everyone)
 
@@ -94,7 +97,6 @@ def run_masked(
     image = torch.arange(batch, device=x.device).repeat_interleave(backbone.num_patches)
     kept = x.new_ones(batch, backbone.num_patches)
     history = []
-    edges = (*backbone.prune_before, backbone.depth)
     for stage, predictor in enumerate(policy.predictors):
         patches = x[:, prefix:].flatten(0, 1)
         logits = predictor(patches, image, batch, kept.flatten())
@@ -105,25 +107,27 @@ def run_masked(
             )
         history.append(kept)
         seen = F.pad(kept, (prefix, 0), value=1.0)
-        for i in range(edges[stage], edges[stage + 1]):
-            x = _masked_block(backbone, x, i, seen, begun)
+        for i in range(backbone.edges[stage], backbone.edges[stage + 1]):
+            x = _masked_sublayer(backbone, x, i, seen, begun)
     return _finished(backbone, begun, x, torch.stack(history))
 
 
-def _masked_block(
+def _masked_sublayer(
     backbone: StagedViT, x: Tensor, index: int, kept: Tensor, begun: Tokens
 ) -> Tensor:
-    """A block on all tokens, [B, L, D], of which ``kept`` [B, L] are seen."""
-    block, ops = backbone.model.blocks[index], backbone.ops
+    """A sublayer on all tokens, [B, L, D], of which ``kept`` [B, L] are seen."""
+    block, ops = backbone.model.blocks[index // 2], backbone.ops
     attn, steps = block.attn, ops.steps(block)
+    if index % 2:
+        return steps.mlp(block, x)
     source = steps.pre_attention(block, x)
-    rope = begun.rotary.of_block(index).slots() if begun.rotary else None
+    rope = begun.rotary.of_block(index // 2).slots() if begun.rotary else None
     q, k, v = (part.transpose(1, 2) for part in ops.project(block, source, rope))
     weights = masked_attention(q @ k.transpose(-1, -2) * attn.scale, kept)
     mixed = attn.norm((weights @ v).transpose(1, 2).flatten(2))
     if getattr(attn, "gate", None) is not None:
         mixed = mixed * attn.gate(source).sigmoid()
-    return steps.mlp(block, steps.residual(block, x, attn.proj(mixed)))
+    return steps.residual(block, x, attn.proj(mixed))
 
 
 def _finished(backbone: StagedViT, begun: Tokens, x: Tensor, kept: Tensor) -> Outputs:

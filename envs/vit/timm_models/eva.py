@@ -28,12 +28,12 @@ def _dense_block(block: Any, x: Tensor, mask: Tensor | None, rope: Tensor | None
 
 
 def _residual(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
-    return x + (mixed if block.gamma_1 is None else block.gamma_1 * mixed)
+    return x + block.drop_path1(mixed if block.gamma_1 is None else block.gamma_1 * mixed)
 
 
 def _mlp(block: Any, x: Tensor) -> Tensor:
     out = mlp(block.mlp, block.norm2(x))
-    return x + (out if block.gamma_2 is None else block.gamma_2 * out)
+    return x + block.drop_path2(out if block.gamma_2 is None else block.gamma_2 * out)
 
 
 def _project(attn: Any, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

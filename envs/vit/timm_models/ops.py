@@ -71,11 +71,11 @@ def _no_pre_norm(block: Any, x: Tensor) -> Tensor:
 
 
 def _post_norm_residual(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
-    return x + block.norm1(mixed)
+    return x + block.drop_path1(block.norm1(mixed))
 
 
 def _post_norm_mlp(block: Any, x: Tensor) -> Tensor:
-    return x + block.norm2(mlp(block.mlp, x))
+    return x + block.drop_path2(block.norm2(mlp(block.mlp, x)))
 
 
 POST_NORM = BlockOps(_no_pre_norm, _post_norm_residual, _post_norm_mlp)

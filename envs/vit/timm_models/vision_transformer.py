@@ -23,11 +23,11 @@ def _dense_block(block: Any, x: Tensor, mask: Tensor | None, rope: Tensor | None
 
 
 def _residual(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
-    return x + block.ls1(mixed)
+    return x + block.drop_path1(block.ls1(mixed))
 
 
 def _mlp(block: Any, x: Tensor) -> Tensor:
-    return x + block.ls2(mlp(block.mlp, block.norm2(x)))
+    return x + block.drop_path2(block.ls2(mlp(block.mlp, block.norm2(x))))
 
 
 def _project(attn: Any, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -91,6 +91,15 @@ def test_it_is_a_pass_with_the_sampled_patches_alone(sharp_vit, images, kwargs):
     torch.testing.assert_close(sampled.logits, alone, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_stages_inside_of_blocks_are_where_it_samples_anyway(sharp_vit, images):
+    model = sharp_vit()
+    inside = StagedViT(model, [block - 1 for block in STAGES], prune_at="mlp")
+    traces = [ATS(staged, SAMPLES).trace(images) for staged in (inside, StagedViT(model, STAGES))]
+    for name in ("logits", "alive", "macs"):
+        assert torch.equal(*(getattr(trace, name) for trace in traces)), name
+
+
 @each_backbone
 @torch.no_grad()
 def test_its_cost_is_what_is_computed(sharp_vit, images, kwargs):

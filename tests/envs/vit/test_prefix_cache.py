@@ -25,8 +25,11 @@ class Counting:
         return self.images.load(indices)
 
 
-def make_env(vit, images, cache=0.0, stages=(1, 3), execution="packed", accuracy="correct"):
-    game = TokenGame(StagedViT(vit, stages, execution), TeamReward(accuracy=accuracy), 2)
+def make_env(
+    vit, images, cache=0.0, stages=(1, 3), execution="packed", accuracy="correct", prune_at="block"
+):
+    staged = StagedViT(vit, stages, execution, prune_at=prune_at)
+    game = TokenGame(staged, TeamReward(accuracy=accuracy), 2)
     return BatchedTokenPrune(game, images, 8, FIELDS, cache=cache)
 
 
@@ -44,10 +47,14 @@ def episode(env, **start):
 
 
 @pytest.mark.parametrize("execution", ["packed", "masked"])
-@pytest.mark.parametrize("stages", [(1, 3), (0, 2)])
+@pytest.mark.parametrize(
+    ("stages", "prune_at"), [((1, 3), "block"), ((0, 2), "block"), ((0, 2), "mlp")]
+)
 @pytest.mark.parametrize("accuracy", ["correct", "kl"])
-def test_the_game_is_the_same_from_memory(vit, some_images, execution, stages, accuracy):
-    options = {"stages": stages, "execution": execution, "accuracy": accuracy}
+def test_the_game_is_the_same_from_memory(vit, some_images, execution, stages, prune_at, accuracy):
+    options = {
+        "stages": stages, "execution": execution, "accuracy": accuracy, "prune_at": prune_at
+    }  # fmt: skip
     plain = make_env(vit, some_images, **options)
     counting = Counting(some_images)
     cached = make_env(vit, counting, 1e9, **options)

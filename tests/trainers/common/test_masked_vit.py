@@ -98,9 +98,10 @@ def test_no_patch_is_worth_more_than_its_images_loss_can_be(vit, images):
 
 
 @pytest.mark.parametrize("kwargs", BACKBONES.values(), ids=BACKBONES)
+@pytest.mark.parametrize("prune_at", ["block", "mlp"])
 @torch.no_grad()
-def test_a_masked_run_answers_as_the_pruned_model_does(make_vit, images, kwargs):
-    backbone = StagedViT(make_vit(**kwargs), STAGES)
+def test_a_masked_run_answers_as_the_pruned_model_does(make_vit, images, kwargs, prune_at):
+    backbone = StagedViT(make_vit(**kwargs), STAGES, prune_at=prune_at)
     policy = dynamic_vit_policy(backbone, 0.5, 8)
     begun = backbone.begin(images, execution="masked")
     run = run_masked(backbone, policy, begun, seeded())
