@@ -41,7 +41,7 @@ class OneImage(nn.Module):
 
     Raises:
         ExportError: its policy is not a ``LearnedPolicy``, something was added to either, or its
-            backbone has rotary positions or pools over all tokens.
+            backbone merges patches, has rotary positions or pools over all tokens.
     """
 
     def __init__(self, model: PrunedViT) -> None:
@@ -49,6 +49,11 @@ class OneImage(nn.Module):
         if type(model.policy) is not LearnedPolicy:
             raise ExportError(
                 f"a {type(model.policy).__name__} can't be exported: only a LearnedPolicy can"
+            )
+        if model.backbone.on_prune == "merge":
+            raise ExportError(
+                "a model that merges what it prunes can't be exported, since exported attention "
+                "takes each token for a single one: only on_prune='drop' can be"
             )
         if pools_tokens(model.backbone.model):
             raise ExportError(

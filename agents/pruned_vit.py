@@ -20,7 +20,7 @@ from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.policies.policy import Policy, count_policy_macs
 from prunevit.envs.observations import View
-from prunevit.envs.vit.staged_vit import PruneAt, StagedViT
+from prunevit.envs.vit.staged_vit import OnPrune, PruneAt, StagedViT
 from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
 from prunevit.envs.vit.tokens import Tokens
 
@@ -304,6 +304,7 @@ def prune(
     prune_before: Sequence[int] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     prune_at: PruneAt = "block",
+    on_prune: OnPrune = "drop",
 ) -> PrunedViT:
     """Makes a timm ViT drop tokens.
 
@@ -320,10 +321,13 @@ def prune(
             ``depth`` or ``embed_dim``. Only ``save_pretrained`` needs them.
         prune_at: "block" drops tokens before these blocks begin, "mlp" between their attention and
             their MLP.
+        on_prune: "drop" removes pruned patches with what they hold; "merge" averages each into the
+            most similar one that stays, see ``StagedViT``.
 
     Raises:
         UnsupportedBackboneError: the model can't run on part of its tokens, or can't be copied.
-        ValueError: stages are out of range, or the policy was made for another backbone.
+        ValueError: stages are out of range, ``on_prune`` is unknown, or the policy was made for
+            another backbone.
     """
     try:
         own = copy.deepcopy(vit)
@@ -333,5 +337,5 @@ def prune(
             f"{type(vit).__name__} can't be copied ({error}): prune it before it is sharded or "
             "wrapped, or take PrunedViT(StagedViT(vit, prune_before), policy), which uses it itself"
         ) from error
-    backbone = StagedViT(own, prune_before, prune_at=prune_at)
+    backbone = StagedViT(own, prune_before, prune_at=prune_at, on_prune=on_prune)
     return PrunedViT(backbone, _frozen(copy.deepcopy(policy)), model_kwargs).eval()

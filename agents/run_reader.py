@@ -116,5 +116,7 @@ def _run_backbone(
             f"{checkpoint} holds other weights than those that {folder} learned to prune: put them "
             "back, or train again"
         )
-    staged = StagedViT(model, config["prune_before"], prune_at=config.get("prune_at", "block"))
+    # older runs have neither
+    prune_at, on_prune = config.get("prune_at", "block"), config.get("on_prune", "drop")
+    staged = StagedViT(model, config["prune_before"], prune_at=prune_at, on_prune=on_prune)
     return staged, kwargs

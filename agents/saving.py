@@ -84,6 +84,7 @@ def write(
         "backbone": describe_backbone(backbone, model_kwargs),
         "prune_before": list(backbone.prune_before),
         "prune_at": backbone.prune_at,
+        "on_prune": backbone.on_prune,
         "policy": described,
         "versions": {name: version_of(name) for name in ("prunevit", "timm", "torch")},
     }
@@ -317,9 +318,9 @@ def rebuild(config: Mapping[str, Any], weights: Path) -> tuple[StagedViT, Policy
         model = build(name, kwargs)
         cfg: Any = model.pretrained_cfg
         vars(model)["pretrained_cfg"] = {**cfg, **_with_tuples(data_config)}
-        backbone = StagedViT(
-            model, config["prune_before"], prune_at=config.get("prune_at", "block")
-        )
+        # older models have neither
+        prune_at, on_prune = config.get("prune_at", "block"), config.get("on_prune", "drop")
+        backbone = StagedViT(model, config["prune_before"], prune_at=prune_at, on_prune=on_prune)
         _refuse(size_problem(partial(make_policy, config["policy"], backbone), weights))
         policy = make_policy(config["policy"], backbone)
     except BackboneError as error:

@@ -88,7 +88,7 @@ class TokenGame:
 
     All episodes of a batch have the same T stages and end together. All tensors stay on the
     backbone's device. The host waits for it once in ``reset``, to check the images, and once in
-    each ``step``, for the number of surviving tokens.
+    each ``step``, for the number of surviving tokens; twice where pruned patches merge.
 
     Args:
         backbone: the staged ViT; its weights are not changed.

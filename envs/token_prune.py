@@ -29,7 +29,7 @@ from prunevit.envs.rendering import EpisodePictures
 from prunevit.envs.rewards import Reward, make_reward
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.digits_vit import DIGITS_VIT
-from prunevit.envs.vit.staged_vit import Execution, PruneAt, StagedViT
+from prunevit.envs.vit.staged_vit import Execution, OnPrune, PruneAt, StagedViT
 
 PrunedAgents = Literal["leave", "stay"]
 RENDER_MODES = ("rgb_array", "human")
@@ -72,6 +72,8 @@ class TokenPruneEnv(ParallelEnv):
         device: "auto" takes CUDA, MPS or the CPU, the first that there is.
         execution: "packed" removes tokens. "masked" hides them from the others instead: it is the
             slow reference.
+        on_prune: "drop": what a pruned patch holds is gone. "merge": it is averaged into the most
+            similar patch that stays, so that little is lost where patches are alike.
         render_mode: "rgb_array" or "human".
         prune_at: "block" decides before a block of ``prune_before`` begins, "mlp" inside of it,
             between its attention and its MLP.
@@ -110,6 +112,7 @@ class TokenPruneEnv(ParallelEnv):
         execution: Execution = "packed",
         render_mode: str | None = None,
         prune_at: PruneAt = "block",
+        on_prune: OnPrune = "drop",
     ) -> None:
         if pruned_agents not in get_args(PrunedAgents):
             raise ValueError(f"pruned_agents={pruned_agents!r}: choose from leave, stay")
@@ -135,7 +138,7 @@ class TokenPruneEnv(ParallelEnv):
             model = _in_eval_mode(backbone, played_on)
         if isinstance(dataset, str):
             dataset = open_images(dataset, split, model_data_config(model))
-        staged = StagedViT(model, prune_before, execution, prune_at=prune_at)
+        staged = StagedViT(model, prune_before, execution, prune_at=prune_at, on_prune=on_prune)
         game = TokenGame(staged, paid)
         episodes = 1 if num_envs is None else num_envs
         self.batched = BatchedTokenPrune(game, dataset, episodes, observation)

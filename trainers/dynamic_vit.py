@@ -283,7 +283,7 @@ def train(config: DynamicViTConfig) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     model = load_backbone(config)
     data_config = model_data_config(model)
-    backbone = StagedViT(model, config.prune_before, prune_at=config.prune_at)
+    backbone = config.stage(model)
     check_can_classify(config.dataset, backbone.num_classes)
     policy = dynamic_vit_policy(backbone, config.keep, config.hidden, config.seed)
     images = open_images(config.dataset, "train", data_config, augment=config.augment)

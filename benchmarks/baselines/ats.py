@@ -104,7 +104,8 @@ class ATS(nn.Module):
             all images, so that of similar neighbours other ones are sampled; 0 for none.
 
     Raises:
-        UnsupportedBackboneError: blocks that are not timm's plain ones, or no class token.
+        UnsupportedBackboneError: blocks that are not timm's plain ones, no class token, or a
+            backbone that merges.
         ValueError: a stage before the first block, or not a number of samples for each.
     """
 
@@ -113,6 +114,10 @@ class ATS(nn.Module):
         check_plain(backbone.model)
         if not backbone.has_class_token:
             raise UnsupportedBackboneError("adaptive token sampling needs a class token")
+        if backbone.on_prune == "merge":
+            raise UnsupportedBackboneError(
+                "adaptive token sampling drops what it doesn't sample: take on_prune='drop'"
+            )
         if not backbone.has_attended(0):
             raise ValueError("no block comes before the stage at block 0, to sample in")
         if len(samples) != backbone.num_stages or not all(

@@ -34,6 +34,7 @@ from prunevit.benchmarks.protocol import (
 )
 from prunevit.benchmarks.records import differences
 from prunevit.envs.old_names import rename_settings
+from prunevit.envs.vit.staged_vit import OnPrune, StagedViT
 from prunevit.envs.vit.weights import read_description
 from prunevit.trainers import finetune
 from prunevit.trainers.common.backbones import StagedViTSettings
@@ -346,12 +347,22 @@ def share_to_keep(bench: Benchmark, gmacs: float) -> float:
     return nearest(range(1, 101), cost, gmacs)[0] / 100
 
 
-def dynamic_vit(bench: Benchmark, seed: int, fine_tune: bool = False) -> Method:
+def dynamic_vit(
+    bench: Benchmark, seed: int, fine_tune: bool = False, on_prune: OnPrune = "drop"
+) -> Method:
     """DynamicViT, trained for each operating point, as its authors do; with its backbone once, for
     the middle one, as ours is. The knob is the share of patches that it keeps. Where the task
-    allows, with dither if that is better on validation.
+    allows, with dither if that is better on validation. With ``on_prune="merge"`` the same
+    trainings, which know only masks, are judged with merging.
     """
-    load = reader(bench, lambda folder: PrunedViT.from_run(folder))
+
+    def restaged(folder: Path) -> PrunedViT:
+        model = PrunedViT.from_run(folder)
+        own = model.backbone
+        staged = StagedViT(own.model, own.prune_before, prune_at=own.prune_at, on_prune=on_prune)
+        return PrunedViT(staged, model.policy)
+
+    load = reader(bench, restaged)
 
     def make(knobs: Knobs) -> PrunedViT:
         model = load(bench.runs / knobs["run"])

@@ -114,6 +114,7 @@ RECIPES: Mapping[str, Recipe] = {
     "redundancy": Recipe(
         "observes redundancy too", {"observation": (*MappoConfig.observation, "redundancy")}
     ),
+    "merge": Recipe("ours, merging what it prunes", {"on_prune": "merge"}),
     "stages-1-2": Recipe("stages before blocks 1 and 2", {"prune_before": (1, 2)}),
     "stages-1-2-4": Recipe("stages before blocks 1, 2 and 4", {"prune_before": (1, 2, 4)}),
     "all-stages": Recipe("a stage before every block but the first", {"prune_before": None}),

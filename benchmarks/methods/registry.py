@@ -32,7 +32,15 @@ UNSEEDED: dict[str, tuple[str, Callable[[Benchmark, int], Method]]] = {
     "norm": ("norm of the embedding, top-k", partial(untrained.top_k, "norm")),
     "brightness": ("mean pixel, top-k", partial(untrained.top_k, "brightness")),
     "attention": ("class attention, top-k", partial(untrained.top_k, "attention")),
+    "attention-merge": (
+        "class attention, top-k, the rest merged",
+        partial(untrained.merging_pruned, partial(untrained.top_k, "attention")),
+    ),
     "threshold": ("class attention, threshold", untrained.attention_threshold),
+    "threshold-merge": (
+        "class attention, threshold, the rest merged",
+        partial(untrained.merging_pruned, untrained.attention_threshold),
+    ),
     "ats": ("ATS: adaptive token sampling", untrained.adaptive_sampling),
     "tome": ("ToMe: token merging", untrained.tome),
     "pitome": ("PiToMe: token merging by energy", untrained.pitome),
@@ -49,7 +57,15 @@ UNSEEDED: dict[str, tuple[str, Callable[[Benchmark, int], Method]]] = {
 }  # fmt: skip
 SEEDED: dict[str, tuple[str, Callable[[Benchmark, int], Method]]] = {
     "random": ("random top-k", partial(untrained.top_k, "random")),
+    "random-merge": (
+        "random top-k, the rest merged",
+        partial(untrained.merging_pruned, partial(untrained.top_k, "random")),
+    ),
     "dynamic-vit": ("DynamicViT, frozen backbone", learned.dynamic_vit),
+    "dynamic-vit-merge": (
+        "DynamicViT, frozen backbone, the rest merged when it is judged",
+        partial(learned.dynamic_vit, on_prune="merge"),
+    ),
     "dynamic-vit-fine-tuned": (
         "DynamicViT: the backbone learns too",
         partial(learned.dynamic_vit, fine_tune=True),

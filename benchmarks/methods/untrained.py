@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations_with_replacement, pairwise, product
 from typing import Any
 
@@ -28,6 +29,7 @@ from prunevit.benchmarks.protocol import (
     search_knob,
     with_best_dither,
 )
+from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common.evaluation import schedules_at
 
 SHAPES = (1.0, 0.7, 0.5, 0.35)  # schedules that keep this share from one stage to the next
@@ -95,6 +97,15 @@ def top_k(score: Score, bench: Benchmark, seed: int) -> Method:
         tune=lambda gmacs: best_schedule(bench, score, seed, gmacs, score == "attention"),
         make=lambda knobs: PrunedViT(bench.backbone, TopK(knobs["tokens"], score, seed)),
     )
+
+
+def merging_pruned(
+    open_method: Callable[[Benchmark, int], Method], bench: Benchmark, seed: int
+) -> Method:
+    """A method on a backbone that merges what is pruned."""
+    own = bench.backbone
+    merging = StagedViT(own.model, own.prune_before, prune_at=own.prune_at, on_prune="merge")
+    return open_method(replace(bench, backbone=merging), seed)
 
 
 def attention_threshold(bench: Benchmark, seed: int) -> Method:

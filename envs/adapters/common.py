@@ -15,7 +15,7 @@ from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.game import GameError
 from prunevit.envs.rewards import Reward
 from prunevit.envs.token_prune import TokenPruneEnv
-from prunevit.envs.vit.staged_vit import Execution, PruneAt
+from prunevit.envs.vit.staged_vit import Execution, OnPrune, PruneAt
 
 
 class GameArguments(TypedDict, total=False):
@@ -30,6 +30,7 @@ class GameArguments(TypedDict, total=False):
     device: str | torch.device
     execution: Execution
     prune_at: PruneAt
+    on_prune: OnPrune
 
 
 class GameHandle:

@@ -89,6 +89,10 @@ def test_what_has_no_onnx_form_is_refused(vit, make_vit, tmp_path):
         export_onnx(prune(vit, KeepAll(), STAGES), tmp_path / "pruned.onnx")
     with pytest.raises(ExportError, match="pools over all of its tokens"):
         export_onnx(pruned(make_vit(global_pool="avg")), tmp_path / "pruned.onnx")
+    merging = pruned(vit)
+    merging.backbone.on_prune = "merge"
+    with pytest.raises(ExportError, match="merges what it prunes can't be exported"):
+        export_onnx(merging, tmp_path / "pruned.onnx")
     hooked, replaced, other = (pruned(vit) for _ in range(3))
     hooked.policy.register_forward_hook(lambda _, __, keep: ~keep)
     replaced.policy.forward = lambda view: view.alive

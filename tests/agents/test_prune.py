@@ -512,6 +512,38 @@ def test_a_model_that_prunes_inside_of_its_blocks_comes_back(vit, images, tmp_pa
         PrunedViT.from_pretrained(tmp_path / "older")
 
 
+@torch.no_grad()
+def test_a_model_that_merges_comes_back(make_vit, images, tmp_path):
+    vit = make_vit()
+    policy = TopK((9, 4), "attention")
+    model = prune(vit, policy, STAGES, SHAPE, on_prune="merge")
+    model.save_pretrained(tmp_path)
+    again = PrunedViT.from_pretrained(tmp_path)
+    assert torch.equal(again(images), model(images))
+    dropping = prune(vit, policy, STAGES, SHAPE)(images)
+    assert (model(images) - dropping).abs().max() > 1e-3
+    file = tmp_path / "config.json"
+    described = json.loads(file.read_text())
+    file.write_text(json.dumps(described | {"on_prune": "fuse"}))
+    with pytest.raises(ValueError, match="unknown on_prune 'fuse'"):
+        PrunedViT.from_pretrained(tmp_path)
+    del described["on_prune"]  # as in models that were saved before there was a choice
+    file.write_text(json.dumps(described))
+    assert torch.equal(PrunedViT.from_pretrained(tmp_path)(images), dropping)
+
+
+def test_a_run_that_merges_becomes_a_model_that_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = "--num-envs 16 --iterations 2 --eval-size 20 --hidden 4 --on-prune merge"
+    mappo([*options.split(), "--run-name", "tiny"])
+    assert PrunedViT.from_run("runs/tiny").backbone.on_prune == "merge"
+    file = Path("runs/tiny/config.json")
+    older = json.loads(file.read_text())
+    del older["on_prune"]
+    file.write_text(json.dumps(older))
+    assert PrunedViT.from_run("runs/tiny").backbone.on_prune == "drop"
+
+
 def test_a_run_becomes_a_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = "--num-envs 16 --iterations 2 --eval-size 20 --prune-before 2 4 --hidden 4 --seed 3"

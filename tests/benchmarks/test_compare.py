@@ -106,6 +106,8 @@ def test_a_point_that_no_knob_reaches_has_the_nearest(target, cost, nearest):
         "evit",
         "evit-unfused",
         "zero-tprune",
+        "attention-merge",
+        "threshold-merge",
     ],
 )
 @pytest.mark.parametrize("point", [0.4, 0.55, 0.7])
@@ -524,7 +526,11 @@ def test_rivals_are_trained_once_for_each_operating_point(bench, monkeypatch, na
 def test_dynamic_vit_takes_part_with_and_without_its_backbone(bench):
     bench = replace(bench, task=replace(bench.task, dynamic_vit={"batch_size": 8}, dithers=True))
     # the backbone begins to learn after a sixth of the training
-    for name, iterations in (("dynamic-vit", 1), ("dynamic-vit-fine-tuned", 6)):
+    for name, iterations in (
+        ("dynamic-vit", 1),
+        ("dynamic-vit-merge", 1),
+        ("dynamic-vit-fine-tuned", 6),
+    ):
         method = METHODS[name].open(replace(bench, iterations=iterations), 0)
         knobs = method.tune(bench.gmacs_at(0.5))
         for dither in (False, True):
@@ -532,6 +538,7 @@ def test_dynamic_vit_takes_part_with_and_without_its_backbone(bench):
             spent = evaluate(model, bench.validation, bench.size).gmacs
             assert spent == pytest.approx(bench.gmacs_at(0.5), rel=0.01)
             assert model.policy.dither == dither
+            assert (model.backbone.on_prune == "merge") == (name == "dynamic-vit-merge")
         assert "dither" in knobs
         learns = not torch.equal(
             model.backbone.model.blocks[-1].mlp.fc1.weight, bench.model.blocks[-1].mlp.fc1.weight
@@ -562,6 +569,7 @@ def test_every_ablation_changes_one_thing(bench):
     assert settings["no-team-reward"]["reward"] == "markov-game"
     observation = (*ours["observation"][:-1], "redundancy", "alpha")
     assert settings["redundancy"] == ours | {"observation": observation}
+    assert settings["merge"] == ours | {"on_prune": "merge"}
     assert settings["all-stages"] == ours | {"prune_before": None}
     assert settings["released"]["prune_before"] == bench.task.released_stages
     assert settings["released-faster"] == settings["released"] | {"lr": 5e-4}

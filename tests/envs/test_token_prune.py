@@ -221,6 +221,26 @@ def test_every_mode_plays_the_same_game(make_env, decisions, reward, execution, 
                     )
 
 
+@pytest.mark.parametrize("mode", BOTH)
+def test_it_plays_with_merging(make_env, decisions, mode):
+    """As the staged ViT does; where patches are dropped, other logits come out."""
+    ends = {}
+    for on_prune in ("drop", "merge"):
+        env = make_env(**MODES[mode], on_prune=on_prune)
+        infos = play(env, INDICES[-1:], decisions[:, -1])[-1][4]
+        ends[on_prune] = next(iter(infos.values()))
+    env = make_env(**MODES["batched"])
+    staged = StagedViT(env.batched.game.backbone.model, STAGES, on_prune="merge")
+    tokens = staged.begin(env.batched.images.load(INDICES[-1:])[0])
+    for stage in range(len(STAGES)):
+        tokens = staged.advance(tokens, decisions[stage, -1:], stage)
+    logits = staged.finish(tokens)[0].detach().numpy()
+    np.testing.assert_allclose(ends["merge"]["logits"], logits, atol=1e-5)
+    assert np.abs(ends["drop"]["logits"] - logits).max() > 1e-2
+    assert ends["merge"]["gmacs"] == pytest.approx(float(staged.total_macs(tokens)) / 1e9)
+    assert ends["merge"]["gmacs"] > ends["drop"]["gmacs"]
+
+
 def assert_same_values(ours, reference, agent, image, over):
     """What one agent is told in a single environment, and in a batch at place ``image``."""
     observation, reward, terminated, _, _ = (part.get(agent) for part in ours)
@@ -722,6 +742,7 @@ def test_rendering_out_of_turn(make_env):
         ({"device": "hpu"}, ValueError, "device 'hpu' can't be used here"),
         ({"device": "meta"}, ValueError, "device 'meta' can't be used here"),
         ({"execution": "jagged"}, ValueError, "unknown execution 'jagged'"),
+        ({"on_prune": "fuse"}, ValueError, "unknown on_prune 'fuse': choose from drop, merge"),
         ({"render_mode": "ansi"}, ValueError, "render_mode='ansi': choose rgb_array or human"),
     ],
 )

@@ -14,7 +14,7 @@ from torch import nn
 from prunevit.envs.data.datasets import DIGITS, has_classes, read_class_names
 from prunevit.envs.devices import pick_device
 from prunevit.envs.vit.create import create_backbone
-from prunevit.envs.vit.staged_vit import PruneAt
+from prunevit.envs.vit.staged_vit import OnPrune, PruneAt, StagedViT
 from prunevit.envs.vit.weights import read_description, write_weights
 from prunevit.trainers.common.checkpoint import write_atomically
 from prunevit.trainers.common.run import RunSettings
@@ -57,17 +57,31 @@ class BackboneSettings(RunSettings):
 class StagedViTSettings(BackboneSettings):
     """Which ViT is pruned before which blocks, on which images, and where it runs."""
 
-    LATER: ClassVar[Mapping[str, object]] = {"prune_at": "block"}
+    LATER: ClassVar[Mapping[str, object]] = {"prune_at": "block", "on_prune": "drop"}
 
     prune_before: tuple[int, ...] | None = (1, 3)
     """Blocks, counted from 0, before which tokens can be pruned. None: all but the first."""
     prune_at: PruneAt = "block"
     """block: prune before these blocks begin. mlp: prune inside of them, between their attention
     and their MLP."""
+    on_prune: OnPrune = "drop"
+    """drop: what a pruned patch holds is gone. merge: it is averaged into the most similar patch
+    that stays, and its similarities count as compute. DynamicViT learns by masks all the same and
+    merges in evaluations."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     threads: Threads | None = None
     """CPU threads. By default torch's own choice."""
+
+    def stage(self, model: nn.Module, torch_compile: bool = False) -> StagedViT:
+        """``model`` with these stages."""
+        return StagedViT(
+            model,
+            self.prune_before,
+            torch_compile=torch_compile,
+            on_prune=self.on_prune,
+            prune_at=self.prune_at,
+        )
 
 
 def make_backbone(config: BackboneSettings, num_classes: int | None = None) -> nn.Module:

@@ -26,7 +26,6 @@ from prunevit.envs.devices import pick_device
 from prunevit.envs.game import TokenGame
 from prunevit.envs.measures import Measure
 from prunevit.envs.rewards import make_reward
-from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.torch_compile import check_compiler
 from prunevit.trainers.common.backbones import load_backbone
 from prunevit.trainers.common.config import PETTINGZOO_PREFIX, MappoConfig
@@ -61,7 +60,7 @@ class TokenPruneExperiment:
         model = load_backbone(config, 0 if config.accuracy == "embedding" else None)
         self.model = model.to(getattr(torch, config.backbone_dtype))
         self.data_config = model_data_config(self.model)
-        self.backbone = StagedViT(self.model, config.prune_before, prune_at=config.prune_at)
+        self.backbone = config.stage(self.model)
         options = {
             name: getattr(config, name)
             for name in ("alpha", "beta", "accuracy")
@@ -71,9 +70,7 @@ class TokenPruneExperiment:
         played = self.backbone
         if config.compile:
             check_compiler(played.device)
-            played = StagedViT(
-                self.model, config.prune_before, torch_compile=True, prune_at=config.prune_at
-            )
+            played = config.stage(self.model, torch_compile=True)
         game = TokenGame(played, make_reward(config.reward, **options), config.rollouts_per_image)
         self.workers = ranks.workers(config.workers, self.backbone.device)
         self.skipped = list_bad_images(config.dataset) if config.skip_bad_images else ()

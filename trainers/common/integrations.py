@@ -24,7 +24,6 @@ from prunevit.envs.data.datasets import open_images
 from prunevit.envs.data_config import model_data_config
 from prunevit.envs.devices import pick_device
 from prunevit.envs.rewards import make_reward
-from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common.backbones import StagedViTSettings, make_backbone
 from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.evaluation import Evaluation, evaluate
@@ -116,13 +115,14 @@ class LibraryRun:
         # on the CPU, from where an environment takes it to its device or to other processes
         backbone = make_backbone(config)
         self._data_config = model_data_config(backbone)
-        self.staged = StagedViT(backbone, config.prune_before, prune_at=config.prune_at)
+        self.staged = config.stage(backbone)
         options = {} if config.alpha is None else {"alpha": config.alpha}
         self.game: dict[str, Any] = {
             "backbone": backbone,
             "dataset": open_images(config.dataset, "train", self._data_config, augment=True),
             "prune_before": config.prune_before,
             "prune_at": config.prune_at,
+            "on_prune": config.on_prune,
             "observation": config.observation,
             "reward": make_reward(config.reward, **options),
             "device": pick_device(config.device),
@@ -164,9 +164,7 @@ class LibraryRun:
         """
         own = token_actor(actor)
         self._run.write_networks(policy=own)
-        staged = StagedViT(
-            self.staged.model, self.config.prune_before, prune_at=self.config.prune_at
-        )
+        staged = self.config.stage(self.staged.model)
         policy = LearnedPolicy(own.to(staged.device), self.config.observation, staged.num_prefix)
         test = open_images(self.config.dataset, "test", self._data_config)
         results = {

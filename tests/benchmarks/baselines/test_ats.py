@@ -151,3 +151,5 @@ def test_what_it_can_not_do_is_refused(make_vit, vit):
     without = make_vit(class_token=False, global_pool="avg")
     with pytest.raises(UnsupportedBackboneError, match="needs a class token"):
         ATS(StagedViT(without, STAGES), SAMPLES)
+    with pytest.raises(UnsupportedBackboneError, match="drops what it doesn't sample"):
+        ATS(StagedViT(vit, STAGES, on_prune="merge"), SAMPLES)

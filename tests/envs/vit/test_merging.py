@@ -46,8 +46,8 @@ def build(make_vit):
     return by_name
 
 
-def merging(model, execution="packed", stages=STAGES):
-    return StagedViT(model, stages, execution, on_prune="merge")
+def merging(model, execution="packed", stages=STAGES, prune_at="block"):
+    return StagedViT(model, stages, execution, on_prune="merge", prune_at=prune_at)
 
 
 def draw_images(staged, count=BATCH, seed=1):
@@ -105,9 +105,12 @@ def test_patches_are_averaged_into_the_most_similar_survivor(build, keeps, execu
 
 
 @each_family
+@pytest.mark.parametrize("prune_at", ["block", "mlp"])
 @torch.no_grad()
-def test_packed_equals_masked(build, keeps, family):
-    packed, masked = (merging(build(family), execution) for execution in EXECUTIONS)
+def test_packed_equals_masked(build, keeps, family, prune_at):
+    packed, masked = (
+        merging(build(family), execution, prune_at=prune_at) for execution in EXECUTIONS
+    )
     images = draw_images(packed, 2 * BATCH)
     for seed in range(3):
         keep = keeps(len(images), 3, packed.num_patches, seed)
@@ -265,8 +268,9 @@ def test_blocks_with_hooks_see_the_same(make_vit, keeps, execution):
 
 
 @pytest.mark.parametrize("family", ["class-token", "avg-without-prefix"])
-def test_macs_are_those_of_the_flop_counter_and_of_the_averages(build, keeps, family):
-    staged = merging(build(family))
+@pytest.mark.parametrize("prune_at", ["block", "mlp"])
+def test_macs_are_those_of_the_flop_counter_and_of_the_averages(build, keeps, family, prune_at):
+    staged = merging(build(family), prune_at=prune_at)
     keep = keeps(3, len(STAGES), staged.num_patches)
     for i, image in enumerate(draw_images(staged, 3)):
         with FlopCounterMode(display=False) as counter:

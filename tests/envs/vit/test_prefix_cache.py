@@ -26,9 +26,16 @@ class Counting:
 
 
 def make_env(
-    vit, images, cache=0.0, stages=(1, 3), execution="packed", accuracy="correct", prune_at="block"
+    vit,
+    images,
+    cache=0.0,
+    stages=(1, 3),
+    execution="packed",
+    accuracy="correct",
+    prune_at="block",
+    on_prune="drop",
 ):
-    staged = StagedViT(vit, stages, execution, prune_at=prune_at)
+    staged = StagedViT(vit, stages, execution, prune_at=prune_at, on_prune=on_prune)
     game = TokenGame(staged, TeamReward(accuracy=accuracy), 2)
     return BatchedTokenPrune(game, images, 8, FIELDS, cache=cache)
 
@@ -46,14 +53,19 @@ def episode(env, **start):
     return told
 
 
-@pytest.mark.parametrize("execution", ["packed", "masked"])
+@pytest.mark.parametrize(
+    ("execution", "on_prune"), [("packed", "drop"), ("masked", "drop"), ("packed", "merge")]
+)
 @pytest.mark.parametrize(
     ("stages", "prune_at"), [((1, 3), "block"), ((0, 2), "block"), ((0, 2), "mlp")]
 )
 @pytest.mark.parametrize("accuracy", ["correct", "kl"])
-def test_the_game_is_the_same_from_memory(vit, some_images, execution, stages, prune_at, accuracy):
+def test_the_game_is_the_same_from_memory(
+    vit, some_images, execution, on_prune, stages, prune_at, accuracy
+):
     options = {
-        "stages": stages, "execution": execution, "accuracy": accuracy, "prune_at": prune_at
+        "stages": stages, "execution": execution, "accuracy": accuracy, "prune_at": prune_at,
+        "on_prune": on_prune,
     }  # fmt: skip
     plain = make_env(vit, some_images, **options)
     counting = Counting(some_images)
