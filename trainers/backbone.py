@@ -7,9 +7,9 @@ Its defaults trained the digits' ViT that comes with the package. A run writes
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +19,8 @@ from timm.layers import PatchDropout
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prunevit.envs.data.datasets import open_images, read_class_names
+from prunevit.envs.data.datasets import DIGITS, open_images, read_class_names
+from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.devices import pick_device
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.weights import sha256
@@ -29,12 +30,12 @@ from prunevit.trainers.common.classification import (
     Learner,
     TrainingImages,
     make_mixup,
-    train_from,
     versions,
 )
 from prunevit.trainers.common.distributed import ALONE, Ranks, join_ranks
 from prunevit.trainers.common.epochs import train_epochs
 from prunevit.trainers.common.evaluation import accuracy
+from prunevit.trainers.common.frozen import CachedFeatures, FrozenPart, freeze, frozen_blocks
 from prunevit.trainers.common.recipe import Recipe
 from prunevit.trainers.common.run import (
     COMMAND_ERRORS,
@@ -44,10 +45,9 @@ from prunevit.trainers.common.run import (
     device_of,
     open_run,
 )
-from prunevit.trainers.common.settings import Decay, Weight, parse_arguments
+from prunevit.trainers.common.settings import Decay, Threads, Weight, parse_arguments
 from prunevit.trainers.common.signals import ends_in_one_line
 
-FROZEN_BLOCKS = re.compile(r"blocks:(\d+)")
 PATCH_DROPOUTS = 4  # shares of patches that steps leave out in turn, from none to the largest
 
 
@@ -55,11 +55,24 @@ PATCH_DROPOUTS = 4  # shares of patches that steps leave out in turn, from none 
 class BackboneConfig(Recipe, BackboneSettings):
     """Which backbone is trained on what, and how."""
 
-    LATER: ClassVar[Mapping[str, object]] = {"freeze": "none", "layer_decay": 1.0}
+    LATER: ClassVar[Mapping[str, object]] = {
+        "freeze": "none",
+        "layer_decay": 1.0,
+        "augment": True,
+        "cache_gb": 0.0,
+        "threads": None,
+    }
 
     freeze: str = "none"
     """What keeps its weights: none, all (but for the head: a linear probe), or blocks:N (all before
     block N, counted from 0; the later ones learn)."""
+    cache_gb: Weight = 0.0
+    """Memory, in GB, that keeps what the frozen part made of images, so that it is computed once:
+    of validation images, and of training images if nothing varies them (--no-augment
+    --patch-dropout 0). Digits of the training are drawn anew in any case. The frozen part is then
+    in evaluation mode, and a resumed run ends like one that was not stopped up to rounding."""
+    augment: bool = True
+    """Vary training images each time they are seen (photographs: timm's training transform)."""
     mixup: Weight = 0.0
     """Alpha of mixup; 0 turns it off."""
     cutmix: Weight = 0.0
@@ -69,6 +82,8 @@ class BackboneConfig(Recipe, BackboneSettings):
     out a third, two thirds or all of this share. The ViT then tolerates pruning. 0 turns it off."""
     label_smoothing: Decay = 0.05
     """Share of the target that is spread over all classes."""
+    threads: Threads | None = None
+    """CPU threads. By default torch's own choice."""
     run_name: str = "backbone"
     """The run is written to runs/RUN_NAME."""
 
@@ -76,13 +91,22 @@ class BackboneConfig(Recipe, BackboneSettings):
         super().__post_init__()
         if not self.run_name:
             raise ValueError("run_name is empty")
-        if self.freeze not in ("none", "all") and not FROZEN_BLOCKS.fullmatch(self.freeze):
+        if self.freeze not in ("none", "all") and frozen_blocks(self.freeze) is None:
             raise ValueError(f"freeze={self.freeze!r}: give none, all or blocks:N, as in blocks:8")
         if self.freeze != "none" and not self.pretrained and self.checkpoint is None:
             raise ValueError(
                 f"freeze={self.freeze!r} would keep random weights: give --checkpoint FILE or "
                 "--pretrained"
             )
+        if self.cache_gb and self.freeze == "none":
+            raise ValueError("cache_gb keeps what the frozen part computes: give --freeze too")
+        if self.cache_gb and not self.augment and (self.patch_dropout or self.mixup or self.cutmix):
+            raise ValueError(
+                "with cache_gb and --no-augment training images stay as they are: give "
+                "--patch-dropout 0, and neither --mixup nor --cutmix"
+            )
+        if self.augmentation and not self.augment:
+            raise ValueError("give --augmentation or --no-augment, not both")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"mixup and cutmix need an even batch_size, got {self.batch_size}")
 
@@ -91,32 +115,15 @@ class BackboneConfig(Recipe, BackboneSettings):
         """Where a new run is written."""
         return RUNS / self.run_name
 
+    @property
+    def caches_training(self) -> bool:
+        """Whether features of training images are kept too."""
+        return bool(self.cache_gb) and not self.augment and self.dataset != DIGITS
+
 
 def patch_dropout(config: BackboneConfig, step: int) -> float:
     """Share of the patches that step number ``step`` (from 0) leaves out."""
     return config.patch_dropout * (step % PATCH_DROPOUTS) / (PATCH_DROPOUTS - 1)
-
-
-def freeze(model: Any, what: str) -> None:
-    """Lets the weights of ``model`` that ``what`` names keep their values.
-
-    Args:
-        model: timm's ViT.
-        what: as the setting ``freeze``.
-
-    Raises:
-        TrainingError: the model has fewer blocks.
-    """
-    if what == "none":
-        return
-    model.requires_grad_(False)
-    if what == "all":
-        model.get_classifier().requires_grad_(True)
-        return
-    blocks, first = getattr(model, "blocks", ()), int(what.removeprefix("blocks:"))
-    if first > len(blocks):
-        raise TrainingError(f"--freeze {what}: the backbone has {len(blocks)} blocks")
-    train_from(model, first)
 
 
 class CrossEntropy:
@@ -125,6 +132,9 @@ class CrossEntropy:
     Args:
         model: the backbone; its ``patch_drop`` is replaced.
         config: the settings.
+
+    Attributes:
+        answer: what computes logits from the model and its inputs.
 
     Raises:
         TrainingError: ``patch_dropout`` is set, and the model doesn't support it.
@@ -140,13 +150,16 @@ class CrossEntropy:
             prefix: Any = model.num_prefix_tokens
             model.patch_drop = self._patch_drop = PatchDropout(num_prefix_tokens=prefix)
         self._config = config
+        self.answer: Callable[[nn.Module, Tensor], Tensor] = lambda model, inputs: model(inputs)
 
     def __call__(self, model: nn.Module, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         """A ``Loss``. Mixed targets are smoothed already."""
         if self._config.patch_dropout:
             self._patch_drop.prob = patch_dropout(self._config, step)
         smoothing = self._config.label_smoothing if targets.ndim == 1 else 0.0
-        return F.cross_entropy(model(inputs).float(), targets, label_smoothing=smoothing)
+        return F.cross_entropy(
+            self.answer(model, inputs).float(), targets, label_smoothing=smoothing
+        )
 
 
 def build(config: BackboneConfig, num_classes: int, has_weights: bool) -> nn.Module:
@@ -165,6 +178,35 @@ def build(config: BackboneConfig, num_classes: int, has_weights: bool) -> nn.Mod
     )
 
 
+def keep_features(
+    config: BackboneConfig,
+    learner: Learner,
+    loss: CrossEntropy,
+    images: TrainingImages,
+    validation: ImageSet,
+) -> tuple[Callable[[Tensor], Tensor], ImageSet]:
+    """Has what the frozen part makes of images computed once, as ``cache_gb`` says.
+
+    Returns:
+        what computes logits from features with the averaged weights, and the validation images as
+        features.
+    """
+    averaged, device = learner.ema.module, images.device
+    frozen = FrozenPart(averaged, config.freeze)
+    frozen.stay_in_evaluation_mode(learner.model)
+    whole = images.open_whole() if config.caches_training else None
+    count = len(validation) + (0 if whole is None else len(whole))
+    room = config.cache_gb * 1e9 / count  # bytes an image
+    if whole is not None:
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else None
+        features = partial(frozen.features, dtype=dtype)
+        images.whole = CachedFeatures(whole, features, device, room * len(whole))
+        rest = frozen.rest_of(learner.model)
+        loss.answer = lambda _, features: rest(features)
+    kept = CachedFeatures(validation, frozen.features, device, room * len(validation))
+    return frozen.rest_of(averaged), kept
+
+
 def train(config: BackboneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Trains a backbone in its run folder. Returns the report that it writes there; ranks other
     than the first return an empty one.
@@ -179,6 +221,10 @@ def train(config: BackboneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
         RanksError: another rank has ended.
     """
     run, config = open_run(config, ranks)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.caches_training and ranks.count > 1:
+        raise TrainingError("--cache-gb with --no-augment is for one process, without torchrun")
     device = pick_device(config.device)
     num_classes = len(read_class_names(config.dataset))
     resumed = run.is_begun
@@ -189,18 +235,22 @@ def train(config: BackboneConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
     model = model.to(device).to(memory_format=torch.channels_last)
     freeze(model, config.freeze)
     data_config = resolve_model_data_config(model)
+    validation: ImageSet
     validation, test = (
         open_images(config.dataset, split, data_config) for split in ("validation", "test")
     )
     workers = ranks.workers(config.workers, device)
-    images = TrainingImages(config.dataset, config, data_config, device, ranks)
+    images = TrainingImages(config.dataset, config, data_config, device, ranks, config.augment)
     loss = CrossEntropy(model, config)
     mixup = make_mixup(config.mixup, config.cutmix, config.label_smoothing, num_classes)
     learner = Learner(model.train(), loss, config, images.steps, ranks, mixup)
     averaged = learner.ema.module
+    answer: Callable[[Tensor], Tensor] = averaged
+    if config.cache_gb:
+        answer, validation = keep_features(config, learner, loss, images, validation)
 
     def evaluate() -> Record:
-        result = accuracy(averaged, validation, device, ranks, workers)
+        result = accuracy(answer, validation, device, ranks, workers)
         return {"validation_accuracy": result}
 
     def write_weights_so_far() -> None:

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ SEEDS_PER_RUN = 1_000  # seeds of a run's epochs; runs with other seeds draw oth
 AFTER_BLOCKS = ("norm", "fc_norm", "attn_pool", "head", "head_dist")  # of timm's models
 PACKAGES = ("prunevit", "torch", "timm", "numpy")
 
-# model, inputs float32 [B, C, H, W], targets int64 [B] (float32 [B, classes] if mixed), number of
+# model, inputs float32 [B, ...], targets int64 [B] (float32 [B, classes] if mixed), number of
 # the step from 0 over all epochs -> mean loss, a scalar
 Loss = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
 
@@ -106,8 +107,11 @@ class TrainingImages:
         data_config: the backbone's, from timm.
         device: the backbone's device.
         ranks: the processes that share each batch.
+        augment: whether images are varied each time.
 
     Attributes:
+        whole: the images of the split, each always under the same index, if epochs are to draw
+            from those; None opens the split anew for each epoch.
         steps_an_epoch: number of batches of an epoch.
         steps: number of batches of the whole training.
 
@@ -124,14 +128,17 @@ class TrainingImages:
         data_config: Mapping[str, Any],
         device: torch.device,
         ranks: Ranks = ALONE,
+        augment: bool = True,
     ) -> None:
+        self._augment = augment
+        self.whole: ImageSet | None = None
         self._dataset = dataset
         self.device = device
         self._recipe = recipe
         self._data_config = data_config
         self._ranks = ranks
         ranks.share_of("batch_size", recipe.batch_size)
-        images = len(self._open(seed=0))
+        images = len(self._open(0, recipe.epoch_size))
         self.steps_an_epoch = images // recipe.batch_size
         self.steps = recipe.epochs * self.steps_an_epoch
         if not self.steps_an_epoch:
@@ -139,26 +146,32 @@ class TrainingImages:
                 f"{images} training images of {dataset} don't fill a batch of {recipe.batch_size}"
             )
 
-    def _open(self, seed: int) -> ImageSet:
+    def open_whole(self) -> ImageSet:
+        """All images of the split, for ``whole``."""
+        return self._open(0, None)
+
+    def _open(self, seed: int, size: int | None) -> ImageSet:
         return open_images(
             self._dataset,
             "train",
             self._data_config,
-            size=self._recipe.epoch_size,
+            size=size,
             seed=seed,
-            augment=self._recipe.augmentation or True,
+            augment=self._augment and (self._recipe.augmentation or True),
         )
 
     def epoch(self, seed: int) -> Generator[tuple[Tensor, Tensor]]:
         """The batches of an epoch: images [B, C, H, W] and labels int64 [B]. ``seed`` draws the
         images, their order and the augmentation. Close the generator if you stop early.
         """
-        images = self._open(seed)
+        images = self.whole
+        if images is None:
+            images = self._open(seed, self._recipe.epoch_size)
         if isinstance(images, Reseedable):
             images.reseed(self._ranks.own_seed(seed))
         order = batches(len(images), self._recipe.batch_size, seed, self._ranks)
         workers = self._ranks.workers(self._recipe.workers, self.device)
-        return prefetch(images, order, workers, self.device)
+        return prefetch(images, islice(order, self.steps_an_epoch), workers, self.device)
 
 
 @contextmanager
@@ -213,8 +226,8 @@ class Learner:
         self._wrapped = ranks.wrap(model)
 
     def learn(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
-        """Takes a step on this rank's share of a batch: inputs [B, C, H, W], targets int64 [B] and
-        the number of the step over all epochs.
+        """Takes a step on this rank's share of a batch: inputs [B, ...], targets int64 [B] and the
+        number of the step over all epochs.
 
         Returns:
             The mean loss over all ranks, a scalar without gradient.
@@ -225,7 +238,8 @@ class Learner:
         for group in self.optimizer.param_groups:
             rate = learning_rate(recipe.lr, recipe.warmup, step, self.steps)
             group["lr"] = rate * group.get("lr_scale", 1.0)
-        inputs = inputs.to(memory_format=torch.channels_last)
+        if inputs.ndim == 4:  # features of images may have fewer dimensions
+            inputs = inputs.to(memory_format=torch.channels_last)
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._accumulate(inputs, targets, step)
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunevit.agents.policies.heuristics import Score, TopK
 from prunevit.agents.pruned_vit import PrunedViT, Trace
@@ -145,7 +145,7 @@ def evaluate_traces(
 
 @torch.no_grad()
 def accuracy(
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     images: ImageSet,
     device: torch.device,
     ranks: Ranks = ALONE,
