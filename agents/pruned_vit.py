@@ -268,7 +268,7 @@ class PrunedViT(
 
     @classmethod
     def from_run(cls, folder: str | Path, hub_backbone: str | None = None) -> PrunedViT:
-        """Loads a finished run of ``trainers.mappo`` or ``trainers.dynamic_vit``.
+        """Loads a finished run of ``trainers.mappo``, ``straight_through`` or ``dynamic_vit``.
 
         The model is in evaluation mode.
 

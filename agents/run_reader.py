@@ -40,7 +40,7 @@ def default_alpha(config: Mapping[str, Any]) -> float | None:
 def read_run(
     folder: Path, hub_backbone: str | None = None
 ) -> tuple[StagedViT, Policy, dict[str, Any]]:
-    """Reads a finished run of ``trainers.mappo`` or ``trainers.dynamic_vit``.
+    """Reads a finished run of ``trainers.mappo``, ``straight_through`` or ``dynamic_vit``.
 
     Args:
         folder: the run's; its files may come from a stranger.

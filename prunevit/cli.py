@@ -32,6 +32,9 @@ COMMANDS = {
     "backbone": Command("prunevit.trainers.backbone", "train a ViT to classify images"),
     "finetune": Command("prunevit.trainers.finetune", "fine-tune a ViT under a learned policy"),
     "dynamic-vit": Command("prunevit.trainers.dynamic_vit", "train DynamicViT's predictors"),
+    "straight-through": Command(
+        "prunevit.trainers.straight_through", "teach a policy by gradients through the ViT"
+    ),
     "compare": Command("prunevit.benchmarks.compare", "compare ways to choose tokens"),
     "summary": Command("prunevit.benchmarks.summary", "tabulate finished runs"),
     "throughput": Command("prunevit.benchmarks.speed.throughput", "time pruned models"),

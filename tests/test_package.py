@@ -165,6 +165,7 @@ MISTAKES = {
     "trainers.finetune": (["--run", "nope"], "error: nope holds no finished run"),
     "trainers.sb3": (["--reward", "nope"], "error: "),
     "trainers.dynamic_vit": (["--dataset", "nope"], "error: unknown dataset 'nope'"),
+    "trainers.straight_through": (["--dataset", "nope"], "error: unknown dataset 'nope'"),
 }
 # what the folders offer that is not the same object as what is installed; and what commands print
 # and end with

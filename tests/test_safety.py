@@ -35,9 +35,11 @@ from prunevit.trainers.common.config import MappoConfig, defaults_for, parse
 from prunevit.trainers.common.run import TrainingError, open_run
 from prunevit.trainers.dynamic_vit import DynamicViTConfig
 from prunevit.trainers.finetune import FinetuneConfig, load_run
+from prunevit.trainers.straight_through import StraightThroughConfig
 
 CHECKOUT = Path(__file__).parents[1]
 FOLDERS = ("envs", "agents", "trainers", "benchmarks", "examples")
+TRAINERS = [MappoConfig, BackboneConfig, DynamicViTConfig, StraightThroughConfig]
 UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 UNSAFE_CALLS = {"eval", "exec", "yaml.load", "yaml.unsafe_load", "torch.hub.load"}
 # safe with this argument, and with no other value of it
@@ -256,7 +258,7 @@ def test_a_game_given_again_is_resumed(tmp_path):
     assert open_run(parse(words))[1].env_kwargs == {"N": 2}
 
 
-@pytest.mark.parametrize("trainer", [MappoConfig, BackboneConfig, DynamicViTConfig])
+@pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize("dataset", ["hfds/attacker/x", "wds/:pipe:id", "tfds/x", "HFDS/a/x"])
 def test_a_dataset_that_is_fetched_is_given_again(trainer, dataset, tmp_path):
     write_json(tmp_path / "r/config.json", trainer().to_json() | {"dataset": dataset})
@@ -265,7 +267,7 @@ def test_a_dataset_that_is_fetched_is_given_again(trainer, dataset, tmp_path):
     assert open_run(trainer(resume=tmp_path / "r", dataset=dataset))[1].dataset == dataset
 
 
-@pytest.mark.parametrize("trainer", [MappoConfig, BackboneConfig, DynamicViTConfig])
+@pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_backbone_on_a_hub_is_given_again(trainer, tmp_path):
     hub = {"backbone": HUB_NAMES[1], "pretrained": True}
     write_json(tmp_path / "r/config.json", trainer().to_json() | hub)
@@ -273,7 +275,7 @@ def test_a_backbone_on_a_hub_is_given_again(trainer, tmp_path):
         open_run(trainer(resume=tmp_path / "r"))
 
 
-@pytest.mark.parametrize("trainer", [MappoConfig, BackboneConfig, DynamicViTConfig])
+@pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize("kwargs", BAD_KWARGS)
 def test_a_resumed_run_hands_timm_nothing_but_values(trainer, kwargs, tmp_path):
     settings = {"backbone": VIT, "model_kwargs": kwargs}

@@ -16,18 +16,15 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 import tyro
 from timm.optim import param_groups_weight_decay
-from torch import Tensor
 
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.agents.policies.heuristics import KeepAll
 from prunevit.agents.policies.serialization import dynamic_vit_policy
 from prunevit.agents.pruned_vit import PrunedViT
-from prunevit.envs.data.classes import check_labels
 from prunevit.envs.data.datasets import open_images
-from prunevit.envs.data.image_set import ImageSet, Reseedable
-from prunevit.envs.data_config import model_classes, model_data_config
+from prunevit.envs.data.image_set import ImageSet
+from prunevit.envs.data_config import model_data_config
 from prunevit.envs.vit.staged_vit import StagedViT
-from prunevit.envs.vit.untouched import has_global_hooks, is_untouched
 from prunevit.trainers.common import loop
 from prunevit.trainers.common.backbones import (
     StagedViTSettings,
@@ -45,12 +42,17 @@ from prunevit.trainers.common.classification import (
 from prunevit.trainers.common.epochs import seed_global_generators
 from prunevit.trainers.common.evaluation import evaluate
 from prunevit.trainers.common.loop import Monitor, NotFiniteError
-from prunevit.trainers.common.masked_vit import losses, run_dense, run_masked
+from prunevit.trainers.common.masked_vit import (
+    check_masks_act,
+    draw_images,
+    losses,
+    run_dense,
+    run_masked,
+)
 from prunevit.trainers.common.report import table
 from prunevit.trainers.common.run import (
     COMMAND_ERRORS,
     RUNS,
-    TrainingError,
     iteration_seed,
     open_run,
     resume_flags,
@@ -167,16 +169,7 @@ class Trainer:
         images: ImageSet,
         config: DynamicViTConfig,
     ) -> None:
-        if len(images) < config.batch_size:
-            raise TrainingError(
-                f"a step takes batch_size={config.batch_size} images, the dataset has {len(images)}"
-            )
-        check_labels(model_classes(backbone.model), images)
-        if has_global_hooks() or not all(is_untouched(b, True) for b in backbone.model.blocks):
-            raise TrainingError(
-                "DynamicViT learns through the attention of timm's own blocks: these have hooks, "
-                "replaced layers or another attention scale"
-            )
+        check_masks_act(backbone, images, config.batch_size)
         self.backbone = backbone
         self.policy = policy.to(backbone.device)
         self.images = images
@@ -204,7 +197,8 @@ class Trainer:
         """Takes a step; returns its losses and metrics."""
         seed = iteration_seed(self.config.seed, self.iteration)
         device = self.backbone.device
-        pixels, labels = (part.to(device) for part in self._draw(seed))
+        drawn = draw_images(self.images, self.config.batch_size, seed)
+        pixels, labels = (part.to(device) for part in drawn)
         targets = labels
         if self._mixup is not None:
             seed_global_generators(seed)
@@ -233,13 +227,6 @@ class Trainer:
             "accuracy": float(correct),
             "keep_ratio": float(student.kept.detach().mean()),
         }
-
-    def _draw(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Draws a step's images [B, C, H, W] and labels [B], without repeats."""
-        if isinstance(self.images, Reseedable):
-            self.images.reseed(seed)
-        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(seed))
-        return self.images.load(order[: self.config.batch_size])
 
     def _set_rates(self) -> None:
         config, step = self.config, self.iteration

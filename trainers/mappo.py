@@ -431,7 +431,8 @@ def learn(run: RunFolder, config: MappoConfig) -> tuple[Experiment, Trainer]:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     experiment = make_experiment(config, ranks)
-    trainer = Trainer(experiment.env, experiment.make_actor(), config, ranks)
+    init = None if run.is_begun else config.init  # the weights are in the checkpoint
+    trainer = Trainer(experiment.env, experiment.make_actor(init), config, ranks)
     run.restore(trainer)
     ranks.wait()  # until all have read the checkpoint
     run.create(config)

@@ -50,12 +50,13 @@ def describe_policy(policy: Policy) -> dict[str, Any]:
     # not of subclasses, which may decide in another way
     if type(policy) is LearnedPolicy and type(policy.actor) in (TokenActor, CommunicatingActor):
         actor = policy.actor
+        assert isinstance(actor, TokenActor)
         heads = actor.among_agents.heads if isinstance(actor, CommunicatingActor) else 0
         return {
             "kind": "learned",
             "observation": list(policy.fields),
-            "hidden": list(policy.actor.hidden),
-            "attention_prior": policy.actor.attention is not None,
+            "hidden": list(actor.hidden),
+            "attention_prior": actor.attention is not None,
             "actor_attention": heads,
             "alpha": policy.alpha,
             "threshold": policy.threshold,

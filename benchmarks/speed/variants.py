@@ -118,7 +118,7 @@ class Workload:
         )
         with_attention = self.policy.needs_attention
         ran = [self.packed.uniform_macs(row, with_attention) for row in counts.tolist()]
-        return float(np.mean(ran) + decisions.double().mean())
+        return float(np.mean(ran)) + float(decisions.double().mean())
 
     def longest(self, batch_size: int) -> NDArray[np.int64]:
         """The most living patches in each image's batch, [n, T]."""

@@ -36,7 +36,7 @@ HUGE = "99999999999999999999999"
 WORDS = ["", " ", "nonsense", "🦊", "a\nb", "--", "x" * 300, "../..", "None", "{}", "%s"]
 COUNTED = ("num-envs", "rollout-steps", "iterations", "rollouts-per-image", "epochs", "minibatches",
            "accumulate", "workers", "eval-every", "eval-size", "checkpoint-every",
-           "threads")  # fmt: skip
+           "threads", "actor-attention")  # fmt: skip
 POSITIVE = ("lr", "clip", "huber-delta", "max-grad-norm")
 NOT_NEGATIVE = ("entropy", "value-weight", "attention-prior", "alpha", "beta")
 SHARES = ("gamma", "gae-lambda")
@@ -81,6 +81,7 @@ def choices(files):
                          '{"drop_path_rate": 2}', '{"norm_layer": "x"}', '{"act_layer": 3}',
                          '{"depth": 1.5}', '{"embed_dim": [1]}', '{"dynamic_img_size": true}'],
         "checkpoint": [*WORDS, *paths],
+        "init": [*WORDS, *paths],
         "dataset": [*WORDS, "digits", "digitz", "folder:", "folder:nowhere", "folder:.",
                     "folder:🦊", "tfds/nope", "torch/nope", "csv:x",
                     *(f"folder:{path}" for path in paths), *paths],

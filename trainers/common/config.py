@@ -6,18 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from prunevit.agents.policies.actor_critic import HiddenLayers
-from prunevit.envs.rewards import LARGEST_NUMBER
-from prunevit.trainers.common.backbones import StagedViTSettings
+from prunevit.trainers.common.actors import ActorSettings
 from prunevit.trainers.common.run import RUNS
 from prunevit.trainers.common.settings import (
     Count,
     Decay,
     JsonObject,
     Positive,
-    Range,
     Seed,
     Share,
     Weight,
@@ -32,18 +30,18 @@ PETTINGZOO_PREFIX = "pettingzoo:"
 CriticKind = Literal["central", "local", "none"]
 Schedule = Literal["constant", "linear", "cosine"]
 Dtype = Literal["float32", "bfloat16"]
-MOST_HEADS = 64  # of an attention among agents
 
 
 @dataclass
-class MappoConfig(StagedViTSettings):
+class MappoConfig(ActorSettings):
     """MAPPO on the token-pruning game, or on any PettingZoo ParallelEnv with homogeneous agents."""
 
     LATER: ClassVar[Mapping[str, object]] = {
-        **StagedViTSettings.LATER,
+        **ActorSettings.LATER,
         "actor_attention": 0,
         "critic_norm": False,
         "hidden_layers": "gelu",
+        "init": None,
         "value_norm_decay": 0.99,
     }
 
@@ -71,16 +69,10 @@ class MappoConfig(StagedViTSettings):
     skip_bad_images: bool = False
     """Decode every image of a folder at the start, and leave out and list those that are damaged;
     otherwise the first one that is read ends the run."""
-    observation: tuple[str, ...] = ("token", "cls", "stage", "cls_attention")
-    """What an agent sees: token cls stage position cls_attention redundancy alive_fraction
-    alpha."""
     reward: str = "team"
     """team, markov-game (the paper's) or released-code (what its code computes)."""
     alpha: float | None = None
     """The reward's weight of compute; the reward's own default if not given."""
-    alpha_range: tuple[float, float] | None = None
-    """Lowest and highest alpha, in place of one: each image gets its own, which the agents observe
-    as alpha. The policy then serves every alpha in between: policy.alpha = 0.1."""
     beta: float | None = None
     """The reward's weight of accuracy; the reward's own default if not given."""
     accuracy: str | None = None
@@ -89,10 +81,10 @@ class MappoConfig(StagedViTSettings):
     plays with the backbone without its classifier."""
     rollouts_per_image: Count = 8
     """Episodes that play the same image and are compared with each other; 1 compares nothing."""
-    attention_prior: Weight = 0.5
-    """Weight of log(class attention) that the actor starts from, then learns; 0 uses none."""
-    keep_bias: Annotated[float, Range(-LARGEST_NUMBER, LARGEST_NUMBER)] = 3.0
-    """Logit of keep that the actor starts from; positive prunes little at first."""
+    init: Path | None = None
+    """Start the actor from the weights of a finished run (of trainers.straight_through, or of this
+    trainer) or of a saved PrunedViT, with the same observation, widths, stages and backbone. The
+    critic starts afresh."""
     num_envs: Count = 256
     """Episodes that are played at once, by all ranks together."""
     rollout_steps: Count = 128
@@ -101,12 +93,6 @@ class MappoConfig(StagedViTSettings):
     """
     iterations: Count = 500
     """Rounds of playing and learning."""
-    hidden: Widths = (32,)
-    """Widths of the actor's hidden layers."""
-    actor_attention: Annotated[int, Range(0, MOST_HEADS)] = 0
-    """Heads of an attention among the living agents of an image, behind the actor's first hidden
-    layer; 0 for none. The agents then communicate before they decide, which counts as the policy's
-    compute: 2 heads are 0.6% of the digits' dense model."""
     hidden_layers: HiddenLayers = "gelu"
     """What follows each hidden layer of actor and critic: gelu, or relu-norm, which is ReLU and a
     LayerNorm, as MAPPO's authors have it. The token game's are gelu."""
@@ -169,12 +155,6 @@ class MappoConfig(StagedViTSettings):
                 f"unknown env {self.env!r}: choose {TOKEN_PRUNE} or {PETTINGZOO_PREFIX}MODULE, "
                 f"as in {PETTINGZOO_PREFIX}mpe2.simple_spread_v3"
             )
-        if (self.alpha_range is not None) != ("alpha" in self.observation):
-            raise ValueError(
-                "a policy for a range of alphas needs both --alpha-range and alpha in "
-                f"--observation: got alpha_range={self.alpha_range} and "
-                f"observation={self.observation}"
-            )
         if self.alpha_range is not None and self.alpha is not None:
             raise ValueError("give --alpha or --alpha-range, not both")
         if self.profile and self.iterations < 4:
@@ -194,13 +174,13 @@ class MappoConfig(StagedViTSettings):
                 f"hidden_layers={self.hidden_layers!r} is for PettingZoo games: the token game's "
                 "policies have gelu"
             )
+        if self.init is not None and not self.is_token_prune:
+            raise ValueError(f"init={self.init}: only policies of the token game are started from")
         if self.actor_attention and not self.is_token_prune:
             raise ValueError(
                 f"actor_attention={self.actor_attention}: only agents of the token game attend to "
                 "each other"
             )
-        if self.actor_attention and not self.hidden:
-            raise ValueError("attention among agents needs an actor with a hidden layer")
         if self.actor_attention and self.minibatches > 1:
             raise ValueError(
                 f"minibatches={self.minibatches} would tear agents apart that attend to each "

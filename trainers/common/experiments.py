@@ -5,17 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Iterable
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import nn
 
-from prunevit.agents.policies.actor_critic import Actor, CommunicatingActor, TokenActor
-from prunevit.agents.policies.learned import LearnedPolicy
+from prunevit.agents.policies.actor_critic import Actor
 from prunevit.agents.pruned_vit import PrunedViT
-from prunevit.agents.run_reader import default_alpha
 from prunevit.envs.batched.make_pettingzoo import make_pettingzoo
 from prunevit.envs.batched.pettingzoo import BatchedPettingZoo
 from prunevit.envs.batched.protocol import BatchedEnv
@@ -27,6 +24,7 @@ from prunevit.envs.game import TokenGame
 from prunevit.envs.measures import Measure
 from prunevit.envs.rewards import make_reward
 from prunevit.envs.vit.torch_compile import check_compiler
+from prunevit.trainers.common.actors import greedy_policy, make_actor, start_from
 from prunevit.trainers.common.backbones import load_backbone
 from prunevit.trainers.common.config import PETTINGZOO_PREFIX, MappoConfig
 from prunevit.trainers.common.distributed import ALONE, Ranks
@@ -94,35 +92,18 @@ class TokenPruneExperiment:
             config.dataset, "validation", self.data_config, skip=self.skipped
         )
 
-    def make_actor(self) -> nn.Module:
-        """A fresh actor for the game."""
-        attention = None
-        if self.config.attention_prior:
-            if "cls_attention" not in self.config.observation:
-                raise ValueError(
-                    "the attention prior reads cls_attention: add it to --observation, "
-                    "or give --attention-prior 0"
-                )
-            attention = self.env.field_slices["cls_attention"].start
-        size = self.env.observation_space.shape[0]
-        alpha = self.env.field_slices.get("alpha")
-        heads = self.config.actor_attention
-        make = partial(CommunicatingActor, heads=heads) if heads else TokenActor
-        return make(
-            size,
-            self.config.hidden,
-            attention,
-            prior_weight=self.config.attention_prior,
-            keep_bias=self.config.keep_bias,
-            alpha=None if alpha is None else alpha.start,
-        )
+    def make_actor(self, init: Path | None = None) -> nn.Module:
+        """An actor for the game, with the weights in the folder ``init`` or with fresh ones; raises
+        what ``start_from`` raises.
+        """
+        actor = make_actor(self.config, self.backbone)
+        if init is not None:
+            start_from(init, self.config, self.backbone, actor)
+        return actor
 
     def pruned(self, actor: nn.Module) -> PrunedViT:
         """The backbone pruned by ``actor``'s greedy decisions."""
-        config = self.config
-        alpha = default_alpha(config.to_json())
-        policy = LearnedPolicy(actor, config.observation, self.backbone.num_prefix, alpha)
-        return PrunedViT(self.backbone, policy)
+        return PrunedViT(self.backbone, greedy_policy(self.config, self.backbone, actor))
 
     def prefetch(self, seeds: Iterable[int]) -> None:
         """Lets the game load images ahead of time, for resets with these seeds."""
@@ -180,7 +161,8 @@ class PettingZooExperiment:
         except (ImportError, TypeError, AssertionError) as error:
             raise ValueError(f"{config.env} can't be made: {error}") from error
 
-    def make_actor(self) -> nn.Module:
+    def make_actor(self, init: Path | None = None) -> nn.Module:
+        del init
         config = self.config
         size, actions = self.env.observation_space.shape[0], int(self.env.action_space.n)
         return Actor(size, actions, config.hidden, config.hidden_layers)

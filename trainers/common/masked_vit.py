@@ -4,7 +4,7 @@ attention bias hides those that are pruned.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,15 +13,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
-from prunevit.envs.vit.blocks import BlockCall, dense_block
+from prunevit.envs.data.classes import check_labels
+from prunevit.envs.data.image_set import ImageSet, Reseedable
+from prunevit.envs.data_config import model_classes
+from prunevit.envs.vit.blocks import BlockCall, dense_block, masked_attention_received
 from prunevit.envs.vit.execution import split_at_blocks
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.tokens import Tokens
+from prunevit.envs.vit.untouched import has_global_hooks, is_untouched
+from prunevit.trainers.common.run import TrainingError
 
 # the authors' code adds this much to the weights of a query, shared out among all keys
 EPSILON = 1e-6
 # the paper's weights of the distances to the dense model, of logits and of tokens
 KL_WEIGHT, TOKEN_WEIGHT = 0.5, 0.5
+# stage, tokens of all slots, keep mask of the patches [B, N] -> logits of prune and keep [B * N, 2]
+Judge = Callable[[int, Tokens, Tensor], Tensor]
 # Largest gradient of an image's loss to a keep mask. Neither in the paper nor in the authors' code:
 # the gradient to a pruned key is linear in exp(score), while its effect saturates. Where attention
 # is sharp, that gradient reached 1e7 here. On the digits (--prune-before 1 3 --mixup 0 --cutmix 0
@@ -62,6 +69,34 @@ def masked_attention(scores: Tensor, kept: Tensor) -> Tensor:
     return (weights + EPSILON / len(own)) / (weights.sum(-1, keepdim=True) + EPSILON)
 
 
+def check_masks_act(backbone: StagedViT, images: ImageSet, batch_size: int) -> None:
+    """Checks that keep masks can be learned on ``backbone`` from batches of ``images``.
+
+    Raises:
+        TrainingError: there are fewer images than a batch holds, or the backbone's blocks are not
+            timm's own.
+        DatasetError: the images have other classes than the backbone.
+    """
+    if len(images) < batch_size:
+        raise TrainingError(
+            f"a step takes batch_size={batch_size} images, the dataset has {len(images)}"
+        )
+    check_labels(model_classes(backbone.model), images)
+    if has_global_hooks() or not all(is_untouched(b, True) for b in backbone.model.blocks):
+        raise TrainingError(
+            "keep masks act through the attention of timm's own blocks: these have hooks, "
+            "replaced layers or another attention scale"
+        )
+
+
+def draw_images(images: ImageSet, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Draws a step's images [B, C, H, W] and labels [B], without repeats."""
+    if isinstance(images, Reseedable):
+        images.reseed(seed)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return images.load(order[:count])
+
+
 @dataclass(frozen=True)
 class Outputs:
     """A model's outputs on a batch.
@@ -92,14 +127,35 @@ def run_masked(
     backbone: StagedViT, policy: DynamicViTPolicy, begun: Tokens, generator: torch.Generator
 ) -> Outputs:
     """Runs the model with keep masks that the predictors draw, from ``begun``."""
+    image = torch.arange(len(begun.alive), device=begun.x.device)
+    image = image.repeat_interleave(backbone.num_patches)
+
+    def judge(stage: int, tokens: Tokens, kept: Tensor) -> Tensor:
+        x = tokens.x.unflatten(0, tokens.alive.shape)
+        patches = x[:, backbone.num_prefix :].flatten(0, 1)
+        return policy.predictors[stage](patches, image, len(kept), kept.flatten())
+
+    return run_judged(backbone, judge, begun, generator)
+
+
+def run_judged(
+    backbone: StagedViT,
+    judge: Judge,
+    begun: Tokens,
+    generator: torch.Generator,
+    with_attention: bool = False,
+) -> Outputs:
+    """Runs the model with keep masks that are drawn by the logits of ``judge``, from ``begun``.
+    Where it asks for the attention that tokens received, no gradient flows through that.
+    """
     x = begun.x.unflatten(0, begun.alive.shape)
     batch, prefix = len(x), backbone.num_prefix
-    image = torch.arange(batch, device=x.device).repeat_interleave(backbone.num_patches)
     kept = x.new_ones(batch, backbone.num_patches)
+    seen, attention = F.pad(kept, (prefix, 0), value=1.0), begun.attention
     history = []
-    for stage, predictor in enumerate(policy.predictors):
-        patches = x[:, prefix:].flatten(0, 1)
-        logits = predictor(patches, image, batch, kept.flatten())
+    for stage in range(backbone.num_stages):
+        shown = Tokens.of_slots(x, seen.detach() > 0)
+        logits = judge(stage, replace(shown, attention=attention), kept)
         kept = kept * gumbel_keep(logits, generator).view_as(kept)
         if kept.requires_grad:
             kept.register_hook(
@@ -107,9 +163,27 @@ def run_masked(
             )
         history.append(kept)
         seen = F.pad(kept, (prefix, 0), value=1.0)
-        for i in range(backbone.edges[stage], backbone.edges[stage + 1]):
+        start, stop = backbone.edges[stage : stage + 2]
+        # where the next stage stands, the attention of the block before it, or of its own
+        observed = (stop - 1) // 2 * 2 if with_attention and stop < backbone.edges[-1] else None
+        for i in range(start, stop):
+            if i == observed:
+                attention = _attention_received(backbone, x, i // 2, seen, begun)
             x = _masked_sublayer(backbone, x, i, seen, begun)
     return _finished(backbone, begun, x, torch.stack(history))
+
+
+@torch.no_grad()
+def _attention_received(
+    backbone: StagedViT, x: Tensor, block: int, kept: Tensor, begun: Tokens
+) -> Tensor:
+    """``Tokens.attention`` of a block that will run on x [B, L, D], of which ``kept`` [B, L] are
+    seen: [B * L].
+    """
+    rotary = begun.rotary.of_block(block) if begun.rotary else None
+    timms = backbone.model.blocks[block]
+    call = BlockCall(backbone.ops, timms, rotary, backbone.num_query_tokens)
+    return masked_attention_received(call, x, kept > 0).flatten()
 
 
 def _masked_sublayer(
