@@ -9,7 +9,7 @@ from prunevit.agents.policies.serialization import learned_policy
 from prunevit.envs.fields import DEFAULT_FIELDS
 from prunevit.envs.vit.staged_vit import StagedViT
 
-STAGES = (1, 3)
+STAGES, INSIDE = (1, 3), (0, 2)
 
 
 def pruned(vit, prior=True, fields=DEFAULT_FIELDS, heads=0, stages=STAGES, prune_at="block"):
@@ -43,7 +43,8 @@ def test_one_image_is_what_the_pruned_vit_does(make_vit, images, kwargs, heads):
 
 @torch.no_grad()
 def test_one_image_is_pruned_inside_of_its_blocks(vit, images):
-    model = pruned(vit, stages=(0, 3), prune_at="mlp")
+    model = pruned(vit, stages=INSIDE, prune_at="mlp")
+    assert len({int(kept.sum()) for kept in model(images, return_keep=True)[1]}) > 3
     one = OneImage(model).eval()
     for image in images:
         torch.testing.assert_close(one(image[None]), model(image[None]), rtol=0, atol=1e-5)
@@ -73,7 +74,8 @@ def test_a_head_that_looks_at_all_tokens_does_so(make_vit, images):
 def test_onnxruntime_gives_the_same_logits(vit, images, tmp_path, fields, heads, prune_at):
     import onnxruntime as runtime
 
-    model = pruned(vit, fields=fields, heads=heads, prune_at=prune_at)
+    stages = STAGES if prune_at == "block" else INSIDE
+    model = pruned(vit, fields=fields, heads=heads, stages=stages, prune_at=prune_at)
     survivors = {int(kept.sum()) for kept in model(images, return_keep=True)[1]}
     assert len(survivors) > 3
     export_onnx(model, tmp_path / "pruned.onnx")

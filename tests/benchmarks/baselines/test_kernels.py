@@ -15,6 +15,7 @@ from prunevit.benchmarks.baselines.tome import ToMeViT
 from prunevit.benchmarks.baselines.zero_tprune import ZeroTPrune
 from prunevit.envs.vit import execution, onednn_linear
 from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
 
 STAGES = (1, 3)
 LINEARS = 4  # of a block: queries, keys and values; output; two of the MLP
@@ -43,6 +44,12 @@ def backbone(make_vit):
 def images(backbone):
     generator = torch.Generator().manual_seed(0)
     return torch.randn(5, *backbone.image_shape, generator=generator)
+
+
+def test_rectangles_run_whole_blocks_only(backbone):
+    inside = StagedViT(backbone.model, STAGES, prune_at="mlp")
+    with pytest.raises(UnsupportedBackboneError, match="run whole blocks, not prune_at='mlp'"):
+        PaddedViT(inside, TopK((10, 5)))
 
 
 @pytest.fixture

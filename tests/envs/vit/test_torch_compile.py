@@ -61,6 +61,19 @@ def test_a_compiled_game_is_the_same_and_compiles_no_number_of_tokens_anew(
     assert graphs[-1] == graphs[4]
 
 
+def test_blocks_that_are_pruned_inside_are_not_compiled_and_the_others_are(vit, make_images):
+    images, labels = make_images(12).load(range(12))
+    plain, fast = (
+        TokenGame(StagedViT(vit, (0, 2), torch_compile=is_compiled, prune_at="mlp"))
+        for is_compiled in (False, True)
+    )
+    for shares in ((1.0, 0.9), (0.5, 0.5), (0.0, 0.0)):
+        games = (play(game, images, labels, shares) for game in (plain, fast))
+        torch.testing.assert_close(*games, rtol=0, atol=1e-5)
+    # with padding and without, for blocks 1 and 3
+    assert 0 < counters["stats"]["unique_graphs"] <= 3
+
+
 def test_where_there_is_no_compiler_it_is_said(monkeypatch):
     def fail(function):
         def call(x):
