@@ -64,20 +64,21 @@ def played(staged, images, keep, with_attention=True):
 @pytest.mark.parametrize("with_attention", [True, False])
 @pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize(
-    "name",
+    ("name", "on_prune"),
     [
-        "vit_tiny_patch16_224",
-        "deit3_small_patch16_224",
-        "vit_base_patch16_siglip_224",
-        "eva02_tiny_patch14_224",
-        "vit_small_patch16_dinov3",
-        "vit_small_patch16_rope_mixed_224",
+        ("vit_tiny_patch16_224", "drop"),
+        ("vit_tiny_patch16_224", "merge"),
+        ("deit3_small_patch16_224", "drop"),
+        ("vit_base_patch16_siglip_224", "drop"),
+        ("eva02_tiny_patch14_224", "drop"),
+        ("vit_small_patch16_dinov3", "drop"),
+        ("vit_small_patch16_rope_mixed_224", "drop"),
     ],
 )
 def test_chunks_give_what_all_images_at_once_give(
-    name, alike, with_attention, make_vit, images, keeps, rows_seen, chunks_of
+    name, on_prune, alike, with_attention, make_vit, images, keeps, rows_seen, chunks_of
 ):
-    staged = StagedViT(make_vit(name), (0, 1, 3))
+    staged = StagedViT(make_vit(name), (0, 1, 3), on_prune=on_prune)
     keep = keeps(IMAGES, 3, staged.num_patches)
     if alike:
         keep = keep[:, -1:].expand(-1, IMAGES, -1)
