@@ -115,6 +115,22 @@ RECIPES: Mapping[str, Recipe] = {
         "observes redundancy too", {"observation": (*MappoConfig.observation, "redundancy")}
     ),
     "merge": Recipe("ours, merging what it prunes", {"on_prune": "merge"}),
+    "actor-attention": Recipe("agents attend to each other", {"actor_attention": 2}),
+    "inside-merge": Recipe(
+        "both: inside of blocks, and merging", {"on_prune": "merge"}, stages="inside"
+    ),
+    "inside-attention": Recipe(
+        "inside of blocks, agents attend to each other", {"actor_attention": 2}, stages="inside"
+    ),
+    "inside-redundancy": Recipe(
+        "inside of blocks, observes redundancy",
+        {"observation": (*MappoConfig.observation, "redundancy")},
+        stages="inside",
+    ),
+    "inside-0-1": Recipe("inside of blocks 0 and 1", {"prune_before": (0, 1), "prune_at": "mlp"}),
+    "inside-0-1-3": Recipe(
+        "inside of blocks 0, 1 and 3", {"prune_before": (0, 1, 3), "prune_at": "mlp"}
+    ),
     "stages-1-2": Recipe("stages before blocks 1 and 2", {"prune_before": (1, 2)}),
     "stages-1-2-4": Recipe("stages before blocks 1, 2 and 4", {"prune_before": (1, 2, 4)}),
     "all-stages": Recipe("a stage before every block but the first", {"prune_before": None}),
