@@ -9,8 +9,10 @@ DOCS = Path(__file__).parents[1] / "docs"
 # pages with snippets, and what they need
 PAGES = [
     "../README",
+    "environment",
     "gymnasium",
     "pettingzoo",
+    "pruned_vit",
     "sb3",
     pytest.param("torchrl", marks=pytest.mark.integration("torchrl")),
     pytest.param("benchmarl", marks=pytest.mark.integration("benchmarl")),
@@ -53,9 +55,17 @@ def test_snippets_run(page, one_core, tmp_path, monkeypatch):
         exec(compile(code, f"{page}.md", "exec"), {})
 
 
-def test_readme_links_to_every_page():
-    readme = (DOCS.parent / "README.md").read_text("utf-8")
-    pages = sorted(file.stem for file in DOCS.glob("*.md"))
-    assert pages
-    for page in pages:
-        assert f"](docs/{page}.md)" in readme, page
+def test_the_site_has_every_page():
+    index = (DOCS / "index.md").read_text("utf-8")
+    listed = set(re.findall(r"^[\w/]+$", index, re.MULTILINE))
+    pages = {file.relative_to(DOCS).with_suffix("").as_posix() for file in DOCS.rglob("*.md")}
+    assert pages - {"index"} == listed
+
+
+def test_links_between_pages_and_files_lead_somewhere():
+    for page in [DOCS.parent / "README.md", *DOCS.rglob("*.md")]:
+        text = page.read_text("utf-8")
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+        if page.parent == DOCS.parent:
+            assert len(text.splitlines()) <= 150  # one screen
