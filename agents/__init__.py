@@ -1,5 +1,6 @@
 """Policies that decide which tokens stay, and ``PrunedViT``, a backbone pruned by one."""
 
+from prunevit.agents.calibrate import CalibrationError, calibrate
 from prunevit.agents.policies.actor_critic import CommunicatingActor, TokenActor
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.agents.policies.heuristics import AttentionThreshold, KeepAll, TopK
@@ -9,6 +10,7 @@ from prunevit.agents.pruned_vit import PrunedViT, prune
 
 __all__ = [
     "AttentionThreshold",
+    "CalibrationError",
     "CommunicatingActor",
     "DynamicViTPolicy",
     "KeepAll",
@@ -17,5 +19,6 @@ __all__ = [
     "PrunedViT",
     "TokenActor",
     "TopK",
+    "calibrate",
     "prune",
 ]

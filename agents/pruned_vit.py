@@ -178,6 +178,34 @@ class PrunedViT(
             raise ValueError(f"the policy must answer bool {list(wanted)}: got {got}")
         return keep
 
+    @property
+    def compute(self) -> float | None:
+        """Share of the dense multiply-accumulates that the model takes on average, as its policy
+        was calibrated (``calibrate``); None where it wasn't, or has a setting that wasn't measured.
+        Setting it sets the policy's alpha, or its threshold if it observes no alpha.
+
+        Raises:
+            ValueError: the policy can't cost that, or was not calibrated.
+        """
+        policy = self.policy
+        known = policy.calibration if isinstance(policy, LearnedPolicy) else None
+        if known is None or policy.dither != known.dither:
+            return None
+        return known.compute_at(getattr(policy, known.knob))
+
+    @compute.setter
+    def compute(self, share: float) -> None:
+        policy = self.policy
+        known = policy.calibration if isinstance(policy, LearnedPolicy) else None
+        if known is None:
+            raise ValueError(
+                f"compute={share}: the model's {type(policy).__name__} was not calibrated: call "
+                "prunevit.agents.calibrate(model, images), which learned policies allow"
+            )
+        value = known.value_at(share)
+        setattr(policy, known.knob, value)
+        cast(LearnedPolicy, policy).dither = known.dither
+
     # attributes that code for timm models expects
 
     @property

@@ -13,6 +13,7 @@ from prunevit.agents.policies.serialization import (
     SavedModelError,
     dynamic_vit_policy,
     learned_policy,
+    read_calibration,
 )
 from prunevit.agents.saving import CONFIG, load_weights, read_json
 from prunevit.envs.vit.create import check_described, create_backbone
@@ -23,6 +24,7 @@ from prunevit.envs.vit.weights import BackboneError, read_description, sha256
 
 CHECKPOINT_SHA256 = "checkpoint_sha256"  # beside the settings, of the weights that were pruned
 RUN_WEIGHTS = "policy.safetensors"
+RUN_CALIBRATION = "calibration.json"
 RUN_BACKBONE = "backbone.safetensors"  # if the run trained its backbone too
 
 
@@ -80,6 +82,9 @@ def read_run(
     except (KeyError, TypeError) as error:
         raise SavedModelError(f"{folder / CONFIG} is damaged: {error!r}") from error
     load_weights(getattr(policy, "actor", policy), folder / RUN_WEIGHTS)
+    calibration = folder / RUN_CALIBRATION
+    if calibration.is_file():  # runs of before have none
+        policy.calibration = read_calibration(read_json(calibration))
     return backbone, policy, kwargs
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunevit.agents.policies.actor_critic import CommunicatingActor, TokenActor, logits_of
+from prunevit.agents.policies.calibration import Calibration
 from prunevit.agents.policies.dither import with_dither
 from prunevit.envs.fields import field_size
 from prunevit.envs.observations import View
@@ -32,6 +33,10 @@ class LearnedPolicy(nn.Module):
             pattern every time, spread evenly over the image. A single threshold keeps or prunes
             similar patches all together; with dither, a share of them is kept that equals their
             probability.
+
+    Attributes:
+        calibration: what share of the dense compute the policy costs at which setting, with the
+            backbone it was calibrated on; None before ``calibrate``.
 
     Raises:
         ValueError: ``alpha`` is not positive, missing for an actor that observes it or given for
@@ -60,6 +65,7 @@ class LearnedPolicy(nn.Module):
         )
         self.alpha = alpha
         self.threshold = threshold
+        self.calibration: Calibration | None = None
 
     @property
     def threshold(self) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunevit.agents.policies.actor_critic import CommunicatingActor, TokenActor, logits_of
+from prunevit.agents.policies.calibration import Calibration
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.agents.policies.heuristics import AttentionThreshold, KeepAll, TopK
 from prunevit.agents.policies.learned import LearnedPolicy
@@ -61,6 +62,7 @@ def describe_policy(policy: Policy) -> dict[str, Any]:
             "alpha": policy.alpha,
             "threshold": policy.threshold,
             "dither": policy.dither,
+            "calibration": policy.calibration and policy.calibration.to_json(),
         }
     if type(policy) is DynamicViTPolicy:
         return {
@@ -104,7 +106,22 @@ def make_policy(described: Mapping[str, Any], backbone: StagedViT) -> Policy:
     )
     policy.threshold = described.get("threshold", 0.5)
     policy.dither = described.get("dither", False)
+    policy.calibration = read_calibration(described.get("calibration"))
     return policy
+
+
+def read_calibration(described: Any) -> Calibration | None:
+    """The calibration that a file describes, if it does.
+
+    Raises:
+        SavedModelError: it is damaged.
+    """
+    if described is None:
+        return None
+    try:
+        return Calibration.from_json(described)
+    except ValueError as error:
+        raise SavedModelError(str(error)) from error
 
 
 def own_additions(policy: nn.Module) -> str | None:

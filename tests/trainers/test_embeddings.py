@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from prunevit.agents import PrunedViT
+from prunevit.agents.policies.calibration import Calibration
 from prunevit.envs.data.datasets import open_images
 from prunevit.envs.data_config import model_data_config
 from prunevit.envs.vit.create import create_backbone
@@ -66,6 +67,8 @@ def test_mappo_learns_a_policy_for_embeddings(
     assert policies["dense"]["cosine"] == pytest.approx(1, abs=1e-5)
 
     model = PrunedViT.from_run(folder)
+    known = Calibration.from_json(json.loads((folder / "calibration.json").read_text()))
+    assert model.policy.calibration == known
     images = open_images(photos, "test", model_data_config(model.backbone.model))
     result = evaluate(model, images)
     assert result.score == pytest.approx(policies["learned"]["cosine"], abs=1e-5)

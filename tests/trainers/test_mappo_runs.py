@@ -338,9 +338,9 @@ def test_another_seed_is_another_run(tokens, whole):
 
 def test_a_run_leaves_its_files(whole):
     assert sorted(file.name for file in whole.iterdir() if "tfevents" not in file.name) == [
-        "checkpoint-1.safetensors", "checkpoint-2.safetensors", "checkpoint.safetensors",
-        "config.json", "critic.safetensors", "curve.png", "metrics.jsonl", "policy.safetensors",
-        "pruned.png", "report.json",
+        "calibration.json", "checkpoint-1.safetensors", "checkpoint-2.safetensors",
+        "checkpoint.safetensors", "config.json", "critic.safetensors", "curve.png", "metrics.jsonl",
+        "policy.safetensors", "pruned.png", "report.json",
     ]  # fmt: skip
     for name in ("pruned.png", "curve.png"):
         with Image.open(whole / name) as image:

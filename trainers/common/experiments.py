@@ -11,8 +11,10 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
+from prunevit.agents.calibrate import IMAGES, CalibrationError, calibrate
 from prunevit.agents.policies.actor_critic import Actor
 from prunevit.agents.pruned_vit import PrunedViT
+from prunevit.agents.run_reader import RUN_CALIBRATION
 from prunevit.envs.batched.make_pettingzoo import make_pettingzoo
 from prunevit.envs.batched.pettingzoo import BatchedPettingZoo
 from prunevit.envs.batched.protocol import BatchedEnv
@@ -26,6 +28,7 @@ from prunevit.envs.rewards import make_reward
 from prunevit.envs.vit.torch_compile import check_compiler
 from prunevit.trainers.common.actors import greedy_policy, make_actor, start_from
 from prunevit.trainers.common.backbones import load_backbone
+from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.config import PETTINGZOO_PREFIX, MappoConfig
 from prunevit.trainers.common.distributed import ALONE, Ranks
 from prunevit.trainers.common.evaluation import evaluate
@@ -131,10 +134,16 @@ class TokenPruneExperiment:
         return f"playing training images {' '.join(map(str, images))}"
 
     def report(self, actor: nn.Module, folder: Path) -> dict[str, Any]:
-        """Evaluates the trained actor for the report, and draws the run's pictures."""
+        """Calibrates and evaluates the trained actor, and draws the run's pictures."""
         config = self.config
         test = open_images(config.dataset, "test", self.data_config, skip=self.skipped)
-        return report_pruning(self.pruned(actor), config, self.validation, test, folder)
+        learned = self.pruned(actor)
+        try:
+            calibration = calibrate(learned, self.validation, min(IMAGES, config.eval_size))
+            write_json(folder / RUN_CALIBRATION, calibration.to_json())
+        except CalibrationError as error:
+            print(f"The policy is not calibrated: {error}", file=sys.stderr)
+        return report_pruning(learned, config, self.validation, test, folder)
 
 
 class PettingZooExperiment:
