@@ -90,8 +90,7 @@ def _falling(pairs: list[tuple[float, float]]) -> tuple[tuple[float, ...], tuple
             f"the policy takes {kept[0][1]:.3f} of the dense compute at every setting: it can't be "
             "calibrated"
         )
-    values, compute = zip(*kept, strict=True)
-    return values, compute
+    return tuple(value for value, _ in kept), tuple(compute for _, compute in kept)
 
 
 def _batches(model: PrunedViT, images: ImageSet | Tensor, size: int) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from prunevit.agents import run_reader, saving
+from prunevit.agents.policies.calibration import Calibration
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.policies.policy import Policy, count_policy_macs
@@ -187,24 +188,23 @@ class PrunedViT(
         Raises:
             ValueError: the policy can't cost that, or was not calibrated.
         """
-        policy = self.policy
-        known = policy.calibration if isinstance(policy, LearnedPolicy) else None
+        policy: Any = self.policy
+        known: Calibration | None = getattr(policy, "calibration", None)
         if known is None or policy.dither != known.dither:
             return None
         return known.compute_at(getattr(policy, known.knob))
 
     @compute.setter
     def compute(self, share: float) -> None:
-        policy = self.policy
-        known = policy.calibration if isinstance(policy, LearnedPolicy) else None
+        policy: Any = self.policy
+        known: Calibration | None = getattr(policy, "calibration", None)
         if known is None:
             raise ValueError(
                 f"compute={share}: the model's {type(policy).__name__} was not calibrated: call "
                 "prunevit.agents.calibrate(model, images), which learned policies allow"
             )
-        value = known.value_at(share)
-        setattr(policy, known.knob, value)
-        cast(LearnedPolicy, policy).dither = known.dither
+        setattr(policy, known.knob, known.value_at(share))
+        policy.dither = known.dither
 
     # attributes that code for timm models expects
 

@@ -39,7 +39,7 @@ from prunevit.trainers.common import loop
 from prunevit.trainers.common.actors import ActorSettings, greedy_policy, make_actor
 from prunevit.trainers.common.backbones import load_backbone
 from prunevit.trainers.common.checkpoint import write_json
-from prunevit.trainers.common.classification import learning_rate, versions
+from prunevit.trainers.common.classification import check_can_classify, learning_rate, versions
 from prunevit.trainers.common.evaluation import evaluate
 from prunevit.trainers.common.loop import Monitor, NotFiniteError
 from prunevit.trainers.common.masked_vit import (
@@ -248,6 +248,7 @@ def train(config: StraightThroughConfig) -> dict[str, Any]:
     model = load_backbone(config)
     data_config = model_data_config(model)
     backbone = config.stage(model)
+    check_can_classify(config.dataset, backbone.num_classes)
     torch.manual_seed(config.seed)
     actor = make_actor(config, backbone)
     images = open_images(config.dataset, "train", data_config, augment=config.augment)

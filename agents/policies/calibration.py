@@ -100,7 +100,7 @@ class Calibration:
             ValueError: the values are damaged.
         """
         try:
-            numbers = (tuple(map(float, values[name])) for name in ("values", "compute"))
-            return cls(values["knob"], *numbers, bool(values["dither"]))
+            set_to, compute = (tuple(map(float, values[name])) for name in ("values", "compute"))
+            return cls(values["knob"], set_to, compute, bool(values["dither"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{values} is no calibration") from error

@@ -17,7 +17,7 @@ from prunevit.envs.game import TokenGame
 from prunevit.envs.rewards import MarkovGameReward, ReleasedCodeReward, TeamReward
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers import backbone as backbone_trainer
-from prunevit.trainers import dynamic_vit
+from prunevit.trainers import dynamic_vit, straight_through
 from prunevit.trainers.common.evaluation import evaluate
 
 CONFIG = {
@@ -167,7 +167,7 @@ def test_evaluations_report_agreement_and_no_accuracy(make_vit, make_images):
     assert evaluate(PrunedViT(StagedViT(vit), KeepAll()), images).score == 1
 
 
-@pytest.mark.parametrize("command", [backbone_trainer, dynamic_vit])
+@pytest.mark.parametrize("command", [backbone_trainer, dynamic_vit, straight_through])
 def test_trainers_that_learn_from_labels_refuse_them(command, noise, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = '{"depth": 4, "embed_dim": 12}'
