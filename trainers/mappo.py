@@ -97,7 +97,7 @@ class Learner(nn.Module):
         return self.log_probs(observation, seen, mask, state_of), values
 
     def log_probs(
-        self, observation: Tensor, seen: Tensor, mask: Tensor, state_of: Tensor | None
+        self, observation: Tensor, seen: Tensor, mask: Tensor, state_of: Tensor | None = None
     ) -> Tensor:
         """Log-probabilities of the actions.
 
