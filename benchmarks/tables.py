@@ -20,7 +20,7 @@ import pandas as pd
 import tyro
 
 from prunevit.benchmarks.compare import table
-from prunevit.benchmarks.differences import OURS, check_one_origin
+from prunevit.benchmarks.differences import OURS, check_one_origin, differences, summary
 from prunevit.benchmarks.machine import MIB
 from prunevit.benchmarks.markdown import markdown_table, mean_and_deviation, mean_and_interval
 from prunevit.benchmarks.marl import compare as marl
@@ -35,7 +35,8 @@ TWO_MINUTES = "digits/two-minutes"
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 DIGITS = (
-    "rloo", "dynamic-vit", "evit", "tome", "attention", "threshold", "ats", "random", "norm",
+    "mappo", "dynamic-vit", "ats", "evit", "pitome", "tome", "attention", "zero-tprune",
+    "threshold", "random", "norm",
 )  # fmt: skip
 ABLATIONS = (
     "rloo", "mappo-fine-tuned", "dynamic-vit-fine-tuned", "mappo-each-price",
@@ -77,6 +78,28 @@ def load(name: str) -> Any:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
+def records_of(folder: str, seed: int | None = None) -> pd.DataFrame:
+    """The committed records in a folder of the results, of one seed if it is given.
+
+    Raises:
+        ValueError: they come from several commits or machines.
+    """
+    data = pd.DataFrame(read(RESULTS / folder / FILE))
+    data = data if seed is None else data[data["seed"] == seed]
+    check_one_origin(data)
+    return data
+
+
+def titled(data: pd.DataFrame, names: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:
+    """Titles and records of these methods; ours stands out."""
+    methods = []
+    for name in names:
+        title = f"{METHODS[name].title} (`{name}`)"
+        title = f"**{title}**" if name in (OURS, "rloo") else title
+        methods.append((title, data[data["method"] == name]))
+    return methods
+
+
 def comparison(
     *parts: tuple[str, Sequence[str]], with_speeds: bool = False, seed: int | None = None
 ) -> str:
@@ -89,15 +112,21 @@ def comparison(
     """
     methods = []
     for folder, names in parts:
-        data = pd.DataFrame(read(RESULTS / folder / FILE))
-        data = data if seed is None else data[data["seed"] == seed]
-        check_one_origin(data)
-        for name in names:
-            title = f"{METHODS[name].title} (`{name}`)"
-            title = f"**{title}**" if name in (OURS, "rloo") else title
-            title += ", within two minutes" if folder == TWO_MINUTES else ""
-            methods.append((title, data[data["method"] == name]))
+        also = ", within two minutes" if folder == TWO_MINUTES else ""
+        rows = titled(records_of(folder, seed), names)
+        methods += [(title + also, data) for title, data in rows]
     return table(methods, with_speeds)
+
+
+def paired(folder: str, names: Sequence[str]) -> str:
+    """Losses against dense, and differences to ours, of committed records."""
+    data = records_of(folder)
+    return differences(titled(data, names), data)
+
+
+def curves(folder: str, names: Sequence[str]) -> str:
+    """Mean loss, agreement and divergence of committed records."""
+    return summary(titled(records_of(folder), names))
 
 
 def run_row(title: str, name: str, policy: str) -> list[str]:
@@ -222,7 +251,9 @@ def adapters() -> str:
 TABLES: Mapping[str, Callable[[], str]] = {
     "default-run": default_run,
     "accuracy-rewards": accuracy_rewards,
-    "digits": partial(comparison, ("digits/rloo", DIGITS), with_speeds=True),
+    "digits": partial(comparison, ("digits/compare", DIGITS), with_speeds=True),
+    "digits-differences": partial(paired, "digits/compare", DIGITS),
+    "digits-curves": partial(curves, "digits/compare", DIGITS),
     "digits-ablations": partial(comparison, ("digits/rloo", ABLATIONS)),
     "digits-benchmarl": partial(
         comparison,
