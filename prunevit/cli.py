@@ -35,6 +35,7 @@ COMMANDS = {
     "straight-through": Command(
         "prunevit.trainers.straight_through", "teach a policy by gradients through the ViT"
     ),
+    "embed": Command("prunevit.agents.embed", "embed photographs with a pruned ViT"),
     "compare": Command("prunevit.benchmarks.compare", "compare ways to choose tokens"),
     "summary": Command("prunevit.benchmarks.summary", "tabulate finished runs"),
     "throughput": Command("prunevit.benchmarks.speed.throughput", "time pruned models"),
