@@ -35,7 +35,7 @@ from prunevit.trainers.common.evaluation import schedules_at
 SHAPES = (1.0, 0.7, 0.5, 0.35)  # schedules that keep this share from one stage to the next
 NUDGE = 2  # tokens of a stage by which a schedule is brought to its cost
 PITOME_SHARES = 2_000  # between a half and all, that are tried
-RATES = 1_000  # Zero-TPrune's shares of patches that stay at a stage, that are tried
+RATES = 1_000  # shares of patches that stay at each stage, that are tried
 ORACLE_IMAGES = 100
 DITHERS = (0.0, 0.25, 0.5, 1.0)  # of scores that no training gave a scale
 
@@ -89,6 +89,33 @@ def nudged(tokens: Sequence[int], patches: int) -> set[tuple[int, ...]]:
             if falls and changed[-1] >= 0:
                 found.add(tuple(changed))
     return found
+
+
+def even_schedules(patches: int, stages: int, with_fused: bool) -> list[tuple[int, ...]]:
+    """EViT's schedules, which keep the same share at every stage, the fewest tokens first."""
+    shares = (i / RATES for i in range(1, RATES + 1))
+    schedules = (evit_baseline.even_tokens(patches, each, stages, with_fused) for each in shares)
+    return list(dict.fromkeys(schedules))
+
+
+def nearest_even(
+    bench: Benchmark,
+    schedules: Sequence[tuple[int, ...]],
+    count: Callable[[Sequence[int]], int],
+    gmacs: float,
+) -> Knobs:
+    """The one of ``schedules``, which keep the same share at every stage and rise, that costs
+    nearest to the target; nudged by a few tokens where that misses the tolerance.
+
+    Raises:
+        UnreachableError: it is still missed.
+    """
+    tokens, macs = nearest(schedules, count, gmacs * 1e9)
+    if abs(macs / 1e9 - gmacs) > TOLERANCE * gmacs:
+        ways = [way for way in nudged(tokens, bench.backbone.num_patches) if way[-1] > 0]
+        tokens = min(ways, key=lambda way: abs(count(way) / 1e9 - gmacs))
+    check_matched(count(tokens) / 1e9, gmacs, {"tokens": list(tokens)})
+    return {"tokens": list(tokens)}
 
 
 def top_k(score: Score, bench: Benchmark, seed: int) -> Method:
@@ -206,10 +233,7 @@ def evit(with_fused: bool, bench: Benchmark, seed: int) -> Method:
     backbone, model = bench.backbone, bench.model
     patches, stages = backbone.num_patches, backbone.whole_from
     count = evit_baseline.macs_counter(model, backbone.image_shape, stages, with_fused)
-    rates = [kept / patches for kept in range(1, patches + 1)]
-    schedules = sorted(
-        {evit_baseline.even_tokens(patches, rate, len(stages), with_fused) for rate in rates}
-    )
+    schedules = even_schedules(patches, len(stages), with_fused)
 
     def make(knobs: Knobs) -> FixedScheduleModel:
         tokens = knobs["tokens"]
@@ -217,12 +241,7 @@ def evit(with_fused: bool, bench: Benchmark, seed: int) -> Method:
         fusing = evit_baseline.EViT(model, stages, tokens, with_fused)
         return FixedScheduleModel(fusing, backbone, count(tokens), kept)
 
-    def tune(gmacs: float) -> Knobs:
-        tokens, macs = nearest(schedules, count, gmacs * 1e9)  # more patches cost more
-        check_matched(macs / 1e9, gmacs, {"tokens": list(tokens)})
-        return {"tokens": list(tokens)}
-
-    return Method(tune, make)
+    return Method(lambda gmacs: nearest_even(bench, schedules, count, gmacs), make)
 
 
 def zero_tprune(bench: Benchmark, seed: int) -> Method:
@@ -230,23 +249,14 @@ def zero_tprune(bench: Benchmark, seed: int) -> Method:
     backbone, model = bench.backbone, bench.model
     patches, stages = backbone.num_patches, backbone.whole_from
     count = zero_tprune_baseline.macs_counter(model, backbone.image_shape, stages)
-    rates = (i / RATES for i in range(RATES + 1))
-    schedules = [
-        evit_baseline.even_tokens(patches, rate, len(stages), with_fused=False) for rate in rates
-    ]
+    schedules = even_schedules(patches, len(stages), with_fused=False)
 
     def make(knobs: Knobs) -> FixedScheduleModel:
         tokens = knobs["tokens"]
         pruned = zero_tprune_baseline.ZeroTPrune(model, stages, tokens)
         return FixedScheduleModel(pruned, backbone, count(tokens), tokens)
 
-    def tune(gmacs: float) -> Knobs:
-        choices = list(dict.fromkeys(schedules))
-        tokens, macs = nearest(choices, count, gmacs * 1e9)
-        check_matched(macs / 1e9, gmacs, {"tokens": list(tokens)})
-        return {"tokens": list(tokens)}
-
-    return Method(tune, make)
+    return Method(lambda gmacs: nearest_even(bench, schedules, count, gmacs), make)
 
 
 def oracle(knows_labels: bool, bench: Benchmark, seed: int) -> Method:

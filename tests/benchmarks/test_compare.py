@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,6 +122,14 @@ def test_methods_spend_what_the_point_says_or_say_that_they_do_not(bench, name, 
     spent = evaluate(method.make(knobs), bench.validation, bench.size).gmacs
     assert (abs(spent - target) <= 0.01 * target) == is_matched
     assert spent == pytest.approx(target, rel=0.06)
+
+
+@pytest.mark.parametrize("name", ["evit", "evit-unfused", "zero-tprune"])
+def test_even_schedules_are_nudged_to_the_points_between_them(bench, name):
+    for point in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8):
+        tokens = METHODS[name].open(bench, 0).tune(bench.gmacs_at(point))["tokens"]
+        first, second = (after / before for before, after in pairwise((64, *tokens)))
+        assert first == pytest.approx(second, abs=0.15)  # about the same share stays
 
 
 @pytest.mark.parametrize(("name", "dithers"), [("mappo", True), ("paper", False)])
