@@ -25,12 +25,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from prunevit.agents import saving
+from prunevit.agents.policy_file import read_backbone_name
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.cli import prog
 from prunevit.envs.data.image_dataset import ImageDataset
 from prunevit.envs.data.image_sources import DatasetError, PhotoSource
 from prunevit.envs.data_config import model_data_config
 from prunevit.envs.devices import pick_device
+from prunevit.envs.vit.create import check_described, create_backbone
 
 PART_SIZE = 1024  # photographs in a part: the most that is computed again after a stop
 
@@ -42,10 +44,16 @@ class EmbedConfig:
     photos: tyro.conf.Positional[Path]
     """Any tree of images."""
     policy: Path
-    """A finished run of trainers.mappo, as runs/NAME, or a folder of PrunedViT.save_pretrained. A
-    classifier is left away."""
+    """A finished run of trainers.mappo, as runs/NAME, a folder of PrunedViT.save_pretrained, or a
+    file of PrunedViT.save_policy. A classifier is left away."""
     backbone: str | None = None
-    """The run's --backbone, if it is on a hub (hf-hub:OWNER/NAME): a folder can't choose that."""
+    """timm's name of the model that a policy from a file prunes, by default the one it was trained
+    for; or the run's --backbone, if it is on a hub (hf-hub:OWNER/NAME): a folder can't choose
+    that."""
+    checkpoint: Path | None = None
+    """With a policy from a file: weights of the backbone, in place of those that timm downloads."""
+    img_size: int | None = None
+    """With a policy from a file: image size of the backbone, by default timm's own."""
     compute: float | None = None
     """Share of the dense model's compute to take on average, as 0.6. By default the policy's own
     setting."""
@@ -86,7 +94,14 @@ def load_model(config: EmbedConfig) -> PrunedViT:
     Raises:
         ValueError: the folder holds no model, or the compute can't be reached.
     """
-    if (config.policy / saving.WEIGHTS).is_file():
+    if config.policy.is_file():
+        model = PrunedViT.from_policy(_backbone_for(config), config.policy)
+    elif config.checkpoint is not None or config.img_size is not None:
+        raise ValueError(
+            f"{config.policy} is no file of PrunedViT.save_policy, and has a backbone of its own: "
+            "leave out --checkpoint and --img-size"
+        )
+    elif (config.policy / saving.WEIGHTS).is_file():
         model = PrunedViT.from_pretrained(config.policy)
     else:
         model = PrunedViT.from_run(config.policy, config.backbone)
@@ -95,6 +110,17 @@ def load_model(config: EmbedConfig) -> PrunedViT:
     if model.num_classes:
         model.reset_classifier(0)
     return model.to(pick_device(config.device)).to(memory_format=torch.channels_last)
+
+
+def _backbone_for(config: EmbedConfig) -> nn.Module:
+    """The backbone of a policy from a file, which can't name one on a hub by itself."""
+    name = config.backbone
+    if name is None:
+        name = read_backbone_name(config.policy)
+        check_described(name, {})
+    kwargs: dict[str, Any] = {} if config.img_size is None else {"img_size": config.img_size}
+    pretrained = config.checkpoint is None
+    return create_backbone(name, pretrained, config.checkpoint, num_classes=0, **kwargs)
 
 
 class Photographs:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from prunevit.agents import run_reader, saving
+from prunevit.agents import policy_file, run_reader, saving
 from prunevit.agents.policies.calibration import Calibration
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.agents.policies.learned import LearnedPolicy
@@ -313,6 +313,31 @@ class PrunedViT(
         backbone, policy, model_kwargs = run_reader.read_run(Path(folder), hub_backbone)
         return cls(backbone, _frozen(policy), model_kwargs).eval()
 
+    def save_policy(self, file: str | Path) -> None:
+        """Writes the policy, with its calibration and the stages, to a file of some kilobytes.
+
+        Raises:
+            SavedModelError: the policy would come back as another one; the message says why.
+        """
+        policy_file.write_policy(Path(file), self.backbone, self.policy)
+
+    @classmethod
+    def from_policy(cls, vit: nn.Module, file: str | Path) -> PrunedViT:
+        """Prunes timm's ``vit`` by the policy that ``save_policy`` wrote.
+
+        Args:
+            vit: the backbone that the policy was trained for, by timm's name; it is copied, not
+                changed.
+            file: the file.
+
+        Raises:
+            SavedModelError: the file is missing or damaged, or its policy is one for another
+                backbone.
+            UnsupportedBackboneError: the model can't be copied.
+        """
+        backbone, policy = policy_file.read_policy(Path(file), _copied(vit))
+        return cls(backbone, _frozen(policy)).eval()
+
 
 def _frozen(policy: Any) -> Any:
     """``policy`` with parameters that ask for no gradients, since they would never get any."""
@@ -357,13 +382,16 @@ def prune(
         ValueError: stages are out of range, ``on_prune`` is unknown, or the policy was made for
             another backbone.
     """
+    backbone = StagedViT(_copied(vit), prune_before, prune_at=prune_at, on_prune=on_prune)
+    return PrunedViT(backbone, _frozen(copy.deepcopy(policy)), model_kwargs).eval()
+
+
+def _copied(vit: nn.Module) -> nn.Module:
     try:
-        own = copy.deepcopy(vit)
+        return copy.deepcopy(vit)
     # torch says it by errors of many kinds
     except Exception as error:
         raise UnsupportedBackboneError(
             f"{type(vit).__name__} can't be copied ({error}): prune it before it is sharded or "
             "wrapped, or take PrunedViT(StagedViT(vit, prune_before), policy), which uses it itself"
         ) from error
-    backbone = StagedViT(own, prune_before, prune_at=prune_at, on_prune=on_prune)
-    return PrunedViT(backbone, _frozen(copy.deepcopy(policy)), model_kwargs).eval()
