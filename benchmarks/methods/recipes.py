@@ -9,7 +9,7 @@ from typing import Any, Literal
 from prunevit.benchmarks.protocol import Benchmark
 from prunevit.trainers.common.config import MappoConfig
 
-Stages = Literal["task", "first", "inside", "released"]
+Stages = Literal["task", "first", "between", "released"]
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Recipe:
         changes: settings that differ from the benchmark's.
         alpha_range: train one policy, which observes alpha, for the task's range of alphas. Without
             it, train for one alpha, and reach other costs by the threshold later.
-        stages: where it prunes: the task's stages, the first of them alone, inside of the blocks
-            before them, where ATS and EViT prune, or at those of RL4EViT's code.
+        stages: where it prunes: at the task's stages, the first of them alone, between the blocks
+            behind them, as DynamicViT has it, or at those of RL4EViT's code.
         length: iterations as a share of the task's; ignored where their number is given.
         samples: whether its authors evaluate it by drawing actions. It then has the one compute
             that this gives, and takes part a second time with a threshold.
@@ -43,9 +43,9 @@ class Recipe:
             settings["prune_at"] = "block"
         elif self.stages == "first":
             settings["prune_before"] = bench.task.prune_before[:1]
-        elif self.stages == "inside":
-            settings["prune_before"] = tuple(block - 1 for block in bench.backbone.whole_from)
-            settings["prune_at"] = "mlp"
+        elif self.stages == "between":
+            settings["prune_before"] = bench.backbone.whole_from
+            settings["prune_at"] = "block"
         if bench.iterations is None:
             settings["iterations"] = round(self.length * bench.base.iterations)
         if self.alpha_range:
@@ -109,29 +109,12 @@ RECIPES: Mapping[str, Recipe] = {
         alpha_range=False,
     ),
     "no-stage": Recipe("doesn't observe the stage", {"observation": WITHOUT_STAGE}),
-    "inside": Recipe("prunes between attention and MLP", stages="inside"),
+    "between-blocks": Recipe("prunes before blocks, not inside of them", stages="between"),
     "one-stage": Recipe("prunes at the first stage alone", stages="first"),
     "redundancy": Recipe(
         "observes redundancy too", {"observation": (*MappoConfig.observation, "redundancy")}
     ),
     "merge": Recipe("ours, merging what it prunes", {"on_prune": "merge"}),
     "actor-attention": Recipe("agents attend to each other", {"actor_attention": 2}),
-    "inside-merge": Recipe(
-        "both: inside of blocks, and merging", {"on_prune": "merge"}, stages="inside"
-    ),
-    "inside-attention": Recipe(
-        "inside of blocks, agents attend to each other", {"actor_attention": 2}, stages="inside"
-    ),
-    "inside-redundancy": Recipe(
-        "inside of blocks, observes redundancy",
-        {"observation": (*MappoConfig.observation, "redundancy")},
-        stages="inside",
-    ),
-    "inside-0-1": Recipe("inside of blocks 0 and 1", {"prune_before": (0, 1), "prune_at": "mlp"}),
-    "inside-0-1-3": Recipe(
-        "inside of blocks 0, 1 and 3", {"prune_before": (0, 1, 3), "prune_at": "mlp"}
-    ),
-    "stages-1-2": Recipe("stages before blocks 1 and 2", {"prune_before": (1, 2)}),
-    "stages-1-2-4": Recipe("stages before blocks 1, 2 and 4", {"prune_before": (1, 2, 4)}),
-    "all-stages": Recipe("a stage before every block but the first", {"prune_before": None}),
+    "three-stages": Recipe("stages in blocks 0, 1 and 3", {"prune_before": (0, 1, 3)}),
 }

@@ -568,8 +568,8 @@ def test_every_ablation_changes_one_thing(bench):
     ours = settings["mappo"]
     assert bench.base.critic == "central"  # MAPPO
     assert settings["rloo"] == ours | {"critic": "none"}
-    inside = tuple(block - 1 for block in bench.task.prune_before)
-    assert settings["inside"] == ours | {"prune_before": inside, "prune_at": "mlp"}
+    between = {"prune_before": (1, 3), "prune_at": "block"}
+    assert settings["between-blocks"] == ours | between
     assert settings["one-stage"] == ours | {"prune_before": bench.task.prune_before[:1]}
     assert settings["no-attention-prior"] == ours | {"attention_prior": 0.0}
     assert "stage" not in settings["no-stage"]["observation"]
@@ -579,27 +579,27 @@ def test_every_ablation_changes_one_thing(bench):
     observation = (*ours["observation"][:-1], "redundancy", "alpha")
     assert settings["redundancy"] == ours | {"observation": observation}
     assert settings["merge"] == ours | {"on_prune": "merge"}
-    assert settings["all-stages"] == ours | {"prune_before": None}
+    assert settings["actor-attention"] == ours | {"actor_attention": 2}
+    assert settings["three-stages"] == ours | {"prune_before": (0, 1, 3)}
     assert settings["released"]["prune_before"] == bench.task.released_stages
     assert settings["released-faster"] == settings["released"] | {"lr": 5e-4}
     for changes in settings.values():
         replace(bench.base, **changes)  # raises where settings don't go together
 
 
-def test_a_task_can_have_its_stages_inside_of_blocks(bench, monkeypatch):
+def test_a_task_has_its_stages_inside_of_blocks_or_between_them(bench, monkeypatch):
     """Every method then prunes there, or where it comes nearest to that."""
-    task = replace(bench.task, prune_before=(0, 2), prune_at="mlp")
-    monkeypatch.setitem(TASKS, "digits", task)
-    config = CompareConfig(**SETTINGS)
-    inside = open_benchmark(config)
+    inside, config = bench, CompareConfig(**SETTINGS)
+    monkeypatch.setitem(TASKS, "digits", replace(bench.task, prune_before=(1, 3), prune_at="block"))
+    bench = open_benchmark(config)
     assert inside.backbone.edges[:-1] == (1, 5)
+    assert bench.backbone.edges[:-1] == (2, 6)
     assert settings_of(config, inside)["prune_at"] == "mlp"
     assert "prune_at" not in settings_of(config, bench)  # as in records of before
-    settings = {name: recipe.settings(inside) for name, recipe in RECIPES.items()}
-    for name, changes in settings.items():
-        trained = replace(inside.base, **changes)
-        assert trained.prune_at == ("block" if name.startswith("released") else "mlp")
-    assert settings["inside"] == settings["mappo"] | {"prune_before": (0, 2), "prune_at": "mlp"}
+    for name, recipe in RECIPES.items():
+        trained = replace(inside.base, **recipe.settings(inside))
+        between = name.startswith("released") or name == "between-blocks"
+        assert trained.prune_at == ("block" if between else "mlp")
     keep = learned.share_to_keep(inside, inside.gmacs_at(0.5))
     assert keep > learned.share_to_keep(bench, bench.gmacs_at(0.5))
     target = inside.gmacs_at(0.5)
