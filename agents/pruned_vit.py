@@ -11,6 +11,7 @@ from typing import Any, Literal, cast, overload
 
 import torch
 from huggingface_hub import ModelHubMixin
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
@@ -21,6 +22,7 @@ from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.policies.policy import Policy, count_policy_macs
 from prunevit.envs.observations import View
+from prunevit.envs.vit.block_outputs import BlockOutputs
 from prunevit.envs.vit.staged_vit import OnPrune, PruneAt, StagedViT
 from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
 from prunevit.envs.vit.tokens import Tokens
@@ -125,7 +127,7 @@ class PrunedViT(
     @torch.compiler.disable(recursive=False)
     def _classify(self, images: Tensor) -> tuple[Tensor, Tensor]:
         tokens, alive = self._run(images)
-        return self.backbone.finish(tokens), alive
+        return self.backbone.finish(tokens), torch.stack(alive, dim=1)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """As in timm: tokens after the last norm [B, L, D], with zeros for pruned ones."""
@@ -135,9 +137,91 @@ class PrunedViT(
         """As in timm: classifies what ``forward_features`` returned; logits [B, classes]."""
         return self.backbone.classify(features, pre_logits)
 
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """As in timm: what blocks leave, with zeros for the patches that were pruned before.
+
+        Args:
+            x: images, float [B, C, H, W].
+            indices: the blocks, negative from the end; the last n if int, all if None.
+            return_prefix_tokens: pair patches with the prefix tokens [B, P, D].
+            norm: apply the last norm to the living tokens of each block.
+            stop_early: run no stage and no block after the last of ``indices``.
+            output_fmt: "NCHW" for [B, D, H, W] on the grid of patches, "NLC" for [B, N, D].
+            intermediates_only: leave out the tokens after the last norm, [B, L, D].
+            output_dict: return a dictionary, as timm's VisionTransformer.
+            attn_mask: not supported.
+            is_causal: not supported.
+
+        Returns:
+            (tokens after the last norm, list of what each block left) or that list alone; with
+            ``output_dict`` a dictionary of them.
+
+        Raises:
+            AssertionError: as in timm, ``indices`` are out of range or ``output_fmt`` is unknown.
+            ValueError: ``attn_mask`` or ``is_causal`` was given, or as in ``forward``.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise AssertionError("Output format must be one of NCHW or NLC.")
+        _check_no_mask(attn_mask, is_causal)
+        blocks, _ = feature_take_indices(self.backbone.depth, indices)
+        outputs = BlockOutputs(blocks, stop_early)
+        last = self._run(x, outputs)[0]
+        prefix = self.backbone.num_prefix
+        slots = [self.backbone.features(tokens, norm) for tokens in outputs.tokens]  # [B, L, D]
+        patches = [tokens[:, prefix:] for tokens in slots]
+        if output_fmt == "NCHW":
+            grid = self.backbone.grid_size
+            patches = [tokens.mT.unflatten(2, grid).contiguous() for tokens in patches]
+        prefixes = [tokens[:, :prefix] for tokens in slots]
+        with_prefix = return_prefix_tokens and prefix > 0
+        if output_dict:
+            found: dict[str, Any] = {"image_intermediates": patches}
+            if with_prefix:
+                found["image_intermediates_prefix"] = prefixes
+            if not intermediates_only:
+                found["image_features"] = self.backbone.features(last)
+            return found
+        intermediates = list(zip(patches, prefixes, strict=True)) if with_prefix else patches
+        if intermediates_only:
+            return intermediates
+        return self.backbone.features(last), intermediates
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        attn_mask: Tensor | None = None,
+    ) -> list[Any]:
+        """As in timm, DINO's name for ``forward_intermediates`` of the last ``n`` blocks."""
+        return self.forward_intermediates(
+            x,
+            n,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
+            attn_mask=attn_mask,
+        )
+
     def trace(self, images: Tensor) -> Trace:
         """Classifies images, and reports which patches survived and what it cost."""
-        tokens, alive = self._run(images)
+        tokens, survivors = self._run(images)
+        alive = torch.stack(survivors, dim=1)  # [B, T, N]
         # the first stage decides on every patch, a later one on the survivors of the stage before
         living = F.pad(alive[:, :-1].sum(2), (1, 0), value=self.backbone.num_patches)  # [B, T]
         return Trace(
@@ -148,18 +232,25 @@ class PrunedViT(
         )
 
     @torch.compiler.disable(recursive=False)
-    def _run(self, images: Tensor) -> tuple[Tokens, Tensor]:
-        """Runs all blocks; returns the last tokens and the survivors of each stage [B, T, N]."""
+    def _run(
+        self, images: Tensor, outputs: BlockOutputs | None = None
+    ) -> tuple[Tokens, list[Tensor]]:
+        """Runs the blocks; returns the last tokens and the survivors of each stage, T of [B, N].
+
+        ``outputs`` collects the tokens after some of the blocks, and may ask for no more blocks.
+        """
         backbone, policy = self.backbone, self.policy
         execution = "masked" if self.training else backbone.execution
         needs_attention = getattr(policy, "needs_attention", True)
-        tokens = backbone.begin(images, needs_attention, execution)
+        tokens = backbone.begin(images, needs_attention, execution, outputs)
         alive = []
         for stage in range(backbone.num_stages):
+            if outputs is not None and outputs.end_before(backbone.edges[stage]):
+                break
             keep = self._decide(images, tokens, stage)
-            tokens = backbone.advance(tokens, keep, stage, needs_attention)
+            tokens = backbone.advance(tokens, keep, stage, needs_attention, outputs)
             alive.append(tokens.alive[:, backbone.num_prefix :])
-        return tokens, torch.stack(alive, dim=1)
+        return tokens, alive
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -224,6 +315,12 @@ class PrunedViT(
         }
 
     default_cfg = pretrained_cfg  # timm's older name
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """timm's description of what each block leaves, with the names of modules here."""
+        described = self.backbone.model.feature_info
+        return [info | {"module": BACKBONE_PREFIX + info["module"]} for info in described]
 
     def get_classifier(self) -> nn.Module:
         return self.backbone.model.get_classifier()
@@ -337,6 +434,14 @@ class PrunedViT(
         """
         backbone, policy = policy_file.read_policy(Path(file), _copied(vit))
         return cls(backbone, _frozen(policy)).eval()
+
+
+def _check_no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise ValueError(
+            "attn_mask and is_causal: a pruned ViT attends among the tokens that survive, which "
+            "a mask over all tokens doesn't fit"
+        )
 
 
 def _frozen(policy: Any) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunevit.choices import check_choice
+from prunevit.envs.vit.block_outputs import BlockOutputs
 from prunevit.envs.vit.execution import embed_chunks, num_chunks, run_sublayers
 from prunevit.envs.vit.layout import Layout
 from prunevit.envs.vit.macs import Macs, head_size, merging_macs
@@ -181,7 +182,11 @@ class StagedViT(nn.Module):
 
     @torch.compiler.disable(recursive=False)
     def begin(
-        self, images: Tensor, with_attention: bool = True, execution: Execution | None = None
+        self,
+        images: Tensor,
+        with_attention: bool = True,
+        execution: Execution | None = None,
+        outputs: BlockOutputs | None = None,
     ) -> Tokens:
         """Embeds images and runs what comes before the first stage.
 
@@ -190,6 +195,7 @@ class StagedViT(nn.Module):
             with_attention: fill ``Tokens.attention`` for the first stage.
             execution: how these images are executed, from here to the end; the module's own if
                 None.
+            outputs: collects the tokens after some of the blocks.
 
         Raises:
             ValueError: the images have another size than the backbone, or its patch dropout is on.
@@ -215,7 +221,7 @@ class StagedViT(nn.Module):
                 "with patch_drop_rate=0, or call .eval() on it"
             )
         make = partial(self._embed, images, execution)
-        return self._run(make, 0, self.edges[0], with_attention)
+        return self._run(make, 0, self.edges[0], with_attention, outputs)
 
     def _why_not_merged(self) -> str | None:
         """Why the head can't pool merged patches, or None if it can."""
@@ -279,7 +285,12 @@ class StagedViT(nn.Module):
 
     @torch.compiler.disable(recursive=False)
     def advance(
-        self, tokens: Tokens, keep: Tensor, stage: int, with_attention: bool = True
+        self,
+        tokens: Tokens,
+        keep: Tensor,
+        stage: int,
+        with_attention: bool = True,
+        outputs: BlockOutputs | None = None,
     ) -> Tokens:
         """Prunes, then runs on to the next stage, or to the end after the last stage.
 
@@ -288,10 +299,12 @@ class StagedViT(nn.Module):
             keep: which patches stay, bool [B, N]; ignored for patches that are already gone.
             stage: 0-based stage at which ``keep`` was decided.
             with_attention: fill ``Tokens.attention`` for the next stage.
+            outputs: collects the tokens after some of the blocks.
         """
         start, stop = self.edges[stage : stage + 2]
         make = partial(self.prune, tokens, keep)
-        return self._run(make, start, stop, with_attention and stage + 1 < self.num_stages)
+        observed = with_attention and stage + 1 < self.num_stages
+        return self._run(make, start, stop, observed, outputs)
 
     @torch.compiler.disable
     def prune(self, tokens: Tokens, keep: Tensor) -> Tokens:
@@ -353,10 +366,15 @@ class StagedViT(nn.Module):
         return torch.cat(results)[torch.cat(places).argsort()]
 
     @torch.compiler.disable
-    def features(self, tokens: Tokens) -> Tensor:
-        """The tokens after the last norm, each in its slot, zeros where pruned: [B, L, D]."""
+    def features(self, tokens: Tokens, norm: bool = True) -> Tensor:
+        """The tokens after the last norm, each in its slot, zeros where pruned: [B, L, D].
+
+        Without ``norm``, the tokens as they are.
+        """
         slot = tokens.alive.flatten().nonzero().squeeze(1)
-        if is_head_untouched(self.model):
+        if not norm:
+            normed = tokens.x.index_select(0, tokens.row[slot])
+        elif is_head_untouched(self.model):
             normed = self.model.norm(tokens.x.index_select(0, tokens.row[slot]))
         else:
             # each image padded at its end to all slots, so that images of all lengths are stacked
@@ -448,10 +466,22 @@ class StagedViT(nn.Module):
 
     @torch.compiler.disable(recursive=False)
     def _run(
-        self, make: Callable[[], Tokens], start: int, stop: int, with_attention: bool
+        self,
+        make: Callable[[], Tokens],
+        start: int,
+        stop: int,
+        with_attention: bool,
+        outputs: BlockOutputs | None,
     ) -> Tokens:
         queries = self.num_query_tokens if with_attention else None
-        return run_sublayers(self.model, self.ops, make, start, stop, queries, self._torch_compile)
+        run = partial(run_sublayers, self.model, self.ops, torch_compile=self._torch_compile)
+        if outputs is None:
+            return run(make, start, stop, queries)
+        tokens = make()
+        for first, end in outputs.parts(start, stop):
+            tokens = run(lambda t=tokens: t, first, end, queries if end == stop else None)
+            outputs.add(tokens, end)
+        return tokens
 
 
 def _check_stages(prune_before: Sequence[int] | None, depth: int) -> tuple[int, ...]:

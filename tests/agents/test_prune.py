@@ -321,44 +321,6 @@ def test_every_parameter_that_asks_for_a_gradient_gets_one(vit, images):
         assert all(parameter.grad is not None for parameter in wanting)
 
 
-def test_timms_optimizer_sees_the_layers_of_the_backbone(vit):
-    from timm.optim import create_optimizer_v2
-
-    def groups(model, skipped=""):
-        names = {id(p): name.removeprefix(skipped) for name, p in model.named_parameters()}
-        optimizer = create_optimizer_v2(model, opt="sgd", lr=1, weight_decay=0.1, layer_decay=0.5)
-        return {
-            names[id(p)]: (group["weight_decay"], group["lr_scale"])
-            for group in optimizer.param_groups
-            for p in group["params"]
-        }
-
-    model = prune(vit, KeepAll(), STAGES)
-    assert groups(model, "backbone.model.") == groups(vit)
-    assert groups(vit)["cls_token"][0] == 0
-    assert model.get_classifier() is model.backbone.model.head
-
-
-@torch.no_grad()
-def test_a_new_classifier_is_counted(vit, images):
-    model = prune(vit, KeepAll(), STAGES)
-    model.reset_classifier(7)
-    assert model.num_classes == 7
-    assert model(images).shape == (BATCH, 7)
-    gained = model.backbone.dense_macs - prune(vit, KeepAll(), STAGES).backbone.dense_macs
-    assert gained == 2 * vit.embed_dim
-
-
-def test_gradient_checkpointing_can_be_asked_for(vit, images):
-    model, calls = prune(vit, KeepAll(), STAGES), []
-    model.backbone.model.blocks[2].norm1.register_forward_pre_hook(lambda *_: calls.append(None))
-    for enable in (False, True):
-        calls.clear()
-        model.set_grad_checkpointing(enable)
-        model(images).sum().backward()
-        assert len(calls) == 1 + enable
-
-
 def test_embeddings_without_a_head(make_vit, images):
     vit = make_vit(num_classes=0)
     model = prune(vit, TopK((9, 4)), STAGES)
