@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
+from prunevit.agents.policies.heuristics import AttentionThreshold, KeepAll, TopK
 from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.policies.serialization import own_additions
 from prunevit.agents.pruned_vit import PrunedViT
@@ -25,6 +28,7 @@ from prunevit.envs.vit.tokens import Tokens
 from prunevit.envs.vit.untouched import is_untouched
 
 OPSET = 18
+EXPORTED_POLICIES = (KeepAll, TopK, AttentionThreshold, DynamicViTPolicy, LearnedPolicy)
 
 
 class ExportError(ValueError):
@@ -40,67 +44,55 @@ class OneImage(nn.Module):
         model: the pruned ViT.
 
     Raises:
-        ExportError: its policy is not a ``LearnedPolicy``, something was added to either, or its
-            backbone merges patches, has rotary positions or pools over all tokens.
+        ExportError: it has a policy or a backbone that has no such form; the message says why.
     """
 
     def __init__(self, model: PrunedViT) -> None:
         super().__init__()
-        if type(model.policy) is not LearnedPolicy:
-            raise ExportError(
-                f"a {type(model.policy).__name__} can't be exported: only a LearnedPolicy can"
-            )
-        if model.backbone.on_prune == "merge":
-            raise ExportError(
-                "a model that merges what it prunes can't be exported, since exported attention "
-                "takes each token for a single one: only on_prune='drop' can be"
-            )
-        if pools_tokens(model.backbone.model):
-            raise ExportError(
-                "the backbone pools over all of its tokens: only a head that reads the class token "
-                "can be exported"
-            )
-        if model.backbone.dtype != torch.float32:
-            raise ExportError(
-                f"a model in {model.backbone.dtype} can't be exported: export it in float32"
-            )
-        if not all(is_untouched(block) for block in model.backbone.model.blocks):
-            raise ExportError(
-                "blocks with hooks, replaced or quantised layers can't be exported: remove or "
-                "merge them"
-            )
-        added = own_additions(model.policy)
-        if added is not None:
-            raise ExportError(f"the policy can't be exported: {added}")
+        reason = _why_no_policy(model.policy, model.backbone) or _why_no_backbone(model.backbone)
+        if reason is not None:
+            raise ExportError(reason)
         self.backbone: StagedViT = model.backbone
-        self.policy: LearnedPolicy = model.policy
+        self.policy: Any = model.policy
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Classifies an image [1, C, H, W]; logits [1, classes]."""
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Classifies an image [1, C, H, W].
+
+        Returns:
+            logits [1, classes], and which patches survived each stage, bool [1, T, N].
+        """
         backbone, policy = self.backbone, self.policy
         x, rotary = backbone.ops.embed(backbone.model, image)
         if rotary is not None:
             raise ExportError("a backbone that rotates positions can't be exported")
         everyone = torch.ones(1, backbone.num_slots, dtype=torch.bool, device=x.device)
         tokens = Tokens.of_slots(x, everyone)
+        kept = []
         for stage, (start, stop) in enumerate(pairwise((0, *backbone.edges))):
             last = stage == backbone.num_stages
             tokens = self._run(tokens, start, stop, policy.needs_attention and not last)
             if not last:
-                view = View(backbone, tokens, stage, torch.zeros(1, device=x.device))
+                alpha = torch.zeros(1, device=x.device)
+                view = View(backbone, tokens, stage, alpha, images=image)
                 tokens = self._prune(tokens, self._decide(view))
+                kept.append(tokens.alive[:, backbone.num_prefix :])
         # what was put into a head may look at all tokens
         read = backbone.num_prefix if is_head_untouched(backbone.model) else None
-        return classify_prefix(backbone.model, tokens.x[None, :read])
+        return classify_prefix(backbone.model, tokens.x[None, :read]), torch.stack(kept, dim=1)
 
     def _decide(self, view: View) -> Tensor:
-        view = self.policy.under_own_alpha(view)
-        logits = self.policy.logits(view)
-        return self.policy.keep(view, view.scatter(logits[:, 1] - logits[:, 0]))
+        policy = self.policy
+        # without a look at the values, which a graph can't take
+        if isinstance(policy, LearnedPolicy):
+            view = policy.under_own_alpha(view)
+            logits = policy.logits(view)
+            return policy.keep(view, view.scatter(logits[:, 1] - logits[:, 0]))
+        if isinstance(policy, DynamicViTPolicy):
+            return policy.choose(view, policy.margin(view))
+        return policy(view)
 
     def _prune(self, tokens: Tokens, keep: Tensor) -> Tokens:
-        prefix = self.backbone.num_prefix
-        alive = torch.cat([tokens.alive[:, :prefix], tokens.alive[:, prefix:] & keep], dim=1)
+        alive = self.backbone.survivors(tokens, keep)
         slot = alive[0].nonzero().squeeze(1)
         # rows are in the order of their slots, so a slot's row is the number of survivors before it
         row = alive[0].long().cumsum(0) - 1
@@ -114,7 +106,7 @@ class OneImage(nn.Module):
 
     def _run(self, tokens: Tokens, start: int, stop: int, with_attention: bool) -> Tokens:
         backbone, image, attention = self.backbone, tokens.x[None], None
-        torch._check(image.shape[1] > 0)  # the class token always stays
+        torch._check(image.shape[1] > 0)  # the class token or a patch always stays
         blocks = split_at_blocks(start, stop)
         for i, sublayer in blocks:
             block = backbone.model.blocks[i]
@@ -129,8 +121,54 @@ class OneImage(nn.Module):
         return replace(tokens, x=image.squeeze(0), attention=attention)
 
 
+def _why_no_policy(policy: Any, backbone: StagedViT) -> str | None:
+    """Why a policy can't be exported, or None if it can."""
+    kind = type(policy)
+    if kind not in EXPORTED_POLICIES:
+        names = ", ".join(known.__name__ for known in EXPORTED_POLICIES)
+        return f"a {kind.__name__} can't be exported: only {names} can be"
+    if isinstance(policy, nn.Module) and (added := own_additions(policy)) is not None:
+        return f"the policy can't be exported: {added}"
+    if isinstance(policy, TopK) and policy.score == "random":
+        return (
+            "top-k by random scores can't be exported: a graph has no generator that draws as "
+            "torch's does"
+        )
+    if isinstance(policy, TopK) and policy.score == "attention" and not backbone.has_attended(0):
+        return (
+            "top-k by attention before block 0 can't be exported: there all patches have the same, "
+            "and which of them torch keeps is not defined"
+        )
+    return None
+
+
+def _why_no_backbone(backbone: StagedViT) -> str | None:
+    """Why a backbone can't be exported, or None if it can."""
+    if backbone.on_prune == "merge":
+        return (
+            "a model that merges what it prunes can't be exported, since exported attention "
+            "takes each token for a single one: only on_prune='drop' can be"
+        )
+    if pools_tokens(backbone.model):
+        return (
+            "the backbone pools over all of its tokens: only a head that reads the class token "
+            "can be exported"
+        )
+    if backbone.dtype != torch.float32:
+        return f"a model in {backbone.dtype} can't be exported: export it in float32"
+    if not all(is_untouched(block) for block in backbone.model.blocks):
+        return (
+            "blocks with hooks, replaced or quantised layers can't be exported: remove or merge "
+            "them"
+        )
+    return None
+
+
 def export_onnx(model: PrunedViT, file: Path | str) -> None:
-    """Exports ``model`` for images [1, C, H, W], with input "image" and output "logits".
+    """Exports ``model`` for images [1, C, H, W].
+
+    The graph's input is "image". Its outputs are "logits" [1, classes], and "keep", bool [1, T, N]:
+    which patches survived each stage.
 
     Needs ``pip install -e '.[onnx]'``.
 
@@ -144,9 +182,10 @@ def export_onnx(model: PrunedViT, file: Path | str) -> None:
         one,
         (image,),
         dynamo=True,
+        verbose=False,
         opset_version=OPSET,
         input_names=["image"],
-        output_names=["logits"],
+        output_names=["logits", "keep"],
     )
     assert program is not None
     program.save(str(file))

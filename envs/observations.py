@@ -294,6 +294,10 @@ class View:
         dense[self._places] = values
         return dense.unflatten(0, self.alive.shape)
 
+    def gather(self, values: Tensor) -> Tensor:
+        """Selects the living patches: values [B, N] to [R]."""
+        return values.flatten().index_select(0, self._places)
+
     def state(self) -> Tensor:
         """The global state, float32 [B, D_state].
 

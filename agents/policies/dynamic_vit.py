@@ -123,14 +123,21 @@ class DynamicViTPolicy(nn.Module):
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     def forward(self, view: View) -> Tensor:
-        predictor = self.predictors[view.stage]
-        everyone = torch.ones_like(view.token[:, 0])
-        logits = predictor(view.token, view.image, len(view.alive), everyone)
+        margin = self.margin(view)
         # a sum is finite only if all its terms are, and a GPU is waited for only once
-        if not math.isfinite(logits.sum()):
+        if not math.isfinite(margin.sum()):
             raise ValueError("the policy's logits are not finite: check its weights and the images")
+        return self.choose(view, margin)
+
+    def margin(self, view: View) -> Tensor:
+        """Computes the logit of keep minus that of prune of each living patch, [R]."""
+        everyone = torch.ones_like(view.token[:, 0])
+        logits = self.predictors[view.stage](view.token, view.image, len(view.alive), everyone)
+        return logits[:, 1] - logits[:, 0]
+
+    def choose(self, view: View, margin: Tensor) -> Tensor:
+        """Selects the patches of each image with the highest margins [R]: bool [B, N]."""
         count = int(self.shares()[view.stage] * view.backbone.num_patches)
-        margin = logits[:, 1] - logits[:, 0]
         if self.dither:
-            margin = with_dither(view, view.scatter(margin))[view.alive]
+            margin = view.gather(with_dither(view, view.scatter(margin)))
         return keep_highest(view, margin, count)

@@ -120,8 +120,7 @@ def keep_highest(view: View, scores: Tensor, count: int) -> Tensor:
     Returns:
         bool [B, N].
     """
-    dense = scores.new_full(view.alive.shape, -torch.inf)
-    dense[view.alive] = scores
+    dense = view.scatter(scores).masked_fill(~view.alive, -torch.inf)
     chosen = dense.topk(min(count, view.backbone.num_patches), dim=1).indices
     return torch.zeros_like(view.alive).scatter_(1, chosen, True) & view.alive
 

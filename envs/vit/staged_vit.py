@@ -306,16 +306,20 @@ class StagedViT(nn.Module):
         observed = with_attention and stage + 1 < self.num_stages
         return self._run(make, start, stop, observed, outputs)
 
-    @torch.compiler.disable
-    def prune(self, tokens: Tokens, keep: Tensor) -> Tokens:
-        """Removes the patches where ``keep``, bool [B, N], is False, see ``on_prune``."""
+    def survivors(self, tokens: Tokens, keep: Tensor) -> Tensor:
+        """Which tokens stay if those where ``keep``, bool [B, N], is False go: bool [B, L]."""
         patches = tokens.alive[:, self.num_prefix :]
         survivors = patches & keep
         if self.keeps_last_patch:
             # if an image would lose all patches, its first one stays
             spared = patches & (patches.cumsum(1) == 1)
             survivors = torch.where(survivors.any(1, keepdim=True), survivors, spared)
-        alive = torch.cat([tokens.alive[:, : self.num_prefix], survivors], dim=1)
+        return torch.cat([tokens.alive[:, : self.num_prefix], survivors], dim=1)
+
+    @torch.compiler.disable
+    def prune(self, tokens: Tokens, keep: Tensor) -> Tokens:
+        """Removes the patches where ``keep``, bool [B, N], is False, see ``on_prune``."""
+        alive = self.survivors(tokens, keep)
         if self.on_prune == "merge":
             return merge_tokens(tokens, alive, self.num_prefix)
         return remove_tokens(tokens, alive)

@@ -1,11 +1,11 @@
-"""ONNX for one image: onnxruntime's logits are ours, however many tokens survive."""
+"""ONNX for one image: onnxruntime's logits and survivors are ours, however many tokens survive."""
 
 import pytest
 import torch
 
-from prunevit.agents import KeepAll, LearnedPolicy, prune
+from prunevit.agents import AttentionThreshold, KeepAll, LearnedPolicy, TopK, prune
 from prunevit.agents.export import ExportError, OneImage, export_onnx
-from prunevit.agents.policies.serialization import learned_policy
+from prunevit.agents.policies.serialization import dynamic_vit_policy, learned_policy
 from prunevit.envs.fields import DEFAULT_FIELDS
 from prunevit.envs.vit.staged_vit import StagedViT
 
@@ -14,15 +14,55 @@ STAGES, INSIDE = (1, 3), (0, 2)
 
 def pruned(vit, prior=True, fields=DEFAULT_FIELDS, heads=0, stages=STAGES, prune_at="block"):
     """Its decisions differ from image to image."""
-    policy = learned_policy(StagedViT(vit, stages), list(fields), [8], prior, heads=heads)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
+        policy = learned_policy(StagedViT(vit, stages), list(fields), [8], prior, heads=heads)
         for layer in (policy.actor.net[1], policy.actor.net[-1]):
             torch.nn.init.normal_(layer.weight)
         if heads:
             torch.nn.init.normal_(policy.actor.among_agents.output.weight)
     policy.actor.keep_bias.data.fill_(-0.1)
     return prune(vit, policy, stages, prune_at=prune_at)
+
+
+def dynamic_vit(vit, dither):
+    policy = dynamic_vit_policy(StagedViT(vit, STAGES), keep=0.6, hidden=8)
+    policy.dither = dither
+    return policy
+
+
+POLICIES = {
+    "keep-all": lambda vit: KeepAll(),
+    "top-k by attention": lambda vit: TopK((9, 4), "attention"),
+    "top-k by norm": lambda vit: TopK((0.6, 0), "norm"),
+    "top-k by brightness": lambda vit: TopK((9, 4), "brightness"),
+    "threshold": lambda vit: AttentionThreshold((0.9, 0.9)),
+    "threshold with dither": lambda vit: AttentionThreshold((0.5, 0.9), dither=1.0),
+    "DynamicViT's": lambda vit: dynamic_vit(vit, dither=False),
+    "DynamicViT's with dither": lambda vit: dynamic_vit(vit, dither=True),
+}
+
+
+def check_one_image(model, images):
+    """PyTorch's form for one image gives the logits and survivors of the pruned ViT."""
+    one = OneImage(model).eval()
+    for image in images:
+        (logits, kept), (expected, survivors) = one(image[None]), model(image[None], True)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+        assert torch.equal(kept, survivors)
+
+
+def check_onnx(model, images, file):
+    """So does onnxruntime."""
+    import onnxruntime as runtime
+
+    export_onnx(model, file)
+    session = runtime.InferenceSession(file)
+    for image in images:
+        logits, kept = map(torch.from_numpy, session.run(None, {"image": image[None].numpy()}))
+        expected, survivors = model(image[None], return_keep=True)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+        assert torch.equal(kept, survivors)
 
 
 @pytest.fixture
@@ -35,29 +75,27 @@ def images(make_images):
 )
 @torch.no_grad()
 def test_one_image_is_what_the_pruned_vit_does(make_vit, images, kwargs, heads):
-    model = pruned(make_vit(**kwargs), heads=heads)
-    one = OneImage(model).eval()
-    for image in images:
-        torch.testing.assert_close(one(image[None]), model(image[None]), rtol=0, atol=1e-5)
+    check_one_image(pruned(make_vit(**kwargs), heads=heads), images)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@torch.no_grad()
+def test_other_policies_decide_on_one_image_as_on_many(vit, images, name):
+    check_one_image(prune(vit, POLICIES[name](vit), STAGES), images)
 
 
 @torch.no_grad()
 def test_one_image_is_pruned_inside_of_its_blocks(vit, images):
     model = pruned(vit, stages=INSIDE, prune_at="mlp")
     assert len({int(kept.sum()) for kept in model(images, return_keep=True)[1]}) > 3
-    one = OneImage(model).eval()
-    for image in images:
-        torch.testing.assert_close(one(image[None]), model(image[None]), rtol=0, atol=1e-5)
+    check_one_image(model, images)
 
 
 @torch.no_grad()
 def test_a_head_that_looks_at_all_tokens_does_so(make_vit, images):
     vit = make_vit()
     vit.norm.register_forward_hook(lambda _, __, out: out - out.mean(1, keepdim=True))
-    model = pruned(vit)
-    one = OneImage(model).eval()
-    for image in images:
-        torch.testing.assert_close(one(image[None]), model(image[None]), rtol=0, atol=1e-5)
+    check_one_image(pruned(vit), images)
 
 
 @pytest.mark.integration("onnx")
@@ -72,23 +110,28 @@ def test_a_head_that_looks_at_all_tokens_does_so(make_vit, images):
 )
 @torch.no_grad()
 def test_onnxruntime_gives_the_same_logits(vit, images, tmp_path, fields, heads, prune_at):
-    import onnxruntime as runtime
-
     stages = STAGES if prune_at == "block" else INSIDE
     model = pruned(vit, fields=fields, heads=heads, stages=stages, prune_at=prune_at)
     survivors = {int(kept.sum()) for kept in model(images, return_keep=True)[1]}
     assert len(survivors) > 3
-    export_onnx(model, tmp_path / "pruned.onnx")
-    session = runtime.InferenceSession(tmp_path / "pruned.onnx")
-    for image in images:
-        (logits,) = session.run(None, {"image": image[None].numpy()})
-        expected = model(image[None])
-        torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=1e-4)
+    check_onnx(model, images, tmp_path / "pruned.onnx")
+
+
+@pytest.mark.integration("onnx")
+@pytest.mark.parametrize("name", POLICIES)
+@torch.no_grad()
+def test_onnxruntime_decides_as_other_policies_do(vit, images, tmp_path, name):
+    check_onnx(prune(vit, POLICIES[name](vit), STAGES), images, tmp_path / "pruned.onnx")
 
 
 def test_what_has_no_onnx_form_is_refused(vit, make_vit, tmp_path):
-    with pytest.raises(ExportError, match="a KeepAll can't be exported"):
-        export_onnx(prune(vit, KeepAll(), STAGES), tmp_path / "pruned.onnx")
+    for policy, stages, message in [
+        (lambda view: view.alive, STAGES, "a function can't be exported: only KeepAll, TopK, "),
+        (TopK((9, 4), "random"), STAGES, "top-k by random scores can't be exported"),
+        (TopK((9, 4)), (0, 2), "top-k by attention before block 0 can't be exported"),
+    ]:
+        with pytest.raises(ExportError, match=message):
+            export_onnx(prune(vit, policy, stages), tmp_path / "pruned.onnx")
     with pytest.raises(ExportError, match="pools over all of its tokens"):
         export_onnx(pruned(make_vit(global_pool="avg")), tmp_path / "pruned.onnx")
     merging = pruned(vit)
