@@ -15,6 +15,7 @@ PAGES = [
     "gymnasium",
     "pettingzoo",
     "pruned_vit",
+    "quickstart",
     "sb3",
     "tutorials/write_a_reward",
     "tutorials/write_a_policy",
@@ -25,6 +26,8 @@ PAGES = [
     pytest.param("benchmarl", marks=pytest.mark.integration("benchmarl")),
     pytest.param("rllib", marks=pytest.mark.integration("rllib")),
 ]
+# their snippets go on from one to the next; on other pages each stands alone
+GO_ON = {page for page in PAGES if page == "quickstart" or str(page).startswith("tutorials/")}
 # a reader wants a training, a test its first round
 SHORTER = {"benchmarl": ("config.max_n_iters, config.max_n_frames", "= 100, None", "= 1, None")}
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="needs the checkout")
@@ -56,7 +59,7 @@ def test_snippets_run(page, one_core, tmp_path, monkeypatch):
     assert found
     variables = {}
     for code in found:
-        if not page.startswith("tutorials/"):  # their snippets go on from one to the next
+        if page not in GO_ON:
             variables = {}
         if page in SHORTER:
             line, long, short = SHORTER[page]
