@@ -19,11 +19,7 @@ from prunevit.envs.observations import View
 from prunevit.envs.vit.blocks import BlockCall, dense_block, masked_attention_received
 from prunevit.envs.vit.execution import split_at_blocks
 from prunevit.envs.vit.staged_vit import StagedViT
-from prunevit.envs.vit.timm_models.heads import (
-    classify_prefix,
-    is_head_untouched,
-    pools_tokens,
-)
+from prunevit.envs.vit.timm_models.heads import is_head_untouched, pools_tokens
 from prunevit.envs.vit.tokens import Tokens
 from prunevit.envs.vit.untouched import is_untouched
 
@@ -63,10 +59,8 @@ class OneImage(nn.Module):
         """
         backbone, policy = self.backbone, self.policy
         x, rotary = backbone.ops.embed(backbone.model, image)
-        if rotary is not None:
-            raise ExportError("a backbone that rotates positions can't be exported")
         everyone = torch.ones(1, backbone.num_slots, dtype=torch.bool, device=x.device)
-        tokens = Tokens.of_slots(x, everyone)
+        tokens = replace(Tokens.of_slots(x, everyone), rotary=rotary)
         kept = []
         for stage, (start, stop) in enumerate(pairwise((0, *backbone.edges))):
             last = stage == backbone.num_stages
@@ -76,9 +70,16 @@ class OneImage(nn.Module):
                 view = View(backbone, tokens, stage, alpha, images=image)
                 tokens = self._prune(tokens, self._decide(view))
                 kept.append(tokens.alive[:, backbone.num_prefix :])
+        return self._classify(tokens.x[None]), torch.stack(kept, dim=1)
+
+    def _classify(self, x: Tensor) -> Tensor:
+        backbone, model = self.backbone, self.backbone.model
+        if backbone.keeps_last_patch:
+            torch._check(x.shape[1] > backbone.num_prefix)
         # what was put into a head may look at all tokens
-        read = backbone.num_prefix if is_head_untouched(backbone.model) else None
-        return classify_prefix(backbone.model, tokens.x[None, :read]), torch.stack(kept, dim=1)
+        if not pools_tokens(model) and is_head_untouched(model):
+            x = x[:, : backbone.num_prefix]
+        return model.forward_head(model.norm(x))
 
     def _decide(self, view: View) -> Tensor:
         policy = self.policy
@@ -92,16 +93,22 @@ class OneImage(nn.Module):
         return policy(view)
 
     def _prune(self, tokens: Tokens, keep: Tensor) -> Tokens:
-        alive = self.backbone.survivors(tokens, keep)
+        alive, prefix = self.backbone.survivors(tokens, keep), self.backbone.num_prefix
         slot = alive[0].nonzero().squeeze(1)
+        source = tokens.row.index_select(0, slot)
         # rows are in the order of their slots, so a slot's row is the number of survivors before it
         row = alive[0].long().cumsum(0) - 1
+        rotary = tokens.rotary
+        if rotary is not None:
+            patch = source[prefix:] - prefix
+            rotary = replace(rotary, sin_cos=rotary.sin_cos.index_select(2, patch))
         return replace(
             tokens,
-            x=tokens.x.index_select(0, tokens.row.index_select(0, slot)),
+            x=tokens.x.index_select(0, source),
             alive=alive,
             row=row.clamp(min=0),
             attention=None,
+            rotary=rotary,
         )
 
     def _run(self, tokens: Tokens, start: int, stop: int, with_attention: bool) -> Tokens:
@@ -110,14 +117,15 @@ class OneImage(nn.Module):
         blocks = split_at_blocks(start, stop)
         for i, sublayer in blocks:
             block = backbone.model.blocks[i]
+            rotary = tokens.rotary.of_block(i) if tokens.rotary else None
             call = BlockCall(
-                backbone.ops, block, None, backbone.num_query_tokens, sublayer=sublayer
+                backbone.ops, block, rotary, backbone.num_query_tokens, sublayer=sublayer
             )
             if with_attention and i == blocks[-1][0]:
                 whole = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
                 attention = masked_attention_received(call, image, whole).squeeze(0)
             # without a mask, whose dynamic length an exporter would compare with 1
-            image = dense_block(call, image, None, None)
+            image = dense_block(call, image, None, rotary.patches(1) if rotary else None)
         return replace(tokens, x=image.squeeze(0), attention=attention)
 
 
@@ -149,10 +157,10 @@ def _why_no_backbone(backbone: StagedViT) -> str | None:
             "a model that merges what it prunes can't be exported, since exported attention "
             "takes each token for a single one: only on_prune='drop' can be"
         )
-    if pools_tokens(backbone.model):
+    if pools_tokens(backbone.model) and not backbone.model.global_pool:
         return (
-            "the backbone pools over all of its tokens: only a head that reads the class token "
-            "can be exported"
+            "a backbone without pooling (global_pool='') can't be exported, since an image has no "
+            "single output"
         )
     if backbone.dtype != torch.float32:
         return f"a model in {backbone.dtype} can't be exported: export it in float32"
@@ -167,8 +175,8 @@ def _why_no_backbone(backbone: StagedViT) -> str | None:
 def export_onnx(model: PrunedViT, file: Path | str) -> None:
     """Exports ``model`` for images [1, C, H, W].
 
-    The graph's input is "image". Its outputs are "logits" [1, classes], and "keep", bool [1, T, N]:
-    which patches survived each stage.
+    The graph's input is "image". Its outputs are "logits" [1, classes], or "embedding" [1, D] of a
+    backbone without a classifier, and "keep", bool [1, T, N]: which patches survived each stage.
 
     Needs ``pip install -e '.[onnx]'``.
 
@@ -185,7 +193,7 @@ def export_onnx(model: PrunedViT, file: Path | str) -> None:
         verbose=False,
         opset_version=OPSET,
         input_names=["image"],
-        output_names=["logits", "keep"],
+        output_names=["logits" if model.num_classes else "embedding", "keep"],
     )
     assert program is not None
     program.save(str(file))

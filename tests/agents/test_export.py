@@ -43,6 +43,20 @@ POLICIES = {
 }
 
 
+# how a backbone may end, and how it may tell positions
+BACKBONES = {
+    "avg": {"global_pool": "avg"},
+    "avg without a class token": {"global_pool": "avg", "class_token": False},
+    "avgmax": {"global_pool": "avgmax"},
+    "map": {"global_pool": "map", "class_token": False},
+    "class embedding": {"num_classes": 0},
+    "pooled embedding": {"num_classes": 0, "global_pool": "avg", "reg_tokens": 2},
+    "eva02": {"name": "eva02_tiny_patch14_224"},
+    "dinov3": {"name": "vit_small_patch16_dinov3"},
+    "rope mixed": {"name": "vit_small_patch16_rope_mixed_224"},
+}
+
+
 def check_one_image(model, images):
     """PyTorch's form for one image gives the logits and survivors of the pruned ViT."""
     one = OneImage(model).eval()
@@ -91,6 +105,19 @@ def test_one_image_is_pruned_inside_of_its_blocks(vit, images):
     check_one_image(model, images)
 
 
+@pytest.mark.parametrize("name", BACKBONES)
+@torch.no_grad()
+def test_one_image_of_other_backbones(make_vit, images, name):
+    check_one_image(pruned(make_vit(**BACKBONES[name])), images)
+
+
+@torch.no_grad()
+def test_a_head_that_pools_has_a_patch_to_read(make_vit, images):
+    model = prune(make_vit(global_pool="avg"), TopK((4, 0), "norm"), STAGES)
+    assert model(images, return_keep=True)[1].sum(2)[:, 1].eq(1).all()
+    check_one_image(model, images)
+
+
 @torch.no_grad()
 def test_a_head_that_looks_at_all_tokens_does_so(make_vit, images):
     vit = make_vit()
@@ -118,6 +145,13 @@ def test_onnxruntime_gives_the_same_logits(vit, images, tmp_path, fields, heads,
 
 
 @pytest.mark.integration("onnx")
+@pytest.mark.parametrize("name", BACKBONES)
+@torch.no_grad()
+def test_onnxruntime_gives_the_same_of_other_backbones(make_vit, images, tmp_path, name):
+    check_onnx(pruned(make_vit(**BACKBONES[name])), images, tmp_path / "pruned.onnx")
+
+
+@pytest.mark.integration("onnx")
 @pytest.mark.parametrize("name", POLICIES)
 @torch.no_grad()
 def test_onnxruntime_decides_as_other_policies_do(vit, images, tmp_path, name):
@@ -132,8 +166,8 @@ def test_what_has_no_onnx_form_is_refused(vit, make_vit, tmp_path):
     ]:
         with pytest.raises(ExportError, match=message):
             export_onnx(prune(vit, policy, stages), tmp_path / "pruned.onnx")
-    with pytest.raises(ExportError, match="pools over all of its tokens"):
-        export_onnx(pruned(make_vit(global_pool="avg")), tmp_path / "pruned.onnx")
+    with pytest.raises(ExportError, match="a backbone without pooling"):
+        export_onnx(pruned(make_vit(global_pool="")), tmp_path / "pruned.onnx")
     merging = pruned(vit)
     merging.backbone.on_prune = "merge"
     with pytest.raises(ExportError, match="merges what it prunes can't be exported"):
