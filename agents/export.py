@@ -22,6 +22,7 @@ from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.timm_models.heads import is_head_untouched, pools_tokens
 from prunevit.envs.vit.tokens import Tokens
 from prunevit.envs.vit.untouched import is_untouched
+from prunevit.extras import needs
 
 OPSET = 18
 EXPORTED_POLICIES = (KeepAll, TopK, AttentionThreshold, DynamicViTPolicy, LearnedPolicy)
@@ -51,8 +52,12 @@ class OneImage(nn.Module):
         self.backbone: StagedViT = model.backbone
         self.policy: Any = model.policy
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, image: Tensor, alpha: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Classifies an image [1, C, H, W].
+
+        Args:
+            image: the image.
+            alpha: for a policy that observes it, float32 [1]; its own by default.
 
         Returns:
             logits [1, classes], and which patches survived each stage, bool [1, T, N].
@@ -61,12 +66,13 @@ class OneImage(nn.Module):
         x, rotary = backbone.ops.embed(backbone.model, image)
         everyone = torch.ones(1, backbone.num_slots, dtype=torch.bool, device=x.device)
         tokens = replace(Tokens.of_slots(x, everyone), rotary=rotary)
+        if alpha is None:
+            alpha = torch.full((1,), own_alpha(policy) or 0.0, device=x.device)
         kept = []
         for stage, (start, stop) in enumerate(pairwise((0, *backbone.edges))):
             last = stage == backbone.num_stages
             tokens = self._run(tokens, start, stop, policy.needs_attention and not last)
             if not last:
-                alpha = torch.zeros(1, device=x.device)
                 view = View(backbone, tokens, stage, alpha, images=image)
                 tokens = self._prune(tokens, self._decide(view))
                 kept.append(tokens.alive[:, backbone.num_prefix :])
@@ -85,7 +91,6 @@ class OneImage(nn.Module):
         policy = self.policy
         # without a look at the values, which a graph can't take
         if isinstance(policy, LearnedPolicy):
-            view = policy.under_own_alpha(view)
             logits = policy.logits(view)
             return policy.keep(view, view.scatter(logits[:, 1] - logits[:, 0]))
         if isinstance(policy, DynamicViTPolicy):
@@ -127,6 +132,11 @@ class OneImage(nn.Module):
             # without a mask, whose dynamic length an exporter would compare with 1
             image = dense_block(call, image, None, rotary.patches(1) if rotary else None)
         return replace(tokens, x=image.squeeze(0), attention=attention)
+
+
+def own_alpha(policy: Any) -> float | None:
+    """The alpha of a policy that observes it; None of others."""
+    return policy.alpha if isinstance(policy, LearnedPolicy) else None
 
 
 def _why_no_policy(policy: Any, backbone: StagedViT) -> str | None:
@@ -175,25 +185,41 @@ def _why_no_backbone(backbone: StagedViT) -> str | None:
 def export_onnx(model: PrunedViT, file: Path | str) -> None:
     """Exports ``model`` for images [1, C, H, W].
 
-    The graph's input is "image". Its outputs are "logits" [1, classes], or "embedding" [1, D] of a
-    backbone without a classifier, and "keep", bool [1, T, N]: which patches survived each stage.
+    The graph's input is "image". For a policy that observes alpha there is another, "alpha",
+    float32 [1]. It may be left out, and then is the policy's own.
 
-    Needs ``pip install -e '.[onnx]'``.
+    Its outputs are "logits" [1, classes], or "embedding" [1, D] of a backbone without a classifier,
+    and "keep", bool [1, T, N]: which patches survived each stage.
+
+    Args:
+        model: the pruned ViT.
+        file: where the graph is written. Weights beyond 2 GB go to a second file beside it.
 
     Raises:
         ExportError: the model can't be exported.
+        ImportError: the libraries of the extra ``onnx`` are missing.
     """
     one = OneImage(model).eval()
-    device = model.backbone.device
-    image = torch.zeros(1, *model.backbone.image_shape, device=device)
+    with needs("onnx"):
+        import onnx_ir
+        import onnxscript  # noqa: F401
+    device, alpha = model.backbone.device, own_alpha(model.policy)
+    inputs = {"image": torch.zeros(1, *model.backbone.image_shape, device=device)}
+    if alpha is not None:
+        inputs["alpha"] = torch.tensor([alpha], device=device)
     program = torch.onnx.export(
         one,
-        (image,),
+        tuple(inputs.values()),
         dynamo=True,
         verbose=False,
         opset_version=OPSET,
-        input_names=["image"],
+        input_names=list(inputs),
         output_names=["logits" if model.num_classes else "embedding", "keep"],
     )
     assert program is not None
+    graph = program.model.graph
+    if alpha is not None:
+        # an input that has an initial value may be left out
+        graph.inputs[1].const_value = onnx_ir.tensor([alpha], onnx_ir.DataType.FLOAT, name="alpha")
+        graph.register_initializer(graph.inputs[1])
     program.save(str(file))

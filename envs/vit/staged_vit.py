@@ -313,7 +313,7 @@ class StagedViT(nn.Module):
         if self.keeps_last_patch:
             # if an image would lose all patches, its first one stays
             spared = patches & (patches.cumsum(1) == 1)
-            survivors = torch.where(survivors.any(1, keepdim=True), survivors, spared)
+            survivors = survivors | (spared & ~survivors.any(1, keepdim=True))
         return torch.cat([tokens.alive[:, : self.num_prefix], survivors], dim=1)
 
     @torch.compiler.disable

@@ -1,5 +1,6 @@
 """ONNX for one image: onnxruntime's logits and survivors are ours, however many tokens survive."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,11 +13,13 @@ from prunevit.envs.vit.staged_vit import StagedViT
 STAGES, INSIDE = (1, 3), (0, 2)
 
 
-def pruned(vit, prior=True, fields=DEFAULT_FIELDS, heads=0, stages=STAGES, prune_at="block"):
+def pruned(
+    vit, prior=True, fields=DEFAULT_FIELDS, heads=0, stages=STAGES, prune_at="block", alpha=None
+):
     """Its decisions differ from image to image."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        policy = learned_policy(StagedViT(vit, stages), list(fields), [8], prior, heads=heads)
+        policy = learned_policy(StagedViT(vit, stages), list(fields), [8], prior, alpha, heads)
         for layer in (policy.actor.net[1], policy.actor.net[-1]):
             torch.nn.init.normal_(layer.weight)
         if heads:
@@ -109,6 +112,43 @@ def test_one_image_is_pruned_inside_of_its_blocks(vit, images):
 @torch.no_grad()
 def test_one_image_of_other_backbones(make_vit, images, name):
     check_one_image(pruned(make_vit(**BACKBONES[name])), images)
+
+
+def pruned_by_alpha(vit):
+    model = pruned(vit, fields=(*DEFAULT_FIELDS, "alpha"), alpha=0.2)
+    model.policy.actor.alpha_weight.data.fill_(-0.01)
+    return model
+
+
+@torch.no_grad()
+def test_one_image_at_another_alpha(vit, images):
+    model = pruned_by_alpha(vit)
+    one = OneImage(model).eval()
+    check_one_image(model, images)
+    for alpha in (0.01, 1.0):
+        kept = [one(image[None], torch.tensor([alpha]))[1] for image in images]
+        model.policy.alpha = alpha
+        assert torch.equal(torch.cat(kept), model(images, return_keep=True)[1])
+
+
+@pytest.mark.integration("onnx")
+@torch.no_grad()
+def test_alpha_is_an_input_that_may_be_left_out(vit, images, tmp_path):
+    import onnxruntime as runtime
+
+    model = pruned_by_alpha(vit)
+    check_onnx(model, images, tmp_path / "pruned.onnx")
+    session = runtime.InferenceSession(tmp_path / "pruned.onnx")
+    assert [each.name for each in session.get_inputs()] == ["image"]
+    counts = []
+    for alpha in (0.01, 0.2, 1.0):
+        model.policy.alpha = alpha
+        survivors = model(images, return_keep=True)[1]
+        counts.append(int(survivors.sum()))
+        for image, expected in zip(images, survivors, strict=True):
+            feeds = {"image": image[None].numpy(), "alpha": np.float32([alpha])}
+            assert np.array_equal(session.run(["keep"], feeds)[0][0], expected)
+    assert counts[0] > counts[1] > counts[2]
 
 
 @torch.no_grad()
