@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import prunevit.agents
+import prunevit.envs
 from prunevit.envs.vit.timm_models import supported
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -74,6 +76,14 @@ def test_the_site_has_every_page():
     listed = set(re.findall(r"^[\w/]+$", index, re.MULTILINE))
     pages = {file.relative_to(DOCS).with_suffix("").as_posix() for file in DOCS.rglob("*.md")}
     assert pages - {"index"} == listed
+
+
+@pytest.mark.parametrize("package", [prunevit.envs, prunevit.agents])
+def test_the_api_reference_has_every_public_name(package):
+    pages = "\n".join(page.read_text("utf-8") for page in (DOCS / "api").glob("*.md"))
+    modules = set(re.findall(r"automodule:: (\S+)", pages))
+    public = {name: getattr(package, name).__module__ for name in package.__all__}
+    assert not {name: module for name, module in public.items() if module not in modules}
 
 
 def test_links_between_pages_and_files_lead_somewhere():
