@@ -30,7 +30,9 @@ from prunevit.trainers.common.report import save_figure
 
 FIGURE = "tradeoff.png"
 DPI = 110
-NOT_SHOWN = {*RECIPES, "mappo-each-price"} - {OURS, "paper", "released", "released-faster"}
+NOT_SHOWN = {*RECIPES, "mappo-each-price", "straight-through", "warm-start"} - {
+    OURS, "paper", "released", "released-faster",
+}  # fmt: skip
 MOST_LOSS = 12.0  # points under dense that the chart shows
 MARKERS = "osD^vP*X<>hp"
 COLORS = [matplotlib.colormaps["tab20"](i) for i in (*range(0, 20, 2), *range(1, 20, 2))]

@@ -45,15 +45,20 @@ from prunevit.trainers.dynamic_vit import DynamicViTConfig
 from prunevit.trainers.dynamic_vit import train as train_dynamic_vit
 from prunevit.trainers.finetune import FinetuneConfig
 from prunevit.trainers.mappo import learn
+from prunevit.trainers.straight_through import StraightThroughConfig
+from prunevit.trainers.straight_through import train as train_straight_through
 
 ODDS = (1e-4, 1e4)  # of keep, between which a threshold is searched
 ALPHAS_BEYOND = 8.0  # alphas are searched up to this factor beyond the trained range
+TAUGHT_BATCH = 32  # images of a step by straight-through masks
+WARM_LR = 1e-3  # of a policy that begins taught, beside a critic that knows nothing
 BENCHMARL_MINUTES = 2.0  # of a training
 BENCHMARL_ALGORITHMS = ("mappo", "ippo", "qmix", "vdn", "iql", "masac", "isac")
 # settings that change a policy by no more than rounding
 RUNS_OWN = {
     "threads", "device", "run", "run_name", "resume", "workers", "cache_gb", "profile",
     "accumulate", "version", "checkpoint_sha256",
+    "init",  # where the run lay that it began from
 }  # fmt: skip
 
 
@@ -197,6 +202,40 @@ def mappo(name: str, bench: Benchmark, seed: int) -> Method:
         return method
     trained_for = {"alpha": settings.get("alpha", bench.base.alpha)}
     return replace(method, tune=lambda gmacs: with_knobs(trained_for, lambda: method.tune(gmacs)))
+
+
+def taught_run(bench: Benchmark, seed: int) -> Path:
+    """The finished run of ``trainers.straight_through``."""
+    folder = bench.runs / f"straight-through-{seed}"
+    config = StraightThroughConfig(
+        alpha_range=bench.task.alpha_range,
+        batch_size=TAUGHT_BATCH,
+        **shared_settings(bench, folder, seed),
+    )
+    if not is_trained(folder, config.to_json()):
+        is_begun = RunFolder(folder).is_begun
+        train_straight_through(StraightThroughConfig(resume=folder) if is_begun else config)
+    return folder
+
+
+def straight_through(bench: Benchmark, seed: int) -> Method:
+    """Our actor, taught by straight-through keep masks alone."""
+    folder = bench.runs / f"straight-through-{seed}"
+    return tuned_after_training(bench, lambda: taught_run(bench, seed), folder)
+
+
+def warm_started(bench: Benchmark, seed: int) -> Method:
+    """Ours, begun from the taught actor. It plays half as many games: the teaching took about as
+    many passes through the backbone as the other half.
+    """
+
+    def train() -> None:
+        changes = {**RECIPES["mappo"].settings(bench), "lr": WARM_LR}
+        if bench.iterations is None:
+            changes["iterations"] = bench.base.iterations // 2
+        trained_run(bench, "warm-start", seed, {**changes, "init": taught_run(bench, seed)})
+
+    return tuned_after_training(bench, train, bench.runs / f"warm-start-{seed}")
 
 
 def sampled(name: str, bench: Benchmark, seed: int) -> Method:

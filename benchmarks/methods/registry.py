@@ -96,6 +96,11 @@ SEEDED: dict[str, tuple[str, Callable[[Benchmark, int], Method]]] = {
         for name, recipe in RECIPES.items()
         if recipe.samples
     },
+    "straight-through": (
+        "our actor, taught by straight-through keep masks",
+        learned.straight_through,
+    ),
+    "warm-start": ("ours, begun from the actor so taught", learned.warm_started),
     "mappo-each-price": ("ours, a training for each operating point", learned.one_alpha_each),
     "mappo-fine-tuned": ("ours, the backbone fine-tuned under it", learned.fine_tuned),
     **{

@@ -362,6 +362,29 @@ def test_what_learns_is_trained_once(tmp_path, monkeypatch):
         compare(other)
 
 
+@pytest.mark.learning
+def test_a_warm_start_begins_from_the_taught_actor(tmp_path, monkeypatch):
+    config = CompareConfig(
+        methods=("warm-start", "straight-through"), seeds=1, points=(0.9,), out=tmp_path, **SETTINGS
+    )
+    rows = compare(config)
+    assert [row["method"] for row in rows[1:]] == ["warm-start", "straight-through"]
+    runs = tmp_path / "runs"
+    settings = json.loads((runs / "warm-start-0" / "config.json").read_text())
+    assert Path(settings["init"]) == runs / "straight-through-0"
+    taught, warm = (
+        load_file(runs / f"{name}-0" / "policy.safetensors")
+        for name in ("straight-through", "warm-start")
+    )
+    # one step of Adam away
+    assert all((taught[key] - warm[key]).abs().max() < 0.02 for key in taught)
+    monkeypatch.setattr(learned, "learn", None)  # not called again, wherever the runs lie now
+    monkeypatch.setattr(learned, "train_straight_through", None)
+    runs.rename(tmp_path / "moved")
+    again = compare(replace(config, out=tmp_path / "again", runs=tmp_path / "moved"))
+    assert [row["accuracy"] for row in again] == [row["accuracy"] for row in rows]
+
+
 def test_speeds_come_later_without_training_or_judging(tmp_path, monkeypatch):
     config = CompareConfig(
         methods=("attention", "oracle"), seeds=1, points=(0.9, 0.8),
