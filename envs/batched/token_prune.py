@@ -263,6 +263,9 @@ class BatchedTokenPrune:
     def step(self, actions: Tensor) -> Transition:
         """Takes actions int64 [B, N]: 1 keeps, 0 prunes. Actions of pruned agents are ignored.
 
+        Other values on a GPU are refused after the step, when their check has come to the host
+        along with the number of survivors. The episodes are over then.
+
         Raises:
             GameError: no episode is under way.
             ValueError: actions of another shape, type or value.
@@ -272,10 +275,15 @@ class BatchedTokenPrune:
                 f"actions must be int64 [{self.num_envs}, {self.num_agents}]: "
                 f"got {actions.dtype} {list(actions.shape)}"
             )
-        # only on the CPU: elsewhere the host would wait for the device once more
-        if actions.device.type == "cpu" and ((actions != KEEP) & (actions != PRUNE)).any():
+        # a step waits for a GPU once, after which this copy is there too; masked ones never wait
+        later = actions.device.type != "cpu" and self.game.backbone.execution == "packed"
+        invalid = ((actions != KEEP) & (actions != PRUNE)).any().to("cpu", non_blocking=later)
+        if not later and invalid:
             raise ValueError("actions must be 0 (prune) or 1 (keep)")
         stage = self.game.step(actions.to(self.device) == KEEP)
+        if invalid:
+            self.game.abandon()
+            raise ValueError("actions must be 0 (prune) or 1 (keep): call reset to begin again")
         self.outcome, self.survivors = stage.outcome, stage.alive
         over = stage.outcome is not None
         flags = torch.full((self.num_envs,), over, device=self.device)

@@ -1,5 +1,7 @@
 """BatchedTokenPrune: the game with its images behind it, as trainers drive it."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -363,6 +365,73 @@ def test_wrong_actions_are_refused_and_nothing_is_lost(make_env, actions, messag
     with pytest.raises(ValueError, match=message):
         env.step(actions)
     assert not env.step(ONES).terminated.any()
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that says it is on a GPU. What is copied from it without waiting holds zeros until
+    ``arrive`` is called.
+    """
+
+    under_way: ClassVar = []
+
+    @property
+    def device(self):
+        return torch.device("cuda")
+
+    def to(self, device, non_blocking=False):
+        plain = self.as_subclass(torch.Tensor)
+        if not non_blocking:
+            return plain
+        copied = torch.zeros_like(plain)
+        self.under_way.append((copied, plain))
+        return copied
+
+    @classmethod
+    def arrive(cls):
+        while cls.under_way:
+            copied, value = cls.under_way.pop()
+            copied.copy_(value)
+
+
+@pytest.mark.parametrize("actions", [ONES * 2, -ONES])
+def test_wrong_actions_on_a_gpu_are_refused_when_the_game_has_waited(
+    make_env, monkeypatch, actions
+):
+    env = make_env()
+    step = env.game.step
+
+    def waiting_step(keep):
+        stage = step(keep)
+        OnGPU.arrive()
+        return stage
+
+    monkeypatch.setattr(env.game, "step", waiting_step)
+    env.reset(seed=0)
+    env.step(ONES.as_subclass(OnGPU))
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"0 \(prune\) or 1 \(keep\): call reset"):
+        env.step(actions.as_subclass(OnGPU))
+    monkeypatch.undo()
+    with pytest.raises(GameError, match="reset"):
+        env.step(ONES)
+    env.game.backbone.execution = "masked"  # never waits, so the check does, before the step
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"1 \(keep\)$"):
+        env.step(actions.as_subclass(OnGPU))
+    assert not env.step(ONES).terminated.any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("num_envs", [1, 6])
+def test_wrong_actions_are_refused_on_cuda(make_env, num_envs):
+    env = make_env(num_envs).to("cuda")
+    wrong = torch.ones(num_envs, PATCHES, dtype=torch.int64, device="cuda")
+    wrong[-1, -1] = 2
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"0 \(prune\) or 1 \(keep\)"):
+        env.step(wrong)
+    with pytest.raises(GameError, match="reset"):
+        env.step(wrong.clamp(max=1))
 
 
 def test_steps_out_of_turn(make_env):

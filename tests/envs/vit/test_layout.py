@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunevit.envs.vit import attention
 from prunevit.envs.vit import layout as layout_module
@@ -53,6 +54,44 @@ def test_half_precision_averages_many_rows(dtype):
     found = layout_of([500, 900]).mean(rows)
     assert found.dtype == dtype
     assert torch.equal(found, rows[:2])
+
+
+class SumsAreWide(TorchDispatchMode):
+    """Additions into rows take their dtype on a GPU, while a CPU may use a wider one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "index_add" in str(func):
+            assert args[0].dtype not in (torch.float16, torch.bfloat16)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[576, 576], [576, 577]], ids=str)
+def test_half_precision_averages_with_weights(dtype, lengths):
+    """A sum of ones in bfloat16 stops at 256."""
+    rows = torch.full((sum(lengths), 3), 2.0, dtype=dtype)
+    with SumsAreWide():
+        found = layout_of(lengths).mean(rows, torch.ones(sum(lengths)))
+    assert torch.equal(found, rows[:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[576, 576], [576, 577]], ids=str)
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_half_precision_shares_attention_among_many_rows(dtype, lengths, count):
+    """Queries of equal parts, whose mean is one of them; equal scores, which sum to 1."""
+    q = torch.full((sum(lengths), 2, 4), 2.0, dtype=dtype)
+    layout = layout_of(lengths)
+    with SumsAreWide():
+        received = attention_received(q, torch.zeros_like(q), layout, count).float()
+    expected = torch.from_numpy(np.repeat(1 / np.array(lengths), lengths)).float()
+    torch.testing.assert_close(received, expected, rtol=0.005, atol=0)
+    k = torch.where(torch.arange(sum(lengths)) % 2 > 0, 0.25, 0)[:, None, None].expand_as(q)
+    received, exact = (
+        attention_received(q.to(kind), k.to(kind), layout, count).double()
+        for kind in (dtype, torch.float64)
+    )
+    torch.testing.assert_close(received, exact, rtol=0.01, atol=0)
 
 
 @each_lengths
