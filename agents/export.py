@@ -1,20 +1,35 @@
-"""Exports a pruned ViT for one image to ONNX, with dynamic numbers of surviving tokens."""
+"""Exports a pruned ViT for one image to ONNX: ``prunevit export MODEL --out model.onnx``.
+
+The numbers of surviving tokens stay dynamic. How images are prepared, and the names of the classes,
+are in the file's metadata.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import tyro
 from torch import Tensor, nn
 
+from prunevit.agents import saving
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.agents.policies.heuristics import AttentionThreshold, KeepAll, TopK
 from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.policies.serialization import own_additions
 from prunevit.agents.pruned_vit import PrunedViT
+from prunevit.cli import prog
+from prunevit.envs.data.image_dataset import ImageDataset
+from prunevit.envs.data.image_sources import PhotoSource
+from prunevit.envs.data_config import model_data_config
 from prunevit.envs.observations import View
 from prunevit.envs.vit.blocks import BlockCall, dense_block, masked_attention_received
 from prunevit.envs.vit.execution import split_at_blocks
@@ -25,6 +40,8 @@ from prunevit.envs.vit.untouched import is_untouched
 from prunevit.extras import needs
 
 OPSET = 18
+TOLERANCE = 1e-4  # by how much the outputs of onnxruntime may differ
+PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 EXPORTED_POLICIES = (KeepAll, TopK, AttentionThreshold, DynamicViTPolicy, LearnedPolicy)
 
 
@@ -182,7 +199,7 @@ def _why_no_backbone(backbone: StagedViT) -> str | None:
     return None
 
 
-def export_onnx(model: PrunedViT, file: Path | str) -> None:
+def export_onnx(model: PrunedViT, file: Path | str, check: Tensor | None = None) -> None:
     """Exports ``model`` for images [1, C, H, W].
 
     The graph's input is "image". For a policy that observes alpha there is another, "alpha",
@@ -191,12 +208,18 @@ def export_onnx(model: PrunedViT, file: Path | str) -> None:
     Its outputs are "logits" [1, classes], or "embedding" [1, D] of a backbone without a classifier,
     and "keep", bool [1, T, N]: which patches survived each stage.
 
+    Its metadata are JSON: "preprocessing" with timm's names for how images are prepared, and
+    "class_names" if they are known.
+
     Args:
         model: the pruned ViT.
         file: where the graph is written. Weights beyond 2 GB go to a second file beside it.
+        check: images [n, C, H, W] on which onnxruntime has to give what PyTorch gives; None to
+            write the file without a check.
 
     Raises:
-        ExportError: the model can't be exported.
+        ExportError: the model can't be exported, or onnxruntime gives something else: then nothing
+            is written.
         ImportError: the libraries of the extra ``onnx`` are missing.
     """
     one = OneImage(model).eval()
@@ -222,4 +245,106 @@ def export_onnx(model: PrunedViT, file: Path | str) -> None:
         # an input that has an initial value may be left out
         graph.inputs[1].const_value = onnx_ir.tensor([alpha], onnx_ir.DataType.FLOAT, name="alpha")
         graph.register_initializer(graph.inputs[1])
-    program.save(str(file))
+    program.model.metadata_props.update(_metadata(model))
+    file = Path(file)
+    with tempfile.TemporaryDirectory(prefix=".", dir=file.parent) as scratch:
+        program.save(str(Path(scratch, file.name)))
+        if check is not None:
+            check_onnx(model, Path(scratch, file.name), check)
+        for written in Path(scratch).iterdir():
+            written.replace(file.with_name(written.name))
+
+
+def _metadata(model: PrunedViT) -> dict[str, str]:
+    config = model_data_config(model.backbone.model)
+    metadata: dict[str, Any] = {"preprocessing": {key: config[key] for key in PREPROCESSING}}
+    if "classes" in config and config["classes"].names:
+        metadata["class_names"] = config["classes"].names
+    return {key: json.dumps(value) for key, value in metadata.items()}
+
+
+@torch.inference_mode()
+def check_onnx(model: PrunedViT, file: Path, images: Tensor) -> None:
+    """Checks that onnxruntime gives what ``model`` gives for each of ``images`` [n, C, H, W].
+
+    Raises:
+        ExportError: survivors differ, or outputs by more than ``TOLERANCE``.
+        ImportError: onnxruntime is missing.
+    """
+    with needs("onnx"):
+        import onnxruntime
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    for i, image in enumerate(images.split(1)):
+        output, kept = session.run(None, {"image": image.cpu().numpy()})
+        expected, survivors = model(image.to(model.backbone.device), return_keep=True)
+        different = int((kept != survivors.cpu().numpy()).sum())
+        error = float(np.abs(output - expected.cpu().numpy()).max())
+        if different or not error <= TOLERANCE:
+            raise ExportError(
+                f"onnxruntime differs from PyTorch on image {i}: by {error:.1e} in an output, and "
+                f"in {different} decisions"
+            )
+
+
+@dataclass
+class ExportConfig:
+    """Which model is exported, and where to."""
+
+    model: tyro.conf.Positional[Path]
+    """A finished run, as runs/NAME, or a folder of PrunedViT.save_pretrained."""
+    out: Path
+    """Where the ONNX file is written."""
+    backbone: str | None = None
+    """The run's --backbone, if it is on a hub (hf-hub:OWNER/NAME): a folder can't choose that."""
+    compute: float | None = None
+    """Share of the dense model's compute to take on average, as 0.6. By default the policy's own
+    setting."""
+    check: Path | None = None
+    """A folder of photographs. The file is only written if onnxruntime gives what PyTorch gives on
+    the first of them."""
+    check_images: int = 16
+    """How many photographs that are."""
+
+    def __post_init__(self) -> None:
+        if self.check_images < 1:
+            raise ValueError(f"check_images={self.check_images} must be at least 1")
+        if not self.out.parent.is_dir():
+            raise ValueError(f"out={self.out}: there is no folder {self.out.parent}")
+
+
+def run_export(config: ExportConfig) -> str:
+    """Exports the model; returns what was done, in a line.
+
+    Raises:
+        ValueError: the model can't be loaded or exported, or the compute not be reached.
+        ImportError: the libraries of the extra ``onnx`` are missing.
+    """
+    if (config.model / saving.WEIGHTS).is_file():
+        model = PrunedViT.from_pretrained(config.model)
+    else:
+        model = PrunedViT.from_run(config.model, config.backbone)
+    if config.compute is not None:
+        model.compute = config.compute
+    images: Tensor | None = None
+    checked = "unchecked"
+    if config.check is not None:
+        source = PhotoSource(str(config.check))
+        first = np.arange(min(config.check_images, len(source)))
+        data_config = model_data_config(model.backbone.model)
+        images = ImageDataset(source, first, data_config).load(range(len(first)))[0]
+        checked = f"checked on {len(images)} photographs"
+    export_onnx(model, config.out, images)
+    return f"exported to {config.out}, {checked}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``prunevit export``."""
+    try:
+        config = tyro.cli(ExportConfig, args=arguments, description=__doc__, prog=prog())
+        print(run_export(config))
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    main()

@@ -36,6 +36,7 @@ COMMANDS = {
         "prunevit.trainers.straight_through", "teach a policy by gradients through the ViT"
     ),
     "embed": Command("prunevit.agents.embed", "embed photographs with a pruned ViT"),
+    "export": Command("prunevit.agents.export", "export a pruned ViT to ONNX"),
     "compare": Command("prunevit.benchmarks.compare", "compare ways to choose tokens"),
     "summary": Command("prunevit.benchmarks.summary", "tabulate finished runs"),
     "throughput": Command("prunevit.benchmarks.speed.throughput", "time pruned models"),

@@ -1,12 +1,24 @@
 """ONNX for one image: onnxruntime's logits and survivors are ours, however many tokens survive."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from prunevit.agents import AttentionThreshold, KeepAll, LearnedPolicy, TopK, prune
-from prunevit.agents.export import ExportError, OneImage, export_onnx
+from prunevit.agents import (
+    AttentionThreshold,
+    KeepAll,
+    LearnedPolicy,
+    PrunedViT,
+    TopK,
+    export,
+    prune,
+)
+from prunevit.agents.export import ExportConfig, ExportError, OneImage, export_onnx, main
 from prunevit.agents.policies.serialization import dynamic_vit_policy, learned_policy
+from prunevit.envs.data_config import model_data_config
 from prunevit.envs.fields import DEFAULT_FIELDS
 from prunevit.envs.vit.staged_vit import StagedViT
 
@@ -224,3 +236,65 @@ def test_what_has_no_onnx_form_is_refused(vit, make_vit, tmp_path):
         with pytest.raises(ExportError, match=message):
             export_onnx(model, tmp_path / "pruned.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    noise = np.random.RandomState(0)
+    for i in range(4):
+        pixels = noise.randint(0, 255, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def saved(make_vit, tmp_path):
+    folder, vit = tmp_path / "saved", make_vit()
+    vit.pretrained_cfg = {**vit.pretrained_cfg, "label_names": list("abcde")}
+    prune(vit, TopK((9, 4), "norm"), STAGES).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.integration("onnx")
+def test_the_command_writes_what_it_checked_with_preprocessing(saved, photos, tmp_path, capsys):
+    import onnxruntime as runtime
+
+    file = tmp_path / "model.onnx"
+    main([str(saved), "--out", str(file), "--check", str(photos), "--check-images", "3"])
+    assert capsys.readouterr().out == f"exported to {file}, checked on 3 photographs\n"
+    session = runtime.InferenceSession(file)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["class_names"]) == list("abcde")
+    told = json.loads(metadata["preprocessing"])
+    config = model_data_config(PrunedViT.from_pretrained(saved).backbone.model)
+    assert told["input_size"] == [3, 32, 32]
+    assert told["mean"] == list(config["mean"])
+    assert told["std"] == list(config["std"])
+    assert told["interpolation"] == config["interpolation"]
+    assert [output.name for output in session.get_outputs()] == ["logits", "keep"]
+
+
+@pytest.mark.integration("onnx")
+def test_a_graph_that_gives_something_else_is_not_written(vit, images, tmp_path, monkeypatch):
+    model = prune(vit, TopK((9, 4), "norm"), STAGES)
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    with pytest.raises(ExportError, match="onnxruntime differs from PyTorch on image 0: by"):
+        export_onnx(model, tmp_path / "model.onnx", images)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_a_model_ends_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["none", "--out", "model.onnx"])
+    assert ended.value.code == "error: none holds no finished run: config.json is missing"
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_settings_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="there is no folder"):
+        ExportConfig(tmp_path, tmp_path / "none" / "model.onnx")
+    with pytest.raises(ValueError, match="check_images=0 must be at least 1"):
+        ExportConfig(tmp_path, tmp_path / "model.onnx", check_images=0)
