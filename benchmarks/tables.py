@@ -45,6 +45,9 @@ ABLATIONS = (
     "released-faster-threshold",
     "evit-unfused", "brightness",
 )  # fmt: skip
+IDEAS = (
+    "mappo", "actor-attention", "three-stages", "redundancy", "merge", "between-blocks",
+)  # fmt: skip
 BENCHMARL = tuple(
     f"benchmarl-{name}" for name in ("mappo", "ippo", "qmix", "vdn", "isac", "masac", "iql")
 )
@@ -254,6 +257,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "digits": partial(comparison, ("digits/compare", DIGITS), with_speeds=True),
     "digits-differences": partial(paired, "digits/compare", DIGITS),
     "digits-curves": partial(curves, "digits/compare", DIGITS),
+    "digits-ideas": partial(comparison, ("digits/ideas", IDEAS)),
+    "digits-ideas-differences": partial(paired, "digits/ideas", IDEAS),
     "digits-ablations": partial(comparison, ("digits/rloo", ABLATIONS)),
     "digits-benchmarl": partial(
         comparison,
