@@ -9,16 +9,17 @@ algorithms, fine-tuned backbones and upper bounds are left out.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from prunevit.benchmarks.differences import DENSE, OURS, difference, is_matched
@@ -34,8 +35,18 @@ NOT_SHOWN = {*RECIPES, "mappo-each-price", "straight-through", "warm-start"} - {
     OURS, "paper", "released", "released-faster",
 }  # fmt: skip
 MOST_LOSS = 12.0  # points under dense that the chart shows
+ABOVE = 1.0  # points over dense that the chart shows
 MARKERS = "osD^vP*X<>hp"
-COLORS = [matplotlib.colormaps["tab20"](i) for i in (*range(0, 20, 2), *range(1, 20, 2))]
+# families of methods, each in one colour of Okabe and Ito's palette, which colour-blind people can
+# tell apart; within a family, markers and lines differ
+FAMILIES: Mapping[str, tuple[str, ...]] = {
+    "#0072B2": ("dynamic-vit", "ltmp", "diffrate", "paper", "released", "released-faster"),
+    "#009E73": ("tome", "pitome"),
+    "#D55E00": ("attention", "threshold", "ats", "evit", "evit-unfused", "zero-tprune"),
+    "#7F7F7F": ("random", "norm", "brightness"),
+}
+LINES = ("-", "--", "-.", ":")
+LABEL_STEP = 0.045  # between two labels, as a share of the height
 
 
 @dataclass
@@ -69,6 +80,52 @@ def load(folder: Path) -> pd.DataFrame:
     return data
 
 
+def style_of(name: str) -> dict[str, Any]:
+    """Colour, line and marker of a method: the colour of its family, and ours in bold black."""
+    if name == OURS:
+        return {"color": "black", "linewidth": 2.4, "marker": "o", "markersize": 5, "zorder": 3}
+    for color, family in FAMILIES.items():
+        for i, member in enumerate(family):
+            # a method with a change, as attention-merge, is drawn as the method itself
+            if name == member or name.startswith(f"{member}-"):
+                line = LINES[i % len(LINES)]
+                return {
+                    "color": color, "linestyle": line, "linewidth": 1.3,
+                    "marker": MARKERS[i], "markersize": 4,
+                }  # fmt: skip
+    return {"color": "#CC79A7", "linewidth": 1.3, "marker": "p", "markersize": 4}
+
+
+def label_lines(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
+    """Writes names beside the right ends of lines, moved apart where they would overlap.
+
+    Args:
+        axes: with its final limits.
+        ends: name -> the line's last value, and its colour.
+    """
+    low, high = axes.get_ylim()
+    heights = {name: np.clip((y - low) / (high - low), 0, 1) for name, (y, _) in ends.items()}
+    groups: list[list[str]] = []  # of labels that touch, from below
+    for name in sorted(heights, key=lambda name: heights[name]):
+        groups.append([name])
+        while len(groups) > 1 and places(groups[-1], heights)[0] < (
+            places(groups[-2], heights)[-1] + LABEL_STEP
+        ):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    for group in groups:
+        for name, place in zip(group, places(group, heights), strict=True):
+            style = {"color": ends[name][1], "transform": axes.transAxes, "clip_on": False}
+            axes.add_line(Line2D([1, 1.05], [heights[name], place], linewidth=0.6, **style))
+            title = f"ours ({name})" if name == OURS else name
+            axes.text(1.06, place, title, fontsize=8, va="center", **style)
+
+
+def places(group: Sequence[str], heights: Mapping[str, float]) -> NDArray[np.float64]:
+    """Places of labels around the middle of their lines' ends, ``LABEL_STEP`` apart."""
+    offsets = (np.arange(len(group)) - (len(group) - 1) / 2) * LABEL_STEP
+    return np.mean([heights[name] for name in group]) + offsets
+
+
 def draw_line(axes: Axes, data: pd.DataFrame, x: str, y: str, **style: Any) -> None:
     """Draws a method's means over seeds, point by point, with a band. Records without ``x`` are
     left out.
@@ -78,7 +135,7 @@ def draw_line(axes: Axes, data: pd.DataFrame, x: str, y: str, **style: Any) -> N
         places = [group[x].mean() for group in groups]
         (line,) = axes.plot(places, [group[y].mean() for group in groups], **style)
         low, high = np.array([t_interval(group[y]) for group in groups]).T
-        axes.fill_between(places, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        axes.fill_between(places, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
 
 
 def differences_to_ours(data: pd.DataFrame, name: str) -> dict[str, NDArray[np.float64]]:
@@ -111,36 +168,32 @@ def draw(data: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(5.5 * count, 4.6), layout="constrained")
     columns = figure.subplots(1, count, squeeze=False)[0]
     dense = 100 * data["dense_accuracy"].iloc[0]
-    styles: dict[str, dict[str, Any]] = {
-        name: {
-            "color": COLORS[(i - 1) % len(COLORS)], "linewidth": 1.2, "label": name,
-            "marker": MARKERS[i % len(MARKERS)], "markersize": 4,
-        }
-        for i, name in enumerate(names)
-    }  # fmt: skip
-    if OURS in styles:
-        styles[OURS] |= {"color": "black", "linewidth": 2.2, "zorder": 3}
+    styles = {name: style_of(name) | {"label": name} for name in names}
     for axes, (x, title) in zip(columns, panels.items(), strict=False):
         for name, style in styles.items():
             draw_line(axes, shown[shown["method"] == name], x, "percent", **style)
-        axes.axhline(dense, color="grey", linestyle=":", label="dense")
-        axes.set_ylim(bottom=max(axes.get_ylim()[0], dense - MOST_LOSS))
+        axes.axhline(dense, color="black", linestyle=":", linewidth=1, label="dense")
+        axes.annotate("dense", (0.01, dense), xycoords=("axes fraction", "data"), fontsize=8)
+        axes.set_ylim(max(axes.get_ylim()[0], dense - MOST_LOSS), dense + ABOVE)
         axes.set_xlabel(title)
         axes.set_ylabel("test accuracy, %")
     if has_gaps:
         axes = columns[-1]
         for name, gap in gaps.items():
             axes.plot(gap["cost"], gap["mean"], **styles[name])
-            band = {"color": styles[name]["color"], "alpha": 0.2, "linewidth": 0}
+            band = {"color": styles[name]["color"], "alpha": 0.12, "linewidth": 0}
             axes.fill_between(gap["cost"], gap["low"], gap["high"], **band)
-        axes.axhline(0, color="black", linewidth=2.2)
-        axes.set_ylim(bottom=max(axes.get_ylim()[0], -MOST_LOSS / 2))
+        axes.axhline(0, color="black", linewidth=2.4)
+        axes.set_ylim(max(axes.get_ylim()[0], -MOST_LOSS / 2), min(axes.get_ylim()[1], 2 * ABOVE))
         axes.set_xlabel("GMACs, % of dense")
         axes.set_ylabel("accuracy less that of ours, points")
+        ends = {name: gap["mean"][-1] for name, gap in gaps.items() if gap["mean"].size} | {OURS: 0}
+    else:
+        last = {name: shown[shown["method"] == name].groupby("point") for name in names}
+        ends = {name: points["percent"].mean().iloc[-1] for name, points in last.items()}
     for axes in columns:
         axes.grid(alpha=0.3)
-    # outside, since with many methods it would cover lines
-    figure.legend(*columns[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    label_lines(columns[-1], {name: (y, styles[name]["color"]) for name, y in ends.items()})
     return figure
 
 

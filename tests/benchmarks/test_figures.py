@@ -2,10 +2,19 @@
 
 import json
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from prunevit.benchmarks.figures import draw, draw_line, load, main
+from prunevit.benchmarks.figures import (
+    LABEL_STEP,
+    draw,
+    draw_line,
+    label_lines,
+    load,
+    main,
+    style_of,
+)
 from prunevit.benchmarks.records import FIELDS, Records, pack_answers
 
 
@@ -72,7 +81,7 @@ def test_differences_to_ours_have_a_panel_where_answers_are_known(loaded):
     ]
     figure = draw(loaded(rows))
     assert len(figure.axes) == 3
-    (line, zero) = figure.axes[-1].lines
+    line, zero, *_ = figure.axes[-1].lines
     assert line.get_label() == "a"
     assert line.get_xdata() == pytest.approx([30, 50])
     assert line.get_ydata() == pytest.approx([-10, -10])
@@ -86,9 +95,25 @@ def test_ours_comes_first_and_is_black(loaded):
     lines = lines_of(figure)
     assert list(lines) == ["mappo", "a", "dense"]
     assert lines["mappo"].get_color() == "black"
-    assert len({line.get_color() for line in lines.values()}) == 3
+    assert lines["a"].get_color() != "black"
     assert lines["dense"].get_ydata()[0] == pytest.approx(95)
     assert len(figure.axes) == 2
+
+
+def test_labels_stand_in_the_order_of_their_lines_and_apart():
+    axes = Figure().subplots()
+    axes.set_ylim(0, 10)
+    values = {"a": 5.0, "b": 5.1, "c": 5.1, "d": 1.0, "e": -40.0, "mappo": 4.9}
+    label_lines(axes, {name: (y, "black") for name, y in values.items()})
+    places = {text.get_text(): text.get_position()[1] for text in axes.texts}
+    assert sorted(places, key=places.get) == ["e", "d", "ours (mappo)", "a", "b", "c"]
+    assert np.diff(sorted(places.values())).min() >= 0.999 * LABEL_STEP
+    assert places["d"] == pytest.approx(0.1)  # at its line, where nothing is near
+
+
+def test_no_two_methods_of_a_figure_look_alike():
+    rivals = {"dynamic-vit", "ltmp", "tome", "pitome", "attention", "ats", "evit", "random", "norm"}
+    assert len({tuple(style_of(name).items()) for name in rivals}) == len(rivals)
 
 
 def test_speed_is_shown_where_it_was_measured(loaded):
