@@ -134,7 +134,10 @@ class TimingProcess(ProcessPoolExecutor):
         try:
             return self.submit(_time_copies, dict(models), images, batch_size, rounds).result()
         except BrokenProcessPool as error:
-            raise RuntimeError("the process that timed the models died") from error
+            raise RuntimeError(
+                "the process that timed the models died; a script has to make this call below "
+                "if __name__ == '__main__':, since that process imports it"
+            ) from error
 
 
 def _time_copies(models: dict[str, nn.Module], images: Tensor, *how: int) -> dict[str, Timing]:
