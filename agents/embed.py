@@ -280,7 +280,9 @@ def _begin(config: EmbedConfig, files: Sequence[str]) -> None:
     file = config.parts / "begun.json"
     if not file.is_file():
         config.parts.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(begun), encoding="utf-8")
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(begun), encoding="utf-8")
+        temporary.replace(file)
     before = json.loads(file.read_text(encoding="utf-8"))
     if before != begun:
         changed = ", ".join(name for name, value in begun.items() if before.get(name) != value)
