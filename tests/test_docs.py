@@ -1,8 +1,11 @@
 """The snippets of the README and of the pages in docs/ run as they stand."""
 
+import json
 import re
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 
 import prunevit.agents
@@ -69,6 +72,27 @@ def test_snippets_run(page, one_core, tmp_path, monkeypatch):
             assert long in code
             code = code.replace(long, short)
         exec(compile(code, f"{page}.md", "exec"), variables)
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize(
+    ("name", "long", "short"),
+    [
+        ("prune_a_vit", "size=500)\n", "size=500)\n"),
+        ("train_a_policy", "iterations=100,", "iterations=12, num_envs=64,"),
+    ],
+)
+def test_notebooks_run_from_top_to_bottom(name, long, short, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("agg")
+    cells = json.loads((DOCS / "notebooks" / f"{name}.ipynb").read_text("utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert sum(long in cell for cell in code) == 1
+    assert not any(cell["outputs"] for cell in cells if cell["cell_type"] == "code")
+    scope = {}
+    for cell in code:
+        exec(compile(cell.replace(long, short), f"{name}.ipynb", "exec"), scope)
+    plt.close("all")
 
 
 def test_the_site_has_every_page():
