@@ -133,7 +133,8 @@ def shown(stages, fields):
         if stage.view is not None:
             told[f"observation {t}"] = stage.view.scatter(stage.view.living(fields))
             told[f"state {t}"] = stage.view.state()
-    return told | vars(stages[-1].outcome)
+    ended = vars(stages[-1].outcome).items()
+    return told | {name: value for name, value in ended if value is not None}
 
 
 def assert_close(one, other):

@@ -268,16 +268,14 @@ def kill_at_step(config, step, tmp_path):
         "backbone.Learner.learn = learn_or_die\n"
         "backbone.main()\n"
     )
-    values = config.to_json()
-    arguments = [
-        part
-        for name, value in values.items()
-        if value not in (None, False)
-        for part in (
-            f"--{name.replace('_', '-')}",
-            json.dumps(value) if isinstance(value, dict) else str(value),
-        )
-    ]
+    arguments = []
+    for name, value in config.to_json().items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            arguments += [f"--{flag}", text]
     return subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, check=False)
 
 

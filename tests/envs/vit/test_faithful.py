@@ -456,7 +456,7 @@ def test_models_without_a_head_give_features(make_vit):
         torch.testing.assert_close(
             staged.features(passed[-1]), model.forward_features(images), rtol=0, atol=1e-5
         )
-        with pytest.raises(ValueError, match="the game needs logits"):
+        with pytest.raises(ValueError, match="gives embeddings, but TeamReward pays by logits"):
             TokenGame(staged)
     staged = StagedViT(make_vit(global_pool="", num_classes=0), STAGES)
     tokens = staged.begin(images)

@@ -264,8 +264,8 @@ def test_positions_that_stay_behind_would_be_seen(build, family):
         slot = wrong.rotary.slot
         shifted = slot.where(slot < staged.num_prefix, slot.roll(1).clamp(min=staged.num_prefix))
         object.__setattr__(wrong, "rotary", wrong.rotary.take(shifted))
-        stop = (*STAGES, staged.depth)[stage + 1]
-        wrong = staged._run(partial(copy, wrong), STAGES[stage], stop, False)
+        start, stop = staged.edges[stage : stage + 2]
+        wrong = staged._run(partial(copy, wrong), start, stop, False, None)
     assert (staged.finish(wrong) - staged.finish(right)).abs().max() > 1e-3
 
 
