@@ -126,7 +126,7 @@ def test_methods_spend_what_the_point_says_or_say_that_they_do_not(bench, name, 
 
 @pytest.mark.parametrize("name", ["evit", "evit-unfused", "zero-tprune"])
 def test_even_schedules_are_nudged_to_the_points_between_them(bench, name):
-    for point in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8):
+    for point in (0.3, 0.5, 0.7):
         tokens = METHODS[name].open(bench, 0).tune(bench.gmacs_at(point))["tokens"]
         first, second = (after / before for before, after in pairwise((64, *tokens)))
         assert first == pytest.approx(second, abs=0.15)  # about the same share stays
