@@ -114,7 +114,11 @@ def label_lines(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
             groups[-2:] = [groups[-2] + groups[-1]]
     for group in groups:
         for name, place in zip(group, places(group, heights), strict=True):
-            style = {"color": ends[name][1], "transform": axes.transAxes, "clip_on": False}
+            style: dict[str, Any] = {
+                "color": ends[name][1],
+                "transform": axes.transAxes,
+                "clip_on": False,
+            }
             axes.add_line(Line2D([1, 1.05], [heights[name], place], linewidth=0.6, **style))
             title = f"ours ({name})" if name == OURS else name
             axes.text(1.06, place, title, fontsize=8, va="center", **style)

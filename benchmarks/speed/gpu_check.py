@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import tyro
@@ -177,10 +177,11 @@ def throughput(config: ThroughputConfig, image_size: int | None, batch_size: int
     timings = interleaved(passes, config.rounds, 2, device)
     dense = workload.packed.dense_macs
     found = {}
-    for name, timing in timings.items():
-        macs = VARIANTS[name].macs(workload, batch_size) if name in VARIANTS else dense
+    costs = {name: VARIANTS[name].macs(workload, batch_size) for name in TIMED}
+    for variant, timing in timings.items():
+        macs = costs.get(cast("Name", variant), dense)  # compiled, it is the same model
         faster = speedup(timings["dense"], timing)
-        found[name] = {
+        found[variant] = {
             "images_per_second": batch_size / timing.seconds,
             "spread": timing.spread,
             "gmacs": macs / 1e9,
