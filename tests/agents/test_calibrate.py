@@ -19,6 +19,7 @@ from prunevit.agents.policies.serialization import SavedModelError, make_policy
 from prunevit.envs.fields import field_slices
 from prunevit.envs.vit.staged_vit import StagedViT
 
+SHAPE = {"depth": 4, "embed_dim": 32, "num_heads": 2, "patch_size": 8}  # not to be seen on a model
 FIELDS = {"threshold": ("token", "stage"), "alpha": ("token", "stage", "alpha")}
 
 
@@ -36,7 +37,7 @@ def make_model(vit, knob, dither=False):
     policy = LearnedPolicy(
         actor, FIELDS[knob], alpha=0.1 if knob == "alpha" else None, dither=dither
     )
-    return PrunedViT(backbone, policy.requires_grad_(False)).eval()
+    return PrunedViT(backbone, policy.requires_grad_(False), SHAPE).eval()
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ from prunevit.envs.data.datasets import open_images
 from prunevit.envs.data_config import model_data_config
 from prunevit.envs.fields import field_size
 
+SHAPE = {"depth": 4, "embed_dim": 32, "num_heads": 2, "patch_size": 8}  # not to be seen on a model
+
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
@@ -34,7 +36,7 @@ def photos(tmp_path_factory):
 def saved(make_vit, tmp_path_factory):
     """A pruned classifier, as it was saved."""
     folder = tmp_path_factory.mktemp("saved")
-    prune(make_vit(), TopK((9, 4)), (1, 3)).save_pretrained(folder)
+    prune(make_vit(), TopK((9, 4)), (1, 3), model_kwargs=SHAPE).save_pretrained(folder)
     return folder
 
 
@@ -109,7 +111,7 @@ def test_compute_is_set_and_reported(make_vit, photos, tmp_path):
         actor = TokenActor(field_size(probe, "token") + field_size(probe, "stage"), (8,), None)
         for parameter in actor.parameters():
             torch.nn.init.normal_(parameter, std=0.7)
-    model = prune(vit, LearnedPolicy(actor, ("token", "stage")), (1, 3))
+    model = prune(vit, LearnedPolicy(actor, ("token", "stage")), (1, 3), model_kwargs=SHAPE)
     images = open_images(f"photos:{photos}", "train", model_data_config(vit), skip=())
     readable = [i for i, at in enumerate(images._indices) if "04" not in images._source.files[at]]
     known = calibrate(model, images.load(readable)[0])
@@ -129,7 +131,8 @@ def test_the_dense_model_is_compared_with(photos, saved, tmp_path, capsys):
     assert found["dense_per_second"] > 0
     every_token = tmp_path / "dense"
     model = PrunedViT.from_pretrained(saved)
-    prune(model.backbone.model, TopK((16, 16)), (1, 3)).save_pretrained(every_token)
+    dense = prune(model.backbone.model, TopK((16, 16)), (1, 3), model_kwargs=SHAPE)
+    dense.save_pretrained(every_token)
     same = embed(config_of(photos, every_token, tmp_path, compare_dense=7))["compared"]
     assert same["cosine"] == pytest.approx(1, abs=1e-5)
 

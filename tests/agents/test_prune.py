@@ -448,10 +448,10 @@ def test_what_was_saved_comes_back(make_vit, images, tmp_path, policy):
 
 @torch.no_grad()
 def test_a_model_that_prunes_inside_of_its_blocks_comes_back(vit, images, tmp_path):
-    model = prune(vit, TopK((9, 4), "attention"), (0, 2), prune_at="mlp")
+    model = prune(vit, TopK((9, 4), "attention"), (0, 2), prune_at="mlp", model_kwargs=SHAPE)
     logits, alive = model(images, return_keep=True)
     # as if before the next blocks, by the same attention
-    behind = prune(vit, TopK((9, 4), "attention"), (1, 3))
+    behind = prune(vit, TopK((9, 4), "attention"), (1, 3), model_kwargs=SHAPE)
     expected, survivors = behind(images, return_keep=True)
     assert torch.equal(alive, survivors)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
