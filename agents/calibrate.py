@@ -87,8 +87,8 @@ def _falling(pairs: list[tuple[float, float]]) -> tuple[tuple[float, ...], tuple
             kept.append((value, compute))
     if len(kept) < 2:
         raise CalibrationError(
-            f"the policy takes {kept[0][1]:.3f} of the dense compute at every setting: it can't be "
-            "calibrated"
+            f"the policy takes {kept[0][1]:.3f} of the dense compute at its lowest setting, and no "
+            "less at a higher one: it can't be calibrated"
         )
     return tuple(value for value, _ in kept), tuple(compute for _, compute in kept)
 

@@ -41,11 +41,12 @@ from prunevit.trainers.common.classification import (
 )
 from prunevit.trainers.common.epochs import seed_global_generators
 from prunevit.trainers.common.evaluation import evaluate
-from prunevit.trainers.common.loop import Monitor, NotFiniteError
+from prunevit.trainers.common.loop import NotFiniteError
 from prunevit.trainers.common.masked_vit import (
     check_masks_act,
     draw_images,
     losses,
+    mask_monitor,
     run_dense,
     run_masked,
 )
@@ -279,16 +280,8 @@ def train(config: DynamicViTConfig) -> dict[str, Any]:
     trainer = Trainer(backbone, policy, images, config)
     run.restore(trainer)
     run.create(config)
-
-    def evaluate_now() -> dict[str, float]:
-        result = evaluate(PrunedViT(backbone, policy), validation, config.eval_size)
-        return {"validation_accuracy": result.accuracy, "validation_gmacs": result.gmacs}
-
-    monitor = Monitor(
-        evaluate_now,
-        progress=lambda record: f"loss {record['loss']:.3f} kept {record['keep_ratio']:.3f}",
-        activity=lambda: f"training on {config.batch_size} images",
-    )
+    pruned = PrunedViT(backbone, policy)
+    monitor = mask_monitor(pruned, validation, config.eval_size, config.batch_size)
     with says_how_to_go_on(run.path, resume_flags(run.path, config)):
         loop.train(run, trainer, monitor, config)
     run.write_networks(policy=policy)
@@ -297,7 +290,7 @@ def train(config: DynamicViTConfig) -> dict[str, Any]:
         names = backbone.model.pretrained_cfg.get("label_names")
         write_backbone(run.path, model, described, names)
 
-    result = evaluate(PrunedViT(backbone, policy), validation)
+    result = evaluate(pruned, validation)
     decisions = backbone.num_patches * (1 + sum(result.kept[:-1]))
     report = {
         "split": "validation",

@@ -41,11 +41,12 @@ from prunevit.trainers.common.backbones import load_backbone
 from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.classification import check_can_classify, learning_rate, versions
 from prunevit.trainers.common.evaluation import evaluate
-from prunevit.trainers.common.loop import Monitor, NotFiniteError
+from prunevit.trainers.common.loop import NotFiniteError
 from prunevit.trainers.common.masked_vit import (
     Outputs,
     check_masks_act,
     draw_images,
+    mask_monitor,
     run_dense,
     run_judged,
 )
@@ -257,16 +258,7 @@ def train(config: StraightThroughConfig) -> dict[str, Any]:
     run.restore(trainer)
     run.create(config)
     pruned = PrunedViT(backbone, greedy_policy(config, backbone, actor))
-
-    def evaluate_now() -> dict[str, float]:
-        result = evaluate(pruned, validation, config.eval_size)
-        return {"validation_accuracy": result.accuracy, "validation_gmacs": result.gmacs}
-
-    monitor = Monitor(
-        evaluate_now,
-        progress=lambda record: f"loss {record['loss']:.3f} kept {record['keep_ratio']:.3f}",
-        activity=lambda: f"training on {config.batch_size} images",
-    )
+    monitor = mask_monitor(pruned, validation, config.eval_size, config.batch_size)
     with says_how_to_go_on(run.path, resume_flags(run.path, config)):
         loop.train(run, trainer, monitor, config)
     run.write_networks(policy=actor)

@@ -133,7 +133,7 @@ def test_a_policy_that_always_costs_the_same_is_not_calibrated(vit, some_images)
     for parameter in model.policy.actor.parameters():
         parameter.zero_()
     model.policy.actor.net[-1].bias[1] = 50.0  # keeps all, whatever the threshold
-    with pytest.raises(CalibrationError, match="at every setting"):
+    with pytest.raises(CalibrationError, match="at its lowest setting, and no less"):
         calibrate(model, some_images, points=3)
     with pytest.raises(CalibrationError, match="no images"):
         calibrate(model, some_images.images[:0])

@@ -21,6 +21,8 @@ from prunevit.envs.vit.execution import split_at_blocks
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.tokens import Tokens
 from prunevit.envs.vit.untouched import has_global_hooks, is_untouched
+from prunevit.trainers.common.evaluation import Traced, evaluate
+from prunevit.trainers.common.loop import Monitor
 from prunevit.trainers.common.run import TrainingError
 
 # the authors' code adds this much to the weights of a query, shared out among all keys
@@ -253,3 +255,19 @@ def losses(
         + ratio_weight * terms["ratio"]
     )
     return {"loss": loss, **terms}
+
+
+def mask_monitor(model: Traced, validation: ImageSet, size: int, batch_size: int) -> Monitor:
+    """What a training by keep masks shows, and evaluates ``model`` by, on ``size`` validation
+    images.
+    """
+
+    def evaluate_now() -> dict[str, float]:
+        result = evaluate(model, validation, size)
+        return {"validation_accuracy": result.accuracy, "validation_gmacs": result.gmacs}
+
+    return Monitor(
+        evaluate_now,
+        progress=lambda record: f"loss {record['loss']:.3f} kept {record['keep_ratio']:.3f}",
+        activity=lambda: f"training on {batch_size} images",
+    )

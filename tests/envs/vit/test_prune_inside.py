@@ -36,20 +36,6 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 each_execution = pytest.mark.parametrize("execution", EXECUTIONS)
 
 
-@pytest.fixture(scope="module")
-def build(make_vit):
-    """Models by the name of their family, each made once: not to be changed."""
-    made = {}
-
-    def by_name(family):
-        if family not in made:
-            name, kwargs = FAMILIES[family]
-            made[family] = make_vit(name, **kwargs)
-        return made[family]
-
-    return by_name
-
-
 def inside(model, stages=INSIDE, execution="packed", **options):
     return StagedViT(model, stages, execution, prune_at="mlp", **options)
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from packaging.version import Version
 from timm.layers import SwiGLU
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch.utils.flop_counter import FlopCounterMode
@@ -64,6 +63,7 @@ FAMILIES = {
     "oblong": ("vit_tiny_patch16_224", {"img_size": (16, 48)}),
     "dynamic-size": ("vit_tiny_patch16_224", {"dynamic_img_size": True}),
 }
+SINCE = {"1.0.28": {"gated-attention"}}
 # their heads read no prefix token
 PATCHES_ONLY = {
     "siglip",
@@ -79,22 +79,6 @@ PATCHES_ONLY = {
 }
 each_family = pytest.mark.parametrize("family", FAMILIES)
 each_execution = pytest.mark.parametrize("execution", EXECUTIONS)
-
-
-@pytest.fixture(scope="module")
-def build(make_vit):
-    """Models by the name of their family, each made once: not to be changed."""
-    made = {}
-
-    def by_name(family):
-        if family == "gated-attention" and Version(timm.__version__) < Version("1.0.28"):
-            pytest.skip("needs timm 1.0.28")
-        if family not in made:
-            name, kwargs = FAMILIES[family]
-            made[family] = make_vit(name, **kwargs)
-        return made[family]
-
-    return by_name
 
 
 def draw_images(staged, count=BATCH, seed=1):

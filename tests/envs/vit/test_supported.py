@@ -10,7 +10,6 @@ from functools import partial
 import pytest
 import timm
 import torch
-from packaging.version import Version
 from timm.layers import AttentionRope
 from timm.models import model_entrypoint
 from timm.models.eva import EvaAttention
@@ -24,7 +23,7 @@ EXECUTIONS = ("packed", "masked")
 STAGES = (1, 3)
 BATCH = 6
 MANY = 2 * MANY_IMAGES  # of one length often enough to attend by batched products
-ROTARY = {
+FAMILIES = {
     "eva": ("eva_giant_patch14_224", {}),
     "eva-clip": ("eva_giant_patch14_clip_224", {}),
     "eva-post-norm": ("eva02_enormous_patch14_clip_224", {}),
@@ -66,25 +65,8 @@ SINCE = {
     "1.0.30": ("grouped-queries", "qk-norm", "scale"),
     "1.0.31": ("mrope",),
 }
-each_model = pytest.mark.parametrize("family", ROTARY)
+each_model = pytest.mark.parametrize("family", FAMILIES)
 each_execution = pytest.mark.parametrize("execution", EXECUTIONS)
-
-
-@pytest.fixture(scope="module")
-def build(make_vit):
-    """Models by the name of their family, each made once: not to be changed."""
-    made = {}
-
-    def by_name(family):
-        for since, families in SINCE.items():
-            if family in families and Version(timm.__version__) < Version(since):
-                pytest.skip(f"needs timm {since}")
-        if family not in made:
-            name, kwargs = ROTARY[family]
-            made[family] = make_vit(name, **kwargs)
-        return made[family]
-
-    return by_name
 
 
 def draw_images(staged, count=BATCH, seed=1):
@@ -204,7 +186,7 @@ def test_pruned_equals_tokens_taken_out_by_hand(build, keeps, family, pattern):
 @pytest.mark.parametrize(
     ("family", "pattern", "batch"),
     [
-        *((family, pattern, BATCH) for family in ROTARY for pattern in ("random", "even")),
+        *((family, pattern, BATCH) for family in FAMILIES for pattern in ("random", "even")),
         *(
             (family, pattern, batch)
             for family in ("eva02", "no-class", "rope-mixed", "grouped-queries")
@@ -300,7 +282,7 @@ def test_macs_are_those_of_the_flop_counter(build, keeps, family):
 
 @pytest.mark.parametrize("family", ["eva02", "rope-mixed", "pe-core"])
 def test_gradients_reach_every_parameter_in_masked_execution(make_vit, keeps, family):
-    name, kwargs = ROTARY[family]
+    name, kwargs = FAMILIES[family]
     model = make_vit(name, **kwargs)
     staged = StagedViT(model, STAGES, "masked")
     end = play(staged, draw_images(staged), keeps(BATCH, 2, staged.num_patches))[-1]
