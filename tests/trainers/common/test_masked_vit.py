@@ -7,13 +7,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from prunevit.agents.policies.heuristics import TopK
 from prunevit.agents.policies.serialization import dynamic_vit_policy
+from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common import masked_vit
+from prunevit.trainers.common.evaluation import evaluate
 from prunevit.trainers.common.masked_vit import (
     Outputs,
     gumbel_keep,
     losses,
+    mask_monitor,
     masked_attention,
     run_dense,
     run_masked,
@@ -161,3 +165,15 @@ def test_labels_may_be_mixed_and_smoothed():
     smoothed = classification(torch.tensor([0]), 0.3)
     torch.testing.assert_close(smoothed, classification(torch.tensor([[0.8, 0.1, 0.1]])))
     assert smoothed > classification(torch.tensor([0]))
+
+
+def test_a_training_is_evaluated_on_as_many_images_as_it_says(vit, some_images):
+    model = PrunedViT(StagedViT(vit, STAGES), TopK((9, 4)))
+    monitor = mask_monitor(model, some_images, 7, batch_size=BATCH)
+    expected = evaluate(model, some_images, 7)
+    assert expected.accuracy not in (evaluate(model, some_images).accuracy, 0, 1)
+    assert monitor.evaluate() == {
+        "validation_accuracy": expected.accuracy, "validation_gmacs": expected.gmacs,
+    }  # fmt: skip
+    assert monitor.progress({"loss": 1.0, "keep_ratio": 0.25}) == "loss 1.000 kept 0.250"
+    assert str(BATCH) in monitor.activity()
