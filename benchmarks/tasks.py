@@ -28,8 +28,9 @@ class Task:
             alike, and would all go at once.
         training: further options of ``trainers.mappo``.
         fine_tuning: options of ``trainers.finetune``.
-        dynamic_vit: options of ``trainers.dynamic_vit``, such that it takes about as many passes
-            through the backbone as ours.
+        dynamic_vit: options of ``trainers.dynamic_vit``, such that each of its trainings computes
+            about as much in the backbone as ours: a backward pass counts as two forward passes, and
+            a pruned one as its share.
     """
 
     name: str
@@ -84,6 +85,7 @@ TASKS: Mapping[str, Task] = {
             points=(0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
             alpha_range=(0.002, 1.0),
             training={"iterations": 400, "eval_every": 200},
+            dynamic_vit={"iterations": 800},
         ),
         Task(
             name="cifar10",
@@ -94,7 +96,7 @@ TASKS: Mapping[str, Task] = {
             released_stages=(2, 4, 6),
             points=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
             alpha_range=(0.01, 4.0),
-            training={"iterations": 1_000, "eval_every": 250},
+            training={"iterations": 500, "eval_every": 250},
             # as the backbone was trained
             fine_tuning={
                 "augmentation": {"scale": [0.5, 1], "color_jitter": 0.0},
@@ -104,7 +106,7 @@ TASKS: Mapping[str, Task] = {
                 "optimizer": "nmuon",
                 "lr": 2e-3,
             },
-            dynamic_vit={"iterations": 3_000},
+            dynamic_vit={"iterations": 1_500},
         ),
         Task(
             name="imagenet",
