@@ -1,6 +1,8 @@
-"""``pick_device``: the device by name, or the best that is there."""
+"""``pick_device``, the device by name or the best that is there, and ``now``, its clock."""
 
 from __future__ import annotations
+
+import time
 
 import torch
 
@@ -22,3 +24,12 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
         reason = str(error).splitlines()[0].partition(". ")[0]
         raise ValueError(f"device {str(device)!r} can't be used here: {reason}") from error
     return chosen
+
+
+def now(device: torch.device) -> float:
+    """The clock in seconds, once ``device`` has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()

@@ -36,6 +36,10 @@ COMMANDS = {
         "prunevit.trainers.straight_through", "teach a policy by gradients through the ViT"
     ),
     "embed": Command("prunevit.agents.embed", "embed photographs with a pruned ViT"),
+    "viewer": Command(
+        "prunevit.agents.viewer.page", "look at what a pruned ViT drops, in a browser"
+    ),
+    "picture": Command("prunevit.agents.viewer.picture", "draw what a pruned ViT drops"),
     "export": Command("prunevit.agents.export", "export a pruned ViT to ONNX"),
     "compare": Command("prunevit.benchmarks.compare", "compare ways to choose tokens"),
     "summary": Command("prunevit.benchmarks.summary", "tabulate finished runs"),

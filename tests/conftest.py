@@ -37,6 +37,7 @@ EXTRAS = {
     "rllib": ["ray"],
     "sb3": ["sb3_contrib"],
     "torchrl": ["torchrl"],
+    "viewer": ["gradio"],
 }
 
 

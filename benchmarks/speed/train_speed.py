@@ -35,7 +35,7 @@ from prunevit.envs.batched.token_prune import BatchedTokenPrune
 from prunevit.envs.data.datasets import open_images
 from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.data_config import model_data_config
-from prunevit.envs.devices import pick_device
+from prunevit.envs.devices import now, pick_device
 from prunevit.envs.game import Stage, TokenGame
 from prunevit.envs.rewards import make_reward
 from prunevit.envs.vit.create import create_backbone
@@ -47,7 +47,7 @@ from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.common.run import COMMAND_ERRORS
 from prunevit.trainers.common.settings import Count, Range, Settings, Threads
 from prunevit.trainers.common.signals import ends_in_one_line
-from prunevit.trainers.common.timing import Timing, now, speedup
+from prunevit.trainers.common.timing import Timing, speedup
 from prunevit.trainers.mappo import Trainer
 
 PATCH_SIZE = 8  # of digits_vit, in pixels

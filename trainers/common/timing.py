@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -15,6 +14,8 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from prunevit.envs.devices import now
 
 ROUNDS = 15
 
@@ -48,15 +49,6 @@ def speedup(baseline: Timing, timing: Timing) -> float:
     """
     pairs = zip(baseline.passes, timing.passes, strict=True)
     return statistics.median(slow / fast for slow, fast in pairs)
-
-
-def now(device: torch.device) -> float:
-    """The clock in seconds, once ``device`` has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-    return time.perf_counter()
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ import torch
 
 from prunevit.agents.policies.heuristics import TopK
 from prunevit.agents.pruned_vit import PrunedViT
+from prunevit.envs import devices
 from prunevit.trainers.common import timing
 from prunevit.trainers.common.timing import (
     Timing,
@@ -43,7 +44,7 @@ def test_speedup_compares_within_rounds():
 
 def test_models_are_timed_by_the_clock_over_whole_batches(monkeypatch):
     clock = {"now": 0.0}
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: clock["now"])
     sizes = []
 
     def model(seconds):
