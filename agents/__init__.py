@@ -6,7 +6,9 @@ from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.agents.policies.heuristics import AttentionThreshold, KeepAll, TopK
 from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.policies.policy import Policy
-from prunevit.agents.pruned_vit import PrunedViT, prune
+from prunevit.agents.pruned_transformers_vit import PrunedTransformersViT
+from prunevit.agents.pruned_vit import PrunedViT
+from prunevit.agents.pruning import prune
 
 __all__ = [
     "AttentionThreshold",
@@ -16,6 +18,7 @@ __all__ = [
     "KeepAll",
     "LearnedPolicy",
     "Policy",
+    "PrunedTransformersViT",
     "PrunedViT",
     "TokenActor",
     "TopK",

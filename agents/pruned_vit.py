@@ -1,4 +1,4 @@
-"""``prune`` and ``PrunedViT``: a backbone and a policy as one module, to be deployed."""
+"""``PrunedViT``: a backbone and a policy as one module, to be deployed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.policies.policy import Policy, count_policy_macs
 from prunevit.envs.observations import View
 from prunevit.envs.vit.block_outputs import BlockOutputs
-from prunevit.envs.vit.staged_vit import OnPrune, PruneAt, StagedViT
+from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
 from prunevit.envs.vit.tokens import Tokens
 
@@ -387,7 +387,7 @@ class PrunedViT(
         """
         config, weights = saving.locate(str(pretrained_model_name_or_path), hub_options)
         backbone, policy, model_kwargs = saving.rebuild(config, weights)
-        model = cls(backbone, _frozen(policy), model_kwargs)
+        model = cls(backbone, frozen(policy), model_kwargs)
         saving.load_weights(model, weights)
         return model.eval()
 
@@ -408,7 +408,7 @@ class PrunedViT(
             BackboneError: the backbone can't be built or loaded.
         """
         backbone, policy, model_kwargs = run_reader.read_run(Path(folder), hub_backbone)
-        return cls(backbone, _frozen(policy), model_kwargs).eval()
+        return cls(backbone, frozen(policy), model_kwargs).eval()
 
     def save_policy(self, file: str | Path) -> None:
         """Writes the policy, with its calibration and the stages, to a file of some kilobytes.
@@ -432,8 +432,8 @@ class PrunedViT(
                 backbone.
             UnsupportedBackboneError: the model can't be copied.
         """
-        backbone, policy = policy_file.read_policy(Path(file), _copied(vit))
-        return cls(backbone, _frozen(policy)).eval()
+        backbone, policy = policy_file.read_policy(Path(file), copied(vit))
+        return cls(backbone, frozen(policy)).eval()
 
 
 def _check_no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
@@ -444,7 +444,7 @@ def _check_no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
         )
 
 
-def _frozen(policy: Any) -> Any:
+def frozen(policy: Any) -> Any:
     """``policy`` with parameters that ask for no gradients, since they would never get any."""
     return policy.requires_grad_(False) if isinstance(policy, nn.Module) else policy
 
@@ -456,42 +456,8 @@ def _with_prefix(patterns: Any) -> Any:
     return [(_with_prefix(pattern), *others) for pattern, *others in patterns]
 
 
-def prune(
-    vit: nn.Module,
-    policy: Policy | Decide,
-    prune_before: Sequence[int] | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-    prune_at: PruneAt = "block",
-    on_prune: OnPrune = "drop",
-) -> PrunedViT:
-    """Makes a timm ViT drop tokens.
-
-    The pruned model is in evaluation mode, whichever mode ``vit`` is in: timm builds models in
-    training mode, in which tokens would be masked instead of removed and nothing would be faster.
-
-    Args:
-        vit: timm's model; it is copied, not changed.
-        policy: decides which patches stay: a ``Policy``, or any callable that takes a ``View`` and
-            returns keep, bool [B, N]. It is also copied, and its copy asks for no gradients.
-        prune_before: 0-based blocks before which tokens are dropped, ascending. None stands for
-            every block but the first.
-        model_kwargs: arguments that ``vit`` was built with and that can't be read off it, such as
-            ``depth`` or ``embed_dim``. Only ``save_pretrained`` needs them.
-        prune_at: "block" drops tokens before these blocks begin, "mlp" between their attention and
-            their MLP.
-        on_prune: "drop" removes pruned patches with what they hold; "merge" averages each into the
-            most similar one that stays, see ``StagedViT``.
-
-    Raises:
-        UnsupportedBackboneError: the model can't run on part of its tokens, or can't be copied.
-        ValueError: stages are out of range, ``on_prune`` is unknown, or the policy was made for
-            another backbone.
-    """
-    backbone = StagedViT(_copied(vit), prune_before, prune_at=prune_at, on_prune=on_prune)
-    return PrunedViT(backbone, _frozen(copy.deepcopy(policy)), model_kwargs).eval()
-
-
-def _copied(vit: nn.Module) -> nn.Module:
+def copied(vit: nn.Module) -> nn.Module:
+    """A copy of a backbone; raises UnsupportedBackboneError if there can be none."""
     try:
         return copy.deepcopy(vit)
     # torch says it by errors of many kinds

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from prunevit.versions import __version__
 
 if TYPE_CHECKING:
-    from prunevit.agents.pruned_vit import PrunedViT, prune
+    from prunevit.agents.pruned_vit import PrunedViT
+    from prunevit.agents.pruning import prune
     from prunevit.envs.token_prune import TokenPruneEnv
 
 __all__ = ["PrunedViT", "TokenPruneEnv", "__version__", "prune"]
@@ -26,7 +27,7 @@ if not (Path(__file__).parent / "envs").is_dir():
 _LAZY = {
     "PrunedViT": "prunevit.agents.pruned_vit",
     "TokenPruneEnv": "prunevit.envs.token_prune",
-    "prune": "prunevit.agents.pruned_vit",
+    "prune": "prunevit.agents.pruning",
 }
 
 

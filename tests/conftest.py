@@ -37,6 +37,7 @@ EXTRAS = {
     "rllib": ["ray"],
     "sb3": ["sb3_contrib"],
     "torchrl": ["torchrl"],
+    "transformers": ["transformers"],
     "viewer": ["gradio"],
 }
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import prunevit
-from prunevit.agents import pruned_vit
+from prunevit.agents import pruned_vit, pruning
 from prunevit.envs.token_prune import TokenPruneEnv
 from prunevit.extras import is_installed
 from prunevit.trainers.common.config import MappoConfig
@@ -55,7 +55,7 @@ def test_importing_the_package_imports_no_torch():
 
 def test_the_package_offers_what_most_need():
     assert prunevit.PrunedViT is pruned_vit.PrunedViT
-    assert prunevit.prune is pruned_vit.prune
+    assert prunevit.prune is pruning.prune
     assert prunevit.TokenPruneEnv is TokenPruneEnv
     with pytest.raises(AttributeError, match=r"^module 'prunevit' has no attribute 'nothing'$"):
         prunevit.nothing  # noqa: B018 - asking is what fails

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from prunevit.agents.policies.heuristics import KeepAll
 from prunevit.agents.policies.serialization import SavedModelError, learned_policy
-from prunevit.agents.pruned_vit import PrunedViT, prune
+from prunevit.agents.pruned_vit import PrunedViT
+from prunevit.agents.pruning import prune
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.described import description_problem
 from prunevit.envs.vit.staged_vit import StagedViT

@@ -46,7 +46,8 @@ def create_backbone(
             cause a warning.
         new_head: begin with a random head, with a warning, if the checkpoint has none of this size.
         kwargs: further arguments of the model, such as ``img_size``, ``patch_size`` or ``depth``.
-            ``embed_layer`` may also be a name in ``STEMS``.
+            ``embed_layer`` may also be a name in ``STEMS``. ``norm_eps`` is the epsilon of all
+            layer norms, which timm's models have no argument for.
 
     Raises:
         BackboneError: the name or an argument is unknown, weights can't be downloaded, or the
@@ -68,11 +69,16 @@ def create_backbone(
     if isinstance(stem, str):
         check_choice("embed_layer", stem, STEMS, BackboneError)
         kwargs["embed_layer"] = STEMS[stem]
+    norm_eps = kwargs.pop("norm_eps", None)
     if file is not None and can_be_of_a_file:
         problem = size_problem(partial(_build, name, False, num_classes, kwargs), file)
         if problem is not None:
             raise BackboneError(problem)
     model = _build(name, pretrained, num_classes, kwargs)
+    if norm_eps is not None:
+        for part in model.modules():
+            if isinstance(part, nn.LayerNorm):
+                part.eps = norm_eps
     # as timm does, for those who build the model again; stems by their names
     vars(model)["_model_args"] = getattr(model, "_model_args", {}) | recorded
     config: dict[str, Any] = {"input_size": (3, 224, 224), **cast(Any, model).pretrained_cfg}

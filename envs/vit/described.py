@@ -21,6 +21,7 @@ from torch import nn
 DATA_KEYS = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
 CFG = "pretrained_cfg"  # timm's attribute that has them
 OVERLAY = f"{CFG}_overlay"  # timm's argument that sets them
+NORM_EPS = "norm_eps"  # an argument of create_backbone
 # arguments of modules that decide where a model lies
 PLACEMENT = {"self", "device", "dtype"}
 MOST_BLOCKS = 200
@@ -42,7 +43,7 @@ def description_problem(name: object, kwargs: object) -> str | None:
         )
     if not isinstance(kwargs, Mapping):
         return f"its model_kwargs are {kwargs!r}, no JSON object"
-    surplus = sorted(map(str, kwargs.keys() - _arguments(name) - {OVERLAY}))
+    surplus = sorted(map(str, kwargs.keys() - _arguments(name) - {OVERLAY, NORM_EPS}))
     if surplus:
         return f"a file can't set {', '.join(surplus)} of {name}: its class takes no such values"
     problems = (_value_problem(key, value) for key, value in kwargs.items() if key != OVERLAY)
