@@ -27,6 +27,7 @@ class Task:
             dither, where that is better on validation. In photographs neighbouring patches are
             alike, and would all go at once.
         training: further options of ``trainers.mappo``.
+        ours: options that ours and its variants have here besides, chosen on validation.
         fine_tuning: options of ``trainers.finetune``.
         dynamic_vit: options of ``trainers.dynamic_vit``, such that each of its trainings computes
             about as much in the backbone as ours: a backward pass counts as two forward passes, and
@@ -43,6 +44,7 @@ class Task:
     prune_at: PruneAt = "block"
     dithers: bool = True
     training: Mapping[str, Any] = field(default_factory=dict)
+    ours: Mapping[str, Any] = field(default_factory=dict)
     fine_tuning: Mapping[str, Any] = field(default_factory=dict)
     dynamic_vit: Mapping[str, Any] = field(default_factory=dict)
 
@@ -97,6 +99,7 @@ TASKS: Mapping[str, Task] = {
             points=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
             alpha_range=(0.01, 4.0),
             training={"iterations": 500, "eval_every": 250},
+            ours={"on_prune": "merge"},
             # as the backbone was trained
             fine_tuning={
                 "augmentation": {"scale": [0.5, 1], "color_jitter": 0.0},

@@ -18,7 +18,7 @@ class Recipe:
 
     Attributes:
         title: what it is, in a line.
-        changes: settings that differ from the benchmark's.
+        changes: settings that differ from those of ours.
         alpha_range: train one policy, which observes alpha, for the task's range of alphas. Without
             it, train for one alpha, and reach other costs by the threshold later.
         stages: where it prunes: at the task's stages, the first of them alone, between the blocks
@@ -36,8 +36,8 @@ class Recipe:
     samples: bool = False
 
     def settings(self, bench: Benchmark) -> dict[str, Any]:
-        """The changes to ``bench.base``."""
-        settings = dict(self.changes)
+        """The changes to ``bench.base``: those of the task's ours, and this one's."""
+        settings = {**bench.task.ours, **self.changes}
         if self.stages == "released":
             settings["prune_before"] = bench.task.released_stages
             settings["prune_at"] = "block"
@@ -59,7 +59,7 @@ class Recipe:
 # and a critic is the baseline
 PAPER = {
     "reward": "markov-game", "accuracy": "correct", "alpha": 3.0,
-    "rollouts_per_image": 1,
+    "rollouts_per_image": 1, "on_prune": "drop",
 }  # fmt: skip
 # RL4EViT's code (github.com/LuErShuai/rl4evit at 5847406, timm/models/vision_transformer_dynamic.py
 # and marl/mappo.py): its rates, networks and minibatches of 16 episodes. Ours remain GELU (its
@@ -69,6 +69,7 @@ RELEASED = {
     "hidden": (64, 256, 64), "critic_hidden": (64, 256, 64),
     "gae_lambda": 0.0, "gamma": 0.99, "attention_prior": 0.0, "keep_bias": 0.0,
     "lr": 5e-6, "lr_schedule": "constant", "epochs": 4, "minibatches": 16, "entropy": 0.01,
+    "on_prune": "drop",
 }  # fmt: skip
 WITHOUT_STAGE = ("token", "cls", "cls_attention")
 
@@ -114,6 +115,7 @@ RECIPES: Mapping[str, Recipe] = {
     "redundancy": Recipe(
         "observes redundancy too", {"observation": (*MappoConfig.observation, "redundancy")}
     ),
+    "drop": Recipe("ours, dropping what it prunes", {"on_prune": "drop"}),
     "merge": Recipe("ours, merging what it prunes", {"on_prune": "merge"}),
     "actor-attention": Recipe("agents attend to each other", {"actor_attention": 2}),
     "three-stages": Recipe("stages in blocks 0, 1 and 3", {"prune_before": (0, 1, 3)}),

@@ -611,6 +611,14 @@ def test_every_ablation_changes_one_thing(bench):
         replace(bench.base, **changes)  # raises where settings don't go together
 
 
+def test_what_ours_has_on_a_task_its_variants_have_too_and_others_have_not(bench):
+    merging = replace(bench, task=replace(bench.task, ours={"on_prune": "merge"}))
+    for name, recipe in RECIPES.items():
+        others = name in ("paper", "released", "released-faster", "drop")
+        wanted = {"on_prune": "drop" if others else "merge"}
+        assert recipe.settings(merging) == recipe.settings(bench) | wanted
+
+
 def test_a_task_has_its_stages_inside_of_blocks_or_between_them(bench, monkeypatch):
     """Every method then prunes there, or where it comes nearest to that."""
     inside, config = bench, CompareConfig(**SETTINGS)
