@@ -21,7 +21,7 @@ from PIL import Image
 
 from prunevit.agents.viewer.comparison import Comparison, Look, compare
 from prunevit.agents.viewer.photographs import open_photograph, samples
-from prunevit.agents.viewer.picture import draw
+from prunevit.agents.viewer.picture import draw, milliseconds
 from prunevit.agents.viewer.viewed_model import DIGITS, ViewedModel, read_model
 from prunevit.choices import check_choice
 from prunevit.cli import prog
@@ -130,7 +130,7 @@ def table(found: Comparison) -> str:
             f"{found.compute(look):.0%}",
             f"{look.macs / 1e9:.3g}",
             " ".join(map(str, look.patches)),
-            f"{1e3 * look.seconds:.3g}",
+            milliseconds(look),
             f"{found.dense.seconds / look.seconds:.2f}x",
         )
         return f"| {' | '.join(cells)} |"

@@ -32,8 +32,14 @@ def facts(found: Comparison, look: Look) -> str:
     """What a look says and costs, in a line."""
     return (
         f"{look.answer}, {found.compute(look):.0%} of the compute, "
-        f"{1e3 * look.seconds:.3g} ms (dense: {1e3 * found.dense.seconds:.3g} ms)"
+        f"{milliseconds(look)} ms (dense: {milliseconds(found.dense)} ms)"
     )
+
+
+def milliseconds(look: Look) -> str:
+    """The time of an image, in three digits or whole milliseconds."""
+    taken = 1e3 * look.seconds
+    return f"{taken:.3g}" if taken < 1000 else f"{taken:.0f}"
 
 
 def draw(comparisons: Mapping[str, Comparison]) -> Image.Image:
