@@ -307,6 +307,12 @@ class PrunedViT(
     def num_features(self) -> int:
         return self.backbone.width
 
+    head_hidden_size = num_features
+
+    @property
+    def in_chans(self) -> int:
+        return self.backbone.image_shape[0]
+
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
         # timm does not update input_size if a model is built for another size

@@ -96,7 +96,7 @@ class Kind:
 
 def is_of_transformers(model: object) -> bool:
     """Whether a model's class, or one that it inherits from, is one of transformers' models."""
-    return any(cls.__module__.startswith("transformers.") for cls in type(model).__mro__)
+    return any(cls.__module__.startswith("transformers.models.") for cls in type(model).__mro__)
 
 
 def from_transformers(model: nn.Module, img_size: ImageSize | None = None) -> nn.Module:
@@ -155,6 +155,11 @@ def _check_plain(model: nn.Module) -> None:
             "it without device_map"
         )
     for name, parameter in model.named_parameters():
+        if ".base_layer." in name:
+            raise UnsupportedBackboneError(
+                f"the {type(model).__name__} has adapters: give peft_model.merge_and_unload(), or "
+                "add them to the pruned model"
+            )
         if not is_plain(parameter) or not parameter.is_floating_point():
             raise UnsupportedBackboneError(
                 f"{name} is no plain tensor: prune the model before it is quantised or sharded"

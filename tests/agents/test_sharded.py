@@ -1,10 +1,13 @@
-"""FSDP2 replaces parameters by sharded ones, and gathers them in hooks around each module."""
+"""FSDP2 replaces parameters by sharded ones, and gathers them in hooks around each module.
+DistributedDataParallel wants a gradient of each parameter.
+"""
 
 import pytest
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from prunevit.agents import KeepAll, PrunedViT, TopK, prune
 from prunevit.envs.vit.staged_vit import StagedViT
@@ -66,3 +69,14 @@ def test_a_model_that_was_sharded_as_a_whole_is_refused(make_vit, mesh):
         StagedViT(vit, STAGES)
     with pytest.raises(UnsupportedBackboneError, match="prune it before it is sharded"):
         prune(vit, TopK((8, 4)), STAGES)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_distributed_data_parallel_learns_what_one_process_does(make_vit, mesh, images, training):
+    whole, wrapped = (prune(make_vit(), TopK((8, 4)), STAGES).train(training) for _ in range(2))
+    parallel = DistributedDataParallel(wrapped)
+    for _ in range(2):  # it complains about parameters without gradients in the second pass
+        for model in (whole, parallel):
+            model(images).square().sum().backward()
+    for ours, expected in zip(wrapped.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-5)

@@ -357,3 +357,16 @@ def test_a_new_classifier_is_counted(vit, images, pool, read):
     model.reset_classifier(0)
     assert model.num_classes == 0
     assert model(images).shape == (len(images), WIDTH)
+
+
+def test_what_timms_distillation_asks_of_a_student(make_vit, images):
+    task = pytest.importorskip("timm.task")
+    student = prune(make_vit(in_chans=1), KeepAll(), STAGES)
+    assert student.head_hidden_size == student.num_features == WIDTH
+    assert student.in_chans == 1
+    student = prune(make_vit(), KeepAll(), STAGES)
+    teacher = make_vit(seed=1)
+    for kind in (task.LogitDistillationTask, task.FeatureDistillationTask):
+        distilled = kind(student, teacher_model=teacher, criterion=torch.nn.CrossEntropyLoss())
+        distilled(images, torch.zeros(len(images), dtype=torch.long))["loss"].backward()
+        assert student.backbone.model.cls_token.grad.abs().sum() > 0
