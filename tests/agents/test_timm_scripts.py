@@ -42,8 +42,20 @@ def tiny_teacher(pretrained=False, num_classes=2, in_chans=3, **_):
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-TRAIN = "--epochs 1 --opt adamw --output out --experiment e --num-classes 2 --no-prefetcher".split()
-DATA = "--data-dir data --workers 0 --input-size 3 32 32".split()
+TRAIN = [
+    "--epochs",
+    "1",
+    "--opt",
+    "adamw",
+    "--output",
+    "out",
+    "--experiment",
+    "e",
+    "--num-classes",
+    "2",
+    "--no-prefetcher",
+]
+DATA = ["--data-dir", "data", "--workers", "0", "--input-size", "3", "32", "32"]
 
 
 @pytest.fixture
