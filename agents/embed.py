@@ -33,6 +33,7 @@ from prunevit.envs.data.image_sources import DatasetError, PhotoSource
 from prunevit.envs.data_config import model_data_config
 from prunevit.envs.devices import pick_device
 from prunevit.envs.vit.create import check_described, create_backbone
+from prunevit.progress import progress_bar
 
 PART_SIZE = 1024  # photographs in a part: the most that is computed again after a stop
 
@@ -247,7 +248,7 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
     files = photographs.files
     _begin(config, files)
     parts = [range(i, min(i + PART_SIZE, len(files))) for i in range(0, len(files), PART_SIZE)]
-    with tqdm(total=len(files), unit=" photographs", disable=None) as bar:
+    with progress_bar(len(files), "photographs") as bar:
         for part in parts:
             file = _part_file(config, part)
             if file.is_file():

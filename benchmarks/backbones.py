@@ -16,10 +16,10 @@ from typing import NamedTuple
 import timm
 import torch
 import tyro
-from tqdm import tqdm
 
 from prunevit.benchmarks.markdown import markdown_table
 from prunevit.envs.vit.timm_models.supported import SUPPORTED, why_unsupported
+from prunevit.progress import progress_bar
 
 # Titles of rows and patterns of names; the first that fits, and the last for all others of the
 # classes that are supported.
@@ -134,7 +134,7 @@ def main() -> None:
     names = timm.list_models(list(config.patterns) or "")
     if not names:
         sys.exit(f"error: timm has no model like {' or '.join(config.patterns)}")
-    print(table(list(ask(tqdm(names, unit=" models", disable=None)))))
+    print(table(list(ask(progress_bar(len(names), "models", items=names)))))
 
 
 if __name__ == "__main__":

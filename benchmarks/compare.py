@@ -15,6 +15,7 @@ machine; with another, give another --out, and --runs with the trainings that th
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ from prunevit.envs.old_names import COMPARE_FLAGS, rename_flags
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.weights import sha256
+from prunevit.progress import progress_bar, say
 from prunevit.trainers.common.classification import check_can_classify, versions
 from prunevit.trainers.common.run import COMMAND_ERRORS
 from prunevit.trainers.common.settings import Count, Range, Settings, Threads
@@ -164,17 +166,25 @@ def compare(config: CompareConfig) -> list[Record]:
         for name in config.methods
         for seed in range(config.seeds if METHODS[name].is_seeded else 1)
     ]
-    for name, seed in field:
-        due = [point for point in bench.task.points if records.find(name, seed, point) is None]
-        if due:
-            print(f"{name}, seed {seed}", flush=True)
+    all_due = [
+        [point for point in bench.task.points if records.find(name, seed, point) is None]
+        for name, seed in field
+    ]
+    with progress_bar(sum(map(len, all_due)), "points", title="compare") as bar:
+        for (name, seed), due in zip(field, all_due, strict=True):
+            if not due:
+                continue
+            say(f"{name}, seed {seed}")
+            found = 0
             for row in measure(name, seed, due, settings, bench):
                 records.put(row)
-                print(
+                say(
                     f"  {row['point']:.0%}: accuracy {100 * row['accuracy']:.2f} of "
-                    f"{100 * row['dense_accuracy']:.2f} at {row['gmacs'] / row['dense_gmacs']:.1%}",
-                    flush=True,
+                    f"{100 * row['dense_accuracy']:.2f} at {row['gmacs'] / row['dense_gmacs']:.1%}"
                 )
+                found += 1
+                bar.update()
+            bar.update(len(due) - found)  # those that can't be reached
     if config.speed:
         time_untimed(field, records, bench)
     return records.rows
@@ -191,7 +201,7 @@ def measure(
         try:
             knobs = method.tune(bench.gmacs_at(point))
         except UnreachableError as error:
-            print(f"  not at {point:.0%} of the dense compute: {error}", flush=True)
+            say(f"  not at {point:.0%} of the dense compute: {error}")
             if error.nearest is None:
                 continue
             knobs, matched = error.nearest, False
@@ -312,6 +322,11 @@ def report(config: CompareConfig) -> None:
     methods.sort(key=lambda method: -method[1]["accuracy"].mean())
     tables = (table(methods), differences(methods, data), summary(methods))
     print("\n\n".join(filter(None, tables)))
+    print(
+        f"in {config.out}: {FILE} (all figures)\n"
+        f"next: python -m benchmarks.figures {shlex.quote(str(config.out))}",
+        file=sys.stderr,
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

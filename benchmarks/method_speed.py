@@ -15,6 +15,7 @@ from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.benchmarks.methods.registry import METHODS
 from prunevit.benchmarks.protocol import Benchmark
 from prunevit.benchmarks.records import Records, command, origin
+from prunevit.progress import progress_bar, say
 from prunevit.trainers.common.timing import TimingProcess, speedup
 
 SPEED_BATCH = 64
@@ -32,8 +33,9 @@ def time_untimed(field: Sequence[tuple[str, int]], records: Records, bench: Benc
     chosen = [i * len(bench.test) // SPEED_IMAGES for i in range(SPEED_IMAGES)]
     pixels = bench.test.load(chosen)[0].to(bench.backbone.device)
     begun = datetime.now(UTC).isoformat(timespec="seconds")  # the same for all of a process
-    with TimingProcess() as process:
-        for name, seed in field:
+    turns = progress_bar(len(field), "methods", title="speed", items=field)
+    with TimingProcess() as process, turns:
+        for name, seed in turns:
             found = (records.find(name, seed, point) for point in bench.task.points)
             rows = {str(row["point"]): row for row in found if row and row["speedup"] is None}
             make = METHODS[name].open(bench, seed).make
@@ -42,7 +44,7 @@ def time_untimed(field: Sequence[tuple[str, int]], records: Records, bench: Benc
             try:
                 models: dict[str, Any] = {key: make(row) for key, row in rows.items()}
             except ValueError as error:
-                print(f"{name}, seed {seed} can't be timed: {error}", flush=True)
+                say(f"{name}, seed {seed} can't be timed: {error}")
                 continue
             timings = process.time_models(baselines | models, pixels, SPEED_BATCH, SPEED_ROUNDS)
             for key in models:
@@ -51,7 +53,7 @@ def time_untimed(field: Sequence[tuple[str, int]], records: Records, bench: Benc
                 rows[key].update(where(bench), speed_command=command(), timed=begun)
             records.save()
             said = ", ".join(f"{rows[key]['speedup']:.2f}x" for key in models)
-            print(f"{name}, seed {seed}: {said}", flush=True)
+            say(f"{name}, seed {seed}: {said}")
 
 
 def where(bench: Benchmark) -> dict[str, Any]:

@@ -1,13 +1,17 @@
-"""Pictures of an episode: the image at every stage, with pruned patches faded to white."""
+"""Pictures of an episode: the image at every stage, with pruned patches faded to white, also as an
+animation.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from gymnasium import logger
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,6 +20,7 @@ from prunevit.envs.game import GameError, TokenGame
 
 GAP = 2  # white pixels between pictures
 FADE = 0.85  # share of white in a pruned patch
+HOLD = 3  # frames' time that the last frame of an animation stays
 
 
 def stage_strip(pixels: Tensor, alive: Tensor, grid: tuple[int, int]) -> NDArray[np.uint8]:
@@ -97,6 +102,33 @@ class EpisodePictures:
             missing = ((0, 0), (0, whole - strip.shape[1]), (0, 0))
             pictures.append(np.pad(strip, missing, constant_values=255))
         return pictures
+
+
+def save_animation(
+    frames: Sequence[NDArray[np.uint8]], file: str | Path, fps: float = 2, zoom: int = 1
+) -> None:
+    """Writes what ``render`` returned after ``reset`` and after each step as an animation without
+    an end.
+
+    Args:
+        frames: pictures uint8 [H, W, 3] of one size.
+        file: GIF, APNG (.png) or WebP, by its suffix.
+        fps: frames a second; the last one stays ``HOLD`` times as long.
+        zoom: enlarge each pixel to a square of so many.
+
+    Raises:
+        ValueError: there are no frames, or the suffix is another.
+    """
+    if not frames:
+        raise ValueError("no frames: env.render() returns one where render_mode is 'rgb_array'")
+    pictures = [
+        Image.fromarray(frame.repeat(zoom, axis=0).repeat(zoom, axis=1)) for frame in frames
+    ]
+    shown = 1000 / fps  # milliseconds
+    durations = [round(shown)] * (len(frames) - 1) + [round(HOLD * shown)]
+    if Path(file).suffix not in (".gif", ".png", ".webp"):
+        raise ValueError(f"{file}: an animation ends with .gif, .png or .webp")
+    pictures[0].save(file, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 
 
 def denormalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

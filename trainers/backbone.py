@@ -7,6 +7,7 @@ Its defaults trained the digits' ViT that comes with the package. A run writes
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +33,7 @@ from prunevit.trainers.common.classification import (
     make_mixup,
     versions,
 )
+from prunevit.trainers.common.closing import say_where_and_what_next
 from prunevit.trainers.common.distributed import ALONE, Ranks, join_ranks
 from prunevit.trainers.common.epochs import train_epochs
 from prunevit.trainers.common.evaluation import accuracy
@@ -292,6 +294,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report = train(config, join_ranks(device_of(config)))
         if report:
             print(f"test accuracy {report['test_accuracy']:.4f} after {report['seconds']:.0f} s")
+            name, dataset = (report["config"][key] for key in ("backbone", "dataset"))
+            say_where_and_what_next(
+                config.resume or config.folder,
+                f"prunevit train --backbone {name} --checkpoint FOLDER/backbone.safetensors "
+                f"--dataset {shlex.quote(dataset)}",
+            )
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from prunevit.trainers.common.classification import (
     make_mixup,
     versions,
 )
+from prunevit.trainers.common.closing import say_where_and_what_next
 from prunevit.trainers.common.epochs import seed_global_generators
 from prunevit.trainers.common.evaluation import evaluate
 from prunevit.trainers.common.loop import NotFiniteError
@@ -318,6 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report = train(config)
         print(table(report["policies"], "validation"))
         print(f"{report['seconds']:.0f} s, seed {report['seed']}")
+        say_where_and_what_next(config.resume or config.folder, "prunevit viewer --model FOLDER")
 
 
 if __name__ == "__main__":

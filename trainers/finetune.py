@@ -37,6 +37,7 @@ from prunevit.trainers.common.classification import (
     train_from,
     versions,
 )
+from prunevit.trainers.common.closing import say_where_and_what_next
 from prunevit.trainers.common.distributed import ALONE, Ranks, join_ranks
 from prunevit.trainers.common.epochs import train_epochs
 from prunevit.trainers.common.evaluation import accuracy, evaluate
@@ -305,6 +306,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if report:
             print(table(report["models"], "validation"))
             print(f"{report['seconds']:.0f} s, {report['validation_images']} images")
+            folder = config.resume or config.folder
+            say_where_and_what_next(folder, "prunevit viewer --model FOLDER/model")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from prunevit.agents.policies.actor_critic import CommunicatingActor, Critic, lo
 from prunevit.envs.batched.protocol import BatchedEnv, Observations
 from prunevit.trainers.common import loop
 from prunevit.trainers.common.checkpoint import write_json
+from prunevit.trainers.common.closing import AFTER_RUN, say_where_and_what_next
 from prunevit.trainers.common.config import MappoConfig, parse
 from prunevit.trainers.common.distributed import ALONE, Ranks, join_ranks
 from prunevit.trainers.common.experiments import Experiment, make_experiment
@@ -449,7 +450,8 @@ def train(config: MappoConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Trains and reports, in the run's folder.
 
     Returns:
-        the report; an empty one on ranks other than the first, which writes it alone.
+        the report and the run's ``folder``; nothing on ranks other than the first, which alone
+        writes the report.
 
     Raises:
         TrainingError: the run can't begin, or diverged.
@@ -466,7 +468,7 @@ def train(config: MappoConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
         report = experiment.report(trainer.learner.actor, run.path)
         report |= {"seconds": run.seconds, "seed": config.seed}
         write_json(run.path / "report.json", report)
-    return report
+    return report | {"folder": run.path}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -476,6 +478,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report = train(config, join_ranks(device_of(config)))
         if report:
             print(format_report(report))
+            prunes = "dense" in report["policies"]
+            say_where_and_what_next(report["folder"], *(AFTER_RUN if prunes else ()))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from prunevit.trainers.common.actors import ActorSettings, greedy_policy, make_a
 from prunevit.trainers.common.backbones import load_backbone
 from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.classification import check_can_classify, learning_rate, versions
+from prunevit.trainers.common.closing import AFTER_RUN, say_where_and_what_next
 from prunevit.trainers.common.evaluation import evaluate
 from prunevit.trainers.common.loop import NotFiniteError
 from prunevit.trainers.common.masked_vit import (
@@ -286,6 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report = train(config)
         print(table(report["policies"], "validation"))
         print(f"{report['seconds']:.0f} s, seed {report['seed']}, {report['images']} images")
+        folder = config.resume or config.folder
+        say_where_and_what_next(folder, "prunevit train --init FOLDER", *AFTER_RUN)
 
 
 if __name__ == "__main__":

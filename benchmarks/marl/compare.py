@@ -42,6 +42,7 @@ from prunevit.benchmarks.marl.protocol import (
 from prunevit.benchmarks.records import FILE, Record, Records, command, origin
 from prunevit.cli import prog
 from prunevit.envs.old_names import COMPARE_FLAGS, rename_flags
+from prunevit.progress import progress_bar, say
 from prunevit.trainers.common.report import save_figure
 from prunevit.trainers.common.settings import Count, Settings, Threads
 from prunevit.trainers.common.signals import ends_in_one_line
@@ -174,14 +175,19 @@ def compare(config: MarlCompareConfig) -> list[Record]:
     records.require_origin(torch.device("cpu"))
     torch.set_num_threads(config.threads)
     # seeds outermost: a machine that slows down, or an end before the last seed, affects all alike
-    for seed, task, method in product(range(config.seeds), config.tasks, config.methods):
-        if records.find(task, *METHODS[method][1:], seed) is None:
+    field = product(range(config.seeds), config.tasks, config.methods)
+    due = [
+        (task, method, seed)
+        for seed, task, method in field
+        if records.find(task, *METHODS[method][1:], seed) is None
+    ]
+    with progress_bar(len(due), "trainings", items=due) as trainings:
+        for task, method, seed in trainings:
             row = train(config, task, method, seed)
             records.put(row)
-            print(
+            say(
                 f"{task}, {method}, seed {seed}: {row['greedy'][-1]:.2f} greedy, "
-                f"{row['sampled'][-1]:.2f} sampled, {row['wall_seconds']:.0f} s",
-                flush=True,
+                f"{row['sampled'][-1]:.2f} sampled, {row['wall_seconds']:.0f} s"
             )
     return records.rows
 

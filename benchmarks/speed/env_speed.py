@@ -187,7 +187,9 @@ def measure(config: EnvSpeedConfig) -> dict[str, Any]:
         players = adapters(
             model, images, keeps, {"prune_before": config.prune_before, "device": device}
         )
-        figures[count] = timed(players, int(alive_before(keeps).sum()), config.rounds, device)
+        figures[count] = timed(
+            players, int(alive_before(keeps).sum()), config.rounds, device, f"{count} images"
+        )
     return {
         "backbone": config.backbone,
         "threads": torch.get_num_threads(),
@@ -197,10 +199,11 @@ def measure(config: EnvSpeedConfig) -> dict[str, Any]:
 
 
 def timed(
-    players: Mapping[str, Play], decisions: int, rounds: int, device: torch.device
+    players: Mapping[str, Play], decisions: int, rounds: int, device: torch.device, title: str
 ) -> dict[str, dict[str, float]]:
     """Figures of each adapter."""
-    timings = interleaved({name: [play] for name, play in players.items()}, rounds, 1, device)
+    calls = {name: [play] for name, play in players.items()}
+    timings = interleaved(calls, rounds, 1, device, title=title)
     return {
         name: {
             "decisions_per_second": decisions / timing.seconds,

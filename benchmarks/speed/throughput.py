@@ -104,7 +104,8 @@ def compare(
     passes: dict[str, list[Callable[[], Tensor]]] = {
         name: calls(name, workload, batch_size) for name in names
     }
-    timings = interleaved(passes, config.rounds, 1, device, each_call=batch_size == 1)
+    title = f"{settings['model']}, batch {batch_size}"
+    timings = interleaved(passes, config.rounds, 1, device, batch_size == 1, title)
     gmacs = {name: VARIANTS[name].macs(workload, batch_size) / 1e9 for name in names}
     records = []
     for name in names:

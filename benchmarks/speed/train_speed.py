@@ -41,6 +41,7 @@ from prunevit.envs.rewards import make_reward
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.digits_vit import DIGITS_VIT
 from prunevit.envs.vit.staged_vit import StagedViT
+from prunevit.progress import progress_bar
 from prunevit.trainers.common.backbones import load_backbone
 from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.config import MappoConfig
@@ -224,8 +225,9 @@ def measure(config: TrainSpeedConfig) -> list[dict[str, Any]]:
         "threads": torch.get_num_threads(),
     }
     variants = {"ours": ours.iterate, "forward": ours.forward}
-    rounds = [{name: turn() for name, turn in variants.items()} for _ in range(config.rounds + 1)]
-    # the first round warms up
+    count = config.rounds + 1  # the first warms up
+    turns = progress_bar(count, "rounds", items=range(count))
+    rounds = [{name: turn() for name, turn in variants.items()} for _ in turns]
     return [to_record(name, rounds[1:], config.num_envs) | shared for name in variants]
 
 

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from prunevit.envs.rendering import FADE, GAP, denormalise, stage_strip
+from prunevit import TokenPruneEnv
+from prunevit.envs.rendering import FADE, GAP, HOLD, denormalise, save_animation, stage_strip
 
 GRID = (2, 3)
 LIVING = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 1, 0]]).bool()
@@ -50,3 +52,29 @@ def test_denormalise_undoes_a_normalisation():
         denormalise(normalised.repeat(2, 1, 1, 1), mean, std), pixels.repeat(2, 1, 1, 1)
     )
     assert denormalise(torch.tensor([[[-9.0, 9.0]]]), (0.5,), (0.5,)).tolist() == [[[0.0, 1.0]]]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".gif"])  # a GIF has 256 colours: enough for grey
+def test_an_animation_has_every_frame_of_an_episode(suffix, tmp_path):
+    env = TokenPruneEnv(prune_before=(1, 2), render_mode="rgb_array")
+    env.reset(seed=0)
+    frames = [env.render()]
+    while env.agents:
+        env.step({agent: int(i % 3 > len(frames) - 1) for i, agent in enumerate(env.agents)})
+        frames.append(env.render())
+    save_animation(frames, tmp_path / f"episode{suffix}", fps=4, zoom=2)
+    with Image.open(tmp_path / f"episode{suffix}") as animation:
+        assert animation.n_frames == len(frames) == 3
+        for i, frame in enumerate(frames):
+            animation.seek(i)
+            shown = np.asarray(animation.convert("RGB"))
+            assert np.array_equal(shown[::2, ::2], frame)
+            assert np.array_equal(shown[1::2, 1::2], frame)
+            assert animation.info["duration"] == (250 if i < 2 else 250 * HOLD)
+
+
+def test_what_is_no_animation_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no frames"):
+        save_animation([], tmp_path / "a.gif")
+    with pytest.raises(ValueError, match=r"ends with \.gif, \.png or \.webp"):
+        save_animation([np.zeros((2, 2, 3), np.uint8)], tmp_path / "a.jpg")

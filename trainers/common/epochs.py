@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from prunevit.progress import progress_bar, say
 from prunevit.trainers.common.classification import SEEDS_PER_RUN, Learner, TrainingImages
 from prunevit.trainers.common.run import Record, RunFolder, TrainingError, resume_flags
 from prunevit.trainers.common.signals import finishing_first, says_how_to_go_on
@@ -55,7 +56,7 @@ def train_epochs(
         run.save(learner.state_dict() | {"epoch": len(run.records)})
         after_epoch()
         if ranks.is_first:
-            print(json.dumps(run.records[-1]), flush=True)
+            say(json.dumps(run.records[-1]))
 
     def save(place: Place) -> None:
         run.save(learner.state_dict() | {"epoch": len(run.records), "place": place})
@@ -71,17 +72,23 @@ def train_epochs(
     done = len(run.records) - (evaluate_first is not None)
     place: Place | None = None if state is None else state.get("place")
     flags = resume_flags(run.path, learner.recipe)
-    with says_how_to_go_on(run.path, flags), ranks.stop_together():
+    begun = done * images.steps_an_epoch + (0 if place is None else len(place["losses"]))
+    bar = progress_bar(images.steps, "steps", begun, run.path.name, not ranks.is_first)
+    with bar, says_how_to_go_on(run.path, flags), ranks.stop_together():
         for epoch in range(done, learner.recipe.epochs):
-            loss = train_epoch(learner, images, epoch, place, saver)
+            loss = train_epoch(learner, images, epoch, bar, place, saver)
             place = None
-            record({"loss": loss} | evaluate())
+            results = evaluate()
+            record({"loss": loss} | results)
+            numbers = {k: v for k, v in results.items() if isinstance(v, float)}
+            bar.set_postfix(loss=loss, **numbers)
 
 
 def train_epoch(
     learner: Learner,
     images: TrainingImages,
     epoch: int,
+    bar: tqdm,
     place: Place | None = None,
     save: Callable[[Place], object] | None = None,
 ) -> float:
@@ -91,6 +98,7 @@ def train_epoch(
         learner: the model with its optimizer.
         images: the training images.
         epoch: number of the epoch, from 0.
+        bar: counts the steps of all epochs.
         place: where to continue within the epoch, as it was passed to ``save``. Images of earlier
             steps are loaded again, so that the augmentation draws the same numbers.
         save: called with the place reached, from time to time and when the training is stopped.
@@ -108,20 +116,18 @@ def train_epoch(
         losses = list(place["losses"].to(device))
         restore_global_generators(place["generators"])
     done = len(losses)
-    title = f"epoch {epoch + 1}/{recipe.epochs}"
-    silent = None if ranks.is_first else True
     all_batches = images.epoch(seed)
     batches_left = islice(all_batches, done, None)
-    progress = tqdm(batches_left, title, images.steps_an_epoch, initial=done, disable=silent)
     saved_at = time.monotonic()
     try:
-        for step, (inputs, labels) in enumerate(progress, epoch * images.steps_an_epoch + done):
+        for step, (inputs, labels) in enumerate(batches_left, epoch * images.steps_an_epoch + done):
             ranks.stop_if_asked()
             with finishing_first():
                 inputs, labels = (
                     part.to(device, non_blocking=part.is_pinned()) for part in (inputs, labels)
                 )
                 losses.append(learner.learn(inputs, labels, step))
+            bar.update()
             if save is not None and time.monotonic() - saved_at >= SAVE_SECONDS:
                 save(_place(losses))
                 saved_at = time.monotonic()

@@ -26,6 +26,7 @@ from prunevit.envs.devices import pick_device
 from prunevit.envs.rewards import make_reward
 from prunevit.trainers.common.backbones import StagedViTSettings, make_backbone
 from prunevit.trainers.common.checkpoint import write_json
+from prunevit.trainers.common.closing import say_where_and_what_next
 from prunevit.trainers.common.evaluation import Evaluation, evaluate
 from prunevit.trainers.common.report import table
 from prunevit.trainers.common.run import COMMAND_ERRORS, RUNS, open_run
@@ -180,6 +181,7 @@ class LibraryRun:
                 **facts,
             },
         )
+        say_where_and_what_next(self.folder)
         return results
 
 

@@ -14,6 +14,7 @@ from torch.profiler import record_function
 from tqdm import tqdm
 
 from prunevit.extras import needs
+from prunevit.progress import progress_bar, say
 from prunevit.trainers.common.distributed import RanksError
 from prunevit.trainers.common.profiling import profiled
 from prunevit.trainers.common.run import Record, RunFolder, TrainingError
@@ -98,11 +99,8 @@ def train(
     """
     ranks = run.ranks
     board = _open_board(run, trainer.iteration + 1)
-    bar = tqdm(
-        total=settings.iterations,
-        initial=trainer.iteration,
-        disable=None if ranks.is_first else True,
-        desc=run.path.name,
+    bar = progress_bar(
+        settings.iterations, "iterations", trainer.iteration, run.path.name, not ranks.is_first
     )
     tracing: AbstractContextManager[Callable[[], object]] = nullcontext(lambda: None)
     if profile and ranks.is_first:
@@ -117,7 +115,7 @@ def train(
                 iteration = trainer.iteration
                 is_last = iteration == settings.iterations
                 if iteration % settings.eval_every == 0 or is_last:
-                    record |= _evaluate(monitor, bar, iteration, ranks.is_first)
+                    record |= _evaluate(monitor, iteration, ranks.is_first)
                 if board is not None:
                     for name, value in record.items():
                         board.add_scalar(name, value, iteration)
@@ -164,9 +162,9 @@ def _iterate(trainer: Trainer, monitor: Monitor, bar: tqdm) -> Record:
     return record
 
 
-def _evaluate(monitor: Monitor, bar: tqdm, iteration: int, is_first: bool) -> dict[str, float]:
+def _evaluate(monitor: Monitor, iteration: int, is_first: bool) -> dict[str, float]:
     results = monitor.evaluate()
     text = " ".join(f"{k.removeprefix('validation_')} {v:.4f}" for k, v in results.items())
     if is_first:
-        bar.write(f"iteration {iteration}: validation {text}")
+        say(f"iteration {iteration}: validation {text}")
     return results

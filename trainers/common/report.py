@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 import torch
 
-from prunevit.agents.policies.heuristics import KeepAll, TopK
+from prunevit.agents.policies.heuristics import KeepAll, Score, TopK
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.data_config import model_data_config
 from prunevit.envs.measures import Measure
 from prunevit.envs.rendering import denormalise, stage_strip
 from prunevit.extras import needs
+from prunevit.progress import progress_bar
 from prunevit.trainers.common.checkpoint import write_atomically
 from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.common.evaluation import best_topk, evaluate
@@ -43,10 +44,16 @@ def report_pruning(
     backbone, size = learned.backbone, config.eval_size
     target = evaluate(learned, validation, size)
     models = {"dense": PrunedViT(backbone, KeepAll()), "learned": learned}
-    for name in ("random", "attention"):
-        tokens = best_topk(backbone, validation, target.gmacs, target.kept, name, size)
-        models[name] = PrunedViT(backbone, TopK(tokens, name, config.seed))
-    results = {name: evaluate(model, test) for name, model in models.items()}
+    results = {}
+    rivals: tuple[Score, ...] = ("random", "attention")
+    with progress_bar(2 * len(rivals) + len(models), "evaluations", title="report") as bar:
+        for score in rivals:
+            tokens = best_topk(backbone, validation, target.gmacs, target.kept, score, size)
+            models[score] = PrunedViT(backbone, TopK(tokens, score, config.seed))
+            bar.update()
+        for name, model in models.items():
+            results[name] = evaluate(model, test)
+            bar.update()
 
     count = max(min(SPEED_IMAGES, len(test)) // SPEED_BATCH, 1) * SPEED_BATCH
     pixels, _ = test.load([i % len(test) for i in range(count)])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prunevit.envs.devices import now
+from prunevit.progress import progress_bar
 
 ROUNDS = 15
 
@@ -58,6 +59,7 @@ def interleaved(
     warmup: int,
     device: torch.device,
     each_call: bool = False,
+    title: str | None = None,
 ) -> dict[str, Timing]:
     """Times all variants in turns. In every round each one makes a pass over its calls; rounds
     start with different variants.
@@ -68,10 +70,13 @@ def interleaved(
         warmup: rounds before them that are not timed.
         device: where the calls compute.
         each_call: also time each call by itself, waiting for the device after each.
+        title: of a progress bar; none is shown without it.
     """
     names = list(variants)
     timings = {name: Timing() for name in names}
-    for turn in range(warmup + rounds):
+    count = warmup + rounds
+    turns = progress_bar(count, "rounds", title=title, silent=title is None, items=range(count))
+    for turn in turns:
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             edges = [now(device)]
