@@ -110,7 +110,8 @@ def test_a_policy_that_was_not_calibrated_says_so(staged, photograph):
 
 
 def test_saved_models_and_names_of_timm_are_read(staged, tmp_path):
-    PrunedViT(staged, TopK((8, 8, 8)), {"embed_dim": 32, "depth": 4}).save_pretrained(tmp_path)
+    sizes = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    PrunedViT(staged, TopK((8, 8, 8)), sizes).save_pretrained(tmp_path)
     read = read_model(str(tmp_path))
     assert read.methods[0] == OWN
     assert read.backbone.prune_before == (1, 2, 3)
