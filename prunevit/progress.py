@@ -8,6 +8,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+# tqdm's own, but for the rate, which would be seconds an item where it is low
+FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+
 
 def progress_bar(
     total: int,
@@ -36,6 +39,7 @@ def progress_bar(
         desc=title,
         disable=True if silent else None,
         dynamic_ncols=True,
+        bar_format=FORMAT,
     )
 
 

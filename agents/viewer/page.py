@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OFFERED = (DIGITS, "deit_small_patch16_224")
+MODELS_KEPT = 4  # in memory
 NONE = "none"
 MODELS = "digits, timm's name, or a folder"
 METHODS = "what decides who stays"
@@ -72,13 +73,15 @@ class Viewer:
 
     Attributes:
         offered: names of the models that it lists.
+        takes_any_model: whether it reads others too.
+        read: gives the ``ViewedModel`` of a name; raises ValueError or OSError if it can't be read.
     """
 
     def __init__(self, config: ViewerConfig) -> None:
         self.config = config
         self.offered = tuple(dict.fromkeys((config.model, *OFFERED)))
         self.takes_any_model = config.host in LOOPBACK
-        self._read = cache(self._read_model)
+        self.read = lru_cache(MODELS_KEPT)(self._read_model)
 
     def _read_model(self, name: str) -> ViewedModel:
         if not self.takes_any_model:
@@ -91,7 +94,7 @@ class Viewer:
     def methods(self, model: str) -> tuple[str, ...]:
         """The ways to prune a model; none if there is no such model, which ``show`` tells."""
         try:
-            return self._read(model).methods
+            return self.read(model).methods
         except (ValueError, OSError):
             return ()
 
@@ -111,7 +114,7 @@ class Viewer:
             a picture, None if there can be none, and a table or what is wrong, as Markdown.
         """
         try:
-            viewed = self._read(model)
+            viewed = self.read(model)
             methods = [each for each in (method, other) if each in viewed.methods]
             image = open_photograph(Path(file), Path(file).name)
             found = compare(viewed, image, methods or viewed.methods[:1], compute)
@@ -161,6 +164,8 @@ def make_page(viewer: Viewer, folder: Path) -> Blocks:
 
     Raises:
         ImportError: the extra ``viewer`` is missing.
+        ValueError: the model that the page begins with can't be read.
+        OSError: likewise.
     """
     with needs("viewer"):
         import gradio as gr
@@ -171,7 +176,7 @@ def make_page(viewer: Viewer, folder: Path) -> Blocks:
         image.save(file)
     is_digits = viewer.config.model == DIGITS
     first = next(i for i, name in enumerate(images) if name.startswith(DIGITS) == is_digits)
-    methods = viewer.methods(viewer.config.model)
+    methods = viewer.read(viewer.config.model).methods
 
     def methods_of(model: str) -> tuple[Any, Any]:
         known = viewer.methods(model)

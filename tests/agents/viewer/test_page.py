@@ -78,6 +78,13 @@ def test_without_gradio_the_extra_is_named(monkeypatch):
     assert "It comes with the extra 'viewer'" in str(ended.value.code)
 
 
+@pytest.mark.integration("viewer")
+def test_a_model_that_is_none_ends_the_command_in_one_line():
+    with pytest.raises(SystemExit) as ended:
+        page.main(["--no-browser", "--model", "deit_smal"])
+    assert str(ended.value.code).startswith("error: unknown backbone 'deit_smal'")
+
+
 @pytest.fixture
 def served(tmp_path, monkeypatch):
     """The address of a page that is served as the command does."""
