@@ -53,6 +53,7 @@ class Records:
         self.path = path
         self.rows: list[Record] = read(path, fields) if path.is_file() else []
         self._key = key
+        self._fields = fields
 
     def require(
         self,
@@ -92,7 +93,10 @@ class Records:
         self.save()
 
     def save(self) -> None:
-        """Writes the records as they are now."""
+        """Writes the records as they are now, and keeps those that another process has put."""
+        own = {self._key_of(row) for row in self.rows}
+        written = read(self.path, self._fields) if self.path.is_file() else []
+        self.rows[:0] = [row for row in written if self._key_of(row) not in own]
         write_records(self.path, self.rows)
 
     def _key_of(self, row: Record) -> tuple[Any, ...]:
@@ -118,7 +122,10 @@ def read(path: Path, fields: Set[str] = FIELDS) -> list[Record]:
     Raises:
         ValueError: a line before the last one is not a record.
     """
-    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} holds no records: {error}") from error
     rows: list[Record] = []
     renamed: set[str] = set()
     for number, line in enumerate(lines[:-1], start=1):  # the last line is cut off, or empty

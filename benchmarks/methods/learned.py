@@ -69,11 +69,16 @@ def is_trained(folder: Path, settings: Mapping[str, Any], result: str = RUN_WEIG
     """Whether ``folder`` holds ``result`` of a finished run.
 
     Raises:
-        ValueError: it holds a run under other settings that matter.
+        ValueError: it holds a run under other settings that matter, or they are damaged.
     """
     written = folder / "config.json"
     if written.is_file():
-        found = rename_settings(json.loads(written.read_text(encoding="utf-8")))
+        try:
+            found = rename_settings(json.loads(written.read_text(encoding="utf-8")))
+            if not isinstance(found, dict):
+                raise ValueError("it holds no JSON object")
+        except ValueError as error:
+            raise ValueError(f"{written} is damaged: {error}") from error
         wanted = json.loads(json.dumps(settings))
         names = (found.keys() | wanted.keys()) - RUNS_OWN
         # settings that a run doesn't have are newer than it, and were off then

@@ -746,6 +746,13 @@ def test_records_of_another_commit_or_machine_are_refused(tmp_path, change):
         compare(config)
 
 
+@pytest.mark.parametrize(("text", "why"), [('{"seed"', "delimiter"), ("[]", "no JSON object")])
+def test_a_run_with_damaged_settings_is_named(tmp_path, text, why):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"config.json is damaged: .*{why}"):
+        learned.is_trained(tmp_path, {})
+
+
 def test_runs_may_lie_elsewhere(tmp_path):
     config = CompareConfig(out=tmp_path, runs=tmp_path / "trained", **SETTINGS)
     assert open_benchmark(config).runs == tmp_path / "trained"

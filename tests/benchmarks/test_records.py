@@ -58,6 +58,17 @@ def test_a_record_takes_the_place_of_the_one_with_its_key(file):
     assert records.rows == read(file) == [record("b"), record(accuracy=0.5)]
 
 
+def test_two_processes_lose_none_of_each_others_records(file):
+    first, second = put(file, record()), Records(file)
+    second.put(record("b"))
+    first.put(record("c"))
+    first.rows[0]["speedup"] = 2.0
+    first.save()
+    second.put(record("d"))
+    assert {row["method"] for row in read(file)} == {"a", "b", "c", "d"}
+    assert [row["method"] for row in second.rows] == [row["method"] for row in read(file)]
+
+
 @pytest.mark.parametrize("cut", [1, 20, 5_000])
 def test_a_line_that_was_cut_off_is_measured_again(file, cut):
     put(file, *[record(seed=seed) for seed in range(3)])
@@ -95,6 +106,13 @@ def test_what_is_no_record_is_named(tmp_path, line, message):
     file.write_text(json.dumps(record()) + "\n" + line + "\n" + json.dumps(record()) + "\n")
     with pytest.raises(ValueError, match=message):
         read(file)
+
+
+def test_a_file_that_is_no_text_is_named(file):
+    file.parent.mkdir()
+    file.write_bytes(b"\xff\n")
+    with pytest.raises(ValueError, match=r"records.jsonl holds no records: .*codec"):
+        Records(file)
 
 
 def test_cells_tell_mean_and_spread():
