@@ -1,8 +1,8 @@
 """Compares methods under one protocol: ``python -m benchmarks.compare --task digits``.
 
-Every method prunes the same frozen backbone through the same runtime. Methods that learn are
-trained, or their runs under OUT/runs are used. At each operating point, a share of the dense
-model's compute, a method's knob is set on validation images; then it is judged on all test images.
+Every method prunes the same frozen backbone, on the same kernels. Methods that learn are trained,
+or their runs under OUT/runs are used. At each operating point, a share of the dense model's
+compute, a method's knob is set on validation images; then it is judged on all test images.
 At the end all methods are timed, decisions included, in turns with timm's own dense model and with
 our runtime with nothing pruned. All run on the kernels of that runtime. They are timed in a process
 that does nothing else; nothing else should run on the machine then. With ``--no-speed`` this is
@@ -56,7 +56,8 @@ class CompareConfig(Settings):
     task: Literal["digits", "cifar10", "imagenet"] = "digits"
     """Images, backbone and stages."""
     methods: tuple[str, ...] = (
-        "mappo", "dynamic-vit", "attention", "threshold", "ats", "evit", "tome", "random", "norm",
+        "mappo", "dynamic-vit", "attention", "threshold", "ats", "evit", "tome", "pitome",
+        "zero-tprune", "random", "norm",
     )  # fmt: skip
     """Which methods; an unknown name lists them all."""
     seeds: Count = 5
@@ -76,7 +77,8 @@ class CompareConfig(Settings):
     points: tuple[Annotated[float, Range(0, 1, open_low=True)], ...] = ()
     """Operating points, shares of the dense compute; the task's own if none is given."""
     iterations: Count | None = None
-    """Iterations of each training; the task's own if not given."""
+    """Iterations of each training; the task's own if not given. Those are set so that DynamicViT and
+    ours compute about as much; an equal number doesn't."""
     eval_size: Count = 1_000
     """Validation images on which knobs are set."""
     split: Literal["test", "validation"] = "test"

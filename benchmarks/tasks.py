@@ -121,6 +121,7 @@ TASKS: Mapping[str, Task] = {
             alpha_range=(0.05, 1.0),
             training={"eval_every": 250, "eval_size": 5_000},
             fine_tuning={"epochs": 1, "epoch_size": 1_300_000},
+            dynamic_vit={"iterations": 1_500},
         ),
     )
 }

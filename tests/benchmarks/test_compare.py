@@ -37,8 +37,10 @@ from prunevit.benchmarks.protocol import (
 from prunevit.benchmarks.records import FIELDS, Records, command, commit, read, unpack_answers
 from prunevit.benchmarks.tasks import TASKS
 from prunevit.envs.vit.digits_vit import ASSETS
+from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.common.evaluation import evaluate
 from prunevit.trainers.common.timing import Timing
+from prunevit.trainers.dynamic_vit import DynamicViTConfig
 
 SETTINGS = {"eval_size": 12, "test_size": 16, "speed": False, "iterations": 1, "threads": 1}
 
@@ -644,6 +646,15 @@ def test_a_task_has_its_stages_inside_of_blocks_or_between_them(bench, monkeypat
         found = evaluate(method.make(knobs), inside.validation, inside.size)
         assert found.gmacs == pytest.approx(target, rel=0.03)
         assert 1 > found.kept[0] > found.kept[1]
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_a_training_of_dynamic_vit_computes_about_as_much_as_ours(task):
+    ours, theirs = MappoConfig(**task.training), DynamicViTConfig(**task.dynamic_vit)
+    mean = sum(task.points) / len(task.points)  # what a pruned pass costs, of the dense one
+    passes = ours.iterations * ours.num_envs * (1 / ours.rollouts_per_image + mean)
+    # the teacher, the masked model, and its backward pass
+    assert theirs.iterations * theirs.batch_size * 4 > 0.8 * passes
 
 
 def test_released_has_the_numbers_of_the_code(bench):
