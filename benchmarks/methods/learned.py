@@ -392,12 +392,17 @@ def share_to_keep(bench: Benchmark, gmacs: float) -> float:
 
 
 def dynamic_vit(
-    bench: Benchmark, seed: int, fine_tune: bool = False, on_prune: OnPrune = "drop"
+    bench: Benchmark,
+    seed: int,
+    fine_tune: bool = False,
+    on_prune: OnPrune = "drop",
+    narrow: bool = False,
 ) -> Method:
     """DynamicViT, trained for each operating point, as its authors do; with its backbone once, for
     the middle one, as ours is. The knob is the share of patches that it keeps. Where the task
     allows, with dither if that is better on validation. With ``on_prune="merge"`` the same
-    trainings, which know only masks, are judged with merging.
+    trainings, which know only masks, are judged with merging. With ``narrow`` its predictors are as
+    wide as our actor, and cost less of an operating point's compute.
     """
 
     def restaged(folder: Path) -> PrunedViT:
@@ -420,8 +425,11 @@ def dynamic_vit(
         trained_for = bench.gmacs_at(bench.middle_point) if fine_tune else gmacs
         percent = 100e9 * gmacs / bench.backbone.dense_macs
         kind = "fine-tuned" if fine_tune else f"{percent:.0f}"
-        folder = bench.runs / f"dynamic-vit-{kind}-{seed}"
+        name = "dynamic-vit-narrow" if narrow else "dynamic-vit"
+        folder = bench.runs / f"{name}-{kind}-{seed}"
         settings = {**bench.task.dynamic_vit, **shared_settings(bench, folder, seed)}
+        if narrow:
+            settings["hidden"] = bench.base.hidden[0]
         keep = share_to_keep(bench, trained_for)
         config = DynamicViTConfig(fine_tune=fine_tune, keep=keep, **settings)
         if not is_trained(folder, config.to_json()):

@@ -79,7 +79,9 @@ RECIPES: Mapping[str, Recipe] = {
     "agreement": Recipe("paid for the dense model's answers, no labels", {"accuracy": "agreement"}),
     "confidence": Recipe("paid for the true class's probability", {"accuracy": "confidence"}),
     "paper": Recipe(
-        "the paper's way: a shared reward, a critic as baseline", PAPER, alpha_range=False
+        "RL4EViT's paper as we read it: a shared reward, a critic as baseline",
+        PAPER,
+        alpha_range=False,
     ),
     # even half the iterations take several times as long as ours
     "released": Recipe(

@@ -66,6 +66,10 @@ SEEDED: dict[str, tuple[str, Callable[[Benchmark, int], Method]]] = {
         "DynamicViT, frozen backbone, the rest merged when it is judged",
         partial(learned.dynamic_vit, on_prune="merge"),
     ),
+    "dynamic-vit-narrow": (
+        "DynamicViT, frozen backbone, predictors as wide as our actor",
+        partial(learned.dynamic_vit, narrow=True),
+    ),
     "dynamic-vit-fine-tuned": (
         "DynamicViT: the backbone learns too",
         partial(learned.dynamic_vit, fine_tune=True),

@@ -564,6 +564,7 @@ def test_dynamic_vit_takes_part_with_and_without_its_backbone(bench):
     for name, iterations in (
         ("dynamic-vit", 1),
         ("dynamic-vit-merge", 1),
+        ("dynamic-vit-narrow", 1),
         ("dynamic-vit-fine-tuned", 6),
     ):
         method = METHODS[name].open(replace(bench, iterations=iterations), 0)
@@ -573,6 +574,7 @@ def test_dynamic_vit_takes_part_with_and_without_its_backbone(bench):
             spent = evaluate(model, bench.validation, bench.size).gmacs
             assert spent == pytest.approx(bench.gmacs_at(0.5), rel=0.01)
             assert model.policy.dither == dither
+            assert model.policy.hidden == (32 if name == "dynamic-vit-narrow" else 128)
             assert (model.backbone.on_prune == "merge") == (name == "dynamic-vit-merge")
         assert "dither" in knobs
         learns = not torch.equal(
