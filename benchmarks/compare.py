@@ -77,8 +77,8 @@ class CompareConfig(Settings):
     points: tuple[Annotated[float, Range(0, 1, open_low=True)], ...] = ()
     """Operating points, shares of the dense compute; the task's own if none is given."""
     iterations: Count | None = None
-    """Iterations of each training; the task's own if not given. Those are set so that DynamicViT and
-    ours compute about as much; an equal number doesn't."""
+    """Iterations of each training; the task's own if not given. With those, DynamicViT and ours
+    compute about as much; an equal number doesn't do that."""
     eval_size: Count = 1_000
     """Validation images on which knobs are set."""
     split: Literal["test", "validation"] = "test"
@@ -208,6 +208,7 @@ def measure(
                 continue
             knobs, matched = error.nearest, False
         found = judge(method, knobs, bench, size)
+        backbone = method.make(knobs).backbone if method.make else bench.backbone
         yield {
             "method": name,
             "seed": seed,
@@ -215,6 +216,7 @@ def measure(
             "matched": matched,
             **knobs,
             "fine_tuned": METHODS[name].fine_tunes,
+            "on_prune": backbone.on_prune,
             **found.compared_with(judge_dense(bench, size)),
             "speedup": None,
             **origin_of(settings, bench),
@@ -253,6 +255,13 @@ def origin_of(settings: dict[str, Any], bench: Benchmark) -> Record:
         "settings": settings,
         "command": command(),
     }
+
+
+def title_of(name: str, rows: pd.DataFrame) -> str:
+    """A method's title, which says too if it merges what it prunes, as ours does on some tasks."""
+    title = METHODS[name].title
+    merges = "on_prune" in rows and rows["on_prune"].eq("merge").any()
+    return f"{title}, merging what it prunes" if merges and "merg" not in title else title
 
 
 def table(methods: Iterable[tuple[str, pd.DataFrame]], with_speeds: bool = True) -> str:
@@ -317,7 +326,7 @@ def report(config: CompareConfig) -> None:
     data = pd.DataFrame(compare(config))
     print(f"dense: {100 * data['dense_accuracy'].iloc[0]:.2f}")
     methods = [
-        (METHODS[name].title, group) for name, group in data.groupby("method") if name != DENSE
+        (title_of(name, group), group) for name, group in data.groupby("method") if name != DENSE
     ]
     if not methods:
         return  # no method reached a point

@@ -19,12 +19,11 @@ from typing import Any
 import pandas as pd
 import tyro
 
-from prunevit.benchmarks.compare import table
+from prunevit.benchmarks.compare import table, title_of
 from prunevit.benchmarks.differences import OURS, check_one_origin, differences, summary
 from prunevit.benchmarks.machine import MIB
 from prunevit.benchmarks.markdown import markdown_table, mean_and_deviation, mean_and_interval
 from prunevit.benchmarks.marl import compare as marl
-from prunevit.benchmarks.methods.registry import METHODS
 from prunevit.benchmarks.records import FILE, read
 from prunevit.cli import prog
 from prunevit.trainers.common.checkpoint import write_text
@@ -97,9 +96,9 @@ def titled(data: pd.DataFrame, names: Sequence[str]) -> list[tuple[str, pd.DataF
     """Titles and records of these methods; ours stands out."""
     methods = []
     for name in names:
-        title = f"{METHODS[name].title} (`{name}`)"
-        title = f"**{title}**" if name in (OURS, "rloo") else title
-        methods.append((title, data[data["method"] == name]))
+        rows = data[data["method"] == name]
+        title = f"{title_of(name, rows)} (`{name}`)"
+        methods.append((f"**{title}**" if name in (OURS, "rloo") else title, rows))
     return methods
 
 

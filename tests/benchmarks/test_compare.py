@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -322,6 +323,7 @@ def test_records_are_complete_and_nothing_is_measured_twice(tmp_path, monkeypatc
         assert 0.5 < row["agreement"] <= 1
         assert row["kl"] > 0
         assert row["speedup"] is None
+        assert row["on_prune"] == "drop"
         assert row.keys() >= FIELDS | {"settings", "versions", "images"}
         assert " cores, " in row["hardware"]
         assert row["commit"] == commit()
@@ -697,6 +699,15 @@ def test_the_command_prints_the_most_accurate_first(monkeypatch, capsys):
         f"| {METHODS[name].title} | {percent}.00 |"
         for name, percent in (("tome", 90), ("norm", 80))
     ]
+
+
+@pytest.mark.parametrize("on_prune", ["drop", "merge"])
+def test_a_title_says_who_merges(on_prune):
+    rows = pd.DataFrame({"on_prune": ["drop", on_prune]})
+    for name, is_told in (("mappo", True), ("merge", False), ("attention-merge", False)):
+        more = ", merging what it prunes" if is_told and on_prune == "merge" else ""
+        assert comparison.title_of(name, rows) == METHODS[name].title + more
+    assert comparison.title_of("mappo", rows[:0]) == METHODS["mappo"].title
 
 
 # --- what is refused ---
