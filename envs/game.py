@@ -87,8 +87,9 @@ class TokenGame:
     """A game in which each patch token is an agent that stays or is pruned at every stage.
 
     All episodes of a batch have the same T stages and end together. All tensors stay on the
-    backbone's device. The host waits for it once in ``reset``, to check the images, and once in
-    each ``step``, for the number of surviving tokens; twice where pruned patches merge.
+    backbone's device. The host waits for it once in ``reset`` if the images are there already, to
+    check them, and once in each ``step``, for the number of surviving tokens; twice where pruned
+    patches merge.
 
     Args:
         backbone: the staged ViT; its weights are not changed.
@@ -271,11 +272,8 @@ class TokenGame:
 
     def dense_logits(self, tokens: Tokens) -> Tensor:
         """Logits of the unpruned model [B, classes], from ``tokens`` before the first stage."""
-        keep_all = torch.ones(
-            len(tokens.alive), self.num_agents, dtype=torch.bool, device=tokens.alive.device
-        )
         for stage in range(self.num_stages):
-            tokens = self.backbone.advance(tokens, keep_all, stage, with_attention=False)
+            tokens = self.backbone.advance(tokens, None, stage, with_attention=False)
         return self.backbone.finish(tokens).float()
 
     def _checked_alphas(self, alpha: Tensor | None, labels: Tensor) -> Tensor:
@@ -323,13 +321,14 @@ def checked_batch(
             f"got {labels.dtype} {list(labels.shape)}"
         )
     finite = images.isfinite().flatten(1).all(1)
-    if not finite.all():
-        bad = (~finite).nonzero().flatten().tolist()
-        raise ValueError(f"images {bad} of the batch hold NaN or infinite values")
     outside = (labels < 0) | (labels >= backbone.num_classes)
-    if not with_labels and (not backbone.num_classes or (labels == NO_LABEL).all()):
-        outside = torch.zeros_like(outside)
-    if outside.any():
+    if not with_labels:
+        labelled = (labels != NO_LABEL).any() if backbone.num_classes else torch.tensor(False)
+        outside = outside & labelled
+    if not (finite.all() & ~outside.any()):  # if they are on a GPU, the host waits once
+        if not finite.all():
+            bad = (~finite).nonzero().flatten().tolist()
+            raise ValueError(f"images {bad} of the batch hold NaN or infinite values")
         raise ValueError(
             f"labels {labels[outside].unique().tolist()} are outside the backbone's "
             f"{backbone.num_classes} classes 0..{backbone.num_classes - 1}"

@@ -38,7 +38,8 @@ def dither_levels(height: int, width: int, stage: int, device: torch.device) -> 
     Returns:
         float32 [height * width], row by row.
     """
-    return torch.tensor(_dither_levels(height, width, stage), device=device)
+    levels = torch.tensor(_dither_levels(height, width, stage))
+    return levels.to(device, non_blocking=True)
 
 
 # numbers, not a tensor: one that was made while a tracer or an exporter ran would stay theirs

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,18 +81,18 @@ class Layout:
         if len(lengths) and (lengths == lengths[0]).all():
             return Layout.uniform(len(lengths), int(lengths[0]), width, device)
         cu_seqlens = _cumulative(lengths)
-        on_device = torch.from_numpy(lengths).to(device)
+        on_device = to_device(lengths, device)
         edges = _edges(lengths, width, device)
         buckets = _buckets(lengths, edges)
         return Layout(
             lengths=lengths,
-            starts=torch.from_numpy(cu_seqlens[:-1]).to(device),
+            starts=to_device(cu_seqlens[:-1], device),
             image=torch.repeat_interleave(on_device, output_size=int(cu_seqlens[-1])),
             width=width,
             uniform_length=None,
             buckets=torch.from_numpy(buckets.flatten()),
             padding=_pad(lengths, buckets, device),
-            cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)).to(device),
+            cu_seqlens=to_device(cu_seqlens.astype(np.int32), device),
             max_seqlen=int(lengths.max(initial=0)),
         )
 
@@ -151,7 +152,7 @@ class Layout:
             share = weight / self.mean(weight)[self.image]
             wide = wide * share.view(-1, *[1] * (rows.dim() - 1))
         total = wide.new_zeros(len(self.lengths), *rows.shape[1:]).index_add(0, self.image, wide)
-        count = torch.from_numpy(self.lengths).to(wide.device, wide.dtype)
+        count = to_device(self.lengths, wide.device).to(wide.dtype)
         return (total / count.view(-1, *[1] * (rows.dim() - 1))).to(rows.dtype)
 
     def max(self, rows: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ class Layout:
         Returns:
             the padded rows [B, max_seqlen, D], and bool [B, max_seqlen], True on rows.
         """
-        valid = torch.from_numpy(np.arange(self.max_seqlen) < self.lengths[:, None]).to(rows.device)
+        valid = to_device(np.arange(self.max_seqlen) < self.lengths[:, None], rows.device)
         padded = rows.new_zeros(*valid.shape, rows.shape[1])
         place = torch.arange(len(rows), device=rows.device) - self.starts[self.image]
         return padded.index_put((self.image, place), rows), valid
@@ -178,8 +179,13 @@ class Layout:
         place = np.arange(len(rows)) - np.repeat(
             np.cumsum(self.lengths) - self.lengths, self.lengths
         )
-        kept = torch.from_numpy(np.flatnonzero(place >= count)).to(rows.device)
+        kept = to_device(np.flatnonzero(place >= count), rows.device)
         return rows.index_select(0, kept), Layout.of(self.lengths - count, self.width, rows.device)
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy of ``array`` on a device, where the host waits for nothing that is under way there."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def _cumulative(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -244,6 +250,4 @@ def _pad(
     # padding repeats an image's last row: any row will do, since it is masked
     row = start + np.minimum(place, length - 1)
     bias = np.where(valid, np.float32(0), np.float32(-np.inf))
-    return Padding(
-        *(torch.from_numpy(part).to(device) for part in (row, np.flatnonzero(valid), bias))
-    )
+    return Padding(*(to_device(part, device) for part in (row, np.flatnonzero(valid), bias)))

@@ -287,7 +287,7 @@ class StagedViT(nn.Module):
     def advance(
         self,
         tokens: Tokens,
-        keep: Tensor,
+        keep: Tensor | None,
         stage: int,
         with_attention: bool = True,
         outputs: BlockOutputs | None = None,
@@ -296,13 +296,17 @@ class StagedViT(nn.Module):
 
         Args:
             tokens: what ``begin`` or the last ``advance`` returned.
-            keep: which patches stay, bool [B, N]; ignored for patches that are already gone.
+            keep: which patches stay, bool [B, N]; ignored for patches that are already gone. None
+                prunes nothing, and a GPU need not be waited for.
             stage: 0-based stage at which ``keep`` was decided.
             with_attention: fill ``Tokens.attention`` for the next stage.
             outputs: collects the tokens after some of the blocks.
         """
         start, stop = self.edges[stage : stage + 2]
-        make = partial(self.prune, tokens, keep)
+        if keep is None:
+            make = partial(replace, tokens, attention=None)
+        else:
+            make = partial(self.prune, tokens, keep)
         observed = with_attention and stage + 1 < self.num_stages
         return self._run(make, start, stop, observed, outputs)
 

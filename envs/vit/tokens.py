@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prunevit.envs.vit.layout import Layout
+from prunevit.envs.vit.layout import Layout, to_device
 from prunevit.envs.vit.timm_models.rope import RotaryEmbedding
 
 
@@ -144,7 +144,7 @@ def slots_by_length(alive: Tensor, lengths: NDArray[np.int64]) -> tuple[Tensor, 
         lengths: number of survivors of each image, int64 [B].
     """
     order = np.argsort(lengths, kind="stable")
-    place = torch.from_numpy(order).to(alive.device)
+    place = to_device(order, alive.device)
     image, position = nonzero(alive[place], int(lengths.sum()))
     return place[image] * alive.shape[1] + position, lengths[order]
 
