@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from sklearn.datasets import load_sample_image
 from timm.data import create_transform
 from torch import Tensor
@@ -44,10 +44,11 @@ def open_photograph(file: Path, name: str) -> Image.Image:
     try:
         with Image.open(file, formats=FORMATS) as image:
             width, height = image.size
+    except UnidentifiedImageError as error:
+        raise DatasetError(f"{name} is no image: {', '.join(FORMATS)} are taken") from error
     # Pillow's plugins raise errors of any kind, and one for more pixels than they ever open
     except Exception as error:
-        reason = str(error).replace(repr(str(file)), "it")
-        raise DatasetError(f"{name} can't be read as an image: {reason}") from error
+        raise DatasetError(f"{name} can't be read as an image: {error}") from error
     if width * height > MAX_PIXELS:
         raise DatasetError(
             f"{name} has {width} x {height} pixels: at most {MAX_PIXELS // 10**6} million are taken"

@@ -46,7 +46,7 @@ def report_pruning(
     models = {"dense": PrunedViT(backbone, KeepAll()), "learned": learned}
     results = {}
     rivals: tuple[Score, ...] = ("random", "attention")
-    with progress_bar(2 * len(rivals) + len(models), "evaluations", title="report") as bar:
+    with progress_bar(2 * len(rivals) + len(models) + 1, "steps", title="report") as bar:
         for score in rivals:
             tokens = best_topk(backbone, validation, target.gmacs, target.kept, score, size)
             models[score] = PrunedViT(backbone, TopK(tokens, score, config.seed))
@@ -54,12 +54,12 @@ def report_pruning(
         for name, model in models.items():
             results[name] = evaluate(model, test)
             bar.update()
-
-    count = max(min(SPEED_IMAGES, len(test)) // SPEED_BATCH, 1) * SPEED_BATCH
-    pixels, _ = test.load([i % len(test) for i in range(count)])
-    # timed as timm runs it, not as our runtime with nothing pruned
-    timed = models | {"dense": backbone.model}
-    speeds = images_per_second(timed, pixels.to(backbone.device, backbone.dtype), SPEED_BATCH)
+        count = max(min(SPEED_IMAGES, len(test)) // SPEED_BATCH, 1) * SPEED_BATCH
+        pixels, _ = test.load([i % len(test) for i in range(count)])
+        # timed as timm runs it, not as our runtime with nothing pruned
+        timed = models | {"dense": backbone.model}
+        speeds = images_per_second(timed, pixels.to(backbone.device, backbone.dtype), SPEED_BATCH)
+        bar.update()
 
     draw_pruned(learned, test, folder / "pruned.png")
     draw_curve(folder)

@@ -91,20 +91,19 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, width, he
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "message"),
     [
-        b"",
-        b"no image",
-        b"\x89PNG\r\n\x1a\nnonsense",
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
+        (b"", "x is no image: BMP, GIF, JPEG, "),
+        (b"no image", "x is no image: "),
+        (b"\x89PNG\r\n\x1a\nnonsense", "x can't be read as an image: "),
+        # Pillow would run Ghostscript
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nx\n", "x is no image: "),
     ],
 )
-def test_what_is_no_image_is_refused(tmp_path, content):
-    file = tmp_path / "a.png"
-    file.write_bytes(content)
-    with pytest.raises(DatasetError, match="x can't be read as an image: ") as refused:
-        open_photograph(file, "x")
-    assert str(tmp_path) not in str(refused.value)
+def test_what_is_no_image_is_refused(tmp_path, content, message):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(DatasetError, match=message):
+        open_photograph(tmp_path / "a.png", "x")
 
 
 def test_half_a_photograph_is_refused(tmp_path):
