@@ -297,6 +297,7 @@ def fine_tuned(bench: Benchmark, seed: int) -> Method:
     operating point.
     """
     folder = bench.runs / f"mappo-fine-tuned-{seed}"
+    on_prune: OnPrune = RECIPES["mappo"].settings(bench).get("on_prune", "drop")
 
     def train() -> None:
         begun = RunFolder(folder)
@@ -311,8 +312,24 @@ def fine_tuned(bench: Benchmark, seed: int) -> Method:
         fine_tune(bench, folder, run=run, alpha=alpha, dither=dither, seed=seed)
 
     return tuned_after_training(
-        bench, train, folder, lambda folder: PrunedViT.from_pretrained(folder / "model")
+        bench, train, folder, lambda folder: fine_tuned_model(bench, folder, on_prune)
     )
+
+
+def fine_tuned_model(bench: Benchmark, folder: Path, on_prune: OnPrune = "drop") -> PrunedViT:
+    """The model of a finished run of ``trainers.finetune``.
+
+    Raises:
+        ValueError: its stages are not the benchmark's, as of a run from before they moved.
+    """
+    model = PrunedViT.from_pretrained(folder / "model")
+    own, wanted = model.backbone, bench.backbone
+    if (own.edges, own.on_prune) != (wanted.edges, on_prune):
+        raise ValueError(
+            f"{folder} holds a model that prunes elsewhere, or otherwise, than methods do now: "
+            "move it away, or give another --runs"
+        )
+    return model
 
 
 def fine_tune(bench: Benchmark, folder: Path, **settings: Any) -> None:
@@ -344,7 +361,7 @@ def fine_tuned_top_k(
         seed: of the fine-tuning.
     """
     folder, start = bench.runs / f"{name}-{seed}", bench.runs / f"{name}-start"
-    load = reader(bench, lambda folder: PrunedViT.from_pretrained(folder / "model"))
+    load = reader(bench, lambda folder: fine_tuned_model(bench, folder))
 
     def train() -> None:
         if not start.exists():  # the tokens may have been chosen on other validation images

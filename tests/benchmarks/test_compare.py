@@ -38,6 +38,7 @@ from prunevit.benchmarks.protocol import (
 from prunevit.benchmarks.records import FIELDS, Records, command, commit, read, unpack_answers
 from prunevit.benchmarks.tasks import TASKS
 from prunevit.envs.vit.digits_vit import ASSETS
+from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.common.evaluation import evaluate
 from prunevit.trainers.common.timing import Timing
@@ -775,6 +776,18 @@ def test_a_run_with_damaged_settings_is_named(tmp_path, text, why):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=rf"config.json is damaged: .*{why}"):
         learned.is_trained(tmp_path, {})
+
+
+@pytest.mark.parametrize("change", [{"prune_at": "block"}, {"on_prune": "merge"}])
+def test_a_fine_tuned_model_of_other_stages_is_refused(bench, tmp_path, change):
+    where = {"prune_before": (0, 2), "prune_at": "mlp"}
+    for folder, more in (("same", {}), ("other", change)):
+        staged = StagedViT(bench.model, **where | more)
+        PrunedViT(staged, TopK((9, 3), "norm")).save_pretrained(tmp_path / folder / "model")
+    found = learned.fine_tuned_model(bench, tmp_path / "same").backbone
+    assert found.edges == bench.backbone.edges
+    with pytest.raises(ValueError, match="other holds a model that prunes elsewhere"):
+        learned.fine_tuned_model(bench, tmp_path / "other")
 
 
 def test_runs_may_lie_elsewhere(tmp_path):
