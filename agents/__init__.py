@@ -6,6 +6,7 @@ from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.agents.policies.heuristics import AttentionThreshold, KeepAll, TopK
 from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.policies.policy import Policy
+from prunevit.agents.policy_library import find_policy, policy_card, policy_names
 from prunevit.agents.pruned_transformers_vit import PrunedTransformersViT
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.agents.pruning import prune
@@ -23,5 +24,8 @@ __all__ = [
     "TokenActor",
     "TopK",
     "calibrate",
+    "find_policy",
+    "policy_card",
+    "policy_names",
     "prune",
 ]

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from prunevit.agents import saving
 from prunevit.agents.policy_file import read_backbone_name
+from prunevit.agents.policy_library import find_policy, policy_names
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.cli import prog
 from prunevit.envs.data.image_dataset import ImageDataset
@@ -45,8 +46,9 @@ class EmbedConfig:
     photos: tyro.conf.Positional[Path]
     """Any tree of images."""
     policy: Path
-    """A finished run of trainers.mappo, as runs/NAME, a folder of PrunedViT.save_pretrained, or a
-    file of PrunedViT.save_policy. A classifier is left away."""
+    """A finished run of trainers.mappo, as runs/NAME, a folder of PrunedViT.save_pretrained, a file
+    of PrunedViT.save_policy, or the name of one that comes with the package. A classifier is left
+    away."""
     backbone: str | None = None
     """timm's name of the model that a policy from a file prunes, by default the one it was trained
     for; or the run's --backbone, if it is on a hub (hf-hub:OWNER/NAME): a folder can't choose
@@ -95,8 +97,10 @@ def load_model(config: EmbedConfig) -> PrunedViT:
     Raises:
         ValueError: the folder holds no model, or the compute can't be reached.
     """
-    if config.policy.is_file():
-        model = PrunedViT.from_policy(_backbone_for(config), config.policy)
+    is_named = str(config.policy) in policy_names() and not config.policy.exists()
+    if config.policy.is_file() or is_named:
+        file = find_policy(config.policy)
+        model = PrunedViT.from_policy(_backbone_for(config, file), file)
     elif config.checkpoint is not None or config.img_size is not None:
         raise ValueError(
             f"{config.policy} is no file of PrunedViT.save_policy, and has a backbone of its own: "
@@ -113,11 +117,11 @@ def load_model(config: EmbedConfig) -> PrunedViT:
     return model.to(pick_device(config.device)).to(memory_format=torch.channels_last)
 
 
-def _backbone_for(config: EmbedConfig) -> nn.Module:
+def _backbone_for(config: EmbedConfig, policy: Path) -> nn.Module:
     """The backbone of a policy from a file, which can't name one on a hub by itself."""
     name = config.backbone
     if name is None:
-        name = read_backbone_name(config.policy)
+        name = read_backbone_name(policy)
         check_described(name, {})
     kwargs: dict[str, Any] = {} if config.img_size is None else {"img_size": config.img_size}
     pretrained = config.checkpoint is None

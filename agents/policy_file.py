@@ -66,7 +66,7 @@ def read_policy(file: Path, vit: nn.Module) -> tuple[StagedViT, Policy]:
         SavedModelError: the file is missing, damaged, of another version, or its policy is one for
             another backbone.
     """
-    described = _read_description(file)
+    described = describe_policy_file(file)
     made_for = described.get("backbone"), described.get("width")
     found = _name_of(vit), getattr(vit, "embed_dim", None)
     if made_for != found:
@@ -102,10 +102,15 @@ def read_backbone_name(file: Path) -> str:
     Raises:
         SavedModelError: the file is missing, damaged or of another version.
     """
-    return str(_read_description(file).get("backbone"))
+    return str(describe_policy_file(file).get("backbone"))
 
 
-def _read_description(file: Path) -> dict[str, Any]:
+def describe_policy_file(file: Path) -> dict[str, Any]:
+    """What ``write_policy`` stored of a policy beside its weights.
+
+    Raises:
+        SavedModelError: the file is missing, damaged or of another version.
+    """
     if not file.is_file():
         raise SavedModelError(f"no file {file}")
     try:

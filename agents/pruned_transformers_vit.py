@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from prunevit.agents import policy_file
 from prunevit.agents.policies.policy import Policy
 from prunevit.agents.policies.serialization import SavedModelError
+from prunevit.agents.policy_library import find_policy
 from prunevit.agents.pruned_vit import NO_GRAPH, Decide, PrunedViT, frozen
 from prunevit.envs.vit.from_transformers import ImageSize, from_transformers, kind_of
 from prunevit.envs.vit.staged_vit import StagedViT
@@ -116,16 +117,16 @@ class PrunedTransformersViT(PrunedViT):
 
         Args:
             vit: the model, of the architecture that the policy was trained for.
-            file: the file.
+            file: the file, or the name of one that comes with the package.
             img_size: size of the images, by default that of the model's configuration.
 
         Raises:
-            SavedModelError: the file is missing or damaged, or its policy is one for another
-                backbone.
+            SavedModelError: there is neither such a file nor such a name, the file is damaged, or
+                its policy is one for another backbone.
             UnsupportedBackboneError: timm has no such model.
         """
         own = from_transformers(vit, img_size)
-        backbone, policy = policy_file.read_policy(Path(file), own)
+        backbone, policy = policy_file.read_policy(find_policy(file), own)
         return cls(backbone, frozen(policy), vit).eval()
 
     def as_timm(self) -> PrunedViT:

@@ -21,6 +21,7 @@ from prunevit.agents.policies.calibration import Calibration
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.policies.policy import Policy, count_policy_macs
+from prunevit.agents.policy_library import find_policy
 from prunevit.envs.observations import View
 from prunevit.envs.vit.block_outputs import BlockOutputs
 from prunevit.envs.vit.staged_vit import StagedViT
@@ -431,14 +432,15 @@ class PrunedViT(
         Args:
             vit: the backbone that the policy was trained for, by timm's name; it is copied, not
                 changed.
-            file: the file.
+            file: the file, or the name of a policy that comes with the package, such as "digits";
+                ``policy_names()`` lists them.
 
         Raises:
-            SavedModelError: the file is missing or damaged, or its policy is one for another
-                backbone.
+            SavedModelError: there is neither such a file nor such a name, the file is damaged, or
+                its policy is one for another backbone.
             UnsupportedBackboneError: the model can't be copied.
         """
-        backbone, policy = policy_file.read_policy(Path(file), copied(vit))
+        backbone, policy = policy_file.read_policy(find_policy(file), copied(vit))
         return cls(backbone, frozen(policy)).eval()
 
 

@@ -1,4 +1,4 @@
-"""Writes the tables of figures in README.md and docs from the committed records:
+"""Writes the tables of figures in README.md, docs and cards of policies from the committed records:
 ``python -m benchmarks.tables``.
 
 A table stands between the lines ``<!-- table: NAME -->`` and ``<!-- end -->``. With ``--check``
@@ -19,6 +19,8 @@ from typing import Any
 import pandas as pd
 import tyro
 
+from prunevit.agents.policy_file import describe_policy_file
+from prunevit.agents.policy_library import find_policy
 from prunevit.benchmarks.compare import table, title_of
 from prunevit.benchmarks.differences import OURS, check_one_origin, differences, summary
 from prunevit.benchmarks.machine import MIB
@@ -250,12 +252,57 @@ def adapters() -> str:
     return markdown_table(["library", *files], lines)
 
 
+def policy_compute(name: str) -> str:
+    """What share of the dense compute a policy of the package takes, as it was calibrated."""
+    known = describe_policy_file(find_policy(name))["policy"]["calibration"]
+    lines = [
+        [f"{share:.1%}", f"{value:.2g}"]
+        for share, value in zip(known["compute"], known["values"], strict=True)
+    ]
+    return markdown_table(["share of the dense compute", known["knob"]], lines)
+
+
+def policy_figures(name: str, folder: str, seed: int) -> str:
+    """Accuracy and speed of a policy of the package, in records of its run."""
+    described = describe_policy_file(find_policy(name))
+    data = records_of(folder, seed)
+    mine = [
+        row
+        for row in data[data["method"] == OURS].to_dict("records")
+        if row["settings"]["prune_before"] == described["prune_before"]
+        and row["settings"].get("prune_at", "block") == described["prune_at"]
+    ]
+    if not mine:
+        return "It has not been judged on test images yet."
+    lines = [
+        [
+            f"{row['gmacs'] / row['dense_gmacs']:.1%}",
+            f"{row['accuracy']:.2%}",
+            f"{row['dense_accuracy']:.2%}",
+            f"{row['agreement']:.2%}",
+            f"{row['speedup']:.2f}x" if row["speedup"] == row["speedup"] else "-",
+        ]
+        for row in sorted(mine, key=lambda row: row["gmacs"])
+        if row["speedup"] is not None or row["matched"]
+    ]
+    header = [
+        "compute",
+        "accuracy",
+        "dense model",
+        "same answer",
+        "speed-up over timm's dense model",
+    ]
+    return markdown_table(header, lines)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "default-run": default_run,
     "accuracy-rewards": accuracy_rewards,
     "digits": partial(comparison, ("digits/compare", DIGITS), with_speeds=True),
     "digits-differences": partial(paired, "digits/compare", DIGITS),
     "digits-curves": partial(curves, "digits/compare", DIGITS),
+    "policy-digits": partial(policy_figures, "digits", "digits/compare", seed=0),
+    "policy-digits-compute": partial(policy_compute, "digits"),
     "digits-ideas": partial(comparison, ("digits/ideas", IDEAS)),
     "digits-ideas-differences": partial(paired, "digits/ideas", IDEAS),
     "digits-ablations": partial(comparison, ("digits/rloo", ABLATIONS)),
@@ -302,8 +349,9 @@ def refresh(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> tupl
 
 
 def pages() -> list[Path]:
-    """README.md and the pages of docs."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    """README.md, the pages of docs, and the cards of policies."""
+    cards = sorted((ROOT / "agents" / "assets").glob("*.md"))
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *cards]
 
 
 @dataclass

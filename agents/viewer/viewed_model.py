@@ -12,9 +12,8 @@ from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.digits_vit import DIGITS_VIT
 from prunevit.envs.vit.staged_vit import OnPrune, StagedViT
 
-DIGITS = "digits"  # the name of the ViT for the digits, with a policy that was trained for it
-# of the run benchmarks/results/digits/runs/mappo-0, calibrated on all validation images
-DIGITS_POLICY = Path(__file__).parent / "digits_policy.safetensors"
+# the name of the ViT for the digits with the policy for it, which has the same name
+DIGITS = "digits"
 OWN = "own policy"
 HALVINGS = 20  # of the share that top-k keeps: far below what one patch makes
 
@@ -139,7 +138,7 @@ def read_model(
     if checkpoint is not None or img_size is not None:
         raise ValueError(f"{name} has weights of its own: leave out --checkpoint and --img-size")
     if name == DIGITS:
-        own = PrunedViT.from_policy(create_backbone(DIGITS_VIT), DIGITS_POLICY)
+        own = PrunedViT.from_policy(create_backbone(DIGITS_VIT), DIGITS)
     elif (folder / saving.WEIGHTS).is_file():
         own = PrunedViT.from_pretrained(folder)
     else:
