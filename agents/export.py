@@ -1,289 +1,282 @@
-"""Exports a pruned ViT for one image to ONNX: ``prunevit export MODEL --out model.onnx``.
+"""Exports a pruned ViT to ONNX: ``prunevit export MODEL --out model.onnx``.
 
-The numbers of surviving tokens stay dynamic. How images are prepared, and the names of the classes,
-are in the file's metadata.
+The numbers of surviving tokens stay dynamic. How images are prepared, the names of the classes and
+what share of the compute the model takes are in the file's metadata.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunevit.agents import saving
-from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
-from prunevit.agents.policies.heuristics import AttentionThreshold, KeepAll, TopK
-from prunevit.agents.policies.learned import LearnedPolicy
-from prunevit.agents.policies.serialization import own_additions
+from prunevit.agents.onnx_graphs import (
+    KNOWN_POLICIES,
+    ExportError,
+    ImageBatch,
+    OneImage,
+    own_alpha,
+)
+from prunevit.agents.onnx_int8 import Int8, quantize_onnx
 from prunevit.agents.pruned_vit import PrunedViT
+from prunevit.choices import check_choice
 from prunevit.cli import prog
+from prunevit.envs.data.datasets import open_images
+from prunevit.envs.data.digits import Split
 from prunevit.envs.data.image_dataset import ImageDataset
+from prunevit.envs.data.image_set import NO_LABEL, ImageSet
 from prunevit.envs.data.image_sources import PhotoSource
 from prunevit.envs.data_config import model_data_config
-from prunevit.envs.observations import View
-from prunevit.envs.vit.blocks import BlockCall, dense_block, masked_attention_received
-from prunevit.envs.vit.execution import split_at_blocks
-from prunevit.envs.vit.staged_vit import StagedViT
-from prunevit.envs.vit.timm_models.heads import is_head_untouched, pools_tokens
-from prunevit.envs.vit.tokens import Tokens
-from prunevit.envs.vit.untouched import is_untouched
 from prunevit.extras import needs
 
+Batch = Literal["one", "any"]
 OPSET = 18
+OLDEST_RUNTIME = (1, 20)  # the extra's floor
 TOLERANCE = 1e-4  # by how much the outputs of onnxruntime may differ
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-EXPORTED_POLICIES = (KeepAll, TopK, AttentionThreshold, DynamicViTPolicy, LearnedPolicy)
+PHOTOS = "photos:"
+CHECKED_TOGETHER = 8  # images that a graph for any number is given at once
+NOISE_IMAGES = 4  # on which policies that are not ours are checked
 
 
-class ExportError(ValueError):
-    """The pruned ViT can't be exported; the message says why."""
+@dataclass(frozen=True)
+class Agreement:
+    """How far an ONNX file agrees with PyTorch on some images.
 
-
-class OneImage(nn.Module):
-    """A ``PrunedViT`` for one image, in operations that an exporter can follow.
-
-    A batch of one needs no layout: its surviving rows are gathered, and go through timm's blocks.
-
-    Args:
-        model: the pruned ViT.
-
-    Raises:
-        ExportError: it has a policy or a backbone that has no such form; the message says why.
+    Attributes:
+        images: how many there are.
+        error: largest difference of an output.
+        decisions: share of all decisions on patches that are the same.
+        classes: share of images of the same most likely class; None for embeddings.
+        accuracy: share of images that PyTorch and the file classify right; None without labels.
     """
 
-    def __init__(self, model: PrunedViT) -> None:
-        super().__init__()
-        reason = _why_no_policy(model.policy, model.backbone) or _why_no_backbone(model.backbone)
-        if reason is not None:
-            raise ExportError(reason)
-        self.backbone: StagedViT = model.backbone
-        self.policy: Any = model.policy
+    images: int
+    error: float
+    decisions: float
+    classes: float | None
+    accuracy: tuple[float, float] | None
 
-    def forward(self, image: Tensor, alpha: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Classifies an image [1, C, H, W].
-
-        Args:
-            image: the image.
-            alpha: for a policy that observes it, float32 [1]; its own by default.
-
-        Returns:
-            logits [1, classes], and which patches survived each stage, bool [1, T, N].
-        """
-        backbone, policy = self.backbone, self.policy
-        x, rotary = backbone.ops.embed(backbone.model, image)
-        everyone = torch.ones(1, backbone.num_slots, dtype=torch.bool, device=x.device)
-        tokens = replace(Tokens.of_slots(x, everyone), rotary=rotary)
-        if alpha is None:
-            alpha = torch.full((1,), own_alpha(policy) or 0.0, device=x.device)
-        kept = []
-        for stage, (start, stop) in enumerate(pairwise((0, *backbone.edges))):
-            last = stage == backbone.num_stages
-            tokens = self._run(tokens, start, stop, policy.needs_attention and not last)
-            if not last:
-                view = View(backbone, tokens, stage, alpha, images=image)
-                tokens = self._prune(tokens, self._decide(view))
-                kept.append(tokens.alive[:, backbone.num_prefix :])
-        return self._classify(tokens.x[None]), torch.stack(kept, dim=1)
-
-    def _classify(self, x: Tensor) -> Tensor:
-        backbone, model = self.backbone, self.backbone.model
-        if backbone.keeps_last_patch:
-            torch._check(x.shape[1] > backbone.num_prefix)
-        # what was put into a head may look at all tokens
-        if not pools_tokens(model) and is_head_untouched(model):
-            x = x[:, : backbone.num_prefix]
-        return model.forward_head(model.norm(x))
-
-    def _decide(self, view: View) -> Tensor:
-        policy = self.policy
-        # without a look at the values, which a graph can't take
-        if isinstance(policy, LearnedPolicy):
-            logits = policy.logits(view)
-            return policy.keep(view, view.scatter(logits[:, 1] - logits[:, 0]))
-        if isinstance(policy, DynamicViTPolicy):
-            return policy.choose(view, policy.margin(view))
-        return policy(view)
-
-    def _prune(self, tokens: Tokens, keep: Tensor) -> Tokens:
-        alive, prefix = self.backbone.survivors(tokens, keep), self.backbone.num_prefix
-        slot = alive[0].nonzero().squeeze(1)
-        source = tokens.row.index_select(0, slot)
-        # rows are in the order of their slots, so a slot's row is the number of survivors before it
-        row = alive[0].long().cumsum(0) - 1
-        rotary = tokens.rotary
-        if rotary is not None:
-            patch = source[prefix:] - prefix
-            rotary = replace(rotary, sin_cos=rotary.sin_cos.index_select(2, patch))
-        return replace(
-            tokens,
-            x=tokens.x.index_select(0, source),
-            alive=alive,
-            row=row.clamp(min=0),
-            attention=None,
-            rotary=rotary,
-        )
-
-    def _run(self, tokens: Tokens, start: int, stop: int, with_attention: bool) -> Tokens:
-        backbone, image, attention = self.backbone, tokens.x[None], None
-        torch._check(image.shape[1] > 0)  # the class token or a patch always stays
-        blocks = split_at_blocks(start, stop)
-        for i, sublayer in blocks:
-            block = backbone.model.blocks[i]
-            rotary = tokens.rotary.of_block(i) if tokens.rotary else None
-            call = BlockCall(
-                backbone.ops, block, rotary, backbone.num_query_tokens, sublayer=sublayer
-            )
-            if with_attention and i == blocks[-1][0]:
-                whole = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
-                attention = masked_attention_received(call, image, whole).squeeze(0)
-            # without a mask, whose dynamic length an exporter would compare with 1
-            image = dense_block(call, image, None, rotary.patches(1) if rotary else None)
-        return replace(tokens, x=image.squeeze(0), attention=attention)
+    def __str__(self) -> str:
+        said = [f"{self.decisions:.2%} of the decisions", f"outputs within {self.error:.1e}"]
+        if self.classes is not None:
+            said.insert(0, f"{self.classes:.2%} of the classes")
+        if self.accuracy is not None:
+            said.append("accuracy {:.2%} in PyTorch, {:.2%} in the file".format(*self.accuracy))
+        return f"agrees with PyTorch on {self.images} images: {', '.join(said)}"
 
 
-def own_alpha(policy: Any) -> float | None:
-    """The alpha of a policy that observes it; None of others."""
-    return policy.alpha if isinstance(policy, LearnedPolicy) else None
+def export_onnx(
+    model: PrunedViT,
+    file: Path | str,
+    check: Tensor | None = None,
+    batch: Batch = "one",
+    int8: Int8 | None = None,
+    calibration: Tensor | None = None,
+) -> None:
+    """Exports ``model``.
 
+    The graph's input is "image", [1, C, H, W], or [B, C, H, W] for any B. For a policy that
+    observes alpha there is another, "alpha", float32 [1], or [B] for an alpha of each image. It may
+    be left out, and then is the policy's own.
 
-def _why_no_policy(policy: Any, backbone: StagedViT) -> str | None:
-    """Why a policy can't be exported, or None if it can."""
-    kind = type(policy)
-    if kind not in EXPORTED_POLICIES:
-        names = ", ".join(known.__name__ for known in EXPORTED_POLICIES)
-        return f"a {kind.__name__} can't be exported: only {names} can be"
-    if isinstance(policy, nn.Module) and (added := own_additions(policy)) is not None:
-        return f"the policy can't be exported: {added}"
-    if isinstance(policy, TopK) and policy.score == "random":
-        return (
-            "top-k by random scores can't be exported: a graph has no generator that draws as "
-            "torch's does"
-        )
-    if isinstance(policy, TopK) and policy.score == "attention" and not backbone.has_attended(0):
-        return (
-            "top-k by attention before block 0 can't be exported: there all patches have the same, "
-            "and which of them torch keeps is not defined"
-        )
-    return None
+    Its outputs are "logits" [B, classes], or "embedding" [B, D] of a backbone without a classifier,
+    and "keep", bool [B, T, N]: which patches survived each stage.
 
-
-def _why_no_backbone(backbone: StagedViT) -> str | None:
-    """Why a backbone can't be exported, or None if it can."""
-    if backbone.on_prune == "merge":
-        return (
-            "a model that merges what it prunes can't be exported, since exported attention "
-            "takes each token for a single one: only on_prune='drop' can be"
-        )
-    if pools_tokens(backbone.model) and not backbone.model.global_pool:
-        return (
-            "a backbone without pooling (global_pool='') can't be exported, since an image has no "
-            "single output"
-        )
-    if backbone.dtype != torch.float32:
-        return f"a model in {backbone.dtype} can't be exported: export it in float32"
-    if not all(is_untouched(block) for block in backbone.model.blocks):
-        return (
-            "blocks with hooks, replaced or quantised layers can't be exported: remove or merge "
-            "them"
-        )
-    return None
-
-
-def export_onnx(model: PrunedViT, file: Path | str, check: Tensor | None = None) -> None:
-    """Exports ``model`` for images [1, C, H, W].
-
-    The graph's input is "image". For a policy that observes alpha there is another, "alpha",
-    float32 [1]. It may be left out, and then is the policy's own.
-
-    Its outputs are "logits" [1, classes], or "embedding" [1, D] of a backbone without a classifier,
-    and "keep", bool [1, T, N]: which patches survived each stage.
-
-    Its metadata are JSON: "preprocessing" with timm's names for how images are prepared, and
-    "class_names" if they are known.
+    Its metadata are JSON: "preprocessing" with timm's names for how images are prepared,
+    "class_names" if they are known, "compute", the share of the dense model's compute, if the
+    policy was calibrated, and "calibration", which alpha costs which share.
 
     Args:
         model: the pruned ViT.
         file: where the graph is written. Weights beyond 2 GB go to a second file beside it.
-        check: images [n, C, H, W] on which onnxruntime has to give what PyTorch gives; None to
-            write the file without a check.
+        check: images [n, C, H, W] on which onnxruntime has to give what PyTorch gives. Without
+            any, policies of your own are checked on noise, and others are not.
+        batch: "one" for a graph of one image, the fastest for one; "any" for a graph of any number
+            of images, padded to the longest after each stage.
+        int8: quantise the linear layers, see ``quantize_onnx``. The graph is checked before.
+        calibration: images [n, C, H, W], for ``int8="static"``.
 
     Raises:
         ExportError: the model can't be exported, or onnxruntime gives something else: then nothing
             is written.
         ImportError: the libraries of the extra ``onnx`` are missing.
     """
-    one = OneImage(model).eval()
-    with needs("onnx"):
-        import onnx_ir
-        import onnxscript  # noqa: F401
-    device, alpha = model.backbone.device, own_alpha(model.policy)
-    inputs = {"image": torch.zeros(1, *model.backbone.image_shape, device=device)}
-    if alpha is not None:
-        inputs["alpha"] = torch.tensor([alpha], device=device)
-    program = torch.onnx.export(
-        one,
-        tuple(inputs.values()),
-        dynamo=True,
-        verbose=False,
-        opset_version=OPSET,
-        input_names=list(inputs),
-        output_names=["logits" if model.num_classes else "embedding", "keep"],
-    )
-    assert program is not None
-    graph = program.model.graph
-    if alpha is not None:
-        # an input that has an initial value may be left out
-        graph.inputs[1].const_value = onnx_ir.tensor([alpha], onnx_ir.DataType.FLOAT, name="alpha")
-        graph.register_initializer(graph.inputs[1])
+    check_choice("batch", batch, get_args(Batch))
+    if int8 is not None:
+        check_choice("int8", int8, get_args(Int8))
+    if int8 == "static" and (calibration is None or not len(calibration)):
+        raise ExportError("int8='static' needs images to calibrate on")
+    graph = (OneImage if batch == "one" else ImageBatch)(model).eval()
+    _check_runtime()
+    program = _trace(graph, batch)
     program.model.metadata_props.update(_metadata(model))
     file = Path(file)
+    if check is None and type(model.policy) not in KNOWN_POLICIES:
+        noise = torch.Generator().manual_seed(0)
+        check = torch.randn(NOISE_IMAGES, *model.backbone.image_shape, generator=noise)
     with tempfile.TemporaryDirectory(prefix=".", dir=file.parent) as scratch:
-        program.save(str(Path(scratch, file.name)))
+        written = Path(scratch, "float32" if int8 else "", file.name)
+        written.parent.mkdir(exist_ok=True)
+        program.save(str(written))
         if check is not None:
-            check_onnx(model, Path(scratch, file.name), check)
-        for written in Path(scratch).iterdir():
-            written.replace(file.with_name(written.name))
+            check_onnx(model, written, check)
+        if int8 is not None:
+            quantize_onnx(written, Path(scratch, file.name), int8, calibration)
+        for each in Path(scratch).iterdir():
+            if each.is_file():
+                each.replace(file.with_name(each.name))
+
+
+def _check_runtime() -> None:
+    """Raises ImportError if the extra ``onnx`` is missing, ExportError if it is too old."""
+    with needs("onnx"):
+        import onnx_ir  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    version = re.findall(r"\d+", onnxruntime.__version__)
+    if tuple(map(int, version[:2])) < OLDEST_RUNTIME:
+        needed = ".".join(map(str, OLDEST_RUNTIME))
+        raise ExportError(
+            f"onnxruntime {onnxruntime.__version__} is too old for what is exported (opset "
+            f"{OPSET}): install {needed} or newer"
+        )
+
+
+def _trace(graph: OneImage, batch: Batch) -> Any:
+    """The graph as an ``onnx_ir`` program of torch."""
+    import onnx_ir
+
+    backbone, alpha = graph.backbone, own_alpha(graph.policy)
+    count = 1 if batch == "one" else 2  # an exporter takes a dimension of 1 for a constant
+    inputs = {"image": torch.zeros(count, *backbone.image_shape, device=backbone.device)}
+    if alpha is not None:
+        inputs["alpha"] = torch.full((count,), alpha, device=backbone.device)
+    images = torch.export.Dim("images")
+    shapes = None if batch == "one" else tuple({0: images} for _ in inputs)
+    # torch prints what it traced before it says what it could not trace
+    nowhere = contextlib.redirect_stderr(io.StringIO())
+    try:
+        with nowhere:
+            traced = torch.export.export(
+                graph, tuple(inputs.values()), dynamic_shapes=shapes, strict=False
+            )
+        program = torch.onnx.export(
+            traced,
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=["logits" if backbone.num_classes else "embedding", "keep"],
+        )
+    # whatever a policy's code raises, and torch's own, which have no class in common
+    except Exception as error:
+        raise ExportError(f"the model can't be traced: {_reason(error)}") from error
+    assert program is not None
+    if alpha is not None:
+        # an input that has an initial value may be left out
+        value = program.model.graph.inputs[1]
+        value.const_value = onnx_ir.tensor([alpha], onnx_ir.DataType.FLOAT, name="alpha")
+        if batch == "any":
+            value.shape = onnx_ir.Shape(["alphas"])  # one for all, or as many as images
+        program.model.graph.register_initializer(value)
+    return program
+
+
+def _reason(error: BaseException) -> str:
+    """Which operation an exporter could not follow, and in which line of whose code it is."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if (unknown := re.search(r"OpOverload\(op='([^']+)'", str(error))) is not None:
+        return f"ONNX has no operation for torch's {unknown[1]}"
+    torchs = str(Path(torch.__file__).parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(torchs)]
+    first = str(error).strip().partition("\n")[0]
+    return f"{own[-1].line!r} in {Path(own[-1].filename).name}, line {own[-1].lineno}: {first}"
 
 
 def _metadata(model: PrunedViT) -> dict[str, str]:
-    config = model_data_config(model.backbone.model)
+    config, policy = model_data_config(model.backbone.model), model.policy
     metadata: dict[str, Any] = {"preprocessing": {key: config[key] for key in PREPROCESSING}}
     if "classes" in config and config["classes"].names:
         metadata["class_names"] = config["classes"].names
+    if model.compute is not None:
+        metadata["compute"] = model.compute
+    if own_alpha(policy) is not None and (known := getattr(policy, "calibration", None)):
+        metadata["calibration"] = {"alpha": known.values, "compute": known.compute}
     return {key: json.dumps(value) for key, value in metadata.items()}
 
 
 @torch.inference_mode()
-def check_onnx(model: PrunedViT, file: Path, images: Tensor) -> None:
-    """Checks that onnxruntime gives what ``model`` gives for each of ``images`` [n, C, H, W].
+def compare_onnx(
+    model: PrunedViT, file: Path | str, images: Tensor, labels: Tensor | None = None
+) -> Agreement:
+    """How far onnxruntime gives what ``model`` gives.
+
+    Args:
+        model: the pruned ViT, of which ``file`` was exported.
+        file: the ONNX file.
+        images: [n, C, H, W].
+        labels: their classes, int64 [n], if they are known.
+
+    Raises:
+        ExportError: onnxruntime can't run the file.
+        ImportError: onnxruntime is missing.
+    """
+    with needs("onnx"):
+        import onnxruntime
+    try:
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors have no class in common
+        raise ExportError(f"onnxruntime {onnxruntime.__version__}: {error}") from error
+    size = 1 if session.get_inputs()[0].shape[0] == 1 else CHECKED_TOGETHER
+    ours, theirs = [], []
+    for some in images.split(size):
+        theirs.append(session.run(None, {"image": some.cpu().numpy()}))
+        found = model(some.to(model.backbone.device), return_keep=True)
+        ours.append([each.cpu().numpy() for each in found])
+    (expected, survivors), (outputs, kept) = (
+        [np.concatenate(parts) for parts in zip(*pairs, strict=True)] for pairs in (ours, theirs)
+    )
+    best = [each.argmax(1) for each in (expected, outputs)]
+    accuracy = None
+    if labels is not None:
+        right = [float((each == labels.numpy()).mean()) for each in best]
+        accuracy = (right[0], right[1])
+    return Agreement(
+        images=len(images),
+        error=float(np.abs(outputs - expected).max()),
+        decisions=float((kept == survivors).mean()),
+        classes=float((best[0] == best[1]).mean()) if model.num_classes else None,
+        accuracy=accuracy,
+    )
+
+
+def check_onnx(model: PrunedViT, file: Path | str, images: Tensor) -> None:
+    """Checks that onnxruntime gives what ``model`` gives for ``images`` [n, C, H, W].
 
     Raises:
         ExportError: survivors differ, or outputs by more than ``TOLERANCE``.
         ImportError: onnxruntime is missing.
     """
-    with needs("onnx"):
-        import onnxruntime
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    for i, image in enumerate(images.split(1)):
-        output, kept = session.run(None, {"image": image.cpu().numpy()})
-        expected, survivors = model(image.to(model.backbone.device), return_keep=True)
-        different = int((kept != survivors.cpu().numpy()).sum())
-        error = float(np.abs(output - expected.cpu().numpy()).max())
-        if different or not error <= TOLERANCE:
-            raise ExportError(
-                f"onnxruntime differs from PyTorch on image {i}: by {error:.1e} in an output, and "
-                f"in {different} decisions"
-            )
+    found = compare_onnx(model, file, images)
+    if found.decisions < 1 or not found.error <= TOLERANCE:
+        raise ExportError(f"onnxruntime differs from PyTorch: it {found}")
 
 
 @dataclass
@@ -299,24 +292,42 @@ class ExportConfig:
     compute: float | None = None
     """Share of the dense model's compute to take on average, as 0.6. By default the policy's own
     setting."""
-    check: Path | None = None
-    """A folder of photographs. The file is only written if onnxruntime gives what PyTorch gives on
-    the first of them."""
+    batch: Batch = "one"
+    """How many images a call takes. "one" is the fastest for one image; a graph of "any" number
+    pads each batch to its longest image after each stage."""
+    int8: Int8 | None = None
+    """Quantise the linear layers of the ViT. "dynamic" scales activations in each call, "static"
+    by what they are on the images of --calibrate."""
+    calibrate: str | None = None
+    """Images for --int8 static: photos:PATH or another --dataset of the training, of which training
+    images are taken."""
+    calibrate_images: int = 64
+    """How many of them."""
+    check: str | None = None
+    """Images to check on, as --calibrate; of a dataset, test images. The file is only written if
+    onnxruntime gives what PyTorch gives on the first of them. With --int8, how far the int8 model
+    agrees with PyTorch is printed."""
     check_images: int = 16
-    """How many photographs that are."""
+    """How many of them."""
 
     def __post_init__(self) -> None:
-        if self.check_images < 1:
-            raise ValueError(f"check_images={self.check_images} must be at least 1")
+        for name in ("check_images", "calibrate_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not self.out.parent.is_dir():
             raise ValueError(f"out={self.out}: there is no folder {self.out.parent}")
+        if self.int8 == "static" and self.calibrate is None:
+            raise ValueError("int8='static' needs images to calibrate on: --calibrate photos:PATH")
+        if self.int8 != "static" and self.calibrate is not None:
+            raise ValueError(f"calibrate={self.calibrate}: only --int8 static is calibrated")
 
 
 def run_export(config: ExportConfig) -> str:
     """Exports the model; returns what was done, in a line.
 
     Raises:
-        ValueError: the model can't be loaded or exported, or the compute not be reached.
+        ValueError: the model or images can't be loaded, the model not be exported, or the compute
+            not be reached.
         ImportError: the libraries of the extra ``onnx`` are missing.
     """
     if (config.model / saving.WEIGHTS).is_file():
@@ -325,16 +336,31 @@ def run_export(config: ExportConfig) -> str:
         model = PrunedViT.from_run(config.model, config.backbone)
     if config.compute is not None:
         model.compute = config.compute
-    images: Tensor | None = None
-    checked = "unchecked"
+    images = labels = calibration = None
     if config.check is not None:
-        source = PhotoSource(str(config.check))
-        first = np.arange(min(config.check_images, len(source)))
-        data_config = model_data_config(model.backbone.model)
-        images = ImageDataset(source, first, data_config).load(range(len(first)))[0]
-        checked = f"checked on {len(images)} photographs"
-    export_onnx(model, config.out, images)
-    return f"exported to {config.out}, {checked}"
+        images, labels = _load(model, config.check, "test", config.check_images)
+    if config.calibrate is not None:
+        calibration, _ = _load(model, config.calibrate, "train", config.calibrate_images)
+    export_onnx(model, config.out, images, config.batch, config.int8, calibration)
+    said = f"exported to {config.out}"
+    if images is None:
+        return f"{said}, unchecked"
+    kind = f"in {config.int8} int8 it " if config.int8 else "it "
+    return f"{said}; {kind}{compare_onnx(model, config.out, images, labels)}"
+
+
+def _load(model: PrunedViT, dataset: str, split: Split, count: int) -> tuple[Tensor, Tensor | None]:
+    """Images [n, C, H, W] of a data set, and their labels if it has any, int64 [n]."""
+    data_config = model_data_config(model.backbone.model)
+    images: ImageSet
+    if dataset.startswith(PHOTOS) or Path(dataset).is_dir():
+        source = PhotoSource(dataset.removeprefix(PHOTOS))
+        count = min(count, len(source))
+        images = ImageDataset(source, np.arange(count) * len(source) // count, data_config)
+    else:
+        images = open_images(dataset, split, data_config, count)
+    pixels, labels = images.load(range(min(count, len(images))))
+    return pixels, None if (labels == NO_LABEL).any() else labels
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

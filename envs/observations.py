@@ -90,7 +90,7 @@ class View:
     @cached_property
     def _rows(self) -> Tensor:
         """Row of the backbone's tokens that holds each living patch, int64 [R]."""
-        row = self._tokens.row.view(len(self.alive), self.backbone.num_slots)
+        row = self._tokens.row.view(self.alive.shape[0], self.backbone.num_slots)
         return row[:, self.backbone.num_prefix :].flatten().index_select(0, self._places)
 
     @cached_property
@@ -107,7 +107,7 @@ class View:
         prefix = self.backbone.num_prefix
         if not prefix:
             return self.mean_token
-        row = self._tokens.row.view(len(self.alive), self.backbone.num_slots)
+        row = self._tokens.row.view(self.alive.shape[0], self.backbone.num_slots)
         if self.backbone.has_class_token:
             return self._tokens.x.index_select(0, row[:, 0]).float()
         return self._tokens.x[row[:, :prefix]].mean(1).float()
@@ -115,7 +115,7 @@ class View:
     @cached_property
     def mean_token(self) -> Tensor:
         """Mean embedding of the living patches of each image [B, D]; zeros if there are none."""
-        total = self.token.new_zeros(len(self.alive), self.token.shape[1])
+        total = self.token.new_zeros(self.alive.shape[0], self.token.shape[1])
         return total.index_add_(0, self.image, self.token) / self.count.clamp(min=1)[:, None]
 
     @cached_property
@@ -262,7 +262,7 @@ class View:
 
     def at_patches(self, values: Tensor) -> Tensor:
         """Maps values of packed rows [S] to patches [B, N]; undefined for patches not alive."""
-        row = self._tokens.row.view(len(self.alive), self.backbone.num_slots)
+        row = self._tokens.row.view(self.alive.shape[0], self.backbone.num_slots)
         return values[row[:, self.backbone.num_prefix :]]
 
     def distinct(self, fields: Sequence[str]) -> tuple[Tensor, Tensor]:

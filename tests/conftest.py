@@ -35,6 +35,7 @@ EXTRAS = {
     "mpe2": ["mpe2"],
     "onnx": ["onnx", "onnxscript", "onnxruntime"],
     "rllib": ["ray"],
+    "serve": ["fastapi", "uvicorn", "onnxruntime"],
     "sb3": ["sb3_contrib"],
     "torchrl": ["torchrl"],
     "transformers": ["transformers"],

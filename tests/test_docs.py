@@ -28,6 +28,7 @@ PAGES = [
     "tutorials/read_a_training",
     "tutorials/support_a_backbone",
     pytest.param("hugging_face", marks=pytest.mark.integration("transformers")),
+    pytest.param("deployment", marks=pytest.mark.integration("onnx")),
     pytest.param("torchrl", marks=pytest.mark.integration("torchrl")),
     pytest.param("benchmarl", marks=pytest.mark.integration("benchmarl")),
     pytest.param("rllib", marks=pytest.mark.integration("rllib")),

@@ -132,7 +132,7 @@ class DynamicViTPolicy(nn.Module):
     def margin(self, view: View) -> Tensor:
         """Computes the logit of keep minus that of prune of each living patch, [R]."""
         everyone = torch.ones_like(view.token[:, 0])
-        logits = self.predictors[view.stage](view.token, view.image, len(view.alive), everyone)
+        logits = self.predictors[view.stage](view.token, view.image, view.alive.shape[0], everyone)
         return logits[:, 1] - logits[:, 0]
 
     def choose(self, view: View, margin: Tensor) -> Tensor:

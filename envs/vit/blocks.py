@@ -56,7 +56,7 @@ def dense_block(
     steps = call.ops.steps(block)
     if call.sublayer == "mlp":
         return steps.mlp(block, images)
-    if not len(images):
+    if not images.shape[0]:
         return images  # timm's attention infers shapes from the number of elements
     rotary = {} if rope is None else {"rope": rope}
     mixed = block.attn(steps.pre_attention(block, images), attn_mask=mask, **rotary)
@@ -134,7 +134,7 @@ def timm_block(call: BlockCall, x: Tensor, layout: Layout) -> tuple[Tensor, Tens
         if call.num_query_tokens is None:
             out = dense_block(call, part, mask, rope)
         else:
-            out, q, k = _observed_block(call, part, mask, rope)
+            out, q, k = observed_block(call, part, mask, rope)
             group = Layout.uniform(images, length, layout.width, x.device)
             if not attn.fused_attn:  # fused kernels take the usual scale, whatever attn.scale is
                 q = q * (attn.scale / attn.head_dim**-0.5)
@@ -146,7 +146,7 @@ def timm_block(call: BlockCall, x: Tensor, layout: Layout) -> tuple[Tensor, Tens
     return torch.cat(outputs), torch.cat(paid) if paid else None
 
 
-def _observed_block(
+def observed_block(
     call: BlockCall, images: Tensor, mask: Tensor | None, rope: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """timm's block on images [B, L, D], with the queries and keys [B, L, heads, head_dim] in it.
@@ -253,7 +253,13 @@ def masked_attention_received(call: BlockCall, images: Tensor, alive: Tensor) ->
         [B, L], averaged over heads.
     """
     source = call.ops.steps(call.block).pre_attention(call.block, images)
-    q, k, _ = call.ops.project(call.block, source, call.rotary.slots() if call.rotary else None)
+    rope = call.rotary.slots() if call.rotary else None
+    q, k, _ = call.ops.project(call.block, source, rope)
+    return masked_received(call, q, k, alive)
+
+
+def masked_received(call: BlockCall, q: Tensor, k: Tensor, alive: Tensor) -> Tensor:
+    """``masked_attention_received``, from queries and keys [B, L, heads, head_dim]."""
     if call.num_query_tokens:
         query = q[:, : call.num_query_tokens].mean(1)  # [B, heads, head_dim]
     else:
@@ -261,6 +267,6 @@ def masked_attention_received(call: BlockCall, images: Tensor, alive: Tensor) ->
         query = ((q * weight).sum(1) / weight.sum(1)).to(q.dtype)
     scores = torch.einsum("bhd,blhd->bhl", query, k) * call.block.attn.scale
     if call.log_size is not None:
-        scores = scores + call.log_size.view(len(images), 1, -1)
+        scores = scores + call.log_size.view(len(alive), 1, -1)
     scores = scores.masked_fill(~alive[:, None, :], -torch.inf)
     return scores.softmax(-1).mean(1)

@@ -24,7 +24,7 @@ def _embed(model: Any, images: Tensor) -> tuple[Tensor, RotaryEmbedding | None]:
 
 def _dense_block(block: Any, x: Tensor, mask: Tensor | None, rope: Tensor | None) -> Tensor:
     # timm infers the head size from the number of elements, so it can't run on zero images
-    return block(x, rope=rope, attn_mask=mask) if len(x) else x
+    return block(x, rope=rope, attn_mask=mask) if x.shape[0] else x
 
 
 def _residual(block: Any, x: Tensor, mixed: Tensor) -> Tensor:

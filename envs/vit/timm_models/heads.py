@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from prunevit.envs.vit.attention import varlen_attention
 from prunevit.envs.vit.layout import Layout
@@ -74,6 +75,41 @@ def classify_pooled(
         pooled = layout.max(rows)
     else:
         pooled = 0.5 * (layout.max(rows) + layout.mean(rows, size))
+    return _classify(model, pooled, pre_logits)
+
+
+def classify_padded(model: Any, images: Tensor, valid: Tensor) -> Tensor:
+    """``classify_pooled`` of padded images, without a look at their lengths.
+
+    Args:
+        model: timm's model.
+        images: tokens after the last norm [B, L, D].
+        valid: which of them are tokens and no padding, bool [B, L].
+
+    Returns:
+        logits [B, classes].
+    """
+    if not _pools_prefix(model):
+        images, valid = (each[:, model.num_prefix_tokens :] for each in (images, valid))
+    mask, each = valid[:, None, None, :], valid[..., None]
+    if model.global_pool == "map":
+        return _classify(model, model.attn_pool(images, attn_mask=mask))
+    refines = model.global_pool == "prr"
+    if refines:
+        pool = model.attn_pool
+        heads = pool.pre_norm(images).unflatten(2, (pool.num_heads, -1)).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask)
+        images = pool.post_norm(mixed.transpose(1, 2).flatten(2))
+        if pool.pool == "token":
+            return _classify(model, images[:, 0])
+    mean = (images * each).sum(1) / each.sum(1)
+    if refines or model.global_pool == "avg":
+        return _classify(model, mean)
+    largest = images.masked_fill(~each, -torch.inf).amax(1)
+    return _classify(model, largest if model.global_pool == "max" else 0.5 * (largest + mean))
+
+
+def _classify(model: Any, pooled: Tensor, pre_logits: bool = False) -> Tensor:
     pooled = model.head_drop(model.fc_norm(pooled))
     return pooled if pre_logits else model.head(pooled)
 
