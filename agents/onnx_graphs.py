@@ -59,6 +59,8 @@ class OneImage(nn.Module):
 
     def _why_not(self, model: PrunedViT) -> str | None:
         """Why ``model`` can't be exported, or None if it can."""
+        if not isinstance(model, PrunedViT):
+            return f"a {type(model).__name__} can't be exported: only a PrunedViT can"
         return _why_no_policy(model.policy, model.backbone) or _why_no_backbone(model.backbone)
 
     def forward(self, images: Tensor, alpha: Tensor | None = None) -> tuple[Tensor, Tensor]:

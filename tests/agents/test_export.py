@@ -253,6 +253,8 @@ def test_what_has_no_onnx_form_is_refused(vit, make_vit, tmp_path):
     ]:
         with pytest.raises(ExportError, match=message):
             export_onnx(prune(vit, policy, stages), tmp_path / "pruned.onnx")
+    with pytest.raises(ExportError, match="a VisionTransformer can't be exported: only a PrunedV"):
+        export_onnx(vit, tmp_path / "pruned.onnx")
     with pytest.raises(ExportError, match="a backbone without pooling"):
         export_onnx(pruned(make_vit(global_pool="")), tmp_path / "pruned.onnx")
     merging = pruned(vit)
