@@ -18,6 +18,7 @@ import torch
 from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.agents.policies.heuristics import TopK
 from prunevit.agents.policies.learned import LearnedPolicy
+from prunevit.agents.policies.serialization import dynamic_vit_policy
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.agents.run_reader import RUN_WEIGHTS
 from prunevit.benchmarks.methods.recipes import RECIPES
@@ -394,16 +395,19 @@ def described_kwargs(bench: Benchmark) -> dict[str, Any]:
     return {**described.get("model_kwargs", {}), **base.model_kwargs}
 
 
-def share_to_keep(bench: Benchmark, gmacs: float) -> float:
-    """The share of patches, in steps of 0.01, that costs ``gmacs`` if it is kept from stage to
-    stage.
+def share_to_keep(bench: Benchmark, gmacs: float, hidden: int | None = None) -> float:
+    """The share of patches, in steps of 0.01, that costs ``gmacs``, with DynamicViT's predictors of
+    width ``hidden``, if it is kept from stage to stage.
     """
     backbone = bench.backbone
+    per_decision = dynamic_vit_policy(backbone, 0.5, hidden).macs_per_decision
 
     def cost(percent: int) -> float:
-        shares = ((percent / 100) ** (stage + 1) for stage in range(backbone.num_stages))
-        tokens = [round(backbone.num_patches * share) for share in shares]
-        return backbone.uniform_macs(tokens, with_attention=False) / 1e9
+        # as the policy rounds: down
+        shares = [(percent / 100) ** stage for stage in range(backbone.num_stages + 1)]
+        tokens = [int(backbone.num_patches * share) for share in shares]
+        blocks = backbone.uniform_macs(tokens[1:], with_attention=False)
+        return (blocks + per_decision * sum(tokens[:-1])) / 1e9
 
     return nearest(range(1, 101), cost, gmacs)[0] / 100
 
@@ -447,7 +451,7 @@ def dynamic_vit(
         settings = {**bench.task.dynamic_vit, **shared_settings(bench, folder, seed)}
         if narrow:
             settings["hidden"] = bench.base.hidden[0]
-        keep = share_to_keep(bench, trained_for)
+        keep = share_to_keep(bench, trained_for, settings.get("hidden"))
         config = DynamicViTConfig(fine_tune=fine_tune, keep=keep, **settings)
         if not is_trained(folder, config.to_json()):
             is_begun = RunFolder(folder).is_begun
