@@ -33,9 +33,7 @@ from prunevit.envs.vit.staged_vit import StagedViT
 STAGES, INSIDE = (1, 3), (0, 1)
 
 
-def pruned(
-    vit, prior=True, fields=DEFAULT_FIELDS, heads=0, stages=STAGES, prune_at="block", alpha=None
-):
+def pruned(vit, prior=True, fields=DEFAULT_FIELDS, heads=0, stages=STAGES, alpha=None, **options):
     """Its decisions differ from image to image."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
@@ -45,7 +43,7 @@ def pruned(
         if heads:
             torch.nn.init.normal_(policy.actor.among_agents.output.weight)
     policy.actor.keep_bias.data.fill_(-0.1)
-    return prune(vit, policy, stages, prune_at=prune_at)
+    return prune(vit, policy, stages, **options)
 
 
 def dynamic_vit(vit, dither):
@@ -345,7 +343,9 @@ def saved(make_vit, tmp_path_factory):
     folder, vit = tmp_path_factory.mktemp("models") / "saved", make_vit(depth=2)
     vit.pretrained_cfg = {**vit.pretrained_cfg, "label_names": list("abcde")}
     fields = (*DEFAULT_FIELDS, "alpha")
-    model = pruned(vit, fields=fields, alpha=0.2, stages=INSIDE, prune_at="mlp")
+    shape = {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 8}  # not seen on a model
+    options = {"stages": INSIDE, "prune_at": "mlp", "model_kwargs": shape}
+    model = pruned(vit, fields=fields, alpha=0.2, **options)
     model.policy.calibration = Calibration("alpha", (0.1, 0.4), (0.9, 0.5), False)
     model.save_pretrained(folder)
     return folder
