@@ -23,8 +23,12 @@ def records_table(
 
     Args:
         records: a field that one doesn't have leaves its cell empty.
-        columns: title -> field, its unit (1 for text), and how it is formatted.
+        columns: title -> field, its unit (1 for text), and how it is formatted. Those whose field
+            no record has are left out.
     """
+    records = list(records)
+    measured = {field for record in records for field in record}
+    columns = {title: column for title, column in columns.items() if column[0] in measured}
 
     def cell(record: Mapping[str, Any], field: str, unit: float, form: str) -> str:
         if field not in record:

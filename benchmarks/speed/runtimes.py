@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -39,13 +39,14 @@ from prunevit.agents.onnx_int8 import quantize_onnx
 from prunevit.agents.policies.heuristics import TopK
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.benchmarks.markdown import records_table
+from prunevit.benchmarks.records import Record
+from prunevit.benchmarks.speed.timed import FIRST_COLUMNS, LATENCIES, pace, show_and_keep
 from prunevit.cli import prog
 from prunevit.envs.data.datasets import open_images
 from prunevit.envs.data_config import model_data_config
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.extras import is_installed, needs
-from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.run import COMMAND_ERRORS
 from prunevit.trainers.common.settings import Count, Settings, Share, Threads
 from prunevit.trainers.common.signals import ends_in_one_line
@@ -53,7 +54,6 @@ from prunevit.trainers.common.timing import interleaved, speedup
 
 Runtime = Literal["pytorch", "compile", "onnxruntime", "int8", "openvino"]
 Classify = Callable[[Tensor], NDArray[np.float32]]
-Record = dict[str, Any]
 TOLERANCE = 1e-3  # by how much outputs of a runtime may differ from PyTorch's
 JUDGED_TOGETHER = 8  # images a call when accuracy is measured
 
@@ -254,8 +254,7 @@ def compare(
             "batch_size": batch_size,
             "threads": threads,
             "load": os.getloadavg()[0],
-            "images_per_second": len(images) / timing.seconds,
-            "spread": timing.spread,
+            **pace(timing, len(images)),
             "gmacs": macs[dense] / 1e9,
             "speedup": speedup(baseline, timing),
             "speedup_own": own,
@@ -263,8 +262,6 @@ def compare(
         }
         if (kind, dense) in accuracy:
             record["accuracy"] = accuracy[kind, dense]
-        if timing.calls:
-            record |= {"p50": timing.latency(50), "p95": timing.latency(95)}  # seconds
         records.append(record)
     return records
 
@@ -277,32 +274,21 @@ def table(records: Sequence[Record]) -> str:
         f"(load {first['load']:.2f})"
     )
     columns = {
-        "variant": ("variant", 1, ""),
-        "images/s": ("images_per_second", 1, ".2f"),
-        "spread": ("spread", 1, ".1%"),
-        "GMACs": ("gmacs", 1, ".4f"),
+        **FIRST_COLUMNS,
         f"over {first['variant']}": ("speedup", 1, ".2f"),
         "over own dense": ("speedup_own", 1, ".2f"),
         "efficiency": ("efficiency", 1, ".2f"),
-        "p50, ms": ("p50", 1e-3, ".1f"),
-        "p95, ms": ("p95", 1e-3, ".1f"),
+        **LATENCIES,
         "accuracy": ("accuracy", 1, ".2%"),
     }
-    measured = {name for record in records for name in record}
-    shown = {heading: column for heading, column in columns.items() if column[0] in measured}
-    return f"{title}\n\n{records_table(records, shown)}\n"
+    return f"{title}\n\n{records_table(records, columns)}\n"
 
 
 def main() -> None:
     """The command line."""
-    records: list[Record] = []
     with ends_in_one_line(*COMMAND_ERRORS):
         config = tyro.cli(RuntimesConfig, description=__doc__, prog=prog())
-        for measured in measure(config):
-            print(table(measured), flush=True)
-            records += measured
-            if config.out is not None:
-                write_json(config.out, records)
+        show_and_keep(measure(config), table, config.out)
 
 
 if __name__ == "__main__":

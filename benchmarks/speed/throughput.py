@@ -33,7 +33,6 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
 
 import torch
 import tyro
@@ -41,6 +40,8 @@ from torch import Tensor
 
 from prunevit.benchmarks.machine import MIB
 from prunevit.benchmarks.markdown import records_table
+from prunevit.benchmarks.records import Record
+from prunevit.benchmarks.speed.timed import FIRST_COLUMNS, LATENCIES, pace, show_and_keep
 from prunevit.benchmarks.speed.variants import (
     VARIANTS,
     ThroughputConfig,
@@ -52,12 +53,9 @@ from prunevit.benchmarks.speed.variants import (
 )
 from prunevit.cli import prog
 from prunevit.envs.devices import pick_device
-from prunevit.trainers.common.checkpoint import write_json
 from prunevit.trainers.common.run import COMMAND_ERRORS
 from prunevit.trainers.common.signals import ends_in_one_line
 from prunevit.trainers.common.timing import interleaved, speedup
-
-Record = dict[str, Any]
 
 
 def measure(config: ThroughputConfig) -> Iterator[list[Record]]:
@@ -112,17 +110,13 @@ def compare(
         timing = timings[name]
         faster = speedup(timings["dense"], timing)
         record = {"variant": name} | settings
-        record |= {
-            "images_per_second": len(workload.images) / timing.seconds,
-            "spread": timing.spread,
+        record |= pace(timing, len(workload.images)) | {
             "gmacs": gmacs[name],
             "speedup": faster,
             "efficiency": faster * gmacs[name] / gmacs["dense"],
         }
         if "unpruned" in timings:
             record["speedup_same_kernels"] = speedup(timings["unpruned"], timing)
-        if timing.calls:
-            record |= {"p50": timing.latency(50), "p95": timing.latency(95)}  # seconds
         if config.memory:
             record["peak_memory"] = peaks[name]  # bytes
         records.append(record)
@@ -138,34 +132,23 @@ def table(records: Sequence[Record]) -> str:
         f"load {first['load']:.2f})"
     )
     columns = {
-        "variant": ("variant", 1, ""),
-        "images/s": ("images_per_second", 1, ".2f"),
-        "spread": ("spread", 1, ".1%"),
-        "GMACs": ("gmacs", 1, ".4f"),
+        **FIRST_COLUMNS,
         "over dense": ("speedup", 1, ".2f"),
         "over unpruned": ("speedup_same_kernels", 1, ".2f"),
         "efficiency": ("efficiency", 1, ".2f"),
-        "p50, ms": ("p50", 1e-3, ".1f"),
-        "p95, ms": ("p95", 1e-3, ".1f"),
+        **LATENCIES,
         "peak MiB": ("peak_memory", MIB, ".1f"),
     }
-    measured = {name for record in records for name in record}
-    shown = {heading: column for heading, column in columns.items() if column[0] in measured}
-    return f"{title}\n\n{records_table(records, shown)}\n"
+    return f"{title}\n\n{records_table(records, columns)}\n"
 
 
 def main() -> None:
     """The command line."""
-    records: list[Record] = []
     with ends_in_one_line(*COMMAND_ERRORS):
         config = tyro.cli(ThroughputConfig, description=__doc__, prog=prog())
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        for measured in measure(config):
-            print(table(measured), flush=True)
-            records += measured
-            if config.out is not None:
-                write_json(config.out, records)
+        show_and_keep(measure(config), table, config.out)
 
 
 if __name__ == "__main__":
