@@ -266,24 +266,19 @@ def policy_figures(name: str, folder: str, seed: int) -> str:
     """Accuracy and speed of a policy of the package, in records of its run."""
     described = describe_policy_file(find_policy(name))
     data = records_of(folder, seed)
-    mine = [
-        row
-        for row in data[data["method"] == OURS].to_dict("records")
-        if row["settings"]["prune_before"] == described["prune_before"]
-        and row["settings"].get("prune_at", "block") == described["prune_at"]
-    ]
-    if not mine:
-        return "It has not been judged on test images yet."
+    mine = data[(data["method"] == OURS) & data["matched"].eq(True)].sort_values("gmacs")
+    for settings in mine["settings"]:
+        if any(settings.get(name) != described[name] for name in ("prune_before", "prune_at")):
+            raise ValueError(f"{folder} has records of other stages than the policy {name}")
     lines = [
         [
             f"{row['gmacs'] / row['dense_gmacs']:.1%}",
             f"{row['accuracy']:.2%}",
             f"{row['dense_accuracy']:.2%}",
             f"{row['agreement']:.2%}",
-            f"{row['speedup']:.2f}x" if row["speedup"] == row["speedup"] else "-",
+            f"{row['speedup']:.2f}x",
         ]
-        for row in sorted(mine, key=lambda row: row["gmacs"])
-        if row["speedup"] is not None or row["matched"]
+        for row in mine.to_dict("records")
     ]
     header = [
         "compute",

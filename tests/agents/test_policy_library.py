@@ -12,6 +12,8 @@ from prunevit.agents.policy_file import describe_policy_file
 from prunevit.envs.data.digits import draw_digits, normalise
 from prunevit.envs.vit.create import create_backbone
 
+ROOT = Path(__file__).parents[2]
+RUN = ROOT / "benchmarks" / "results" / "digits" / "runs" / "mappo-0"
 each_policy = pytest.mark.parametrize("name", policy_names())
 
 
@@ -28,6 +30,16 @@ def test_each_has_a_card_with_the_same_facts(name):
         assert part in card
     assert card.count(f"<!-- table: policy-{name}") == 2
     assert described["policy"]["calibration"]
+
+
+@pytest.mark.skipif(not RUN.is_dir(), reason="needs the checkout")
+def test_the_digits_policy_is_that_of_the_run_that_its_card_names():
+    assert f"`{RUN.relative_to(ROOT)}`" in policy_card("digits")
+    mine = PrunedViT.from_policy(create_backbone(), "digits")
+    theirs = PrunedViT.from_run(RUN)
+    assert mine.backbone.prune_before == theirs.backbone.prune_before
+    assert mine.backbone.prune_at == theirs.backbone.prune_at
+    torch.testing.assert_close(mine.policy.state_dict(), theirs.policy.state_dict(), rtol=0, atol=0)
 
 
 @torch.no_grad()
