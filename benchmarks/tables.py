@@ -300,6 +300,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "policy-digits-compute": partial(policy_compute, "digits"),
     "digits-ideas": partial(comparison, ("digits/ideas", IDEAS)),
     "digits-ideas-differences": partial(paired, "digits/ideas", IDEAS),
+    "cifar10-ideas": partial(comparison, ("cifar10/ideas", [OURS, "drop"])),
     "digits-ablations": partial(comparison, ("digits/rloo", ABLATIONS)),
     "digits-benchmarl": partial(
         comparison,
