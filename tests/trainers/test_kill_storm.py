@@ -11,7 +11,6 @@ import time
 from dataclasses import replace
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from prunevit.trainers import mappo
@@ -23,6 +22,9 @@ BASE = MappoConfig(
     threads=1,
 )  # fmt: skip
 
+# not forks of this process: torch refuses backward passes in one if it ran some itself
+FORKSERVER = multiprocessing.get_context("forkserver")
+
 
 def train(config):
     """Trains to the end of learning, without the report."""
@@ -30,10 +32,10 @@ def train(config):
 
 
 def train_in_a_process(config, kill_after=None):
-    """Trains in a fork of this process, which is killed after ``kill_after`` seconds; returns
+    """Trains in a process of its own, which is killed after ``kill_after`` seconds; returns
     whether it was killed before it ended.
     """
-    process = multiprocessing.get_context("fork").Process(target=train, args=(config,))
+    process = FORKSERVER.Process(target=train, args=(config,))
     process.start()
     process.join(kill_after)
     process.kill()  # does nothing to one that has ended
@@ -54,9 +56,9 @@ def results(folder):
 def test_killed_runs_end_as_if_they_had_not_been(request, tmp_path):
     kills = request.config.getoption("--kills")
     moments = random.Random(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a fork doesn't inherit threads
     whole = tmp_path / "whole"
+    FORKSERVER.set_forkserver_preload([mappo.__name__])
+    train_in_a_process(replace(BASE, run_name=str(tmp_path / "first"), iterations=1))  # imports
     start = time.monotonic()
     train_in_a_process(replace(BASE, run_name=str(whole)))
     seconds = time.monotonic() - start
@@ -74,7 +76,6 @@ def test_killed_runs_end_as_if_they_had_not_been(request, tmp_path):
                 shutil.rmtree(run, ignore_errors=True)
             train_in_a_process(again)
         assert results(run) == results(whole), f"run {number}"
-    torch.set_num_threads(threads)
     print(
         f"{len(resumed_from)} of {kills} runs were killed, and resumed from iterations "
         f"{sorted(resumed_from)} of {BASE.iterations}"
