@@ -6,7 +6,8 @@ compute, a method's knob is set on validation images; then it is judged on all t
 At the end all methods are timed, decisions included, in turns with timm's own dense model and with
 our runtime with nothing pruned. All run on the kernels of that runtime. They are timed in a process
 that does nothing else; nothing else should run on the machine then. With ``--no-speed`` this is
-left for later: the same call without it then only times what has no speed yet.
+left for later: the same call without it then only times. A method that comes later has all of the
+folder timed anew, as speeds of several processes are not compared.
 
 OUT/records.jsonl gets a line for each method, seed and point as soon as it is measured, and a
 killed comparison goes on where it stood. All records of a folder come from one commit and one
@@ -28,7 +29,7 @@ import tyro
 
 from prunevit.benchmarks.differences import DENSE, differences, is_matched, summary
 from prunevit.benchmarks.markdown import markdown_table, mean_and_interval
-from prunevit.benchmarks.method_speed import time_untimed, where
+from prunevit.benchmarks.method_speed import time_all, where
 from prunevit.benchmarks.methods.registry import METHODS
 from prunevit.benchmarks.protocol import Benchmark, UnreachableError, judge, judge_dense
 from prunevit.benchmarks.records import FILE, Record, Records, command
@@ -86,7 +87,7 @@ class CompareConfig(Settings):
     test_size: Count | None = None
     """How many images judge; all of them if not given."""
     speed: bool = True
-    """At the end, time what has no speed yet. Nothing else should run then."""
+    """At the end, time all methods, if one process has not yet. Nothing else should run then."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     threads: Threads | None = None
@@ -188,7 +189,7 @@ def compare(config: CompareConfig) -> list[Record]:
                 bar.update()
             bar.update(len(due) - found)  # those that can't be reached
     if config.speed:
-        time_untimed(field, records, bench)
+        time_all(records, bench)
     return records.rows
 
 

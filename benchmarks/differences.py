@@ -61,7 +61,8 @@ def difference(first: pd.DataFrame, second: pd.DataFrame, data: pd.DataFrame) ->
 def differences(methods: Iterable[tuple[str, pd.DataFrame]], data: pd.DataFrame) -> str:
     """Two tables, with a row for each method and a column for each operating point: what a method
     loses against the dense model, and the accuracy of ours less the method's, in percentage points,
-    with paired 95% intervals. A difference is bold where its interval excludes zero.
+    with paired 95% intervals. A difference is bold where its interval excludes zero. A cell says
+    how many seeds it has where others of the method have more.
 
     Args:
         methods: title and records of each.
@@ -74,24 +75,29 @@ def differences(methods: Iterable[tuple[str, pd.DataFrame]], data: pd.DataFrame)
     losses, leads = [], []
     for title, rows in methods:
         at = {point: rows[rows["point"] == point] for point in points}
-        losses.append([title, *(cell(difference(dense, at[p], data)) for p in points)])
+        most = max(map(len, at.values()))
+        few = {p: f", {len(at[p])} seeds" if len(at[p]) < most else "" for p in points}
+        losses.append([title, *(cell(difference(dense, at[p], data), few[p]) for p in points)])
         if not rows["method"].eq(OURS).all():
-            of_ours = (ours[ours["point"] == p] for p in points)
-            pairs = zip(of_ours, at.values(), strict=True)
-            leads.append([title, *(cell(difference(*pair, data)) for pair in pairs)])
+            of_ours = {p: ours[ours["point"] == p] for p in points}
+            leads.append(
+                [title, *(cell(difference(of_ours[p], at[p], data), few[p]) for p in points)]
+            )
     columns = [f"at {point:.0%}" for point in points]
     tables = [("loss against dense", losses), ("accuracy of ours less that of", leads)]
     shown = [(title, [line for line in lines if any(line[1:])]) for title, lines in tables]
     return "\n\n".join(markdown_table([title, *columns], lines) for title, lines in shown if lines)
 
 
-def cell(found: Difference | None) -> str:
-    """``0.12 [0.03, 0.21]`` in percentage points, bold where the interval excludes zero."""
+def cell(found: Difference | None, seeds: str = "") -> str:
+    """``0.12 [0.03, 0.21]`` in percentage points, bold where the interval excludes zero, and what
+    ``seeds`` says of those behind it.
+    """
     if found is None:
         return ""
     mean, low, high = (100 * share for share in (found.mean, found.low, found.high))
     text = f"{mean:.2f} [{low:.2f}, {high:.2f}]"
-    return f"**{text}**" if found.is_apart else text
+    return (f"**{text}**" if found.is_apart else text) + seeds
 
 
 def summary(methods: Iterable[tuple[str, pd.DataFrame]]) -> str:
@@ -134,8 +140,8 @@ def mean_loss(rows: pd.DataFrame) -> float:
 
 
 def check_one_origin(rows: pd.DataFrame) -> None:
-    """Checks that the records of a table come from one commit and one machine. Those made before
-    0.2 don't tell.
+    """Checks that the records of a table come from one commit and one machine, and speeds from one
+    process. Records made before 0.2 don't tell.
 
     Raises:
         ValueError: they don't.
@@ -145,3 +151,5 @@ def check_one_origin(rows: pd.DataFrame) -> None:
     origins = sorted({f"{row.commit} on {row.hardware}" for row in rows.itertuples()})
     if len(origins) > 1:
         raise ValueError(f"a table needs records of one commit and machine: {', '.join(origins)}")
+    if "timed" in rows and (timed := sorted(rows["timed"].dropna().unique()))[1:]:
+        raise ValueError(f"a table needs speeds of one process: these began at {', '.join(timed)}")

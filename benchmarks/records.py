@@ -152,8 +152,8 @@ def command() -> str:
 @cache
 def commit() -> str:
     """The last git commit that changed the source code, and behind a plus sign a hash of what has
-    changed in it since. Commits of records, pages or tests leave it as it is. Without git it is the
-    package's version.
+    changed in it since, files that git doesn't know included. Commits of records, pages or tests
+    leave it as it is. Without git it is the package's version.
     """
 
     def git(*arguments: str) -> str:
@@ -161,12 +161,14 @@ def commit() -> str:
         return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
     try:
-        last, changes = git("log", "-1", "--format=%h").strip(), git("diff", "HEAD")
+        last, changes = git("log", "-1", "--format=%h").strip(), git("diff", "HEAD").encode()
+        for name in git("ls-files", "--others", "--exclude-standard", "-z").split("\0")[:-1]:
+            changes += name.encode() + (ROOT / name).read_bytes()
     except (OSError, subprocess.CalledProcessError):
         return f"prunevit {__version__}"
     if not last:  # installed below somebody else's checkout
         return f"prunevit {__version__}"
-    return f"{last}+{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else last
+    return f"{last}+{hashlib.sha256(changes).hexdigest()[:8]}" if changes else last
 
 
 def origin(device: torch.device) -> dict[str, str]:

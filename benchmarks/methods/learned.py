@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
@@ -449,6 +450,11 @@ def dynamic_vit(
         name = "dynamic-vit-narrow" if narrow else "dynamic-vit"
         folder = bench.runs / f"{name}-{kind}-{seed}"
         settings = {**bench.task.dynamic_vit, **shared_settings(bench, folder, seed)}
+        if fine_tune and bench.iterations is None:  # as many images as others are fine-tuned with
+            of_others = FinetuneConfig(run=folder, **bench.task.fine_tuning)
+            images = of_others.epochs * of_others.epoch_size
+            batch = settings.get("batch_size", DynamicViTConfig.batch_size)
+            settings["iterations"] = math.ceil(images / batch)
         if narrow:
             settings["hidden"] = bench.base.hidden[0]
         keep = share_to_keep(bench, trained_for, settings.get("hidden"))

@@ -44,6 +44,7 @@ from prunevit.trainers.common.config import MappoConfig
 from prunevit.trainers.common.evaluation import evaluate
 from prunevit.trainers.common.timing import Timing
 from prunevit.trainers.dynamic_vit import DynamicViTConfig
+from prunevit.trainers.finetune import FinetuneConfig
 
 SETTINGS = {"eval_size": 12, "test_size": 16, "speed": False, "iterations": 1, "threads": 1}
 
@@ -431,6 +432,12 @@ def test_speeds_come_later_without_training_or_judging(tmp_path, monkeypatch):
     turns.clear()
     assert compare(replace(config, speed=True)) == timed
     assert not turns
+    monkeypatch.undo()
+    compare(replace(config, methods=("norm",)))
+    monkeypatch.setattr(method_speed.TimingProcess, "time_models", time_models)
+    later = compare(replace(config, methods=("norm",), speed=True))
+    assert len(turns) == 2  # the first one again: one process times all
+    assert len({row["timed"] for row in later if row["speedup"]}) == 1
 
 
 def test_a_policy_whose_run_is_gone_gets_no_speed(tmp_path, capsys):
@@ -672,6 +679,17 @@ def test_released_has_the_numbers_of_the_code(bench):
     assert settings == settings | numbers
     assert bench.base.num_envs / settings["minibatches"] == 16  # episodes a step
     assert bench.base.clip == 0.2
+
+
+def test_fine_tuned_rivals_see_as_many_images_as_ours(bench, monkeypatch):
+    seen = []
+    monkeypatch.setattr(learned, "train_dynamic_vit", seen.append)
+    monkeypatch.setattr(learned, "search_knob", lambda *_: {})
+    method = METHODS["dynamic-vit-fine-tuned"].open(replace(bench, iterations=None), 0)
+    method.tune(bench.gmacs_at(0.5))
+    ours = FinetuneConfig(run=Path(), **bench.task.fine_tuning)
+    images = seen[0].iterations * seen[0].batch_size
+    assert 0 <= images - ours.epochs * ours.epoch_size < seen[0].batch_size
 
 
 def test_a_recipe_is_as_long_as_it_says_unless_told_otherwise(bench):

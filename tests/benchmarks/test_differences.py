@@ -138,3 +138,32 @@ def test_a_table_is_of_one_commit_and_one_machine():
         with pytest.raises(ValueError, match=r"of one commit and machine: .*abc on a"):
             check_one_origin(mixed)
     check_one_origin(data.drop(columns=["commit", "hardware"]))
+
+
+def test_speeds_of_a_table_come_from_one_process():
+    first, second = "2026-01-01T10:00:00+00:00", "2026-01-01T11:00:00+00:00"
+    origin = {"commit": "abc", "hardware": "a"}
+    data, _ = table(record("dense", **origin), record("far", **origin, timed=first))
+    check_one_origin(data)
+    mixed = pd.concat([data, pd.DataFrame([record("close", **origin, timed=second)])])
+    with pytest.raises(
+        ValueError, match=f"speeds of one process: .*{first}, {second}".replace("+", "[+]")
+    ):
+        check_one_origin(mixed)
+
+
+def test_a_difference_says_where_seeds_are_missing():
+    rows = [
+        record(name, seed, point)
+        for name in ("mappo", "far")
+        for seed in (0, 1)
+        for point in (0.3, 0.5)
+    ]
+    dense = record("dense", point=1.0)
+    data, methods = table(
+        dense,
+        *(row for row in rows if (row["method"], row["seed"], row["point"]) != ("far", 1, 0.3)),
+    )
+    for cells in rows_of(differences(methods, data)).values():
+        assert cells["far"][0].endswith(", 1 seeds")
+        assert "seeds" not in cells["far"][1]

@@ -176,6 +176,11 @@ def test_the_commit_is_that_of_the_source_code(repository):
     assert re.fullmatch(f"{first}[+][0-9a-f]{{8}}", changed)
     repository("envs/a.py", "3")
     assert provenance.commit() not in (first, changed)
+    changed = provenance.commit()
+    for content in "12":  # a file that git doesn't know
+        repository("envs/b.py", content)
+        assert provenance.commit() != changed
+        changed = provenance.commit()
     repository()
     assert provenance.commit() not in (first, changed)
     assert "+" not in provenance.commit()
