@@ -29,7 +29,7 @@ import tyro
 
 from prunevit.benchmarks.differences import DENSE, differences, is_matched, summary
 from prunevit.benchmarks.markdown import markdown_table, mean_and_interval
-from prunevit.benchmarks.method_speed import time_all, where
+from prunevit.benchmarks.method_speed import ONE_IMAGE, SPEEDS, time_all, where
 from prunevit.benchmarks.methods.registry import METHODS
 from prunevit.benchmarks.protocol import Benchmark, UnreachableError, judge, judge_dense
 from prunevit.benchmarks.records import FILE, Record, Records, command
@@ -299,12 +299,31 @@ def table(methods: Iterable[tuple[str, pd.DataFrame]], with_speeds: bool = True)
     return "\n".join([found, *([""] if elsewhere else []), *elsewhere])
 
 
-def speed_cell(rows: pd.DataFrame) -> str:
+def one_image_table(methods: Iterable[tuple[str, pd.DataFrame]]) -> str:
+    """A row for each method that was timed image by image, and a column for each operating point:
+    ``speed_cell``.
+
+    Args:
+        methods: title and records of each.
+    """
+    methods = [(title, rows[is_matched(rows)]) for title, rows in methods]
+    points = sorted({point for _, rows in methods for point in rows["point"]})
+    lines = [
+        [title, *(speed_cell(rows[rows["point"] == point], ONE_IMAGE) for point in points)]
+        for title, rows in methods
+    ]
+    columns = [f"at {point:.0%}" for point in points]
+    lines = [line for line in lines if any(line[1:])]
+    return markdown_table(["image by image", *columns], lines) if lines else ""
+
+
+def speed_cell(rows: pd.DataFrame, ending: str = "") -> str:
     """How many times as fast as timm's dense model these records are and, in brackets, as our own
-    runtime with nothing pruned; empty where they were not timed.
+    runtime with nothing pruned; empty where they were not timed. ``ending`` is that of the fields.
     """
     cells = []
-    for field in ("speedup", "speedup_same_kernels"):
+    for field in SPEEDS:
+        field += ending
         timed = rows[field].dropna().tolist() if field in rows else []
         cells += [mean_and_interval(timed, unit="x")] if timed else []
     return cells[0] + "".join(f" ({cell})" for cell in cells[1:]) if cells else ""
@@ -332,7 +351,12 @@ def report(config: CompareConfig) -> None:
     if not methods:
         return  # no method reached a point
     methods.sort(key=lambda method: -method[1]["accuracy"].mean())
-    tables = (table(methods), differences(methods, data), summary(methods))
+    tables = (
+        table(methods),
+        one_image_table(methods),
+        differences(methods, data),
+        summary(methods),
+    )
     print("\n\n".join(filter(None, tables)))
     print(
         f"in {config.out}: {FILE} (all figures)\n"

@@ -404,11 +404,14 @@ def test_speeds_come_later_without_training_or_judging(tmp_path, monkeypatch):
     turns = []
 
     def time_models(process, models, images, batch_size, rounds):
-        turns.append(list(models))
+        turns.append((batch_size, *models))
         assert models["dense"] is not models["0.9"]
         assert isinstance(models["0.9"], PrunedViT)
-        # dense takes 1 s, ours unpruned 0.95 s, the others as long as their point says
+        # dense takes 1 s, ours unpruned 0.95 s, the others as long as their point says; of one
+        # image all baselines take twice as long
         baselines = {"dense": 1.0, "unpruned": 0.95}
+        if batch_size == 1:
+            baselines = {name: 2 * seconds for name, seconds in baselines.items()}
         passes = {name: baselines.get(name) or float(name) for name in models}
         return {name: Timing([seconds] * rounds) for name, seconds in passes.items()}
 
@@ -422,13 +425,17 @@ def test_speeds_come_later_without_training_or_judging(tmp_path, monkeypatch):
         assert after.pop("speed_command", None) == called
         same_kernels = after.pop("speedup_same_kernels", None)
         assert same_kernels == pytest.approx(after["speedup"] and 0.95 * after["speedup"])
+        for field in ("speedup", "speedup_same_kernels"):
+            one_image = after.pop(f"{field}_one_image", None)
+            of_batch = {"speedup": after["speedup"]}.get(field, same_kernels)
+            assert one_image == pytest.approx(of_batch and 2 * of_batch)
         assert ("+00:00" in after.pop("timed", "")) == (called is not None)
         assert before == after | {"speedup": None}
     speeds = {(row["method"], row["point"]): row["speedup"] for row in timed}
     assert speeds["attention", 0.9] == pytest.approx(1 / 0.9)
     assert speeds["attention", 0.8] == pytest.approx(1 / 0.8)
     assert speeds["oracle", 0.9] is None  # a search has no speed
-    assert turns == [["dense", "unpruned", "0.9", "0.8"]]
+    assert turns == [(batch, "dense", "unpruned", "0.9", "0.8") for batch in (64, 1)]
     turns.clear()
     assert compare(replace(config, speed=True)) == timed
     assert not turns
@@ -436,7 +443,7 @@ def test_speeds_come_later_without_training_or_judging(tmp_path, monkeypatch):
     compare(replace(config, methods=("norm",)))
     monkeypatch.setattr(method_speed.TimingProcess, "time_models", time_models)
     later = compare(replace(config, methods=("norm",), speed=True))
-    assert len(turns) == 2  # the first one again: one process times all
+    assert len(turns) == 4  # the first one again: one process times all
     assert len({row["timed"] for row in later if row["speedup"]}) == 1
 
 

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from prunevit.benchmarks import tables
-from prunevit.benchmarks.compare import table
+from prunevit.benchmarks.compare import one_image_table, table
 from prunevit.benchmarks.records import FILE, read
 from prunevit.benchmarks.tables import TABLES, comparison, main, refresh
 
@@ -57,6 +57,18 @@ def test_seeds_have_means_and_their_speeds_a_row():
     assert header == ["method", "at 30% of dense GMACs", "at 50%"]
     assert accuracies == ["M", "70.00 [-184.12, 324.12]", "90.00, 1 seeds"]
     assert speeds == ["", "0.70x [-1.84, 3.24]", "2.00x"]
+
+
+def test_speeds_image_by_image_have_a_table_of_their_own():
+    timed = record(0.3, 0.9, 2.0) | {
+        "speedup_one_image": 1.5, "speedup_same_kernels_one_image": 1.25
+    }  # fmt: skip
+    untimed = pd.DataFrame([record(0.3, 0.9)])
+    methods = [("M", pd.DataFrame([timed, record(0.5, 0.9)])), ("N", untimed)]
+    lines = one_image_table(methods).splitlines()
+    assert lines[0] == "| image by image | at 30% | at 50% |"
+    assert lines[2:] == ["| M | 1.50x (1.25x) | |"]
+    assert one_image_table([("N", untimed)]) == ""
 
 
 def test_what_is_not_at_its_point_stands_under_no_column():
