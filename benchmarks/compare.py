@@ -19,7 +19,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,6 +28,11 @@ import torch
 import tyro
 
 from prunevit.benchmarks.differences import DENSE, differences, is_matched, summary
+from prunevit.benchmarks.embeddings import (
+    embeddings_tables,
+    judge_dense_embeddings,
+    judge_embeddings,
+)
 from prunevit.benchmarks.markdown import markdown_table, mean_and_interval
 from prunevit.benchmarks.method_speed import ONE_IMAGE, SPEEDS, time_all, where
 from prunevit.benchmarks.methods.registry import METHODS
@@ -35,18 +40,17 @@ from prunevit.benchmarks.protocol import Benchmark, UnreachableError, judge, jud
 from prunevit.benchmarks.records import FILE, Record, Records, command
 from prunevit.benchmarks.tasks import TASKS
 from prunevit.cli import prog
-from prunevit.envs.data.datasets import open_images
+from prunevit.envs.data.datasets import check_has_classes, open_images
 from prunevit.envs.data.image_set import Sourced
 from prunevit.envs.data_config import model_data_config
-from prunevit.envs.devices import pick_device
 from prunevit.envs.old_names import COMPARE_FLAGS, rename_flags
-from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.weights import sha256
 from prunevit.progress import progress_bar, say
+from prunevit.trainers.common.backbones import load_backbone
 from prunevit.trainers.common.classification import check_can_classify, versions
 from prunevit.trainers.common.run import COMMAND_ERRORS
-from prunevit.trainers.common.settings import Count, Range, Settings, Threads
+from prunevit.trainers.common.settings import Count, JsonObject, Range, Settings, Threads
 from prunevit.trainers.common.signals import ends_in_one_line
 
 
@@ -54,7 +58,7 @@ from prunevit.trainers.common.signals import ends_in_one_line
 class CompareConfig(Settings):
     """What is compared."""
 
-    task: Literal["digits", "cifar10", "imagenet"] = "digits"
+    task: Literal["digits", "cifar10", "imagenet", "embeddings"] = "digits"
     """Images, backbone and stages."""
     methods: tuple[str, ...] = (
         "mappo", "dynamic-vit", "attention", "threshold", "ats", "evit", "tome", "pitome",
@@ -71,10 +75,14 @@ class CompareConfig(Settings):
     """The data set, as folder:PATH; the task's own if not given."""
     backbone: str | None = None
     """The backbone; the task's own if not given."""
+    model_kwargs: JsonObject = field(default_factory=dict)
+    """Arguments of the backbone, as {"img_size": 224}; the task's own if none is given."""
     checkpoint: Path | None = None
     """A file with the backbone's weights."""
     pretrained: bool = False
     """Download the backbone's weights."""
+    prune_before: tuple[int, ...] = ()
+    """Stages of the methods that don't bring their own; the task's if none is given."""
     points: tuple[Annotated[float, Range(0, 1, open_low=True)], ...] = ()
     """Operating points, shares of the dense compute; the task's own if none is given."""
     iterations: Count | None = None
@@ -86,6 +94,8 @@ class CompareConfig(Settings):
     """The images that judge. Ideas are tried on validation images: those of test judge once."""
     test_size: Count | None = None
     """How many images judge; all of them if not given."""
+    index_size: Count = 2_000
+    """Of embeddings: photographs of the training that are searched."""
     speed: bool = True
     """At the end, time all methods, if one process has not yet. Nothing else should run then."""
     device: str = "auto"
@@ -99,6 +109,10 @@ class CompareConfig(Settings):
         if unknown or not self.methods:
             known = "; ".join(f"{name} ({spec.title})" for name, spec in METHODS.items())
             raise ValueError(f"unknown methods {', '.join(unknown) or '()'}: there are {known}")
+        others = [name for name in self.methods if not METHODS[name].embeds]
+        if TASKS[self.task].embeds and others:
+            known = ", ".join(name for name, spec in METHODS.items() if spec.embeds)
+            raise ValueError(f"{', '.join(others)} can't learn without labels: there are {known}")
 
 
 def open_benchmark(config: CompareConfig) -> Benchmark:
@@ -109,18 +123,24 @@ def open_benchmark(config: CompareConfig) -> Benchmark:
     """
     task = TASKS[config.task]
     task = replace(
-        task, backbone=config.backbone or task.backbone, points=config.points or task.points
+        task,
+        backbone=config.backbone or task.backbone,
+        points=config.points or task.points,
+        model_kwargs=config.model_kwargs or task.model_kwargs,
+        prune_before=config.prune_before or task.prune_before,
     )
     base = task.config(config.data, config.checkpoint, config.pretrained)
     iterations = base.iterations if config.iterations is None else config.iterations
     base = replace(base, device=config.device, threads=config.threads, iterations=iterations)
-    model = create_backbone(
-        base.backbone, pretrained=base.pretrained, checkpoint=base.checkpoint, **base.model_kwargs
-    )
-    model = model.to(pick_device(config.device)).to(memory_format=torch.channels_last)
+    model = load_backbone(base, 0 if task.embeds else None)
     data_config = model_data_config(model)
     backbone = StagedViT(model, task.prune_before, prune_at=task.prune_at)
-    check_can_classify(base.dataset, backbone.num_classes)
+    index = None
+    if task.embeds:
+        check_has_classes(base.dataset)
+        index = open_images(base.dataset, "train", data_config)
+    else:
+        check_can_classify(base.dataset, backbone.num_classes)
     return Benchmark(
         task=task,
         base=base,
@@ -131,6 +151,8 @@ def open_benchmark(config: CompareConfig) -> Benchmark:
         size=config.eval_size,
         test=open_images(base.dataset, config.split, data_config),
         runs=config.runs or config.out / "runs",
+        index=index,
+        index_size=config.index_size,
     )
 
 
@@ -139,14 +161,19 @@ def settings_of(config: CompareConfig, bench: Benchmark) -> dict[str, Any]:
     names = ["backbone", "model_kwargs", "pretrained", "dataset"]
     if bench.task.prune_at != "block":  # older records don't name it
         names.append("prune_at")
-    return {name: getattr(bench.base, name) for name in names} | {
-        "weights": sha256(bench.base.checkpoint) if bench.base.checkpoint else None,
-        "prune_before": list(bench.task.prune_before),
-        "iterations": config.iterations,
-        "eval_size": config.eval_size,
-        "split": config.split,
-        "test_size": min(config.test_size or len(bench.test), len(bench.test)),
-    }
+    index = {"index_size": config.index_size} if bench.task.embeds else {}
+    return (
+        index
+        | {name: getattr(bench.base, name) for name in names}
+        | {
+            "weights": sha256(bench.base.checkpoint) if bench.base.checkpoint else None,
+            "prune_before": list(bench.task.prune_before),
+            "iterations": config.iterations,
+            "eval_size": config.eval_size,
+            "split": config.split,
+            "test_size": min(config.test_size or len(bench.test), len(bench.test)),
+        }
+    )
 
 
 def compare(config: CompareConfig) -> list[Record]:
@@ -164,17 +191,17 @@ def compare(config: CompareConfig) -> list[Record]:
     records.require_origin(bench.backbone.device)
     if records.find(DENSE, 0, 1.0) is None:
         records.put(dense_record(settings, bench))
-    field = [
+    entrants = [
         (name, seed)
         for name in config.methods
         for seed in range(config.seeds if METHODS[name].is_seeded else 1)
     ]
     all_due = [
         [point for point in bench.task.points if records.find(name, seed, point) is None]
-        for name, seed in field
+        for name, seed in entrants
     ]
     with progress_bar(sum(map(len, all_due)), "points", title="compare") as bar:
-        for (name, seed), due in zip(field, all_due, strict=True):
+        for (name, seed), due in zip(entrants, all_due, strict=True):
             if not due:
                 continue
             say(f"{name}, seed {seed}")
@@ -208,7 +235,10 @@ def measure(
             if error.nearest is None:
                 continue
             knobs, matched = error.nearest, False
-        found = judge(method, knobs, bench, size)
+        if bench.task.embeds:
+            found = judge_embeddings(method, knobs, bench, size)
+        else:
+            found = judge(method, knobs, bench, size).compared_with(judge_dense(bench, size))
         backbone = method.make(knobs).backbone if method.make else bench.backbone
         yield {
             "method": name,
@@ -218,7 +248,7 @@ def measure(
             **knobs,
             "fine_tuned": METHODS[name].fine_tunes,
             "on_prune": backbone.on_prune,
-            **found.compared_with(judge_dense(bench, size)),
+            **found,
             "speedup": None,
             **origin_of(settings, bench),
         }
@@ -229,7 +259,11 @@ def dense_record(settings: dict[str, Any], bench: Benchmark) -> Record:
     have one source, it says which have, in their order.
     """
     size = settings["test_size"]
-    dense = judge_dense(bench, size)
+    if bench.task.embeds:
+        found = judge_dense_embeddings(bench, size)
+    else:
+        dense = judge_dense(bench, size)
+        found = dense.compared_with(dense)
     sources = {}
     if isinstance(bench.test, Sourced):
         every = bench.test.sources
@@ -239,7 +273,7 @@ def dense_record(settings: dict[str, Any], bench: Benchmark) -> Record:
         "seed": 0,
         "point": 1.0,
         "fine_tuned": False,
-        **dense.compared_with(dense),
+        **found,
         **sources,
         "speedup": None,
         **origin_of(settings, bench),
@@ -322,9 +356,8 @@ def speed_cell(rows: pd.DataFrame, ending: str = "") -> str:
     runtime with nothing pruned; empty where they were not timed. ``ending`` is that of the fields.
     """
     cells = []
-    for field in SPEEDS:
-        field += ending
-        timed = rows[field].dropna().tolist() if field in rows else []
+    for speed in SPEEDS:
+        timed = rows[speed + ending].dropna().tolist() if speed + ending in rows else []
         cells += [mean_and_interval(timed, unit="x")] if timed else []
     return cells[0] + "".join(f" ({cell})" for cell in cells[1:]) if cells else ""
 
@@ -356,6 +389,7 @@ def report(config: CompareConfig) -> None:
         one_image_table(methods),
         differences(methods, data),
         summary(methods),
+        embeddings_tables(data, methods),
     )
     print("\n\n".join(filter(None, tables)))
     print(

@@ -25,7 +25,13 @@ from prunevit.benchmarks.tasks import Task
 from prunevit.envs.data.image_set import ImageSet
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common.config import MappoConfig
-from prunevit.trainers.common.evaluation import Evaluation, Traced, evaluate, evaluate_traces
+from prunevit.trainers.common.evaluation import (
+    Evaluation,
+    Traced,
+    evaluate,
+    evaluate_traces,
+    mean_gmacs,
+)
 
 TOLERANCE = 0.01  # between compute on validation and the operating point, relative to the point
 CLOSE = TOLERANCE / 4  # where a search ends
@@ -62,6 +68,8 @@ class Benchmark:
         size: how many of them are used.
         test: images that judge.
         runs: the folder of the trainings' runs.
+        index: where the model embeds, photographs of the training that are searched.
+        index_size: how many of them.
     """
 
     task: Task
@@ -73,6 +81,8 @@ class Benchmark:
     size: int
     test: ImageSet
     runs: Path
+    index: ImageSet | None = None
+    index_size: int = 0
 
     @property
     def middle_point(self) -> float:
@@ -84,9 +94,13 @@ class Benchmark:
         """GMACs of an image at an operating point, a share of the dense compute."""
         return point * self.backbone.dense_macs / 1e9
 
-    def validate(self, model: Traced) -> Evaluation:
-        """What ``model`` does on the validation images."""
-        return evaluate(model, self.validation, self.size)
+    def cost(self, model: Traced) -> float:
+        """Mean GMACs of ``model`` on the validation images."""
+        return mean_gmacs(model, self.validation, self.size)
+
+    def validate(self, model: Traced) -> float:
+        """How good ``model`` is on the validation images."""
+        return evaluate(model, self.validation, self.size).score
 
 
 @dataclass(frozen=True)
@@ -224,7 +238,7 @@ def with_best_dither(
             # one way may not get so low: only if none does, this is the method's limit
             if dither == strengths[-1] and not ways:
                 raise
-    return max(ways, key=lambda knobs: bench.validate(make(knobs)).accuracy)
+    return max(ways, key=lambda knobs: bench.validate(make(knobs)))
 
 
 def nearest(choices: Sequence[T], cost: Callable[[T], float], target: float) -> tuple[T, float]:

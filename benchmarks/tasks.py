@@ -28,6 +28,7 @@ class Task:
             alike, and would all go at once.
         training: further options of ``trainers.mappo``.
         ours: options that ours and its variants have here besides, chosen on validation.
+        model_kwargs: arguments of the backbone.
         fine_tuning: options of ``trainers.finetune``.
         dynamic_vit: options of ``trainers.dynamic_vit``, such that each of its trainings computes
             about as much in the backbone as ours: a backward pass counts as two forward passes, and
@@ -45,8 +46,14 @@ class Task:
     dithers: bool = True
     training: Mapping[str, Any] = field(default_factory=dict)
     ours: Mapping[str, Any] = field(default_factory=dict)
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     fine_tuning: Mapping[str, Any] = field(default_factory=dict)
     dynamic_vit: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the backbone plays without a classifier."""
+        return self.training.get("accuracy") == "embedding"
 
     def config(self, dataset: str | None, checkpoint: Path | None, pretrained: bool) -> MappoConfig:
         """The settings that a training on this task starts from.
@@ -67,6 +74,7 @@ class Task:
             dataset=dataset,
             checkpoint=checkpoint,
             pretrained=pretrained,
+            model_kwargs=dict(self.model_kwargs),
             prune_before=self.prune_before,
             prune_at=self.prune_at,
             **self.training,
@@ -122,6 +130,18 @@ TASKS: Mapping[str, Task] = {
             training={"eval_every": 250, "eval_size": 5_000},
             fine_tuning={"epochs": 1, "epoch_size": 1_300_000},
             dynamic_vit={"iterations": 1_500},
+        ),
+        Task(
+            name="embeddings",
+            backbone="vit_small_patch14_dinov2",
+            dataset=None,
+            prune_before=(2, 5, 8),
+            prune_at="mlp",
+            released_stages=(3, 6, 9),
+            points=(0.4, 0.6, 0.8),
+            alpha_range=(0.005, 0.5),
+            training={"eval_every": 250, "accuracy": "embedding"},
+            model_kwargs={"img_size": 224},
         ),
     )
 }

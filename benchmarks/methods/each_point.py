@@ -137,7 +137,7 @@ def ltmp(bench: Benchmark, seed: int) -> Method:
             }
 
         def cost(factor: float) -> float:
-            return bench.validate(make(scaled(factor))).gmacs
+            return bench.cost(make(scaled(factor)))
 
         return search_knob(cost, *FACTORS, gmacs, scaled)
 

@@ -151,7 +151,7 @@ def tuned(bench: Benchmark, model: PrunedViT, gmacs: float) -> Knobs:
     def searched(shared: Knobs) -> Knobs:
         def search(low: float, high: float, knobs: Callable[[float], Knobs]) -> Knobs:
             def cost(value: float) -> float:
-                return bench.validate(set_to(model, knobs(value))).gmacs
+                return bench.cost(set_to(model, knobs(value)))
 
             return search_knob(cost, low, high, gmacs, knobs)
 
@@ -255,7 +255,7 @@ def sampled(name: str, bench: Benchmark, seed: int) -> Method:
 
     def tune(gmacs: float) -> Knobs:
         trained_run(bench, name, seed, RECIPES[name].settings(bench))
-        check_matched(bench.validate(set_to(load(folder), drawn)).gmacs, gmacs, drawn)
+        check_matched(bench.cost(set_to(load(folder), drawn)), gmacs, drawn)
         return drawn
 
     return Method(tune, lambda knobs: set_to(load(folder), knobs))
@@ -468,7 +468,7 @@ def dynamic_vit(
                 return {"run": folder.name, "keep": 1 / pruned, **shared}
 
             def cost(pruned: float) -> float:
-                return bench.validate(make(knobs(pruned))).gmacs
+                return bench.cost(make(knobs(pruned)))
 
             return search_knob(cost, 1.0, float(bench.backbone.num_patches), gmacs, knobs)
 

@@ -20,12 +20,14 @@ class MethodSpec:
         open: benchmark and seed -> the method.
         is_seeded: whether its result depends on the seed.
         fine_tunes: whether it changes the backbone's weights.
+        embeds: whether it also prunes a backbone without a classifier.
     """
 
     title: str
     open: Callable[[Benchmark, int], Method]
     is_seeded: bool = True
     fine_tunes: bool = False
+    embeds: bool = False
 
 
 UNSEEDED: dict[str, tuple[str, Callable[[Benchmark, int], Method]]] = {
@@ -115,7 +117,16 @@ SEEDED: dict[str, tuple[str, Callable[[Benchmark, int], Method]]] = {
         for name in learned.BENCHMARL_ALGORITHMS
     },
 }
+# what needs no labels: scores, merging, and rewards that the recipe leaves to the task
+EMBEDDING = UNSEEDED.keys() - {"oracle", "oracle-no-labels"} | {
+    "random", "random-merge",
+    *(
+        name
+        for name, recipe in RECIPES.items()
+        if not recipe.changes.keys() & {"accuracy", "reward"}
+    ),
+}  # fmt: skip
 METHODS: Mapping[str, MethodSpec] = {
-    name: MethodSpec(title, open, name in SEEDED, name.endswith("-fine-tuned"))
+    name: MethodSpec(title, open, name in SEEDED, name.endswith("-fine-tuned"), name in EMBEDDING)
     for name, (title, open) in (UNSEEDED | SEEDED).items()
 }

@@ -55,7 +55,7 @@ def best_schedule(
         return abs(backbone.uniform_macs(tokens, pays_attention) / 1e9 - gmacs)
 
     def accuracy(tokens: Sequence[int]) -> float:
-        return bench.validate(PrunedViT(backbone, TopK(tokens, score, seed))).accuracy
+        return bench.validate(PrunedViT(backbone, TopK(tokens, score, seed)))
 
     shapes = [[shape**stage for stage in range(backbone.num_stages)] for shape in SHAPES]
     ways: set[tuple[int, ...]] = {
@@ -151,7 +151,7 @@ def attention_threshold(bench: Benchmark, seed: int) -> Method:
                 return {"threshold": threshold, **shared}
 
             def cost(threshold: float) -> float:
-                return bench.validate(make(knobs(threshold))).gmacs
+                return bench.cost(make(knobs(threshold)))
 
             return search_knob(cost, 1e-3, float(backbone.num_patches), gmacs, knobs)
 
@@ -172,7 +172,7 @@ def adaptive_sampling(bench: Benchmark, seed: int) -> Method:
     def tune(gmacs: float) -> Knobs:
         def searched(shared: Knobs) -> Knobs:
             def cost(samples: int) -> float:
-                return bench.validate(make({"samples": samples, **shared})).gmacs
+                return bench.cost(make({"samples": samples, **shared}))
 
             # samples often fall on the same patch, so many more than there are patches can be
             # needed

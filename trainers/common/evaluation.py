@@ -143,6 +143,27 @@ def evaluate_traces(
     )
 
 
+def traces(
+    model: Traced, images: ImageSet, size: int | None = None
+) -> Iterator[tuple[Trace, Tensor]]:
+    """What a pruned model does on ``size`` evenly spread images, and their labels [B], batch by
+    batch.
+    """
+    count = len(images) if size is None else min(size, len(images))
+    for pixels, labels in _batches(images, count, model.backbone.device, ALONE, 0):
+        with torch.inference_mode():
+            trace = model.trace(pixels.to(model.backbone.device))
+        yield trace, labels
+
+
+def mean_gmacs(model: Traced, images: ImageSet, size: int | None = None) -> float:
+    """Mean 1e9 multiply-accumulates per image of a pruned model on ``size`` evenly spread images,
+    its policy's included.
+    """
+    macs = torch.cat([trace.macs for trace, _ in traces(model, images, size)])
+    return int(macs.sum()) / len(macs) / 1e9
+
+
 @torch.no_grad()
 def accuracy(
     model: Callable[[Tensor], Tensor],
