@@ -18,17 +18,15 @@ from prunevit.benchmarks.records import Record, Records, command, origin
 from prunevit.progress import progress_bar, say
 from prunevit.trainers.common.timing import TimingProcess, speedup
 
-ONE_IMAGE = "_one_image"
-# how many images a call gets, and on how many it is timed, by the end of a field's name
-BATCHES = {"": (64, 256), ONE_IMAGE: (1, 32)}
 SPEED_ROUNDS = 9
+ONE_IMAGE = "_one_image"  # at the end of fields of speeds image by image
 SPEEDS = {"speedup": "dense", "speedup_same_kernels": "unpruned"}  # field: over which baseline
 
 
 def time_all(records: Records, bench: Benchmark) -> None:
-    """Writes into the records how many times as fast as both baselines they are, in ``BATCHES`` and
-    image by image, unless one process has timed them all before. Trains and judges nothing. An
-    upper bound has no speed, and neither has a learned method whose run is gone.
+    """Writes into the records how many times as fast as both baselines they are, in the task's
+    batches and image by image, unless one process has timed them all before. Trains and judges
+    nothing. An upper bound has no speed, and neither has a learned method whose run is gone.
     """
     rows: dict[tuple[str, int], list[Record]] = {}
     for row in records.rows:
@@ -43,11 +41,11 @@ def time_all(records: Records, bench: Benchmark) -> None:
     for row in due:
         row["speedup"] = None  # of another process
     baselines = {"dense": bench.model, "unpruned": PrunedViT(bench.backbone, KeepAll())}
-    inputs = {}
-    for ending, (_, images) in BATCHES.items():
-        # evenly spread; some of them twice where there are fewer
-        chosen = [i * len(bench.test) // images for i in range(images)]
-        inputs[ending] = bench.test.load(chosen)[0].to(bench.backbone.device)
+    count = bench.task.speed_images
+    # evenly spread; some of them twice where there are fewer
+    chosen = [i * len(bench.test) // count for i in range(count)]
+    pixels = bench.test.load(chosen)[0].to(bench.backbone.device)
+    inputs = {"": (pixels, bench.task.speed_batch), ONE_IMAGE: (pixels[::8], 1)}
     begun = datetime.now(UTC).isoformat(timespec="seconds")  # the same for all of a process
     turns = progress_bar(len(makes), "methods", title="speed", items=makes.items())
     with TimingProcess() as process, turns:
@@ -58,15 +56,14 @@ def time_all(records: Records, bench: Benchmark) -> None:
             except ValueError as error:
                 say(f"{name}, seed {seed} can't be timed: {error}")
                 continue
-            for ending, (batch, _) in BATCHES.items():
-                timings = process.time_models(
-                    baselines | models, inputs[ending], batch, SPEED_ROUNDS
-                )
+            for ending, (images, batch) in inputs.items():
+                timings = process.time_models(baselines | models, images, batch, SPEED_ROUNDS)
                 for point, row in at.items():
                     for field, baseline in SPEEDS.items():
                         row[field + ending] = speedup(timings[baseline], timings[point])
             for row in at.values():
                 row.update(where(bench), speed_command=command(), timed=begun)
+                row["speed_batch"] = bench.task.speed_batch
             records.save()
             said = ", ".join(f"{row['speedup']:.2f}x" for row in at.values())
             say(f"{name}, seed {seed}: {said}")

@@ -29,6 +29,8 @@ class Task:
         training: further options of ``trainers.mappo``.
         ours: options that ours and its variants have here besides, chosen on validation.
         model_kwargs: arguments of the backbone.
+        speed_batch: images of a call when methods are timed; they are also timed image by image.
+        speed_images: how many images they are timed on, and an eighth of them image by image.
         fine_tuning: options of ``trainers.finetune``.
         dynamic_vit: options of ``trainers.dynamic_vit``, such that each of its trainings computes
             about as much in the backbone as ours: a backward pass counts as two forward passes, and
@@ -47,6 +49,8 @@ class Task:
     training: Mapping[str, Any] = field(default_factory=dict)
     ours: Mapping[str, Any] = field(default_factory=dict)
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    speed_batch: int = 64
+    speed_images: int = 256
     fine_tuning: Mapping[str, Any] = field(default_factory=dict)
     dynamic_vit: Mapping[str, Any] = field(default_factory=dict)
 
@@ -128,6 +132,8 @@ TASKS: Mapping[str, Task] = {
             points=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
             alpha_range=(0.05, 1.0),
             training={"eval_every": 250, "eval_size": 5_000},
+            speed_batch=32,
+            speed_images=64,
             fine_tuning={"epochs": 1, "epoch_size": 1_300_000},
             dynamic_vit={"iterations": 1_500},
         ),
@@ -142,6 +148,8 @@ TASKS: Mapping[str, Task] = {
             alpha_range=(0.005, 0.5),
             training={"eval_every": 250, "accuracy": "embedding"},
             model_kwargs={"img_size": 224},
+            speed_batch=32,
+            speed_images=64,
         ),
     )
 }

@@ -430,6 +430,7 @@ def test_speeds_come_later_without_training_or_judging(tmp_path, monkeypatch):
             of_batch = {"speedup": after["speedup"]}.get(field, same_kernels)
             assert one_image == pytest.approx(of_batch and 2 * of_batch)
         assert ("+00:00" in after.pop("timed", "")) == (called is not None)
+        assert after.pop("speed_batch", None) == (64 if called else None)
         assert before == after | {"speedup": None}
     speeds = {(row["method"], row["point"]): row["speedup"] for row in timed}
     assert speeds["attention", 0.9] == pytest.approx(1 / 0.9)

@@ -140,7 +140,6 @@ def test_the_run_is_timed(folder):
 def test_the_comparison_runs(folder, images, weights, monkeypatch):
     """Training, fine-tuning, evaluation, timing and figures, as the README has them."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(method_speed, "SPEED_IMAGES", method_speed.SPEED_BATCH)
     monkeypatch.setattr(method_speed, "SPEED_ROUNDS", 1)
     short = replace(TASKS["imagenet"], fine_tuning={"epochs": 1, "epoch_size": 256})
     monkeypatch.setitem(TASKS, "imagenet", short)
