@@ -120,5 +120,7 @@ RECIPES: Mapping[str, Recipe] = {
     "drop": Recipe("ours, dropping what it prunes", {"on_prune": "drop"}),
     "merge": Recipe("ours, merging what it prunes", {"on_prune": "merge"}),
     "actor-attention": Recipe("agents attend to each other", {"actor_attention": 2}),
+    "larger-actor": Recipe("an actor of 128 hidden units", {"hidden": (128,)}),
+    "longer": Recipe("trained for twice as long", length=2.0),
     "three-stages": Recipe("stages in blocks 0, 1 and 3", {"prune_before": (0, 1, 3)}),
 }

@@ -626,6 +626,7 @@ def test_every_ablation_changes_one_thing(bench):
     assert settings["redundancy"] == ours | {"observation": observation}
     assert settings["merge"] == ours | {"on_prune": "merge"}
     assert settings["actor-attention"] == ours | {"actor_attention": 2}
+    assert settings["larger-actor"] == ours | {"hidden": (128,)}
     assert settings["three-stages"] == ours | {"prune_before": (0, 1, 3)}
     assert settings["released"]["prune_before"] == bench.task.released_stages
     assert settings["released-faster"] == settings["released"] | {"lr": 5e-4}
@@ -705,6 +706,7 @@ def test_a_recipe_is_as_long_as_it_says_unless_told_otherwise(bench):
     free = replace(bench, iterations=None, base=replace(bench.base, iterations=400))
     assert RECIPES["released"].settings(free)["iterations"] == 200
     assert RECIPES["mappo"].settings(free)["iterations"] == 400
+    assert RECIPES["longer"].settings(free)["iterations"] == 800
 
 
 def test_the_command_prints_the_most_accurate_first(monkeypatch, capsys):
