@@ -24,9 +24,14 @@ from prunevit.agents.policy_library import find_policy
 from prunevit.benchmarks.compare import table, title_of
 from prunevit.benchmarks.differences import OURS, check_one_origin, differences, summary
 from prunevit.benchmarks.machine import MIB
-from prunevit.benchmarks.markdown import markdown_table, mean_and_deviation, mean_and_interval
+from prunevit.benchmarks.markdown import (
+    markdown_table,
+    mean_and_deviation,
+    mean_and_interval,
+    records_table,
+)
 from prunevit.benchmarks.marl import compare as marl
-from prunevit.benchmarks.records import FILE, read
+from prunevit.benchmarks.records import FILE, Record, read
 from prunevit.cli import prog
 from prunevit.trainers.common.checkpoint import write_text
 
@@ -67,6 +72,14 @@ VARIANTS = {
     "uniform": "one length for all images (EViT's way)",
     "unpruned": "ours with nothing pruned",
 }
+RUNTIMES = {
+    "pytorch": "PyTorch",
+    "compile": "`torch.compile`",
+    "onnxruntime": "ONNX Runtime",
+    "int8": "ONNX Runtime, int8",
+    "openvino": "OpenVINO",
+}
+UNMEASURED = "Nothing has been measured yet."
 # the adapter in the records, and on how many images it is timed
 ADAPTERS = {
     "Gymnasium": ("gymnasium vector, tensors", "256"),
@@ -221,6 +234,62 @@ def throughput() -> str:
     return markdown_table(["variant", "GMACs", *header], lines)
 
 
+def runtimes() -> str:
+    """Speed-ups of runtimes, dense and pruned: a table for each file in the folder ``runtimes``."""
+    files = sorted(RESULTS.glob("runtimes/*.json"))
+    return "\n\n".join(runtimes_table(load(str(file))) for file in files) or UNMEASURED
+
+
+def runtimes_table(records: Sequence[Record]) -> str:
+    """A file of ``benchmarks.speed.runtimes`` under a line that says what was measured."""
+    settings = {(row["batch_size"], row["threads"]): None for row in records}
+    rows = {(row["variant"], row["batch_size"], row["threads"]): row for row in records}
+    kinds = {row["variant"]: row for row in records}
+    dense, pruned = (
+        next(row for row in kinds.values() if row["variant"].endswith(kind))
+        for kind in (" dense", " pruned")
+    )
+    share = pruned["gmacs"] / dense["gmacs"]
+    title = (
+        f"{dense['model']}, pruned to {share:.0%} of the GMACs, which promise {1 / share:.2f}x. "
+        f"On {dense['hardware']}:"
+    )
+
+    def cell(variant: str, *setting: int) -> str:
+        row = rows[variant, *setting]
+        if row is rows[dense["variant"], *setting]:
+            return f"{row['images_per_second']:.1f} images/s"
+        own = "" if variant.endswith(" dense") else f" ({row['speedup_own']:.2f}x)"
+        return f"{row['speedup']:.2f}x{own}"
+
+    header = [f"batch {size}, {count} thread{'s' * (count > 1)}" for size, count in settings]
+    lines = []
+    for variant, row in kinds.items():
+        runtime, kind = variant.split()
+        judged = [f"{row['accuracy']:.2%}"] if "accuracy" in row else []
+        lines.append(
+            [f"{RUNTIMES[runtime]}, {kind}", *judged, *(cell(variant, *each) for each in settings)]
+        )
+    accuracy = ["accuracy"] if "accuracy" in dense else []
+    return f"{title}\n\n{markdown_table(['runtime', *accuracy, *header], lines)}"
+
+
+def serving() -> str:
+    """What clients of ``examples/serve.py`` waited for, by model: the file ``serving.json``."""
+    if not (RESULTS / "serving.json").is_file():
+        return UNMEASURED
+    records = load("serving.json")
+    columns = {
+        "model": ("model", 1, ""),
+        "clients": ("clients", 1, ""),
+        "answered": ("answered", 1, ""),
+        "images/s": ("images_per_second", 1, ".1f"),
+        "p50, ms": ("p50", 1e-3, ".0f"),
+        "p95, ms": ("p95", 1e-3, ".0f"),
+    }
+    return records_table(records, columns)
+
+
 def iteration_cost() -> str:
     """What an iteration of MAPPO costs an episode, by tokens and episodes."""
     cells = {
@@ -311,6 +380,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "cifar10": partial(comparison, ("cifar10/compare", CIFAR10), with_speeds=True),
     "cifar10-fine-tuning": partial(comparison, ("cifar10/compare", FINE_TUNING), seed=0),
     "throughput": throughput,
+    "runtimes": runtimes,
+    "serving": serving,
     "iteration-cost": iteration_cost,
     "adapters": adapters,
     "pettingzoo-defaults": pettingzoo_defaults,

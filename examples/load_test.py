@@ -7,6 +7,7 @@ is killed after 2 seconds and begun anew, and still each request has its one ans
 
 import argparse
 import http.client
+import json
 import socket
 import subprocess
 import sys
@@ -63,7 +64,7 @@ class Server:
 
 
 def load(server, photos, requests, clients, path, kill=None):
-    """Sends so many requests; returns a line that says how they went.
+    """Sends so many requests; returns how they went, times in seconds.
 
     Args:
         server: a ``Server``.
@@ -88,11 +89,15 @@ def load(server, photos, requests, clients, path, kill=None):
     took = time.monotonic() - began
     if kill is not None:
         killer.join()
-    p50, p95 = (1e3 * np.percentile(waited, share) for share in (50, 95))
-    return (
-        f"{statuses.count(200)} of {requests} answered, {sum(tries) - requests} tried again: "
-        f"{requests / took:.1f} images/s, p50 {p50:.0f} ms, p95 {p95:.0f} ms"
-    )
+    return {
+        "requests": requests,
+        "clients": clients,
+        "answered": statuses.count(200),
+        "tried_again": sum(tries) - requests,
+        "images_per_second": requests / took,
+        "p50": float(np.percentile(waited, 50)),
+        "p95": float(np.percentile(waited, 95)),
+    }
 
 
 def main():
@@ -104,18 +109,27 @@ def main():
     parser.add_argument("--clients", type=int, default=16, help="that ask at the same time")
     parser.add_argument("--compute", type=float, help="share of the dense compute to ask for")
     parser.add_argument("--kill", type=float, help="seconds until the server is killed")
+    parser.add_argument("--out", type=Path, help="also write what is printed to this JSON file")
     args, options = parser.parse_known_args()  # those of serve.py
     photos = [file.read_bytes() for file in sorted(args.photos.iterdir()) if file.is_file()]
     path = "/classify" if args.compute is None else f"/classify?compute={args.compute}"
+    records = []
     for model in args.models:
         server = Server(model, options)
         try:
             load(server, photos, args.clients, args.clients, path)  # warms up
-            line = load(server, photos, args.requests, args.clients, path, args.kill)
+            found = load(server, photos, args.requests, args.clients, path, args.kill)
+            line = (
+                "{answered} of {requests} answered, {tried_again} tried again: "
+                "{images_per_second:.1f} images/s, p50 {p50:.3f} s, p95 {p95:.3f} s"
+            ).format(**found)
             print(f"{model}: {line}", flush=True)
+            records.append({"model": model.stem, **found})
         finally:
             server.process.terminate()
             server.process.wait()
+    if args.out is not None:
+        args.out.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -297,18 +297,24 @@ def test_the_short_example_runs(onnx_file, photos, monkeypatch, capsys):
 
     files = [str(photos / name) for name in ("190.png", "60.png")]
     monkeypatch.setattr(sys, "argv", ["serve_onnx.py", str(onnx_file), *files])
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it would fail
     runpy.run_path(str(EXAMPLES / "serve_onnx.py"), run_name="__main__")
     assert capsys.readouterr().out == (
         f"{files[0]}: bright (4 of 4 patches kept)\n{files[1]}: dark (0 of 4 patches kept)\n"
     )
 
 
-def test_nothing_is_lost_when_the_server_is_killed(onnx_file, photos, monkeypatch, capfd):
-    test = load("load_test")
+def test_nothing_is_lost_when_the_server_is_killed(onnx_file, photos, tmp_path, monkeypatch, capfd):
+    test, out = load("load_test"), tmp_path / "serving.json"
     requests = ["--requests", "150", "--clients", "4", "--kill", "0.1", "--queue", "2"]
-    monkeypatch.setattr(sys, "argv", ["load_test.py", str(photos), str(onnx_file), *requests])
+    command = ["load_test.py", str(photos), str(onnx_file), *requests, "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
     test.main()
     said = capfd.readouterr().out
     assert said.startswith(f"{onnx_file}: 150 of 150 answered, ")
     tried_again = int(said.split(" answered, ")[1].split()[0])
     assert tried_again > 0
+    (record,) = json.loads(out.read_text())
+    assert record["answered"] == 150
+    assert record["tried_again"] == tried_again
+    assert 0 < record["p50"] <= record["p95"]

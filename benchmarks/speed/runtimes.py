@@ -10,10 +10,10 @@ Runtimes, each dense and pruned:
 - ``int8``: the same with linear layers in dynamic int8;
 - ``openvino``: the float32 files in OpenVINO, if it is installed.
 
-A runtime that gives something else than PyTorch is refused. All take turns in one process, on the
-same weights and images. "Over own dense" compares with the dense model in the same runtime.
-Efficiency is that speed-up divided by what the GMACs promise. A run brings its test images, on
-which accuracy is measured too.
+A runtime that gives something else than PyTorch is refused, and one that can't run the pruned model
+is measured dense. All take turns in one process, on the same weights and images. "Over own dense"
+compares with the dense model in the same runtime. Efficiency is that speed-up divided by what the
+GMACs promise. A run brings its test images, on which accuracy is measured too.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from prunevit.agents.onnx_int8 import quantize_onnx
 from prunevit.agents.policies.heuristics import TopK
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.benchmarks.markdown import records_table
-from prunevit.benchmarks.records import Record
+from prunevit.benchmarks.records import Record, command, origin
 from prunevit.benchmarks.speed.timed import FIRST_COLUMNS, LATENCIES, pace, show_and_keep
 from prunevit.cli import prog
 from prunevit.envs.data.datasets import open_images
@@ -47,14 +48,19 @@ from prunevit.envs.data_config import model_data_config
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.extras import is_installed, needs
+from prunevit.trainers.common.classification import versions
 from prunevit.trainers.common.run import COMMAND_ERRORS
 from prunevit.trainers.common.settings import Count, Settings, Share, Threads
 from prunevit.trainers.common.signals import ends_in_one_line
 from prunevit.trainers.common.timing import interleaved, speedup
+from prunevit.versions import version_of
 
 Runtime = Literal["pytorch", "compile", "onnxruntime", "int8", "openvino"]
+Kind = tuple[Runtime, bool]  # and whether it is dense
 Classify = Callable[[Tensor], NDArray[np.float32]]
+CPU = torch.device("cpu")
 TOLERANCE = 1e-3  # by how much outputs of a runtime may differ from PyTorch's
+LIBRARIES = ("onnxruntime", "openvino")
 JUDGED_TOGETHER = 8  # images a call when accuracy is measured
 
 
@@ -104,7 +110,7 @@ def load(config: RuntimesConfig) -> tuple[PrunedViT, Tensor, tuple[Tensor, Tenso
     dataset = json.loads((config.run / "config.json").read_text(encoding="utf-8"))["dataset"]
     test = open_images(dataset, "test", model_data_config(model.backbone.model))
     images = test.load([i % len(test) for i in range(count)])[0]
-    judged = min(config.judged, len(test))
+    judged = min(config.judged, len(test)) if model.num_classes else 0
     return model, images, test.load(range(judged)) if judged else None
 
 
@@ -179,20 +185,12 @@ def measure(config: RuntimesConfig) -> Iterator[list[Record]]:
     model, images, judged = load(config)
     macs = {True: float(model.backbone.dense_macs)}
     macs[False] = float(model.trace(images).macs.double().mean())
-    kinds = [(runtime, dense) for runtime in config.runtimes for dense in (True, False)]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if set(config.runtimes) - {"pytorch", "compile"}:
             export_all(model, folder, config, judged is not None or max(config.batch_sizes) > 1)
-        some = images[: max(config.batch_sizes)]
-        for dense in (True, False):
-            expected = classifier("pytorch", dense, model, folder, len(some), 1)(some)
-            for runtime in config.runtimes:
-                try:
-                    found = classifier(runtime, dense, model, folder, len(some), 1)(some)
-                except RuntimeError as error:  # OpenVINO's
-                    raise ValueError(f"{runtime} can't run the model: {error}") from error
-                check_same(runtime, dense, found, expected)
+        sizes = {min(config.batch_sizes), max(config.batch_sizes)}
+        kinds = find_kinds(config.runtimes, model, folder, [images[:size] for size in sizes])
         accuracy = {}
         if judged is not None:
             for kind in kinds:
@@ -200,9 +198,47 @@ def measure(config: RuntimesConfig) -> Iterator[list[Record]]:
                 accuracy[kind] = judge(classify, *judged)
         for threads in config.threads:
             torch.set_num_threads(threads)
+            # compiled code is for a number of threads, and torch runs what it has compiled too
+            # often uncompiled
+            torch.compiler.reset()
             for size in config.batch_sizes:
                 runs = {kind: classifier(*kind, model, folder, size, threads) for kind in kinds}
                 yield compare(config, runs, images, size, threads, macs, accuracy)
+
+
+def find_kinds(
+    runtimes: Sequence[Runtime], model: PrunedViT, folder: Path, batches: Sequence[Tensor]
+) -> list[Kind]:
+    """What can be measured: each runtime, dense and pruned, but for those that can't run the pruned
+    model, which is said.
+
+    Args:
+        runtimes: by name.
+        model: the pruned model.
+        folder: where it was exported to.
+        batches: images [B, C, H, W] that all are checked on.
+
+    Raises:
+        ValueError: a runtime can't run the dense model, or gives something else than PyTorch.
+    """
+    kinds: list[Kind] = []
+    for runtime in runtimes:
+        for dense in (True, False):
+            try:
+                for some in batches:
+                    expected, found = (
+                        classifier(name, dense, model, folder, len(some), 1)(some)
+                        for name in ("pytorch", runtime)
+                    )
+                    check_same(runtime, dense, found, expected)
+            except RuntimeError as error:  # OpenVINO's
+                if dense:
+                    raise ValueError(f"{runtime} can't run the model: {error}") from error
+                why = " ".join(str(error).split())
+                print(f"warning: {runtime} can't run the pruned model: {why}", file=sys.stderr)
+                continue
+            kinds.append((runtime, dense))
+    return kinds
 
 
 def check_same(
@@ -228,12 +264,12 @@ def judge(classify: Classify, images: Tensor, labels: Tensor) -> float:
 
 def compare(
     config: RuntimesConfig,
-    runs: Mapping[tuple[Runtime, bool], Classify],
+    runs: Mapping[Kind, Classify],
     images: Tensor,
     batch_size: int,
     threads: int,
     macs: Mapping[bool, float],
-    accuracy: Mapping[tuple[Runtime, bool], float],
+    accuracy: Mapping[Kind, float],
 ) -> list[Record]:
     """Records of all runtimes at one batch size and number of threads."""
     passes = {
@@ -242,18 +278,24 @@ def compare(
         ]
         for (runtime, dense), classify in runs.items()
     }
-    device = torch.device("cpu")
-    timings = interleaved(passes, config.rounds, 1, device, each_call=batch_size == 1)
+    timings = interleaved(passes, config.rounds, 1, CPU, each_call=batch_size == 1)
     baseline = timings[next(iter(timings))]
+    about = {
+        "model": config.model if config.run is None else config.run.name,
+        "batch_size": batch_size,
+        "threads": threads,
+        "load": os.getloadavg()[0],
+        "command": command(),
+        "versions": versions()
+        | {name: version_of(name) for name in LIBRARIES if is_installed(name)},
+        **origin(CPU),
+    }
     records = []
     for (kind, dense), (name, timing) in zip(runs, timings.items(), strict=True):
         own = speedup(timings[f"{kind} dense"], timing)
         record = {
             "variant": name,
-            "model": config.model if config.run is None else str(config.run),
-            "batch_size": batch_size,
-            "threads": threads,
-            "load": os.getloadavg()[0],
+            **about,
             **pace(timing, len(images)),
             "gmacs": macs[dense] / 1e9,
             "speedup": speedup(baseline, timing),

@@ -1,5 +1,7 @@
 """The tables of figures in README.md and docs are what the committed records say."""
 
+import json
+
 import pandas as pd
 import pytest
 
@@ -130,3 +132,52 @@ def test_the_check_names_what_is_stale_and_writes_nothing(tmp_path, monkeypatch,
     assert "**our MAPPO**" in page.read_text()
     main(["--check"])
     assert "all tables are as the records say" in capsys.readouterr().out
+
+
+def timed(runtime, kind, threads, speedup, own=1.0):
+    gmacs = {"dense": 4.0, "pruned": 1.6}[kind]
+    return {
+        "variant": f"{runtime} {kind}", "model": "vit", "hardware": "a CPU", "batch_size": 1,
+        "threads": threads, "images_per_second": 10.0 * speedup, "speedup": speedup,
+        "speedup_own": own, "gmacs": gmacs, "accuracy": 0.8 if kind == "dense" else 0.79,
+    }  # fmt: skip
+
+
+def test_runtimes_of_a_file_have_a_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.runtimes() == tables.UNMEASURED
+    records = [
+        timed(runtime, kind, threads, speedup * threads, own)
+        for threads in (1, 2)
+        for runtime, kind, speedup, own in (
+            ("pytorch", "dense", 1.0, 1.0), ("pytorch", "pruned", 1.7, 1.7),
+            ("int8", "dense", 2.0, 1.0), ("int8", "pruned", 4.2, 2.1),
+            ("openvino", "dense", 1.4, 1.0),
+        )
+    ]  # fmt: skip
+    (tmp_path / "runtimes").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "runtimes" / f"{name}.json").write_text(json.dumps(records))
+    first, _, *rest = tables.runtimes().split("\n")
+    assert first == "vit, pruned to 40% of the GMACs, which promise 2.50x. On a CPU:"
+    assert rest[:7] == [
+        "| runtime | accuracy | batch 1, 1 thread | batch 1, 2 threads |",
+        "|---|---|---|---|",
+        "| PyTorch, dense | 80.00% | 10.0 images/s | 20.0 images/s |",
+        "| PyTorch, pruned | 79.00% | 1.70x (1.70x) | 3.40x (1.70x) |",
+        "| ONNX Runtime, int8, dense | 80.00% | 2.00x | 4.00x |",
+        "| ONNX Runtime, int8, pruned | 79.00% | 4.20x (2.10x) | 8.40x (2.10x) |",
+        "| OpenVINO, dense | 80.00% | 1.40x | 2.80x |",
+    ]
+    assert rest[7:9] == ["", first]
+
+
+def test_servers_have_a_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.serving() == tables.UNMEASURED
+    record = {
+        "model": "int8", "clients": 16, "answered": 500, "images_per_second": 30.04, "p50": 0.5124,
+        "p95": 0.9,
+    }  # fmt: skip
+    (tmp_path / "serving.json").write_text(json.dumps([record]))
+    assert tables.serving().split("\n")[2] == "| int8 | 16 | 500 | 30.0 | 512 | 900 |"

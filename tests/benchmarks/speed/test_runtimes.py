@@ -1,11 +1,21 @@
 """The runtimes' benchmark: each runtime gives what PyTorch gives, and its records are complete."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
+from prunevit.agents import KeepAll, prune
 from prunevit.benchmarks.speed import runtimes
-from prunevit.benchmarks.speed.runtimes import RuntimesConfig, classifier, judge, measure, table
+from prunevit.benchmarks.speed.runtimes import (
+    RuntimesConfig,
+    classifier,
+    judge,
+    load,
+    measure,
+    table,
+)
 
 pytestmark = pytest.mark.integration("onnx")
 
@@ -41,6 +51,7 @@ def test_all_runtimes_do_the_same_work(make_vit, monkeypatch):
     assert records[1]["gmacs"] < records[0]["gmacs"]
     assert records[2]["speedup_own"] == 1
     for record in records:
+        assert {"hardware", "commit", "command", "versions"} <= record.keys()
         assert record["images_per_second"] > 0
         share = record["gmacs"] / records[0]["gmacs"]
         assert record["efficiency"] == pytest.approx(record["speedup_own"] * share)
@@ -66,3 +77,56 @@ def test_a_runtime_that_gives_something_else_is_refused(make_vit, monkeypatch):
     config = RuntimesConfig(prune_before=(1,), keep=(0.5,), runtimes=("compile",))
     with pytest.raises(ValueError, match="compile gives something else than PyTorch for the dense"):
         next(measure(config))
+
+
+def tiny_config(**settings):
+    sizes = {"batch_sizes": (1, 3), "threads": (1,), "images": 3, "rounds": 1}
+    return RuntimesConfig(prune_before=(1,), keep=(0.5,), **(sizes | settings))
+
+
+def test_a_runtime_that_cannot_run_the_pruned_model_is_measured_dense(
+    make_vit, monkeypatch, capsys
+):
+    monkeypatch.setattr(runtimes, "create_backbone", lambda *_, **__: make_vit(depth=2))
+
+    def broken(runtime, dense, *others):
+        def refuse(images):
+            raise RuntimeError("Eltwise shape infer\nfailed")
+
+        works = dense or runtime == "pytorch"
+        return classifier("pytorch", dense, *others) if works else refuse
+
+    monkeypatch.setattr(runtimes, "classifier", broken)
+    for records in measure(tiny_config(runtimes=("pytorch", "compile"))):
+        assert [each["variant"] for each in records] == [
+            "pytorch dense", "pytorch pruned", "compile dense"
+        ]  # fmt: skip
+    said = capsys.readouterr().err
+    assert said == "warning: compile can't run the pruned model: Eltwise shape infer failed\n"
+
+
+@pytest.mark.stress
+def test_what_is_compiled_is_timed_compiled(make_vit, monkeypatch):
+    """Beyond a limit torch would run it as it is, and say so in its log alone."""
+    monkeypatch.setattr(runtimes, "create_backbone", lambda *_, **__: make_vit(depth=2))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    sizes = (1, 2, 3)
+    config = tiny_config(runtimes=("pytorch", "compile"), batch_sizes=sizes, threads=(1, 2))
+    try:
+        assert len(list(measure(config))) == 2 * len(sizes)
+    finally:
+        torch.set_num_threads(1)
+        torch.compiler.reset()
+
+
+@pytest.mark.parametrize("classes", [0, 5])
+def test_a_run_is_judged_if_it_classifies(make_vit, make_images, tmp_path, monkeypatch, classes):
+    (tmp_path / "config.json").write_text('{"dataset": "photos:PATH"}')
+    model = prune(make_vit(num_classes=classes), KeepAll(), (1,))
+    monkeypatch.setattr(runtimes.PrunedViT, "from_run", lambda run: model)
+    monkeypatch.setattr(runtimes, "open_images", lambda *_: make_images())
+    _, images, judged = load(RuntimesConfig(run=tmp_path, images=4, batch_sizes=(3,), judged=7))
+    assert len(images) == 6
+    assert (judged is None) == (classes == 0)
+    assert judged is None or len(judged[0]) == len(judged[1]) == 7
