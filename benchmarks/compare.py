@@ -23,7 +23,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import pandas as pd
 import torch
 import tyro
 
@@ -46,12 +45,16 @@ from prunevit.envs.data_config import model_data_config
 from prunevit.envs.old_names import COMPARE_FLAGS, rename_flags
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.envs.vit.weights import sha256
+from prunevit.extras import needs
 from prunevit.progress import progress_bar, say
 from prunevit.trainers.common.backbones import load_backbone
 from prunevit.trainers.common.classification import check_can_classify, versions
 from prunevit.trainers.common.run import COMMAND_ERRORS
 from prunevit.trainers.common.settings import Count, JsonObject, Range, Settings, Threads
 from prunevit.trainers.common.signals import ends_in_one_line
+
+with needs("benchmarks"):
+    import pandas as pd
 
 
 @dataclass

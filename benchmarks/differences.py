@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from scipy.integrate import trapezoid
 
 from prunevit.benchmarks.intervals import Difference, paired_difference
 from prunevit.benchmarks.markdown import markdown_table
 from prunevit.benchmarks.records import unpack_answers
+from prunevit.extras import needs
+
+with needs("benchmarks"):
+    import pandas as pd
 
 DENSE = "dense"  # the method of the dense model's record
 OURS = "mappo"

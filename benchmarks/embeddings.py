@@ -10,7 +10,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
@@ -25,7 +24,11 @@ from prunevit.benchmarks.markdown import markdown_table, mean_and_interval
 from prunevit.benchmarks.protocol import Benchmark, FixedScheduleModel, Knobs, Method
 from prunevit.benchmarks.records import pack_answers
 from prunevit.envs.data.image_set import ImageSet
+from prunevit.extras import needs
 from prunevit.trainers.common.evaluation import Traced, traces
+
+with needs("benchmarks"):
+    import pandas as pd
 
 RECALLED = 10  # nearest photographs of the index, of which a share is found again
 NEIGHBOURS = 20  # that vote in the k-NN classifier

@@ -15,11 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import tyro
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from prunevit.benchmarks.differences import DENSE, OURS, difference, is_matched
@@ -27,7 +23,14 @@ from prunevit.benchmarks.intervals import t_interval
 from prunevit.benchmarks.methods.recipes import RECIPES
 from prunevit.benchmarks.records import FILE, read
 from prunevit.cli import prog
+from prunevit.extras import needs
 from prunevit.trainers.common.report import save_figure
+
+with needs("benchmarks"):
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 FIGURE = "tradeoff.png"
 DPI = 110

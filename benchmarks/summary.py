@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import tyro
 
 from prunevit.benchmarks.markdown import markdown_table, mean_and_deviation
@@ -55,10 +54,13 @@ def read_run(folder: Path) -> dict[str, Any]:
 def table(runs: Sequence[dict[str, Any]]) -> str:
     """A row for each group of runs with the same settings."""
     figures = list(runs[0])[2:]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault(run["settings"], []).append(run)
     rows = []
-    for _, group in pd.DataFrame(runs).groupby("settings", sort=False):
-        cells = [mean_and_deviation(group[figure].tolist()) for figure in figures]
-        rows.append([group["run"].iloc[0], str(len(group)), *cells])
+    for group in groups.values():
+        cells = [mean_and_deviation([run[figure] for run in group]) for figure in figures]
+        rows.append([group[0]["run"], str(len(group)), *cells])
     return markdown_table(["run", "seeds", *figures], rows)
 
 

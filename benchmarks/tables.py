@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import tyro
 
 from prunevit.agents.policy_file import describe_policy_file
@@ -33,7 +32,11 @@ from prunevit.benchmarks.markdown import (
 from prunevit.benchmarks.marl import compare as marl
 from prunevit.benchmarks.records import FILE, Record, read
 from prunevit.cli import prog
+from prunevit.extras import needs
 from prunevit.trainers.common.checkpoint import write_text
+
+with needs("benchmarks"):
+    import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

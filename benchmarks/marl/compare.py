@@ -23,10 +23,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 import tyro
-from matplotlib.figure import Figure
 
 from prunevit.benchmarks.figures import DPI, MARKERS
 from prunevit.benchmarks.intervals import t_interval
@@ -42,12 +40,17 @@ from prunevit.benchmarks.marl.protocol import (
 from prunevit.benchmarks.records import FILE, Record, Records, command, origin
 from prunevit.cli import prog
 from prunevit.envs.old_names import COMPARE_FLAGS, rename_flags
+from prunevit.extras import needs
 from prunevit.progress import progress_bar, say
 from prunevit.trainers.common.report import save_figure
 from prunevit.trainers.common.settings import Count, Settings, Threads
 from prunevit.trainers.common.signals import ends_in_one_line
 from prunevit.trainers.mappo import ADAM_EPS
 from prunevit.versions import version_of
+
+with needs("benchmarks"):
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 FIGURE = "curves.png"
 KEY = ("task", "library", "algorithm", "seed")

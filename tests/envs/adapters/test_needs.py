@@ -1,11 +1,11 @@
-"""An adapter whose library is missing says what brings it."""
+"""A module whose library is missing says what brings it."""
 
 import importlib
 import sys
 
 import pytest
 
-# what an adapter or trainer imports, and the extra that has it
+# what an adapter, trainer or benchmark imports, and the extra that has it
 NEEDS = [
     ("prunevit.envs.adapters.sb3_contrib", "sb3_contrib", "sb3"),
     ("prunevit.envs.adapters.rllib", "ray", "rllib"),
@@ -13,6 +13,9 @@ NEEDS = [
     ("prunevit.envs.adapters.torchrl", "tensordict", "torchrl"),
     ("prunevit.envs.adapters.benchmarl", "benchmarl", "benchmarl"),
     ("prunevit.trainers.benchmarl", "benchmarl", "benchmarl"),
+    ("prunevit.benchmarks.compare", "pandas", "benchmarks"),
+    ("prunevit.benchmarks.figures", "matplotlib", "benchmarks"),
+    ("prunevit.benchmarks.tables", "pandas", "benchmarks"),
 ]
 
 
