@@ -33,6 +33,7 @@ from prunevit.agents.onnx_graphs import (
 )
 from prunevit.agents.onnx_int8 import Int8, quantize_onnx
 from prunevit.agents.pruned_vit import PrunedViT
+from prunevit.agents.viewer.photographs import SAMPLES
 from prunevit.choices import check_choice
 from prunevit.cli import prog
 from prunevit.envs.data.datasets import open_images
@@ -303,8 +304,9 @@ class ExportConfig:
     images are taken."""
     calibrate_images: int = 64
     """How many of them."""
-    check: str | None = None
-    """Images to check on, as --calibrate; of a dataset, test images. The file is only written if
+    check: str | None = "samples"
+    """Images to check on, as --calibrate; of a dataset, test images; "samples" are the photographs
+    that come with the package, and None leaves the check out. The file is only written if
     onnxruntime gives what PyTorch gives on the first of them. With --int8, how far the int8 model
     agrees with PyTorch is printed."""
     check_images: int = 16
@@ -353,6 +355,8 @@ def _load(model: PrunedViT, dataset: str, split: Split, count: int) -> tuple[Ten
     """Images [n, C, H, W] of a data set, and their labels if it has any, int64 [n]."""
     data_config = model_data_config(model.backbone.model)
     images: ImageSet
+    if dataset == "samples":
+        dataset = f"{PHOTOS}{SAMPLES}"
     if dataset.startswith(PHOTOS) or Path(dataset).is_dir():
         source = PhotoSource(dataset.removeprefix(PHOTOS))
         count = min(count, len(source))

@@ -15,6 +15,7 @@ from prunevit.agents.policies.dynamic_vit import DynamicViTPolicy
 from prunevit.agents.policies.heuristics import AttentionThreshold, KeepAll, TopK
 from prunevit.agents.policies.learned import LearnedPolicy
 from prunevit.agents.policies.serialization import own_additions
+from prunevit.agents.pruned_transformers_vit import PrunedTransformersViT
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.envs.observations import View
 from prunevit.envs.vit.blocks import BlockCall, dense_block, masked_received, observed_block
@@ -61,6 +62,11 @@ class OneImage(nn.Module):
         """Why ``model`` can't be exported, or None if it can."""
         if not isinstance(model, PrunedViT):
             return f"a {type(model).__name__} can't be exported: only a PrunedViT can"
+        if isinstance(model, PrunedTransformersViT):
+            return (
+                "a pruned model of transformers can't be exported with transformers' outputs: "
+                "export model.as_timm()"
+            )
         return _why_no_policy(model.policy, model.backbone) or _why_no_backbone(model.backbone)
 
     def forward(self, images: Tensor, alpha: Tensor | None = None) -> tuple[Tensor, Tensor]:

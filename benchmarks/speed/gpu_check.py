@@ -9,17 +9,19 @@ is left out. ``--device cpu --tiny`` rehearses all of it on a CPU.
 3. How often a packed pass makes the host wait.
 4. Throughput of timm's dense model, eager and compiled, of ours, padded, and of ToMe.
 5. A profile of MAPPO's iterations.
+6. A training and a fine-tuning, as far as the time lasts.
 """
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +44,7 @@ from prunevit.benchmarks.speed.variants import (
 )
 from prunevit.cli import prog
 from prunevit.envs.devices import pick_device
+from prunevit.envs.vit.attention import has_varlen_kernel
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common.checkpoint import write_json
@@ -54,10 +57,12 @@ from prunevit.trainers.common.timing import interleaved, speedup
 ROOT = Path(__file__).resolve().parents[2]
 GPU_TESTS = (
     "tests/envs/vit/test_precision.py", "tests/envs/vit/test_layout.py",
-    "tests/envs/batched/test_token_prune.py", "tests/envs/test_token_prune.py",
+    "tests/envs/vit/test_host_waits.py", "tests/envs/batched/test_token_prune.py",
+    "tests/envs/test_token_prune.py", "tests/benchmarks/speed/test_throughput.py",
 )  # fmt: skip
 TIMED: tuple[Name, ...] = ("dense", "packed", "padded", "tome", "unpruned")
 STAGES = (3, 6, 9)
+MOST_TELLING = 4  # workloads that are timed first
 
 
 @dataclass
@@ -72,6 +77,9 @@ class GpuCheckConfig(Settings):
     """Where it runs; cpu to rehearse it."""
     tiny: bool = False
     """Small models and batches, to rehearse it."""
+    train: str = ""
+    """Further options of trainers.mappo for the training, as "--dataset folder:PATH --backbone NAME
+    --checkpoint FILE". By default it trains on the digits."""
 
 
 @dataclass
@@ -101,14 +109,26 @@ class Report:
 # --- steps ---
 
 
+def run_module(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
+    """How ``python -m ARGUMENTS`` ends, and the end of what it printed; its exit status is None if
+    it was stopped after so many seconds.
+    """
+    command = [sys.executable, "-m", *arguments]
+    with tempfile.TemporaryFile("w+") as said:
+        try:
+            status: int | None = subprocess.run(
+                command, cwd=ROOT, stdout=said, stderr=said, timeout=max(seconds, 1.0), check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            status = None
+        said.seek(0)
+        return {"exit_status": status, "output": said.read()[-6000:]}
+
+
 def run_tests(seconds: float) -> dict[str, Any]:
     """How the tests that need a GPU end."""
     files = [file for file in GPU_TESTS if (ROOT / file).is_file()]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "cuda or gpu", *files],
-        cwd=ROOT, capture_output=True, text=True, timeout=max(seconds, 1.0), check=False,
-    )  # fmt: skip
-    return {"exit_status": done.returncode, "output": done.stdout[-3000:]}
+    return run_module(["pytest", "-q", "-k", "cuda or gpu", *files], seconds)
 
 
 def agreement(device: torch.device, tiny: bool) -> dict[str, Any]:
@@ -172,6 +192,7 @@ def throughput(config: ThroughputConfig, image_size: int | None, batch_size: int
     passes: dict[str, list[Callable[[], object]]] = {}
     for name in TIMED:
         passes[name] = list(calls(name, workload, batch_size))
+    torch.compiler.reset()  # torch runs what it has compiled too often uncompiled
     compiled = torch.compile(model)
     passes["dense, compiled"] = [partial(compiled, workload.images)]
     timings = interleaved(passes, config.rounds, 2, device)
@@ -195,16 +216,34 @@ def throughput(config: ThroughputConfig, image_size: int | None, batch_size: int
 def profile(config: GpuCheckConfig, seconds: float) -> dict[str, Any]:
     """The table that a profiled training of a few iterations prints."""
     with tempfile.TemporaryDirectory() as folder:
-        options = ["--num-envs", "16", "--rollout-steps", "4"] if config.tiny else []
-        options = ["--num-envs", "8", "--eval-size", "8"] if config.tiny else options
-        done = subprocess.run(
-            [
-                sys.executable, "-m", "trainers.mappo", "--device", config.device, "--profile",
-                "--iterations", "8", "--run-name", str(Path(folder, "run")), *options,
-            ],
-            cwd=ROOT, capture_output=True, text=True, timeout=max(seconds, 1.0), check=False,
-        )  # fmt: skip
-    return {"exit_status": done.returncode, "output": (done.stdout + done.stderr)[-6000:]}
+        return run_module(
+            [*training(config, Path(folder, "run")), "--profile", "--iterations", "8"], seconds
+        )
+
+
+def training(config: GpuCheckConfig, run: Path) -> list[str]:
+    """The command of a training."""
+    options = ["--num-envs", "8", "--eval-size", "8"] if config.tiny else shlex.split(config.train)
+    command = ["trainers.mappo", "--device", config.device, "--run-name", str(run.resolve())]
+    return [*command, *options]
+
+
+def train(config: GpuCheckConfig, run: Path, seconds: float) -> dict[str, Any]:
+    """How a training ends."""
+    return run_module([*training(config, run), *tiny(config, "--iterations", "2")], seconds)
+
+
+def fine_tune(config: GpuCheckConfig, run: Path, seconds: float) -> dict[str, Any]:
+    """How fine-tuning the ViT of ``run`` ends."""
+    options = tiny(config, "--epoch-size", "16", "--batch-size", "8", "--validation-size", "8")
+    precision = "float32" if config.device == "cpu" else "bfloat16"
+    command = ["trainers.finetune", "--run", str(run), "--device", config.device]
+    return run_module([*command, "--precision", precision, "--epochs", "1", *options], seconds)
+
+
+def tiny(config: GpuCheckConfig, *options: str) -> list[str]:
+    """Options of a rehearsal."""
+    return list(options) if config.tiny else []
 
 
 def workloads(config: GpuCheckConfig) -> Iterator[tuple[str, ThroughputConfig, int | None, int]]:
@@ -215,12 +254,14 @@ def workloads(config: GpuCheckConfig) -> Iterator[tuple[str, ThroughputConfig, i
         yield "test_vit float32 batch 2", small, 64, 2
         return
     for dtype in ("bfloat16", "float32"):
-        for model in ("deit_small_patch16_224", "deit_base_patch16_224"):
+        for model in (
+            "deit_small_patch16_224",
+            "deit_base_patch16_224",
+            "vit_small_patch14_dinov2",
+        ):
             for batch in (256, 1024, 32, 1):
                 named = replace(base, model=model, dtype=dtype)
-                yield f"{model} {dtype} batch {batch}", named, None, batch
-        dino = replace(base, model="vit_small_patch14_dinov2", dtype=dtype)
-        yield f"vit_small_patch14_dinov2 {dtype} batch 256", dino, 224, 256
+                yield f"{model} {dtype} batch {batch}", named, 224, batch
         for size in (384, 512):
             large = replace(base, model="deit_small_patch16_224", dtype=dtype)
             yield f"deit_small {size} px {dtype} batch 256", large, size, 256
@@ -238,19 +279,34 @@ def check(config: GpuCheckConfig) -> dict[str, Any]:
     report.results["machine"] = {
         "hardware": hardware(device), "versions": versions(), "commit": commit(),
         "command": command(),
+        "varlen_kernel": has_varlen_kernel(torch.empty(0, device=device, dtype=torch.bfloat16)),
     }  # fmt: skip
+    if device.type == "cuda" and not report.results["machine"]["varlen_kernel"]:
+        print("no attention over rows of different length here, so images are padded", flush=True)
     plan = list(workloads(config))
     report.step("packed against masked", partial(agreement, device, config.tiny))
     _, first, size, _ = plan[0]
     small = replace(first, batch_sizes=(8,), images=8)
     report.step("host waits", lambda: count_waits(device, load(small, size)))
+
+    def left() -> float:
+        return deadline - time.monotonic()
+
+    def time_all(plan: Sequence[tuple[str, ThroughputConfig, int | None, int]]) -> None:
+        for name, *what in plan:
+            report.step(name, partial(throughput, *what))
+
     # the most telling timings, then what else there is time for
-    for i, (name, settings, image_size, batch_size) in enumerate(plan):
-        report.step(name, partial(throughput, settings, image_size, batch_size))
-        if i == 3 or len(plan) == 1:
-            left = deadline - time.monotonic()
-            report.step("tests", partial(run_tests, left / 2))
-            report.step("profile", partial(profile, config, left / 2))
+    half = max(MOST_TELLING, len(plan) // 2)  # of bfloat16
+    time_all(plan[:MOST_TELLING])
+    report.step("tests", lambda: run_tests(left() / 2))
+    report.step("profile", lambda: profile(config, left() / 2))
+    time_all(plan[MOST_TELLING:half])
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder, "run")
+        report.step("training", lambda: train(config, run, 2 * left() / 3))
+        report.step("fine-tuning", lambda: fine_tune(config, run, left()))
+    time_all(plan[half:])
     return report.results
 
 

@@ -35,7 +35,7 @@ def varlen_attention(
     Returns:
         [S, heads * head_dim].
     """
-    if bias is None and _has_varlen_kernel(q):  # it takes no bias
+    if bias is None and has_varlen_kernel(q):  # it takes no bias
         from torch.nn.attention.varlen import varlen_attn
 
         cu_seqlens, max_seqlen = layout.cu_seqlens, layout.max_seqlen
@@ -52,7 +52,7 @@ def varlen_attention(
     return attend(q, k, v, layout.buckets, mask, biased).index_select(0, padding.cell)
 
 
-def _has_varlen_kernel(q: Tensor) -> bool:
+def has_varlen_kernel(q: Tensor) -> bool:
     """Whether attention over rows of different length has a kernel for ``q``: in half precision, on
     an NVIDIA GPU from Ampere on, from torch 2.10 on.
     """

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from prunevit.agents import KeepAll, PrunedTransformersViT, PrunedViT, TopK, prune
+from prunevit.agents.export import export_onnx
+from prunevit.agents.onnx_graphs import ExportError, OneImage
 from prunevit.agents.policies.serialization import SavedModelError
 from prunevit.envs.vit.from_transformers import from_transformers
 from prunevit.envs.vit.timm_models.supported import UnsupportedBackboneError
@@ -184,6 +186,13 @@ def test_a_policy_of_a_file(tmp_path):
     assert torch.equal(found(images()).last_hidden_state, wanted(images()).last_hidden_state)
     with pytest.raises(SavedModelError, match="holds a policy for vit_base_patch16_224"):
         PrunedTransformersViT.from_policy(build("Dinov2Model"), file)
+
+
+def test_it_is_exported_as_timms(tmp_path):
+    model = pruned(build())
+    with pytest.raises(ExportError, match=r"export model\.as_timm\(\)"):
+        export_onnx(model, tmp_path / "model.onnx")
+    OneImage(model.as_timm())
 
 
 def test_other_models_of_transformers_are_refused():

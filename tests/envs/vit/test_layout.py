@@ -325,6 +325,6 @@ def test_the_varlen_kernel_is_for_half_precision_from_ampere_on(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     q = SimpleNamespace(device=torch.device(device), dtype=dtype)
     monkeypatch.setattr(attention, "HAS_VARLEN", True)
-    assert attention._has_varlen_kernel(q) is expected
+    assert attention.has_varlen_kernel(q) is expected
     monkeypatch.setattr(attention, "HAS_VARLEN", False)  # torch before 2.10
-    assert not attention._has_varlen_kernel(q)
+    assert not attention.has_varlen_kernel(q)
