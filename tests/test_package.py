@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from configparser import ConfigParser
 from importlib.util import find_spec
@@ -67,6 +68,8 @@ def test_the_version_is_written_in_one_place():
     config.read(ROOT / "setup.cfg", encoding="utf-8")
     assert config["metadata"]["version"] == "attr: prunevit.versions.__version__"
     assert version_of("prunevit") == prunevit.__version__
+    cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {prunevit.__version__}\n" in cited
 
 
 def test_foreign_packages_of_the_same_names_do_not_clash(tmp_path):
@@ -239,30 +242,48 @@ def test_every_package_is_typed(package):
     assert (ROOT / package / "py.typed").is_file()
 
 
+def files_in(folder):
+    """The names of a folder's files, and of those in its folders, from ``ROOT`` on."""
+    files = (file for file in (ROOT / folder).rglob("*") if file.is_file())
+    return {str(file.relative_to(ROOT)) for file in files if file.parent.name != "__pycache__"}
+
+
 @IN_CHECKOUT
 @pytest.mark.stress
-def test_a_wheel_brings_types_and_weights(tmp_path):
+def test_an_sdist_brings_the_tests_and_its_wheel_what_is_used(tmp_path):
     pytest.importorskip("setuptools", minversion="77")
     source = tmp_path / "source"
     source.mkdir()
     # a copy: a build leaves things behind
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    texts = {"README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "SECURITY.md"}
+    for name in ("setup.cfg", "pyproject.toml", "MANIFEST.in", *texts):
         shutil.copy(ROOT / name, source)
-    for folder in ("prunevit", *PACKAGES):
+    for folder in ("prunevit", *PACKAGES, "tests", "examples"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / folder, source / folder, ignore=ignored)
+    code = "from setuptools import build_meta; build_meta.build_sdist('..')"
+    check(python("-c", code, cwd=source))
+    (archive,) = tmp_path.glob("prunevit-*.tar.gz")
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path, filter="data")
+    unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
+    in_sdist = {str(file.relative_to(unpacked)) for file in unpacked.rglob("*")}
+    assert texts | files_in("tests") | files_in("examples") <= in_sdist
+    assert "benchmarks/results" not in in_sdist
+
     arguments = ["--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", str(tmp_path)]
-    check(python("-m", "pip", "wheel", *arguments, str(source), cwd=tmp_path))
+    check(python("-m", "pip", "wheel", *arguments, str(unpacked), cwd=tmp_path))
     (wheel,) = tmp_path.glob("prunevit-*.whl")
     files = set(zipfile.ZipFile(wheel).namelist())
     expected = {f"prunevit/{package}/py.typed" for package in PACKAGES} | {"prunevit/py.typed"}
     expected |= {f"prunevit/{file.name}" for file in (ROOT / "prunevit").glob("*.py")}
     expected |= {f"prunevit/{file.relative_to(ROOT)}" for _, file in sources()}
-    expected |= {f"prunevit/envs/assets/digits_vit.{kind}" for kind in ("json", "safetensors")}
-    assert expected <= files
+    held = files_in("envs/assets") | files_in("agents/assets") | files_in("agents/viewer/samples")
+    assert expected | {f"prunevit/{file}" for file in held} <= files
     assert any(file.endswith("/LICENSE") for file in files)
     top = {file.split("/")[0] for file in files}
     assert {name for name in top if not name.endswith(".dist-info")} == {"prunevit"}
+    assert not any(file.startswith("prunevit/benchmarks/results") for file in files)
 
 
 def test_folders_that_a_removed_package_left_are_no_package(tmp_path, monkeypatch):
