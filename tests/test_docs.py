@@ -112,6 +112,26 @@ def test_the_api_reference_has_every_public_name(package):
     assert not {name: module for name, module in public.items() if module not in modules}
 
 
+def test_every_page_with_snippets_is_listed():
+    listed = {page if isinstance(page, str) else page.values[0] for page in PAGES}
+    pages = {file.relative_to(DOCS).with_suffix("").as_posix() for file in DOCS.rglob("*.md")}
+    assert {page for page in pages if snippets(page)} == listed - {"../README"}
+
+
+def test_the_api_reference_has_what_snippets_import():
+    # packages: what they offer is looked up by its module
+    modules = {"prunevit", "prunevit.agents", "prunevit.envs", "prunevit.envs.vit.timm_models"}
+    # these need libraries that the site is built without
+    modules |= {f"prunevit.envs.adapters.{name}" for name in ("benchmarl", "rllib", "torchrl")}
+    for page in (DOCS / "api").glob("*.md"):
+        modules |= set(re.findall(r"automodule:: (\S+)", page.read_text("utf-8")))
+    for page in PAGES:
+        name = page if isinstance(page, str) else page.values[0]
+        for code in snippets(name):
+            imported = set(re.findall(r"^from (prunevit\S*) import", code, re.MULTILINE))
+            assert imported <= modules, name
+
+
 def test_links_between_pages_and_files_lead_somewhere():
     for page in [DOCS.parent / "README.md", *DOCS.rglob("*.md")]:
         text = page.read_text("utf-8")
