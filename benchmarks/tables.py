@@ -277,6 +277,35 @@ def runtimes_table(records: Sequence[Record]) -> str:
     return f"{title}\n\n{markdown_table(['runtime', *accuracy, *header], lines)}"
 
 
+def gpus() -> str:
+    """Speed-ups on GPUs: a table for each file of ``benchmarks.speed.gpu_check`` in the folder
+    ``gpu``.
+    """
+    files = sorted(RESULTS.glob("gpu/*.json"))
+    return "\n\n".join(gpu_table(load(str(file))) for file in files) or UNMEASURED
+
+
+def gpu_table(report: Mapping[str, Any]) -> str:
+    """What ``benchmarks.speed.gpu_check`` timed, under a line that says where."""
+    machine = report["machine"]
+    header = ["model", "dense", "compiled", "packed, policy included", "padded", "ToMe"]
+    lines = []
+    for name, step in report.items():
+        if "variants" not in step.get("result", {}):
+            continue
+        timed = step["result"]["variants"]
+        packed = timed["packed"]
+        lines.append([
+            name,
+            f"{timed['dense']['images_per_second']:,.0f} images/s",
+            f"{timed['dense, compiled']['speedup']:.2f}x",
+            f"{packed['speedup']:.2f}x (efficiency {packed['efficiency']:.2f})",
+            *(f"{timed[variant]['speedup']:.2f}x" for variant in ("padded", "tome")),
+        ])  # fmt: skip
+    title = f"On {machine['hardware']}, torch {machine['versions']['torch']}:"
+    return f"{title}\n\n{markdown_table(header, lines)}"
+
+
 def serving() -> str:
     """What clients of ``examples/serve.py`` waited for, by model: the file ``serving.json``."""
     if not (RESULTS / "serving.json").is_file():
@@ -385,6 +414,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "throughput": throughput,
     "runtimes": runtimes,
     "serving": serving,
+    "gpus": gpus,
     "iteration-cost": iteration_cost,
     "adapters": adapters,
     "pettingzoo-defaults": pettingzoo_defaults,

@@ -217,7 +217,10 @@ def main():
     args = parser.parse_args()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = args.threads
-    session = onnxruntime.InferenceSession(args.model, options)
+    try:
+        session = onnxruntime.InferenceSession(args.model, options)
+    except Exception as error:  # those of a missing file and of an old onnxruntime have no class
+        parser.error(f"onnxruntime {onnxruntime.__version__} can't load {args.model}: {error}")
     if session.get_inputs()[0].shape[0] == 1:
         parser.error(f"{args.model} takes one image: export it with --batch any")
     app = make_app(session, args.most, args.queue, args.timeout)

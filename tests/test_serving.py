@@ -304,6 +304,15 @@ def test_the_short_example_runs(onnx_file, photos, monkeypatch, capsys):
     )
 
 
+def test_what_onnxruntime_cannot_load_ends_in_one_line(serve, tmp_path, monkeypatch, capsys):
+    (tmp_path / "model.onnx").write_bytes(b"no model")
+    monkeypatch.setattr(sys, "argv", ["serve.py", str(tmp_path / "model.onnx")])
+    with pytest.raises(SystemExit):
+        serve.main()
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if "error: " in each]
+    assert f"can't load {tmp_path / 'model.onnx'}: " in line
+
+
 def test_nothing_is_lost_when_the_server_is_killed(onnx_file, photos, tmp_path, monkeypatch, capfd):
     test, out = load("load_test"), tmp_path / "serving.json"
     requests = ["--requests", "150", "--clients", "4", "--kill", "0.1", "--queue", "2"]

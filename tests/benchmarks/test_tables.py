@@ -172,6 +172,30 @@ def test_runtimes_of_a_file_have_a_table(tmp_path, monkeypatch):
     assert rest[7:9] == ["", first]
 
 
+def test_gpus_have_a_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.gpus() == tables.UNMEASURED
+    speedups = {"dense": 1.0, "dense, compiled": 1.1, "packed": 1.5, "padded": 1.2, "tome": 1.4}
+    variants = {
+        name: {"images_per_second": 2_000 * faster, "speedup": faster, "efficiency": faster / 1.6}
+        for name, faster in speedups.items()
+    }
+    report = {
+        "machine": {"hardware": "a GPU", "versions": {"torch": "2.11"}},
+        "host waits": {"result": {"waits": 3}, "seconds": 1.0},
+        "ViT float32 batch 1": {"result": {"variants": variants}, "seconds": 1.0},
+        "ViT float32 batch 32": {"error": "OutOfMemoryError"},
+        "ViT float32 batch 256": {"left_out": "no time was left"},
+    }
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "a.json").write_text(json.dumps(report))
+    title, _, _, _, *lines = tables.gpus().split("\n")
+    assert title == "On a GPU, torch 2.11:"
+    assert lines == [
+        "| ViT float32 batch 1 | 2,000 images/s | 1.10x | 1.50x (efficiency 0.94) | 1.20x | 1.40x |"
+    ]
+
+
 def test_servers_have_a_table(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables.serving() == tables.UNMEASURED
