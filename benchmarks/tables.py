@@ -258,9 +258,9 @@ def runtimes_table(records: Sequence[Record]) -> str:
         f"On {dense['hardware']}:"
     )
 
-    def cell(variant: str, *setting: int) -> str:
-        row = rows[variant, *setting]
-        if row is rows[dense["variant"], *setting]:
+    def cell(variant: str, batch: int, threads: int) -> str:
+        row = rows[variant, batch, threads]
+        if row is rows[dense["variant"], batch, threads]:
             return f"{row['images_per_second']:.1f} images/s"
         own = "" if variant.endswith(" dense") else f" ({row['speedup_own']:.2f}x)"
         return f"{row['speedup']:.2f}x{own}"

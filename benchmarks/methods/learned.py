@@ -8,7 +8,7 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from prunevit.agents.policies.serialization import dynamic_vit_policy
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.agents.run_reader import RUN_WEIGHTS
 from prunevit.benchmarks.methods.recipes import RECIPES
+from prunevit.benchmarks.methods.untrained import nudged
 from prunevit.benchmarks.protocol import (
     Benchmark,
     Knobs,
@@ -400,17 +401,48 @@ def share_to_keep(bench: Benchmark, gmacs: float, hidden: int | None = None) -> 
     """The share of patches, in steps of 0.01, that costs ``gmacs``, with DynamicViT's predictors of
     width ``hidden``, if it is kept from stage to stage.
     """
-    backbone = bench.backbone
-    per_decision = dynamic_vit_policy(backbone, 0.5, hidden).macs_per_decision
+    policy = dynamic_vit_policy(bench.backbone, 0.5, hidden)
 
     def cost(percent: int) -> float:
-        # as the policy rounds: down
-        shares = [(percent / 100) ** stage for stage in range(backbone.num_stages + 1)]
-        tokens = [int(backbone.num_patches * share) for share in shares]
-        blocks = backbone.uniform_macs(tokens[1:], with_attention=False)
-        return (blocks + per_decision * sum(tokens[:-1])) / 1e9
+        policy.keep = percent / 100
+        return dynamic_vit_gmacs(bench.backbone, policy, kept_tokens(bench.backbone, policy))
 
     return nearest(range(1, 101), cost, gmacs)[0] / 100
+
+
+def kept_tokens(backbone: StagedViT, policy: DynamicViTPolicy) -> list[int]:
+    """How many patches it keeps at each stage: it rounds down."""
+    return [int(backbone.num_patches * share) for share in policy.shares()]
+
+
+def dynamic_vit_gmacs(
+    backbone: StagedViT, policy: DynamicViTPolicy, tokens: Sequence[int]
+) -> float:
+    """GMACs of an image of which ``tokens`` patches are kept at each stage, predictors included."""
+    decisions = backbone.num_patches + sum(tokens[:-1])
+    blocks = backbone.uniform_macs(tokens, with_attention=False)
+    return (blocks + policy.macs_per_decision * decisions) / 1e9
+
+
+class CountedDynamicViT(DynamicViTPolicy):
+    """DynamicViT that keeps a number of patches of its own at each stage. Where few are left, one
+    share for all stages costs too little or too much.
+
+    Args:
+        like: the trained policy, whose predictors it shares.
+        tokens: how many patches stay at each stage.
+        patches: how many there are.
+    """
+
+    def __init__(self, like: DynamicViTPolicy, tokens: Sequence[int], patches: int) -> None:
+        super().__init__(like.width, len(tokens), like.keep, like.hidden)
+        self.predictors = like.predictors
+        self.tokens = tuple(tokens)
+        self.patches = patches
+
+    def shares(self) -> list[float]:
+        # half a patch more, as the policy rounds down
+        return [(count + 0.5) / self.patches for count in self.tokens]
 
 
 def dynamic_vit(
@@ -425,6 +457,9 @@ def dynamic_vit(
     allows, with dither if that is better on validation. With ``on_prune="merge"`` the same
     trainings, which know only masks, are judged with merging. With ``narrow`` its predictors are as
     wide as our actor, and cost less of an operating point's compute.
+
+    Where one share for all stages misses the point, since a single patch costs more than the
+    tolerance, the numbers of patches are nudged, as EViT's are.
     """
 
     def restaged(folder: Path) -> PrunedViT:
@@ -439,7 +474,10 @@ def dynamic_vit(
         model = load(bench.runs / knobs["run"])
         policy = copy.copy(model.policy)  # shares the predictors
         assert isinstance(policy, DynamicViTPolicy)
-        policy.keep = knobs["keep"]
+        if tokens := knobs.get("tokens"):
+            policy = CountedDynamicViT(policy, tokens, model.backbone.num_patches)
+        else:
+            policy.keep = knobs["keep"]
         policy.dither = knobs.get("dither", False)
         return PrunedViT(model.backbone, policy)
 
@@ -470,7 +508,23 @@ def dynamic_vit(
             def cost(pruned: float) -> float:
                 return bench.cost(make(knobs(pruned)))
 
-            return search_knob(cost, 1.0, float(bench.backbone.num_patches), gmacs, knobs)
+            try:
+                return search_knob(cost, 1.0, float(bench.backbone.num_patches), gmacs, knobs)
+            except UnreachableError as error:
+                if error.nearest is None:
+                    raise
+                nearest = error.nearest
+            model = make(nearest)
+            policy, staged = model.policy, model.backbone
+            assert isinstance(policy, DynamicViTPolicy)
+            ways = nudged(kept_tokens(staged, policy), staged.num_patches)
+            best = min(
+                (way for way in ways if way[-1] > 0),
+                key=lambda way: abs(dynamic_vit_gmacs(staged, policy, way) - gmacs),
+            )
+            found = {"run": folder.name, "tokens": list(best), **shared}
+            check_matched(bench.cost(make(found)), gmacs, found)
+            return found
 
         return with_best_dither(bench, searched, make)
 

@@ -293,8 +293,8 @@ def check(config: GpuCheckConfig) -> dict[str, Any]:
         return deadline - time.monotonic()
 
     def time_all(plan: Sequence[tuple[str, ThroughputConfig, int | None, int]]) -> None:
-        for name, *what in plan:
-            report.step(name, partial(throughput, *what))
+        for name, settings, size, images in plan:
+            report.step(name, partial(throughput, settings, size, images))
 
     # the most telling timings, then what else there is time for
     half = max(MOST_TELLING, len(plan) // 2)  # of bfloat16

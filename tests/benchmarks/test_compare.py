@@ -603,6 +603,13 @@ def test_dynamic_vit_takes_part_with_and_without_its_backbone(bench):
     config = json.loads((bench.runs / "dynamic-vit-50-0" / "config.json").read_text())
     assert config["iterations"] == SETTINGS["iterations"]
     assert config["batch_size"] == 8
+    # where one share for all stages misses the point, the stages' numbers are nudged
+    method = METHODS["dynamic-vit"].open(bench, 0)
+    nudged = [method.tune(bench.gmacs_at(point)) for point in (0.22, 0.23, 0.24)]
+    counted = next(knobs for knobs in nudged if "tokens" in knobs)
+    model = method.make(counted)
+    trace = model.trace(bench.validation.load(range(4))[0])
+    assert trace.alive.sum(2).tolist() == [counted["tokens"]] * 4
     # trained for what costs the point, predictors included
     policy = dynamic_vit_policy(bench.backbone, config["keep"], None)
     found = evaluate(PrunedViT(bench.backbone, policy), bench.validation, bench.size)
@@ -669,8 +676,9 @@ def test_a_task_has_its_stages_inside_of_blocks_or_between_them(bench, monkeypat
         assert 1 > found.kept[0] > found.kept[1]
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_a_training_of_dynamic_vit_computes_about_as_much_as_ours(task):
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if not task.embeds])
+def test_a_training_of_dynamic_vit_computes_about_as_much_as_ours(name):
+    task = TASKS[name]
     ours, theirs = MappoConfig(**task.training), DynamicViTConfig(**task.dynamic_vit)
     mean = sum(task.points) / len(task.points)  # what a pruned pass costs, of the dense one
     passes = ours.iterations * ours.num_envs * (1 / ours.rollouts_per_image + mean)
