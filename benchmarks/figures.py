@@ -49,6 +49,8 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "#7F7F7F": ("random", "norm", "brightness"),
 }
 LINES = ("-", "--", "-.", ":")
+PANEL = (3.8, 3.6)  # inches of a panel
+LABELS = 0.8  # inches beside the last one
 LABEL_STEP = 0.045  # between two labels, as a share of the height
 
 
@@ -99,12 +101,13 @@ def style_of(name: str) -> dict[str, Any]:
     return {"color": "#CC79A7", "linewidth": 1.3, "marker": "p", "markersize": 4}
 
 
-def label_lines(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
-    """Writes names beside the right ends of lines, moved apart where they would overlap.
+def label_lines(axes: Axes, ends: Mapping[str, tuple[float, Mapping[str, Any]]]) -> None:
+    """Writes names beside the right ends of lines, moved apart where they would overlap, each
+    behind its line's marker.
 
     Args:
         axes: with its final limits.
-        ends: name -> the line's last value, and its colour.
+        ends: name -> the line's last value, and its ``style_of``.
     """
     low, high = axes.get_ylim()
     heights = {name: np.clip((y - low) / (high - low), 0, 1) for name, (y, _) in ends.items()}
@@ -117,14 +120,11 @@ def label_lines(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
             groups[-2:] = [groups[-2] + groups[-1]]
     for group in groups:
         for name, place in zip(group, places(group, heights), strict=True):
-            style: dict[str, Any] = {
-                "color": ends[name][1],
-                "transform": axes.transAxes,
-                "clip_on": False,
-            }
-            axes.add_line(Line2D([1, 1.05], [heights[name], place], linewidth=0.6, **style))
+            style = {**ends[name][1], "linewidth": 0.6, "markevery": [1]}
+            beside: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
+            axes.add_line(Line2D([1, 1.05], [heights[name], place], **style, **beside))
             title = f"ours ({name})" if name == OURS else name
-            axes.text(1.06, place, title, fontsize=8, va="center", **style)
+            axes.text(1.065, place, title, fontsize=8, va="center", color=style["color"], **beside)
 
 
 def places(group: Sequence[str], heights: Mapping[str, float]) -> NDArray[np.float64]:
@@ -171,16 +171,20 @@ def draw(data: pd.DataFrame) -> Figure:
     names = sorted(set(shown["method"]), key=lambda name: (name != OURS, name))
     gaps = {name: differences_to_ours(data, name) for name in names if name != OURS}
     has_gaps = any(gap["cost"].size for gap in gaps.values())
-    count = len(panels) + has_gaps
-    figure = Figure(figsize=(5.5 * count, 4.6), layout="constrained")
-    columns = figure.subplots(1, count, squeeze=False)[0]
+    # two in a row, so that a page's width leaves them readable; the differences below both
+    rows = [list(panels), ["gaps"] * len(panels)] if has_gaps else [list(panels)]
+    size = PANEL[0] * len(panels) + LABELS, PANEL[1] * len(rows)
+    figure = Figure(figsize=size, layout="constrained")
+    columns = list(figure.subplot_mosaic(rows).values())
     dense = 100 * data["dense_accuracy"].iloc[0]
     styles = {name: style_of(name) | {"label": name} for name in names}
     for axes, (x, title) in zip(columns, panels.items(), strict=False):
         for name, style in styles.items():
             draw_line(axes, shown[shown["method"] == name], x, "percent", **style)
         axes.axhline(dense, color="black", linestyle=":", linewidth=1, label="dense")
-        axes.annotate("dense", (0.01, dense), xycoords=("axes fraction", "data"), fontsize=8)
+        axes.annotate(
+            "dense", (0.01, dense), (0, 2), ("axes fraction", "data"), "offset points", fontsize=8
+        )
         axes.set_ylim(max(axes.get_ylim()[0], dense - MOST_LOSS), dense + ABOVE)
         axes.set_xlabel(title)
         axes.set_ylabel("test accuracy, %")
@@ -200,7 +204,7 @@ def draw(data: pd.DataFrame) -> Figure:
         ends = {name: points["percent"].mean().iloc[-1] for name, points in last.items()}
     for axes in columns:
         axes.grid(alpha=0.3)
-    label_lines(columns[-1], {name: (y, styles[name]["color"]) for name, y in ends.items()})
+    label_lines(columns[-1], {name: (y, styles[name]) for name, y in ends.items()})
     return figure
 
 

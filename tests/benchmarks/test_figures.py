@@ -86,6 +86,10 @@ def test_differences_to_ours_have_a_panel_where_answers_are_known(loaded):
     assert line.get_xdata() == pytest.approx([30, 50])
     assert line.get_ydata() == pytest.approx([-10, -10])
     assert set(zero.get_ydata()) == {0}
+    above, gaps = figure.axes[0].get_subplotspec(), figure.axes[-1].get_subplotspec()
+    assert (above.rowspan.start, gaps.rowspan.start) == (0, 1)
+    assert len(gaps.colspan) == 2  # as wide as both above
+    assert figure.get_figwidth() < 9  # inches: a page's width makes small print of more
     assert lines_of(figure).keys() == {"mappo", "a", "dense"}
     assert lines_of(figure)["dense"].get_linestyle() == ":"
 
@@ -104,11 +108,20 @@ def test_labels_stand_in_the_order_of_their_lines_and_apart():
     axes = Figure().subplots()
     axes.set_ylim(0, 10)
     values = {"a": 5.0, "b": 5.1, "c": 5.1, "d": 1.0, "e": -40.0, "mappo": 4.9}
-    label_lines(axes, {name: (y, "black") for name, y in values.items()})
+    label_lines(axes, {name: (y, style_of(name)) for name, y in values.items()})
     places = {text.get_text(): text.get_position()[1] for text in axes.texts}
     assert sorted(places, key=places.get) == ["e", "d", "ours (mappo)", "a", "b", "c"]
     assert np.diff(sorted(places.values())).min() >= 0.999 * LABEL_STEP
     assert places["d"] == pytest.approx(0.1)  # at its line, where nothing is near
+
+
+def test_a_label_stands_behind_the_marker_of_its_line():
+    axes = Figure().subplots()
+    names = ("attention", "ats", "evit")
+    label_lines(axes, {name: (0.5, style_of(name)) for name in names})
+    markers = {line.get_ydata()[1]: line.get_marker() for line in axes.lines}
+    shown = {text.get_text(): markers[text.get_position()[1]] for text in axes.texts}
+    assert shown == {name: style_of(name)["marker"] for name in names}
 
 
 def test_no_two_methods_of_a_figure_look_alike():
