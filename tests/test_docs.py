@@ -132,10 +132,19 @@ def test_the_api_reference_has_what_snippets_import():
             assert imported <= modules, name
 
 
+def anchors(page):
+    """The anchors of a page's headings, as GitHub and MyST name them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_between_pages_and_files_lead_somewhere():
-    for page in [DOCS.parent / "README.md", *DOCS.rglob("*.md")]:
+    root = DOCS.parent
+    for page in [*root.glob("*.md"), *DOCS.rglob("*.md")]:
         text = page.read_text("utf-8")
-        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
-            assert (page.parent / link).exists(), f"{page.name}: {link}"
-        if page.parent == DOCS.parent:
-            assert len(text.splitlines()) <= 150  # one screen
+        for link, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", text):
+            target = page.parent / link if link else page
+            assert target.exists(), f"{page.name}: {link}"
+            if anchor:
+                assert anchor in anchors(target), f"{page.name}: {link}#{anchor}"
+    assert len((root / "README.md").read_text("utf-8").splitlines()) <= 150  # one screen

@@ -17,6 +17,7 @@ from torch import Tensor
 from prunevit.agents.policies.actor_critic import Actor, Critic
 from prunevit.envs.adapters.rllib import TokenEnvRunner, TokenPruneMulti
 from prunevit.extras import needs
+from prunevit.progress import progress_bar
 from prunevit.trainers.common.evaluation import Evaluation
 from prunevit.trainers.common.integrations import GAMMA, LibraryConfig, LibraryRun, run_command
 from prunevit.trainers.common.settings import Count, Workers
@@ -146,8 +147,14 @@ def train(config: RllibConfig) -> dict[str, Evaluation]:
         with (
             run.keeping(lambda path: algorithm.save_to_path(path.resolve()), "checkpoint"),
             (run.folder / "metrics.jsonl").open("w", encoding="utf-8") as log,
+            progress_bar(
+                config.iterations,
+                "iterations",
+                title=run.folder.name,
+                items=range(1, config.iterations + 1),
+            ) as iterations,
         ):
-            for iteration in range(1, config.iterations + 1):
+            for iteration in iterations:
                 played = algorithm.train()["env_runners"]
                 row = {
                     "iteration": iteration,
@@ -158,6 +165,7 @@ def train(config: RllibConfig) -> dict[str, Evaluation]:
                 }
                 log.write(json.dumps(row) + "\n")
                 log.flush()
+                iterations.set_postfix_str(f"return {row['episode_return']:.2f}")
         actor = algorithm.get_module(POLICY).actor.cpu()
     finally:
         algorithm.stop()

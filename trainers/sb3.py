@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from prunevit.envs.adapters.sb3 import TokenDQN, TokenRolloutBuffer, TokenVecEnv
 from prunevit.extras import needs
+from prunevit.progress import progress_bar
 from prunevit.trainers.common.evaluation import Evaluation
 from prunevit.trainers.common.integrations import GAMMA, LibraryConfig, LibraryRun, run_command
 
@@ -128,8 +129,17 @@ def train(config: Sb3Config) -> dict[str, Evaluation]:
     run.create()
     stages = run.staged.num_stages
     model = make_algorithm(config, env, stages, run.folder)
-    with run.keeping(model.save, "model.zip"):
-        model.learn(config.iterations * stages * env.num_envs, tb_log_name="log")
+    steps = config.iterations * stages
+    with (
+        progress_bar(steps, "steps", title=run.folder.name) as bar,
+        run.keeping(model.save, "model.zip"),
+    ):
+
+        def count(*_: object) -> bool:
+            bar.update()
+            return True  # go on
+
+        model.learn(steps * env.num_envs, callback=count, tb_log_name="log")
     env.close()
     return run.conclude(actor_of(model))
 

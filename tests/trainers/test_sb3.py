@@ -1,8 +1,10 @@
 """Stable-Baselines3's algorithms learn the game, and what they learned prunes."""
 
+import io
 import json
 import os
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from stable_baselines3 import PPO
 from prunevit.envs.adapters.sb3 import TokenDQN, TokenVecEnv
 from prunevit.envs.data import cluttered_digits
 from prunevit.trainers.common import integrations
-from prunevit.trainers.sb3 import Sb3Config, actor_of, main, make_algorithm
+from prunevit.trainers.sb3 import Sb3Config, actor_of, main, make_algorithm, train
 
 PATCHES, STAGES = 16, (1, 3)
 MASKABLE = pytest.param("maskable-ppo", marks=pytest.mark.integration("sb3"))
@@ -75,6 +77,19 @@ def test_a_training_that_is_stopped_leaves_its_model(tmp_path, monkeypatch, caps
     model = PPO.load(saved, device="cpu")
     assert model.num_timesteps == 2 * 2 * 64 * len(STAGES)
     assert len(seen) == 5
+
+
+def test_a_terminal_shows_how_far_a_training_is(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(integrations, "RUNS", tmp_path)
+    monkeypatch.setitem(cluttered_digits.DEFAULT_SIZES, "train", 20)
+    monkeypatch.setattr(integrations.LibraryRun, "conclude", lambda *_: {})
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    train(Sb3Config(images=2, iterations=3, run_name="one", device="cpu"))
+    assert f"{3 * len(STAGES)}/{3 * len(STAGES)} [" in sys.stderr.getvalue()
 
 
 @pytest.mark.learning

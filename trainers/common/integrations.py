@@ -181,7 +181,7 @@ class LibraryRun:
                 **facts,
             },
         )
-        say_where_and_what_next(self.folder)
+        say_where_and_what_next(self.folder, "prunevit viewer --model FOLDER")
         return results
 
 
