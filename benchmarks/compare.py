@@ -3,9 +3,10 @@
 Every method prunes the same frozen backbone, on the same kernels. Methods that learn are trained,
 or their runs under OUT/runs are used. At each operating point, a share of the dense model's
 compute, a method's knob is set on validation images; then it is judged on all test images.
-At the end all methods are timed, decisions included, in turns with timm's own dense model and with
-our runtime with nothing pruned. All run on the kernels of that runtime. They are timed in a process
-that does nothing else; nothing else should run on the machine then. With ``--no-speed`` this is
+At the end all methods are timed, decisions included, in batches and image by image, in turns with
+timm's own dense model and with our runtime with nothing pruned. All run on the kernels of that
+runtime. They are timed in a process that does nothing else; nothing else should run on the machine
+then. With ``--no-speed`` this is
 left for later: the same call without it then only times. A method that comes later has all of the
 folder timed anew, as speeds of several processes are not compared.
 
