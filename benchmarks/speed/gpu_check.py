@@ -237,8 +237,11 @@ def fine_tune(config: GpuCheckConfig, run: Path, seconds: float) -> dict[str, An
     """How fine-tuning the ViT of ``run`` ends."""
     options = tiny(config, "--epoch-size", "16", "--batch-size", "8", "--validation-size", "8")
     precision = "float32" if config.device == "cpu" else "bfloat16"
-    command = ["trainers.finetune", "--run", str(run), "--device", config.device]
-    return run_module([*command, "--precision", precision, "--epochs", "1", *options], seconds)
+    command = [
+        "trainers.finetune", "--run", str(run.resolve()), "--device", config.device,
+        "--run-name", f"{run.resolve()}-finetuned", "--precision", precision, "--epochs", "1",
+    ]  # fmt: skip
+    return run_module([*command, *options], seconds)
 
 
 def tiny(config: GpuCheckConfig, *options: str) -> list[str]:
