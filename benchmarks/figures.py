@@ -34,9 +34,9 @@ with needs("benchmarks"):
 
 FIGURE = "tradeoff.png"
 DPI = 110
-NOT_SHOWN = {*RECIPES, "mappo-each-price", "straight-through", "warm-start"} - {
-    OURS, "paper", "released", "released-faster",
-}  # fmt: skip
+NOT_SHOWN = {
+    *RECIPES, "mappo-each-price", "straight-through", "warm-start", "dynamic-vit-narrow",
+} - {OURS, "paper", "released", "released-faster"}  # fmt: skip
 MOST_LOSS = 12.0  # points under dense that the chart shows
 ABOVE = 1.0  # points over dense that the chart shows
 MARKERS = "osD^vP*X<>hp"

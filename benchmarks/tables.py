@@ -20,7 +20,7 @@ import tyro
 
 from prunevit.agents.policy_file import describe_policy_file
 from prunevit.agents.policy_library import find_policy
-from prunevit.benchmarks.compare import table, title_of
+from prunevit.benchmarks.compare import one_image_table, table, title_of
 from prunevit.benchmarks.differences import OURS, check_one_origin, differences, summary
 from prunevit.benchmarks.machine import MIB
 from prunevit.benchmarks.markdown import (
@@ -47,6 +47,8 @@ DIGITS = (
     "mappo", "dynamic-vit", "ats", "evit", "pitome", "tome", "attention", "zero-tprune",
     "threshold", "random", "norm",
 )  # fmt: skip
+NARROW = ("mappo", "dynamic-vit", "dynamic-vit-narrow")
+LOW = (0.2, 0.25, 0.3)
 ABLATIONS = (
     "rloo", "mappo-fine-tuned", "dynamic-vit-fine-tuned", "mappo-each-price",
     "no-attention-prior", "no-stage", "one-stage", "confidence", "agreement", "ippo",
@@ -98,14 +100,16 @@ def load(name: str) -> Any:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
-def records_of(folder: str, seed: int | None = None) -> pd.DataFrame:
-    """The committed records in a folder of the results, of one seed if it is given.
+def records_of(folder: str, seed: int | None = None, points: Sequence[float] = ()) -> pd.DataFrame:
+    """The committed records in a folder of the results, of one seed, or at the dense model's and
+    these points alone, if they are given.
 
     Raises:
         ValueError: they come from several commits or machines.
     """
     data = pd.DataFrame(read(RESULTS / folder / FILE))
     data = data if seed is None else data[data["seed"] == seed]
+    data = data[data["point"].isin((*points, 1.0))] if points else data
     check_one_origin(data)
     return data
 
@@ -121,7 +125,10 @@ def titled(data: pd.DataFrame, names: Sequence[str]) -> list[tuple[str, pd.DataF
 
 
 def comparison(
-    *parts: tuple[str, Sequence[str]], with_speeds: bool = False, seed: int | None = None
+    *parts: tuple[str, Sequence[str]],
+    with_speeds: bool = False,
+    seed: int | None = None,
+    points: Sequence[float] = (),
 ) -> str:
     """The table of ``benchmarks.compare`` of committed records.
 
@@ -129,19 +136,25 @@ def comparison(
         parts: folders of the results, and methods.
         with_speeds: show how many times as fast as dense each is.
         seed: take this seed alone.
+        points: take these operating points alone.
     """
     methods = []
     for folder, names in parts:
         also = ", within two minutes" if folder == TWO_MINUTES else ""
-        rows = titled(records_of(folder, seed), names)
+        rows = titled(records_of(folder, seed, points), names)
         methods += [(title + also, data) for title, data in rows]
     return table(methods, with_speeds)
 
 
-def paired(folder: str, names: Sequence[str]) -> str:
+def paired(folder: str, names: Sequence[str], points: Sequence[float] = ()) -> str:
     """Losses against dense, and differences to ours, of committed records."""
-    data = records_of(folder)
+    data = records_of(folder, points=points)
     return differences(titled(data, names), data)
+
+
+def one_image(folder: str, names: Sequence[str]) -> str:
+    """Speed-ups image by image of committed records."""
+    return one_image_table(titled(records_of(folder), names))
 
 
 def curves(folder: str, names: Sequence[str]) -> str:
@@ -396,6 +409,9 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "accuracy-rewards": accuracy_rewards,
     "digits": partial(comparison, ("digits/compare", DIGITS), with_speeds=True),
     "digits-differences": partial(paired, "digits/compare", DIGITS),
+    "digits-one-image": partial(one_image, "digits/compare", DIGITS),
+    "digits-narrow": partial(comparison, ("digits/compare", NARROW), points=LOW, with_speeds=True),
+    "digits-narrow-differences": partial(paired, "digits/compare", NARROW, LOW),
     "digits-curves": partial(curves, "digits/compare", DIGITS),
     "policy-digits": partial(policy_figures, "digits", "digits/compare", seed=0),
     "policy-digits-compute": partial(policy_compute, "digits"),

@@ -6,11 +6,12 @@ project = "prunevit"
 author = "the prunevit developers"
 copyright = "the prunevit developers"
 release = version = __version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 html_theme = "furo"
 html_title = f"prunevit {release}"
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
+nb_execution_mode = "off"  # notebooks are committed with their outputs, and tests run them
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False  # those of other libraries are in another markup
 autodoc_typehints = "signature"

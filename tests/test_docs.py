@@ -14,6 +14,7 @@ from prunevit.envs.vit.timm_models import supported
 
 DOCS = Path(__file__).parents[1] / "docs"
 # pages with snippets, and what they need
+NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 PAGES = [
     "../README",
     "environment",
@@ -90,17 +91,28 @@ def test_notebooks_run_from_top_to_bottom(name, long, short, tmp_path, monkeypat
     cells = json.loads((DOCS / "notebooks" / f"{name}.ipynb").read_text("utf-8"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     assert sum(long in cell for cell in code) == 1
-    assert not any(cell["outputs"] for cell in cells if cell["cell_type"] == "code")
     scope = {}
     for cell in code:
         exec(compile(cell.replace(long, short), f"{name}.ipynb", "exec"), scope)
     plt.close("all")
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_the_site_shows_what_a_whole_run_of_a_notebook_put_out(notebook):
+    cells = json.loads(notebook.read_text("utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert any("image/png" in output.get("data", ()) for output in outputs)
+    assert not any(output["output_type"] == "error" for output in outputs)
+    assert not any(output.get("name") == "stderr" for output in outputs)
+
+
 def test_the_site_has_every_page():
     index = (DOCS / "index.md").read_text("utf-8")
     listed = set(re.findall(r"^[\w/]+$", index, re.MULTILINE))
-    pages = {file.relative_to(DOCS).with_suffix("").as_posix() for file in DOCS.rglob("*.md")}
+    files = [*DOCS.rglob("*.md"), *NOTEBOOKS]
+    pages = {file.relative_to(DOCS).with_suffix("").as_posix() for file in files}
     assert pages - {"index"} == listed
 
 

@@ -24,7 +24,7 @@ def test_each_table_and_each_method_is_on_a_page():
     text = "".join(page.read_text(encoding="utf-8") for page in tables.pages())
     assert all(f"<!-- table: {name} -->" in text for name in TABLES)
     for folder, titles in (
-        ("digits/compare", (*tables.DIGITS, "dense")),
+        ("digits/compare", {*tables.DIGITS, *tables.NARROW, "dense"}),
         ("digits/ideas", (*tables.IDEAS, "dense")),
         ("digits/rloo", tables.ABLATIONS + tables.BENCHMARL),
         ("cifar10/compare", tables.CIFAR10 + tables.FINE_TUNING),
