@@ -1,5 +1,7 @@
 """The documentation site: ``pip install -e '.[docs]' && sphinx-build -W docs build/docs``."""
 
+from importlib.util import find_spec
+
 from prunevit import __version__
 
 project = "prunevit"
@@ -12,6 +14,9 @@ html_title = f"prunevit {release}"
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are committed with their outputs, and tests run them
+# of other libraries, those that are not installed
+libraries = ("benchmarl", "ray", "sb3_contrib", "tensordict", "torchrl")
+autodoc_mock_imports = [name for name in libraries if find_spec(name) is None]
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False  # those of other libraries are in another markup
 autodoc_typehints = "signature"
