@@ -5,7 +5,6 @@ import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -211,9 +210,7 @@ def test_rivals_dither_where_that_is_better_on_validation(bench, name, monkeypat
 def test_the_most_accurate_strength_of_dither_is_taken(bench, monkeypatch):
     bench = replace(bench, task=replace(bench.task, dithers=True))
     accuracy = {0.0: 0.7, 0.25: 0.8, 0.5: 0.9, 1.0: 0.75}
-    monkeypatch.setattr(
-        type(bench), "validate", lambda _, model: SimpleNamespace(accuracy=accuracy[model])
-    )
+    monkeypatch.setattr(type(bench), "validate", lambda _, model: accuracy[model])
 
     def tune(shared):
         if shared["dither"] in out_of_reach:
