@@ -172,10 +172,10 @@ def draw(data: pd.DataFrame) -> Figure:
     gaps = {name: differences_to_ours(data, name) for name in names if name != OURS}
     has_gaps = any(gap["cost"].size for gap in gaps.values())
     # two in a row, so that a page's width leaves them readable; the differences below both
-    rows = [list(panels), ["gaps"] * len(panels)] if has_gaps else [list(panels)]
+    rows = ["ab"[: len(panels)], *(["g" * len(panels)] if has_gaps else [])]
     size = PANEL[0] * len(panels) + LABELS, PANEL[1] * len(rows)
     figure = Figure(figsize=size, layout="constrained")
-    columns = list(figure.subplot_mosaic(rows).values())
+    columns = list(figure.subplot_mosaic(";".join(rows)).values())
     dense = 100 * data["dense_accuracy"].iloc[0]
     styles = {name: style_of(name) | {"label": name} for name in names}
     for axes, (x, title) in zip(columns, panels.items(), strict=False):
