@@ -6,9 +6,8 @@ compute, a method's knob is set on validation images; then it is judged on all t
 At the end all methods are timed, decisions included, in batches and image by image, in turns with
 timm's own dense model and with our runtime with nothing pruned. All run on the kernels of that
 runtime. They are timed in a process that does nothing else; nothing else should run on the machine
-then. With ``--no-speed`` this is
-left for later: the same call without it then only times. A method that comes later has all of the
-folder timed anew, as speeds of several processes are not compared.
+then. With ``--no-speed`` this is left for later: the same call without it then only times. A method
+that comes later has all of the folder timed anew, as speeds of several processes are not compared.
 
 OUT/records.jsonl gets a line for each method, seed and point as soon as it is measured, and a
 killed comparison goes on where it stood. All records of a folder come from one commit and one
@@ -165,19 +164,17 @@ def settings_of(config: CompareConfig, bench: Benchmark) -> dict[str, Any]:
     names = ["backbone", "model_kwargs", "pretrained", "dataset"]
     if bench.task.prune_at != "block":  # older records don't name it
         names.append("prune_at")
-    index = {"index_size": config.index_size} if bench.task.embeds else {}
-    return (
-        index
-        | {name: getattr(bench.base, name) for name in names}
-        | {
-            "weights": sha256(bench.base.checkpoint) if bench.base.checkpoint else None,
-            "prune_before": list(bench.task.prune_before),
-            "iterations": config.iterations,
-            "eval_size": config.eval_size,
-            "split": config.split,
-            "test_size": min(config.test_size or len(bench.test), len(bench.test)),
-        }
-    )
+    settings = {name: getattr(bench.base, name) for name in names} | {
+        "weights": sha256(bench.base.checkpoint) if bench.base.checkpoint else None,
+        "prune_before": list(bench.task.prune_before),
+        "iterations": config.iterations,
+        "eval_size": config.eval_size,
+        "split": config.split,
+        "test_size": min(config.test_size or len(bench.test), len(bench.test)),
+    }
+    if bench.task.embeds:
+        settings["index_size"] = config.index_size
+    return settings
 
 
 def compare(config: CompareConfig) -> list[Record]:

@@ -23,13 +23,15 @@ from prunevit.benchmarks.embeddings import (
     nearest,
     recall,
 )
-from prunevit.benchmarks.protocol import Method
+from prunevit.benchmarks.methods.recipes import RECIPES
+from prunevit.benchmarks.methods.registry import METHODS
+from prunevit.benchmarks.protocol import Method, UnreachableError
 from prunevit.benchmarks.records import unpack_answers
 from prunevit.envs.vit.create import create_backbone
 from prunevit.envs.vit.weights import write_weights
 
 VIT = "vit_tiny_patch16_224"
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 3}
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 4}
 QUERIES = 16
 
 
@@ -115,7 +117,7 @@ def test_methods_are_compared(config, tmp_path, capsys):
         assert -1 <= row["cosine_low"] <= row["cosine"] < 1
         assert row["settings"]["index_size"] == 40
     attention = next(row for row in others if row["method"] == "attention")
-    model = comparison.METHODS["attention"].open(bench, 0).make(attention)
+    model = METHODS["attention"].open(bench, 0).make(attention)
     queries = embed(model, bench.test, QUERIES)
     dense_queries = dense_embeddings(bench, QUERIES).queries
     angles = F.cosine_similarity(queries.vectors, dense_queries.vectors)
@@ -125,6 +127,20 @@ def test_methods_are_compared(config, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "loss against dense" in printed
     assert "nearest kept, pruned index" in printed
+
+
+@pytest.mark.parametrize(
+    "name", sorted(name for name, spec in METHODS.items() if spec.embeds and name not in RECIPES)
+)
+def test_each_method_without_training_prunes_embeddings(bench, name):
+    method = METHODS[name].open(bench, 0)
+    try:
+        knobs = method.tune(bench.gmacs_at(0.8))
+    except UnreachableError as error:  # of 16 patches, one is more than the tolerance
+        knobs = error.nearest
+    found = judge_embeddings(method, knobs, bench, 4)
+    assert found["gmacs"] < bench.backbone.dense_macs / 1e9
+    assert 0 < found["cosine"] < 1
 
 
 def test_classifiers_have_no_such_table():
