@@ -443,6 +443,13 @@ def test_speeds_come_later_without_training_or_judging(tmp_path, monkeypatch):
     later = compare(replace(config, methods=("norm",), speed=True))
     assert len(turns) == 4  # the first one again: one process times all
     assert len({row["timed"] for row in later if row["speedup"]}) == 1
+    turns.clear()
+    records = Records(tmp_path / "records.jsonl")
+    records.find("norm", 0, 0.9)["timed"] = "2026-01-01T00:00:00+00:00"  # by another process
+    records.save()
+    again = compare(replace(config, methods=("norm",), speed=True))
+    assert len(turns) == 4
+    assert len({row["timed"] for row in again if row["speedup"]}) == 1
 
 
 def test_a_policy_whose_run_is_gone_gets_no_speed(tmp_path, capsys):
@@ -451,8 +458,11 @@ def test_a_policy_whose_run_is_gone_gets_no_speed(tmp_path, capsys):
     )
     row = {"task": "digits", "method": "mappo", "point": 0.9, "alpha": 0.1, "speedup": None}
     row |= {"commit": commit(), "hardware": hardware(torch.device("cpu"))}
-    Records(tmp_path / "records.jsonl").put(dict.fromkeys(FIELDS, 0) | row)
-    assert compare(config)[0]["speedup"] is None
+    records = Records(tmp_path / "records.jsonl")
+    records.put(dict.fromkeys(FIELDS, 0) | row)
+    records.put(dict.fromkeys(FIELDS, 0) | row | {"seed": 1, "speedup": 2.0, "timed": "before"})
+    # a speed of another process is not kept either
+    assert [row["speedup"] for row in compare(config) if row["method"] == "mappo"] == [None, None]
     assert "mappo, seed 0 can't be timed" in capsys.readouterr().out
 
 

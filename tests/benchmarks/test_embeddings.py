@@ -13,13 +13,16 @@ from torch.nn import functional as F
 
 from prunevit.agents import KeepAll, PrunedViT
 from prunevit.benchmarks import compare as comparison
+from prunevit.benchmarks import embeddings
 from prunevit.benchmarks.compare import CompareConfig, compare, open_benchmark
 from prunevit.benchmarks.embeddings import (
+    Dense,
     Embedded,
     dense_embeddings,
     embed,
     embeddings_tables,
     judge_embeddings,
+    judged,
     nearest,
     recall,
 )
@@ -71,6 +74,16 @@ def unit(*rows, labels=()):
     return Embedded(vectors, np.array(labels or [0] * len(rows)), 1.0, (), ())
 
 
+class Answers:
+    """A classifier that is right so often."""
+
+    def __init__(self, share):
+        self.share = share
+
+    def score(self, vectors, labels):
+        return self.share
+
+
 def test_the_nearest_is_the_one_of_the_smallest_angle():
     index = unit([1, 0], [5, 5], [0, 1])
     queries = unit([2, 0.1], [0.1, 3], [1, 0.9])
@@ -82,6 +95,21 @@ def test_recall_counts_what_is_found_again_in_any_order():
     wanted = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]])
     found = torch.tensor([[4, 3, 2, 1], [1, 9, 8, 2]])
     assert recall(found, wanted) == 0.75
+
+
+def test_queries_meet_the_dense_index_and_the_pruned_one(monkeypatch):
+    index = unit([1, 0], [0, 1])
+    dense = Dense(index, unit([1, 0.1], [1, 0.2], [0.1, 1]), *2 * [Answers(0.5)])
+    monkeypatch.setattr(embeddings, "dense_embeddings", lambda bench, size: dense)
+    queries = unit([1, 0.1], [0.2, 1], [0.1, 1])  # the second one finds another
+    found = judged(queries, unit([0, 1], [1, 0]), None)  # and a pruned index has changed places
+    assert unpack_answers(found["right"], 3).tolist() == [True, False, True]
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    assert found["pruned_index_accuracy"] == pytest.approx(1 / 3)
+    angle = 0.4 / 1.04
+    assert found["cosine"] == pytest.approx((2 + angle) / 3)
+    assert found["cosine_low"] == pytest.approx(angle + 0.1 * (1 - angle))
+    assert (found["knn"], found["probe"]) == (0.5, 0.5)
 
 
 def test_nothing_pruned_is_as_dense(bench):
