@@ -44,6 +44,7 @@ FIRST_MERGE_THRESHOLD = 0.9  # the authors': at 1 merging is never learned
 TEMPERATURE = 0.1  # of the masks' gradient to the thresholds
 BUDGET_WEIGHT = 10.0  # of the loss that brings the compute to its target
 LABEL_SMOOTHING = 0.1
+GRADIENT_NORM = 1.0  # at most, of a step's gradient to the thresholds of a kind
 
 
 class State(NamedTuple):
@@ -310,6 +311,10 @@ def learn_thresholds(
         loss = loss + BUDGET_WEIGHT * (spent - compute) ** 2
         optimizer.zero_grad()
         loss.backward()
+        # where what is gone was nearly all that a query paid attention to, the masks' gradient is
+        # hundreds of times larger: a threshold on merging jumps to 1, where it has none any more
+        for each, _ in rates:
+            nn.utils.clip_grad_norm_(each, GRADIENT_NORM)
         optimizer.step()
         with torch.no_grad():
             for each, _ in rates:

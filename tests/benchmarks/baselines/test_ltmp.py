@@ -119,6 +119,14 @@ def test_training_brings_the_compute_to_its_target(sharp_vit, some_images, targe
     assert compute_of(staged, batch[0], merge, prune) == pytest.approx(target, abs=0.1)
 
 
+def test_a_steep_loss_moves_thresholds_no_further_than_its_rate(sharp_vit, some_images):
+    staged = StagedViT(sharp_vit(), STAGES)
+    merge, prune = learn_thresholds(staged, [some_images.load(range(12))], 0.05, 1e-2, 1e-3)
+    moved = torch.tensor(merge) - ltmp.FIRST_MERGE_THRESHOLD
+    assert 0.9e-2 < moved.norm() < 1.01e-2
+    assert 0.9e-3 < torch.tensor(prune).norm() < 1.01e-3
+
+
 # --- bad input ---
 
 
