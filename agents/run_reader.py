@@ -71,10 +71,17 @@ def read_run(
         else:
             num_classes = 0 if config.get("accuracy") == "embedding" else None
             backbone, kwargs = _run_backbone(folder, config, hub_backbone, False, num_classes)
-            prior, alpha = bool(config["attention_prior"]), default_alpha(config)
-            heads = config.get("actor_attention", 0)  # runs of before 0.2 have none
-            observed, hidden = config["observation"], config["hidden"]
-            make = partial(learned_policy, backbone, observed, hidden, prior, alpha, heads)
+            make = partial(
+                learned_policy,
+                backbone,
+                config["observation"],
+                config["hidden"],
+                bool(config["attention_prior"]),
+                default_alpha(config),
+                # runs of before 0.2 have neither
+                config.get("actor_attention", 0),
+                bool(config.get("redundancy_prior", 0)),
+            )
         problem = size_problem(make, folder / RUN_WEIGHTS)
         if problem is not None:
             raise SavedModelError(problem)

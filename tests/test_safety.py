@@ -322,7 +322,7 @@ def finished_run(tmp_path):
     config = MappoConfig(observation=("stage",), hidden=(4,), attention_prior=0.0, device="cpu")
     write_json(tmp_path / "run/config.json", config.to_json())
     policy = learned_policy(
-        StagedViT(create_backbone(), (1, 3)), ("stage",), (4,), with_prior=False
+        StagedViT(create_backbone(), (1, 3)), ("stage",), (4,), attention_prior=False
     )
     write_network(tmp_path / "run/policy.safetensors", policy.actor)
     PrunedViT.from_run(tmp_path / "run")

@@ -69,10 +69,11 @@ class Actor(nn.Module):
 
 
 class TokenActor(Actor):
-    """An actor that chooses between prune (0) and keep (1), with a prior from class attention.
+    """An actor that chooses between prune (0) and keep (1), with a prior from class attention and
+    from redundancy.
 
-    To the logit of keep it adds log(class attention * N) and, if alpha is observed, log(alpha),
-    with learned weights, and a learned bias. These three parameters are stored divided by
+    To the logit of keep it adds log(class attention * N), 1 - redundancy and, if alpha is observed,
+    log(alpha), with learned weights, and a learned bias. These parameters are stored divided by
     ``PRIOR_SPEED``, so that they learn faster than the weights of the network.
 
     Args:
@@ -82,6 +83,8 @@ class TokenActor(Actor):
         prior_weight: initial weight of the prior.
         keep_bias: initial bias of keep. A positive one prunes little at the start.
         alpha: column of ``alpha`` in the observation; None if it is not observed.
+        redundancy: column of ``redundancy`` in the observation; None for no prior from it.
+        redundancy_weight: initial weight of that prior.
     """
 
     PRIOR_SPEED = 10.0
@@ -94,18 +97,25 @@ class TokenActor(Actor):
         prior_weight: float = 1.0,
         keep_bias: float = 0.0,
         alpha: int | None = None,
+        redundancy: int | None = None,
+        redundancy_weight: float = 0.0,
     ) -> None:
         super().__init__(observation_size, 2, hidden)
         self.hidden = tuple(hidden)
         self.attention = attention
         self.alpha = alpha
+        self.redundancy = redundancy
         self.keep_bias = nn.Parameter(torch.tensor(keep_bias / self.PRIOR_SPEED))
         self.prior_weight = nn.Parameter(
             torch.tensor(prior_weight / self.PRIOR_SPEED), requires_grad=attention is not None
         )
-        # only actors that observe alpha have its weight, so older files stay readable
+        # only actors that read them have these weights, so older files stay readable
         if alpha is not None:
             self.alpha_weight = nn.Parameter(torch.zeros(()))
+        if redundancy is not None:
+            self.redundancy_weight = nn.Parameter(
+                torch.tensor(redundancy_weight / self.PRIOR_SPEED)
+            )
 
     def forward(self, observation: Tensor) -> Tensor:
         return self.with_prior(self.net(observation), observation)
@@ -117,6 +127,9 @@ class TokenActor(Actor):
         if self.attention is not None:
             prior = observation[:, self.attention].clamp(min=PRIOR_FLOOR).log()
             keep = keep + self.prior_weight * self.PRIOR_SPEED * prior
+        if self.redundancy is not None:
+            distinct = 1 - observation[:, self.redundancy]
+            keep = keep + self.redundancy_weight * self.PRIOR_SPEED * distinct
         if self.alpha is not None:
             keep = keep + self.alpha_weight * self.PRIOR_SPEED * observation[:, self.alpha]
         return torch.stack([prune, keep], dim=-1)
@@ -242,7 +255,8 @@ class CommunicatingActor(TokenActor):
     communicate. What they say to each other counts as the policy's compute.
 
     Args:
-        observation_size, hidden, attention, prior_weight, keep_bias, alpha: as of ``TokenActor``.
+        observation_size, hidden, attention, prior_weight, keep_bias, alpha, redundancy,
+        redundancy_weight: as of ``TokenActor``.
         heads: as of ``AgentAttention``.
 
     Raises:
@@ -257,9 +271,14 @@ class CommunicatingActor(TokenActor):
         prior_weight: float = 1.0,
         keep_bias: float = 0.0,
         alpha: int | None = None,
+        redundancy: int | None = None,
+        redundancy_weight: float = 0.0,
         heads: int = 1,
     ) -> None:
-        super().__init__(observation_size, hidden, attention, prior_weight, keep_bias, alpha)
+        super().__init__(
+            observation_size, hidden, attention, prior_weight, keep_bias, alpha,
+            redundancy, redundancy_weight,
+        )  # fmt: skip
         if not hidden:
             raise ValueError("attention among agents needs an actor with a hidden layer")
         self.among_agents = AgentAttention(hidden[0], heads)

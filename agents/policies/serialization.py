@@ -58,6 +58,7 @@ def describe_policy(policy: Policy) -> dict[str, Any]:
             "observation": list(policy.fields),
             "hidden": list(actor.hidden),
             "attention_prior": actor.attention is not None,
+            "redundancy_prior": actor.redundancy is not None,
             "actor_attention": heads,
             "alpha": policy.alpha,
             "threshold": policy.threshold,
@@ -102,7 +103,9 @@ def make_policy(described: Mapping[str, Any], backbone: StagedViT) -> Policy:
         described["hidden"],
         described["attention_prior"],
         described.get("alpha"),
-        described.get("actor_attention", 0),  # models of before 0.2 have none
+        # models of before 0.2 have neither
+        described.get("actor_attention", 0),
+        described.get("redundancy_prior", False),
     )
     policy.threshold = described.get("threshold", 0.5)
     policy.dither = described.get("dither", False)
@@ -176,9 +179,10 @@ def learned_policy(
     backbone: StagedViT,
     observation: Sequence[str],
     hidden: Sequence[int],
-    with_prior: bool,
+    attention_prior: bool,
     alpha: float | None = None,
     heads: int = 0,
+    redundancy_prior: bool = False,
 ) -> LearnedPolicy:
     """Builds an untrained ``LearnedPolicy`` for ``backbone``.
 
@@ -186,17 +190,19 @@ def learned_policy(
         backbone: the staged ViT.
         observation: names of the fields that agents observe.
         hidden: widths of the actor's hidden layers.
-        with_prior: start from class attention, see ``TokenActor``.
+        attention_prior: start from class attention, see ``TokenActor``.
         alpha: weight of compute, if it is observed.
         heads: of the attention among agents; 0 for none.
+        redundancy_prior: start from redundancy, see ``TokenActor``.
     """
     slices = field_slices(backbone, observation)
     size = max(columns.stop for columns in slices.values())
-    attention = slices["cls_attention"].start if with_prior else None
+    attention = slices["cls_attention"].start if attention_prior else None
+    redundancy = slices["redundancy"].start if redundancy_prior else None
     alpha_column = slices["alpha"].start if "alpha" in slices else None
     with torch.random.fork_rng(devices=[]):
         make = partial(CommunicatingActor, heads=heads) if heads else TokenActor
-        actor = make(size, hidden, attention, alpha=alpha_column)
+        actor = make(size, hidden, attention, alpha=alpha_column, redundancy=redundancy)
         return LearnedPolicy(actor, observation, backbone.num_prefix, alpha)
 
 

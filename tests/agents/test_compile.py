@@ -89,7 +89,7 @@ def test_chunks_compile_nothing_anew(vit, monkeypatch):
 @torch.no_grad()
 def test_compiled_is_what_eager_is(vit):
     backbone = StagedViT(vit, STAGES)
-    policy = learned_policy(backbone, list(DEFAULT_FIELDS), [8], with_prior=True)
+    policy = learned_policy(backbone, list(DEFAULT_FIELDS), [8], attention_prior=True)
     for decides in (policy, KeepAll()):
         model = prune(vit, decides, STAGES)
         compiled = torch.compile(model, dynamic=True, backend="eager")

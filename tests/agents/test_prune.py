@@ -51,11 +51,14 @@ timm_records = pytest.mark.skipif(
 def random_policy(backbone, fields=DEFAULT_FIELDS, heads=0):
     """Its random decisions are not all the same."""
     alpha = 0.1 if "alpha" in fields else None
-    policy = learned_policy(backbone, fields, [8], "cls_attention" in fields, alpha, heads)
+    priors = "cls_attention" in fields, "redundancy" in fields
+    policy = learned_policy(backbone, fields, [8], priors[0], alpha, heads, priors[1])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         for layer in (policy.actor.net[1], policy.actor.net[-1]):
             torch.nn.init.normal_(layer.weight)
+    if priors[1]:
+        torch.nn.init.constant_(policy.actor.redundancy_weight, 0.4)
     return policy
 
 
@@ -422,15 +425,21 @@ def test_what_is_cached_is_nobodys_tensor(vit):
         AttentionThreshold((0.9, 1.1), dither=0.5),
         DynamicViTPolicy(32, 2, keep=0.6, hidden=8, dither=True),
         "among agents",
+        "prior from redundancy",
     ],
-    ids=["learned", "keep all", "attention", "random", "threshold", "dynamic", "among agents"],
-)
+    ids=[
+        "learned", "keep all", "attention", "random", "threshold", "dynamic", "among agents",
+        "prior from redundancy",
+    ],
+)  # fmt: skip
 @torch.no_grad()
 def test_what_was_saved_comes_back(make_vit, images, tmp_path, policy):
     vit = make_vit(global_pool="avg", num_classes=7)
     if policy == "among agents":
         policy = random_policy(StagedViT(vit, STAGES), heads=2)
         torch.nn.init.normal_(policy.actor.among_agents.output.weight)
+    elif policy == "prior from redundancy":
+        policy = random_policy(StagedViT(vit, STAGES), (*DEFAULT_FIELDS, "redundancy"))
     model = pruned(vit, policy)
     model.save_pretrained(tmp_path / "mine")
     logits = model(images)
@@ -496,9 +505,16 @@ def test_a_model_that_merges_comes_back(make_vit, images, tmp_path):
 
 def test_a_run_that_merges_becomes_a_model_that_does(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = "--num-envs 16 --iterations 2 --eval-size 20 --hidden 4 --on-prune merge"
+    options = (
+        "--num-envs 16 --iterations 2 --eval-size 20 --hidden 4 --on-prune merge "
+        "--observation token redundancy --attention-prior 0 --redundancy-prior 20"
+    )
     mappo([*options.split(), "--run-name", "tiny"])
-    assert PrunedViT.from_run("runs/tiny").backbone.on_prune == "merge"
+    model = PrunedViT.from_run("runs/tiny")
+    assert model.backbone.on_prune == "merge"
+    weight = model.policy.actor.redundancy_weight * TokenActor.PRIOR_SPEED
+    assert 19 < float(weight) < 21  # it learned, from where it began
+    assert float(weight) != 20
     file = Path("runs/tiny/config.json")
     older = json.loads(file.read_text())
     del older["on_prune"]

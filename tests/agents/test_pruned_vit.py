@@ -20,7 +20,8 @@ def learned_policy(backbone, fields=DEFAULT_FIELDS, kind=TokenActor):
     attention = slices["cls_attention"].start if "cls_attention" in fields else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        actor = kind(size, HIDDEN, attention, prior_weight=0.3)
+        redundancy = slices["redundancy"].start if "redundancy" in fields else None
+        actor = kind(size, HIDDEN, attention, 0.3, redundancy=redundancy, redundancy_weight=5.0)
         torch.nn.init.normal_(actor.net[-1].weight)
         if kind is CommunicatingActor:
             torch.nn.init.normal_(actor.among_agents.output.weight)

@@ -585,6 +585,7 @@ def test_a_policy_is_not_put_on_other_weights(whole, tmp_path, weights):
         ({"accuracy": "f1"}, ["unknown accuracy 'f1'", "agreement"]),
         ({"observation": ("token", "cls_attention", "smell")}, ["smell", "alive_fraction"]),
         ({"observation": ("token",)}, ["cls_attention", "--attention-prior 0"]),
+        ({"redundancy_prior": 20}, ["redundancy: add it", "--redundancy-prior 0"]),
         ({"device": "abacus"}, ["device 'abacus' can't be used here"]),
         ({"num_envs": 18}, ["num_envs=18", "rollouts_per_image=4"]),
         ({"num_envs": 400}, ["100 different images, the dataset has 36"]),

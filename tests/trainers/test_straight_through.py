@@ -279,6 +279,11 @@ def test_a_training_starts_from_a_policy_and_goes_on_without_it(made, monkeypatc
         ("--hidden 9", "vit-0", "hidden [8] instead of [9]"),
         ("--actor-attention 0", "vit-0", "actor_attention 1 instead of 0"),
         ("--attention-prior 0", "vit-0", "attention_prior True instead of False"),
+        (
+            "--observation token stage cls_attention redundancy alpha --redundancy-prior 5",
+            "vit-0",
+            "redundancy_prior False instead of True",
+        ),
         ("--prune-before 1", "vit-0", "prune_before [1, 2] instead of [1]"),
         ("--prune-at mlp", "vit-0", "prune_at block instead of mlp"),
         (

@@ -25,7 +25,7 @@ from prunevit.trainers.common.settings import Range, Weight, Widths
 
 MOST_HEADS = 64  # of an attention among agents
 # what makes an actor another one, by the names of ``describe_policy``
-FORM = ("observation", "hidden", "attention_prior", "actor_attention")
+FORM = ("observation", "hidden", "attention_prior", "redundancy_prior", "actor_attention")
 
 
 @dataclass
@@ -40,6 +40,9 @@ class ActorSettings(StagedViTSettings):
     as alpha. The policy then serves every alpha in between: policy.alpha = 0.1."""
     attention_prior: Weight = 0.5
     """Weight of log(class attention) that the actor starts from, then learns; 0 uses none."""
+    redundancy_prior: Weight = 0.0
+    """Weight of 1 - redundancy that the actor starts from, then learns; 0 uses none. With 20, where
+    pruned patches merge, it starts as a merging method: those go that are like another."""
     keep_bias: Annotated[float, Range(-LARGEST_NUMBER, LARGEST_NUMBER)] = 3.0
     """Logit of keep that the actor starts from; positive prunes little at first."""
     hidden: Widths = (32,)
@@ -76,6 +79,11 @@ def make_actor(config: ActorSettings, backbone: StagedViT) -> TokenActor:
                 "or give --attention-prior 0"
             )
         attention = slices["cls_attention"].start
+    if config.redundancy_prior and "redundancy" not in slices:
+        raise ValueError(
+            "the redundancy prior reads redundancy: add it to --observation, "
+            "or give --redundancy-prior 0"
+        )
     heads = config.actor_attention
     make = partial(CommunicatingActor, heads=heads) if heads else TokenActor
     return make(
@@ -85,6 +93,8 @@ def make_actor(config: ActorSettings, backbone: StagedViT) -> TokenActor:
         prior_weight=config.attention_prior,
         keep_bias=config.keep_bias,
         alpha=slices["alpha"].start if "alpha" in slices else None,
+        redundancy=slices["redundancy"].start if config.redundancy_prior else None,
+        redundancy_weight=config.redundancy_prior,
     )
 
 

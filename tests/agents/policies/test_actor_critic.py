@@ -12,7 +12,7 @@ from prunevit.envs.fields import field_slices
 from prunevit.envs.observations import View
 from prunevit.envs.vit.staged_vit import StagedViT
 
-SIZE, ATTENTION = 6, 4
+SIZE, ATTENTION, REDUNDANCY = 6, 4, 2
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +118,17 @@ def test_the_prior_falls_no_further_than_its_floor():
     actor = silence(TokenActor(SIZE, (8,), ATTENTION))
     lowest = advantage(actor(observe(0.0, 1e-9, PRIOR_FLOOR)))
     torch.testing.assert_close(lowest, torch.full((3,), math.log(PRIOR_FLOOR)))
+
+
+def test_the_prior_from_redundancy_is_for_patches_that_are_like_no_other():
+    actor = silence(TokenActor(SIZE, (8,), None, redundancy=REDUNDANCY, redundancy_weight=20.0))
+    observation = observe(1.0, 1.0, 1.0)
+    observation[:, REDUNDANCY] = torch.tensor([1.0, 0.85, -1.0])
+    logits = actor(observation)
+    torch.testing.assert_close(advantage(logits), torch.tensor([0.0, 3.0, 40.0]))
+    assert not logits[:, 0].any()
+    advantage(logits).sum().backward()
+    assert actor.redundancy_weight.grad.item() == pytest.approx(2.15 * TokenActor.PRIOR_SPEED)
 
 
 @pytest.mark.parametrize("bias", [0.0, 2.5, -1.0])

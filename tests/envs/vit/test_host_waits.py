@@ -155,7 +155,7 @@ def build(make_vit, name):
         "top-k": lambda: TopK((9, 5, 2)),
         "all": KeepAll,
         "threshold": lambda: AttentionThreshold((0.9, 0.9, 0.9), dither=1.0),
-    }.get(policy, lambda: learned_policy(backbone, learned, [8], with_prior=True))()
+    }.get(policy, lambda: learned_policy(backbone, learned, [8], attention_prior=True))()
     return PrunedViT(backbone, made).eval(), len(STAGES) * at_stage + at_end
 
 

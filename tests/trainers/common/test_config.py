@@ -52,13 +52,13 @@ def test_every_flag_of_the_issue_is_there():
         "--env token-prune --backbone vit --checkpoint w.pt --dataset folder:x --prune-before 1 3 "
         "--reward markov-game --alpha 0.5 --beta 2 --rollouts-per-image 4 --num-envs 8 "
         "--iterations 9 --seed 3 --device cpu --run-name r --critic local --attention-prior 0 "
-        '--model-kwargs {"depth":3}'
+        '--redundancy-prior 9 --model-kwargs {"depth":3}'
     )
     expected = MappoConfig(
         backbone="vit", checkpoint=Path("w.pt"), dataset="folder:x", prune_before=(1, 3),
         reward="markov-game", alpha=0.5, beta=2.0, rollouts_per_image=4, num_envs=8, iterations=9,
         seed=3, device="cpu", run_name="r", critic="local", attention_prior=0.0,
-        model_kwargs={"depth": 3},
+        redundancy_prior=9.0, model_kwargs={"depth": 3},
     )  # fmt: skip
     assert parse(line.split()) == expected
     assert parse(["--resume", "runs/r"]).resume == Path("runs/r")
@@ -195,7 +195,8 @@ def test_settings_of_a_wrong_type_are_named(name, value, message):
           for value in (0.0, -1.0, 1e300, float("inf"), float("nan"))),
         *((name, value) for name in ("gamma", "gae_lambda")
           for value in (-0.1, 1.1, float("nan"))),
-        *((name, value) for name in ("entropy", "value_weight", "attention_prior")
+        *((name, value) for name in ("entropy", "value_weight", "attention_prior",
+                                     "redundancy_prior")
           for value in (-0.1, 1e300, float("inf"), float("nan"))),
         *(("keep_bias", value) for value in (-1e300, float("inf"), float("nan"))),
         ("hidden", (32, 0)),
