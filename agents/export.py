@@ -122,7 +122,10 @@ def export_onnx(
         check_choice("int8", int8, get_args(Int8))
     if int8 == "static" and (calibration is None or not len(calibration)):
         raise ExportError("int8='static' needs images to calibrate on")
-    graph = (OneImage if batch == "one" else ImageBatch)(model).eval()
+    # of merging there is one form: a batch, of one image too
+    merges = isinstance(model, PrunedViT) and model.backbone.on_prune == "merge"
+    one = batch == "one" and not merges
+    graph = (OneImage if one else ImageBatch)(model).eval()
     _check_runtime()
     program = _trace(graph, batch)
     program.model.metadata_props.update(_metadata(model))

@@ -67,6 +67,10 @@ class OneImage(nn.Module):
                 "a pruned model of transformers can't be exported with transformers' outputs: "
                 "export model.as_timm()"
             )
+        if model.backbone.on_prune == "merge" and not isinstance(self, ImageBatch):
+            return (
+                "a model that merges what it prunes is exported as an ImageBatch, of one image too"
+            )
         return _why_no_policy(model.policy, model.backbone) or _why_no_backbone(model.backbone)
 
     def forward(self, images: Tensor, alpha: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -149,12 +153,15 @@ class OneImage(nn.Module):
     def _run(self, tokens: Tokens, start: int, stop: int, with_attention: bool) -> Tokens:
         backbone, images, attention = self.backbone, self._images(tokens), None
         valid, mask = self._valid(tokens)
+        log_size = None if tokens.size is None else tokens.size.log()
+        if mask is not None and log_size is not None:
+            mask = log_size.view(mask.shape).masked_fill(~mask, -torch.inf)
         blocks = split_at_blocks(start, stop)
         for i, sublayer in blocks:
             block = backbone.model.blocks[i]
             rotary = tokens.rotary.of_block(i) if tokens.rotary else None
             call = BlockCall(
-                backbone.ops, block, rotary, backbone.num_query_tokens, sublayer=sublayer
+                backbone.ops, block, rotary, backbone.num_query_tokens, log_size, sublayer
             )
             rope = rotary.patches(images.shape[0]) if rotary else None
             if with_attention and i == blocks[-1][0]:
@@ -200,6 +207,11 @@ class ImageBatch(OneImage):
             return reason
         if is_head_untouched(model.backbone.model):
             return None
+        if model.backbone.on_prune == "merge":
+            return (
+                "a head with hooks, replaced or quantised layers can't be exported with a model "
+                "that merges what it prunes: it would see padding"
+            )
         return (
             "a head with hooks, replaced or quantised layers would see the padding of a batch: "
             "export the model for one image (batch='one')"
@@ -213,7 +225,8 @@ class ImageBatch(OneImage):
         model, images = self.backbone.model, self._images(tokens)
         if not pools_tokens(model):
             return classify_prefix(model, images[:, : self.backbone.num_prefix])
-        return classify_padded(model, model.norm(images), self._valid(tokens)[0])
+        size = None if tokens.size is None else tokens.size.view(images.shape[:2])
+        return classify_padded(model, model.norm(images), self._valid(tokens)[0], size)
 
     def _logits(self, view: View) -> Tensor:
         actor, fields = self.policy.actor, self.policy.fields
@@ -225,6 +238,8 @@ class ImageBatch(OneImage):
 
     def _prune(self, tokens: Tokens, keep: Tensor) -> Tokens:
         alive = self.backbone.survivors(tokens, keep)
+        if self.backbone.on_prune == "merge":
+            tokens = self._merge(tokens, alive)
         images, slots = alive.shape
         lengths = alive.sum(1)
         # an exporter would compare 1 with the length of what it broadcasts
@@ -236,13 +251,40 @@ class ImageBatch(OneImage):
         # padding repeats the first slot of all
         place = slot.new_zeros(images * longest)
         place = place.index_copy(0, row.flatten().index_select(0, slot), slot)
+        source = tokens.row.index_select(0, place)
         return PaddedTokens(
-            x=tokens.x.index_select(0, tokens.row.index_select(0, place)),
+            x=tokens.x.index_select(0, source),
+            size=None if tokens.size is None else tokens.size.index_select(0, source),
             alive=alive,
             row=row.flatten(),
             rotary=tokens.rotary.take(place % slots) if tokens.rotary else None,
             valid=torch.arange(longest, device=alive.device) < lengths[:, None],
         )
+
+    def _merge(self, tokens: Tokens, alive: Tensor) -> Tokens:
+        """``merge_tokens`` before any token is removed, on all rows of each image."""
+        images, (valid, _) = self._images(tokens), self._valid(tokens)
+        # the rows of dead slots are others', to which they add nothing
+        stays = tokens.x.new_zeros(tokens.x.shape[0]).scatter_add(
+            0, tokens.row, alive.flatten().to(tokens.x.dtype)
+        )
+        stays = stays.view(valid.shape) > 0
+        is_patch = torch.arange(valid.shape[1], device=alive.device) >= self.backbone.num_prefix
+        target = stays & is_patch
+        gone = valid & ~stays & is_patch & target.any(1, keepdim=True)
+        unit = F.normalize(images, dim=2)
+        similar = (unit @ unit.mT).masked_fill(~target[:, None], -torch.inf)
+        into = similar.argmax(2)  # [B, n]
+        size = torch.ones_like(images[..., 0])
+        if tokens.size is not None:
+            size = tokens.size.view(valid.shape)
+        moved = size * gone
+        total = size.scatter_add(1, into, moved)
+        share = (moved / total.gather(1, into))[..., None]
+        x = (images * (size / total)[..., None]).scatter_add(
+            1, into[..., None].expand_as(images), images * share
+        )
+        return replace(tokens, x=x.flatten(0, 1), size=total.flatten())
 
     def _images(self, tokens: Tokens) -> Tensor:
         return tokens.x.unflatten(0, self._valid(tokens)[0].shape)
@@ -291,11 +333,6 @@ def _why_no_policy(policy: Any, backbone: StagedViT) -> str | None:
 
 def _why_no_backbone(backbone: StagedViT) -> str | None:
     """Why a backbone can't be exported, or None if it can."""
-    if backbone.on_prune == "merge":
-        return (
-            "a model that merges what it prunes can't be exported, since exported attention "
-            "takes each token for a single one: only on_prune='drop' can be"
-        )
     if pools_tokens(backbone.model) and not backbone.model.global_pool:
         return (
             "a backbone without pooling (global_pool='') can't be exported, since an image has no "

@@ -267,6 +267,6 @@ def masked_received(call: BlockCall, q: Tensor, k: Tensor, alive: Tensor) -> Ten
         query = ((q * weight).sum(1) / weight.sum(1)).to(q.dtype)
     scores = torch.einsum("bhd,blhd->bhl", query, k) * call.block.attn.scale
     if call.log_size is not None:
-        scores = scores + call.log_size.view(len(alive), 1, -1)
+        scores = scores + call.log_size.view(alive.shape[0], 1, -1)
     scores = scores.masked_fill(~alive[:, None, :], -torch.inf)
     return scores.softmax(-1).mean(1)

@@ -90,7 +90,8 @@ HEADS = {"max": {"global_pool": "max"}, "prr": {"global_pool": "prr"}}
 def check_graphs(model, images):
     """PyTorch's forms for one image and for many give what the pruned ViT gives."""
     expected, survivors = model(images, return_keep=True)
-    one, many = OneImage(model).eval(), ImageBatch(model).eval()
+    merges = model.backbone.on_prune == "merge"
+    one, many = (ImageBatch if merges else OneImage)(model).eval(), ImageBatch(model).eval()
     ones = [one(image[None]) for image in images]
     for logits, kept in (
         many(images),
@@ -148,6 +149,26 @@ def test_other_policies_decide_in_graphs_as_elsewhere(vit, images, name):
 def test_graphs_prune_inside_of_blocks(vit, images):
     model = pruned(vit, stages=INSIDE, prune_at="mlp")
     assert len({int(kept.sum()) for kept in model(images, return_keep=True)[1]}) > 3
+    check_graphs(model, images)
+
+
+@pytest.mark.parametrize("name", ["class embedding", "pooled embedding", "rope mixed", "map",
+                                  "avgmax", *HEADS])  # fmt: skip
+@pytest.mark.parametrize("prune_at", ["mlp", "block"])
+@torch.no_grad()
+def test_graphs_merge(make_vit, images, name, prune_at):
+    vit, fields = make_vit(**(BACKBONES | HEADS)[name]), (*DEFAULT_FIELDS, "redundancy")
+    stages = INSIDE if prune_at == "mlp" else STAGES
+    model = pruned(vit, fields=fields, stages=stages, prune_at=prune_at, on_prune="merge")
+    assert 0 < model(images, return_keep=True)[1].float().mean() < 1
+    check_graphs(model, images)
+    dropping = pruned(vit, fields=fields, stages=stages, prune_at=prune_at)
+    assert (model(images) - dropping(images)).abs().amax() > 1e-3
+
+
+@torch.no_grad()
+def test_a_graph_merges_into_nothing_where_no_patch_is_left(vit, images):
+    model = prune(vit, TopK((9, 0), "norm"), STAGES, on_prune="merge")
     check_graphs(model, images)
 
 
@@ -230,6 +251,8 @@ EXPORTED = [
     ("any", "pooled embedding", None, {"heads": 2}),
     ("any", "dinov3", "DynamicViT's with dither", {}),
     ("any", "rope mixed", None, {"fields": (*DEFAULT_FIELDS, "redundancy")}),
+    ("one", "class embedding", None, {"on_prune": "merge"}),
+    ("any", "avg", None, {"on_prune": "merge", "fields": (*DEFAULT_FIELDS, "redundancy")}),
 ]
 
 
@@ -263,10 +286,9 @@ def test_what_has_no_onnx_form_is_refused(vit, make_vit, tmp_path):
         export_onnx(vit, tmp_path / "pruned.onnx")
     with pytest.raises(ExportError, match="a backbone without pooling"):
         export_onnx(pruned(make_vit(global_pool="")), tmp_path / "pruned.onnx")
-    merging = pruned(vit)
-    merging.backbone.on_prune = "merge"
-    with pytest.raises(ExportError, match="merges what it prunes can't be exported"):
-        export_onnx(merging, tmp_path / "pruned.onnx")
+    vit.norm.register_forward_hook(lambda _, __, out: out)
+    with pytest.raises(ExportError, match="can't be exported with a model that merges"):
+        export_onnx(pruned(vit, on_prune="merge"), tmp_path / "pruned.onnx")
     hooked, replaced = (pruned(vit) for _ in range(2))
     hooked.policy.register_forward_hook(lambda _, __, keep: ~keep)
     replaced.policy.forward = lambda view: view.alive

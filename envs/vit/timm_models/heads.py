@@ -78,20 +78,27 @@ def classify_pooled(
     return _classify(model, pooled, pre_logits)
 
 
-def classify_padded(model: Any, images: Tensor, valid: Tensor) -> Tensor:
+def classify_padded(
+    model: Any, images: Tensor, valid: Tensor, size: Tensor | None = None
+) -> Tensor:
     """``classify_pooled`` of padded images, without a look at their lengths.
 
     Args:
         model: timm's model.
         images: tokens after the last norm [B, L, D].
         valid: which of them are tokens and no padding, bool [B, L].
+        size: as of ``classify_pooled``, [B, L].
 
     Returns:
         logits [B, classes].
     """
     if not _pools_prefix(model):
         images, valid = (each[:, model.num_prefix_tokens :] for each in (images, valid))
+        size = None if size is None else size[:, model.num_prefix_tokens :]
     mask, each = valid[:, None, None, :], valid[..., None]
+    weight = each if size is None else each * size[..., None]
+    if size is not None:
+        mask = size.log()[:, None, None, :].masked_fill(~mask, -torch.inf)
     if model.global_pool == "map":
         return _classify(model, model.attn_pool(images, attn_mask=mask))
     refines = model.global_pool == "prr"
@@ -102,7 +109,7 @@ def classify_padded(model: Any, images: Tensor, valid: Tensor) -> Tensor:
         images = pool.post_norm(mixed.transpose(1, 2).flatten(2))
         if pool.pool == "token":
             return _classify(model, images[:, 0])
-    mean = (images * each).sum(1) / each.sum(1)
+    mean = (images * weight).sum(1) / weight.sum(1)
     if refines or model.global_pool == "avg":
         return _classify(model, mean)
     largest = images.masked_fill(~each, -torch.inf).amax(1)
