@@ -198,6 +198,17 @@ def with_deaths(alive):
     return Rollouts(start, first, Transition(start, torch.tensor([[8.0], [6.0], [9.0]]), yes, no))
 
 
+def test_by_default_a_wrong_critic_favours_neither_who_stays_nor_who_leaves(raw_advantages):
+    env = Scripted(
+        see(2, 2),
+        then(see(50, 50, alive=[True, False]), 0, 0),
+        then(see(0, 0), 10, 10, ended="terminated"),
+    )
+    defaults = MappoConfig()
+    found = judged(env, gamma=defaults.gamma, gae_lambda=defaults.gae_lambda)
+    assert found.advantage.tolist() == [10 - 2, 10 - 2, 10 - 50]
+
+
 def test_rollouts_are_compared_where_the_agent_lives(raw_advantages):
     found = judged(with_deaths([1, 1, 0]), gamma=1.0, gae_lambda=1.0).advantage
     # the third is paid 9 without an action of its own, and nobody has valued it

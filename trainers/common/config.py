@@ -119,8 +119,10 @@ class MappoConfig(ActorSettings):
     """How the learning rate falls to zero over the iterations."""
     gamma: Share = 1.0
     """Discount."""
-    gae_lambda: Share = 0.95
-    """GAE's lambda; without a critic it is 1."""
+    gae_lambda: Share = 1.0
+    """GAE's lambda; without a critic it is 1. Below 1 an agent that stays is judged in part by what
+    the critic expects of it, and one that leaves by what it gets. A critic that has yet to learn
+    then drives agents out, the more so the more stages there are."""
     clip: Positive = 0.2
     """PPO's clipping range, of policy and value."""
     entropy: Weight = 0.003
@@ -231,6 +233,7 @@ def defaults_for(env: str) -> MappoConfig:
         lr=5e-4,
         lr_schedule="constant",
         gamma=0.99,
+        gae_lambda=0.95,
         entropy=0.01,
         eval_size=64,
     )
