@@ -304,7 +304,7 @@ def table(methods: Iterable[tuple[str, pd.DataFrame]], with_speeds: bool = True)
     """A row for each method, and a column for each operating point: test accuracy and, where it was
     timed, the speed-up in the same cell, or in a row of its own if there are intervals. A cell with
     fewer seeds says how many. What could not be brought to a point stands below the table, with the
-    compute that it had.
+    compute that it had. A cell is empty where a method was not judged.
 
     Args:
         methods: title and records of each.
@@ -313,15 +313,16 @@ def table(methods: Iterable[tuple[str, pd.DataFrame]], with_speeds: bool = True)
     methods = list(methods)
     points = sorted({point for _, rows in methods for point in rows["point"]})
     elsewhere = [line for title, rows in methods for line in points_of_their_own(title, rows)]
-    methods = [(title, rows[is_matched(rows)]) for title, rows in methods]
     lines = []
-    for title, rows in methods:
+    for title, judged in methods:
+        rows = judged[is_matched(judged)]
         groups = [rows[rows["point"] == point] for point in points]
         most = max(len(group) for group in groups)
         accuracies, speeds = [title], [""]
-        for group in groups:
+        for point, group in zip(points, groups, strict=True):
             percent = (100 * group["accuracy"]).tolist()
-            cell = mean_and_interval(percent) if percent else "not reached"
+            missed = "not reached" if judged["point"].eq(point).any() else ""
+            cell = mean_and_interval(percent) if percent else missed
             accuracies.append(cell + (f", {len(group)} seeds" if 0 < len(group) < most else ""))
             speeds.append(speed_cell(group) if with_speeds else "")
         if most == 1:

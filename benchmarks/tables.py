@@ -44,8 +44,8 @@ TWO_MINUTES = "digits/two-minutes"
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 DIGITS = (
-    "mappo", "dynamic-vit", "ats", "evit", "pitome", "tome", "attention", "zero-tprune",
-    "threshold", "random", "norm",
+    "mappo", "dynamic-vit", "ltmp", "ats", "evit", "pitome", "tome", "diffrate", "attention",
+    "zero-tprune", "threshold", "random", "norm",
 )  # fmt: skip
 NARROW = ("mappo", "dynamic-vit", "dynamic-vit-narrow")
 LOW = (0.2, 0.25, 0.3)
@@ -417,6 +417,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "policy-digits-compute": partial(policy_compute, "digits"),
     "digits-ideas": partial(comparison, ("digits/ideas", IDEAS)),
     "digits-ideas-differences": partial(paired, "digits/ideas", IDEAS),
+    "digits-lambda": partial(comparison, ("digits/lambda", [OURS])),
     "cifar10-ideas": partial(comparison, ("cifar10/ideas", [OURS, "drop"])),
     "digits-ablations": partial(comparison, ("digits/rloo", ABLATIONS)),
     "digits-benchmarl": partial(
