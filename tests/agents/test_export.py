@@ -286,9 +286,10 @@ def test_what_has_no_onnx_form_is_refused(vit, make_vit, tmp_path):
         export_onnx(vit, tmp_path / "pruned.onnx")
     with pytest.raises(ExportError, match="a backbone without pooling"):
         export_onnx(pruned(make_vit(global_pool="")), tmp_path / "pruned.onnx")
-    vit.norm.register_forward_hook(lambda _, __, out: out)
+    watched = make_vit()
+    watched.norm.register_forward_hook(lambda _, __, out: out)
     with pytest.raises(ExportError, match="can't be exported with a model that merges"):
-        export_onnx(pruned(vit, on_prune="merge"), tmp_path / "pruned.onnx")
+        export_onnx(pruned(watched, on_prune="merge"), tmp_path / "pruned.onnx")
     hooked, replaced = (pruned(vit) for _ in range(2))
     hooked.policy.register_forward_hook(lambda _, __, keep: ~keep)
     replaced.policy.forward = lambda view: view.alive

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,11 @@ FORM = ("observation", "hidden", "attention_prior", "redundancy_prior", "actor_a
 @dataclass
 class ActorSettings(StagedViTSettings):
     """What agents observe, and the actor that they share."""
+
+    LATER: ClassVar[Mapping[str, object]] = {
+        **StagedViTSettings.LATER,
+        "redundancy_prior": 0.0,
+    }
 
     observation: tuple[str, ...] = ("token", "cls", "stage", "cls_attention")
     """What an agent sees: token cls stage position cls_attention redundancy alive_fraction
