@@ -255,8 +255,8 @@ class CommunicatingActor(TokenActor):
     communicate. What they say to each other counts as the policy's compute.
 
     Args:
-        observation_size, hidden, attention, prior_weight, keep_bias, alpha, redundancy,
-        redundancy_weight: as of ``TokenActor``.
+        observation_size, hidden, attention, prior_weight, keep_bias, alpha: as of ``TokenActor``.
+        redundancy, redundancy_weight: likewise.
         heads: as of ``AgentAttention``.
 
     Raises:
