@@ -286,6 +286,8 @@ def test_what_has_no_onnx_form_is_refused(vit, make_vit, tmp_path):
         export_onnx(vit, tmp_path / "pruned.onnx")
     with pytest.raises(ExportError, match="a backbone without pooling"):
         export_onnx(pruned(make_vit(global_pool="")), tmp_path / "pruned.onnx")
+    with pytest.raises(ExportError, match="is exported as an ImageBatch, of one image too"):
+        OneImage(pruned(vit, on_prune="merge"))
     watched = make_vit()
     watched.norm.register_forward_hook(lambda _, __, out: out)
     with pytest.raises(ExportError, match="can't be exported with a model that merges"):

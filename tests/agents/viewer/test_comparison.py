@@ -1,7 +1,5 @@
 """What the viewer says of an image is what the models do to it."""
 
-import re
-
 import numpy as np
 import pytest
 import torch
@@ -100,7 +98,7 @@ def test_the_digits_own_policy_takes_what_was_set_or_says_what_it_can(digits):
         assert found.looks[0].answer.startswith("4 (")
     assert costs[0.25] < costs[0.75]
     (remark,) = compare(digits, image, [OWN, "random"], 0.1).remarks
-    assert re.match("The own policy takes 20% to [89].% of the dense compute", remark)
+    assert remark.startswith("The own policy takes 20% to 95%")
     assert remark.endswith("it is shown at 20%.")
 
 
