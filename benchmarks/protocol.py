@@ -8,7 +8,6 @@ brought there is judged at the nearest compute that it can have. The test images
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from prunevit.trainers.common.evaluation import (
 
 TOLERANCE = 0.01  # between compute on validation and the operating point, relative to the point
 CLOSE = TOLERANCE / 4  # where a search ends
-HALVINGS = 40  # of a search whose cost jumps over the point: down to what float32 tells apart
+FINEST = 1 + 2**-24  # ratio of knobs that float32 doesn't tell apart
 
 Knobs = Mapping[str, Any]
 T = TypeVar("T")
@@ -170,6 +169,7 @@ def search_knob(
     high: float,
     target: float,
     knobs_of: Callable[[float], Knobs],
+    tried: dict[float, float] | None = None,
 ) -> Knobs:
     """Sets a knob such that it costs ``target``, from whichever side it comes nearest.
 
@@ -179,18 +179,26 @@ def search_knob(
         high: the highest.
         target: GMACs of an image.
         knobs_of: the knob as a record has it.
+        tried: what earlier searches found that knobs cost; gets what this one finds.
 
     Raises:
         UnreachableError: no value costs the target within ``TOLERANCE``; it holds the nearest.
     """
-    tried = {low: cost(low), high: cost(high)}
-    if tried[low] > target > tried[high]:
-        for _ in range(HALVINGS):
-            middle = math.sqrt(low * high)
-            tried[middle] = cost(middle)
-            if abs(tried[middle] - target) <= CLOSE * target:
-                break
-            low, high = (middle, high) if tried[middle] > target else (low, middle)
+    tried = {} if tried is None else tried
+    for end in (low, high):
+        if end not in tried:
+            tried[end] = cost(end)
+    high = min((knob for knob in tried if tried[knob] <= target), default=low)
+    low = max((knob for knob in tried if knob < high and tried[knob] > target), default=high)
+    halves = False
+    while high / low > FINEST and tried[low] - target > CLOSE * target < target - tried[high]:
+        # where a straight line says, or in the middle after a line that was far off
+        share = 0.5 if halves else (tried[low] - target) / (tried[low] - tried[high])
+        knob = low * (high / low) ** min(max(share, 0.02), 0.98)
+        tried[knob] = cost(knob)
+        start, end = (knob, high) if tried[knob] > target else (low, knob)
+        halves = not halves and (end / start) ** 2 > high / low
+        low, high = start, end
     best = min(tried, key=lambda knob: abs(tried[knob] - target))
     knobs = knobs_of(best)
     check_matched(tried[best], target, knobs)

@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cache, partial
@@ -50,6 +51,9 @@ from prunevit.trainers.finetune import FinetuneConfig
 from prunevit.trainers.mappo import learn
 from prunevit.trainers.straight_through import StraightThroughConfig
 from prunevit.trainers.straight_through import train as train_straight_through
+
+# by the knobs that a search leaves alone: what it found that its own knob costs
+Tried = defaultdict[tuple[tuple[str, Any], ...], dict[float, float]]
 
 ODDS = (1e-4, 1e4)  # of keep, between which a threshold is searched
 ALPHAS_BEYOND = 8.0  # alphas are searched up to this factor beyond the trained range
@@ -139,36 +143,37 @@ def set_to(model: PrunedViT, knobs: Knobs) -> PrunedViT:
     return PrunedViT(model.backbone, own)
 
 
-def tuned(bench: Benchmark, model: PrunedViT, gmacs: float) -> Knobs:
+def tuned(bench: Benchmark, model: PrunedViT, gmacs: float, tried: Tried | None = None) -> Knobs:
     """The alpha at which ``model`` costs ``gmacs``, with a threshold where no alpha does, or the
     threshold alone where its policy doesn't observe alpha. Where the task allows, with ``dither``
-    if that is better on validation.
+    if that is better on validation. ``tried`` holds what other points found.
     """
+    tried = defaultdict(dict) if tried is None else tried
     policy = model.policy
     assert isinstance(policy, LearnedPolicy)
     by_alpha = "alpha" in policy.fields
     low, high = bench.task.alpha_range
 
     def searched(shared: Knobs) -> Knobs:
-        def search(low: float, high: float, knobs: Callable[[float], Knobs]) -> Knobs:
+        def search(
+            low: float, high: float, fixed: Knobs, knob_of: Callable[[float], Knobs]
+        ) -> Knobs:
+            def knobs(value: float) -> Knobs:
+                return {**fixed, **knob_of(value)}
+
             def cost(value: float) -> float:
                 return bench.cost(set_to(model, knobs(value)))
 
-            return search_knob(cost, low, high, gmacs, knobs)
-
-        def with_alpha(alpha: float) -> Knobs:
-            return {"alpha": alpha, **shared}
-
-        def with_threshold(odds: float) -> Knobs:
-            return {**reached, "threshold": odds / (1 + odds)}
+            return search_knob(cost, low, high, gmacs, knobs, tried[tuple(fixed.items())])
 
         reached = shared
         if by_alpha:
+            ends = low / ALPHAS_BEYOND, high * ALPHAS_BEYOND
             try:
-                return search(low / ALPHAS_BEYOND, high * ALPHAS_BEYOND, with_alpha)
+                return search(*ends, shared, lambda alpha: {"alpha": alpha})
             except UnreachableError as error:
                 reached = error.nearest or shared
-        return search(*ODDS, with_threshold)
+        return search(*ODDS, reached, lambda odds: {"threshold": odds / (1 + odds)})
 
     return with_best_dither(bench, searched, lambda knobs: set_to(model, knobs))
 
@@ -190,10 +195,11 @@ def tuned_after_training(
     that is due, and ``load`` reads what is in ``folder`` then: a run, if not given.
     """
     loaded = reader(bench, load or (lambda folder: PrunedViT.from_run(folder)))
+    tried: Tried = defaultdict(dict)
 
     def tune(gmacs: float) -> Knobs:
         train()
-        return tuned(bench, loaded(folder), gmacs)
+        return tuned(bench, loaded(folder), gmacs, tried)
 
     return Method(tune, lambda knobs: set_to(loaded(folder), knobs))
 

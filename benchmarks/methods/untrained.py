@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import combinations_with_replacement, pairwise, product
 from typing import Any
 
@@ -145,6 +147,8 @@ def attention_threshold(bench: Benchmark, seed: int) -> Method:
         thresholds = [knobs["threshold"]] * backbone.num_stages
         return PrunedViT(backbone, AttentionThreshold(thresholds, knobs.get("dither", 0.0)))
 
+    tried: defaultdict[float, dict[float, float]] = defaultdict(dict)  # by dither
+
     def tune(gmacs: float) -> Knobs:
         def searched(shared: Knobs) -> Knobs:
             def knobs(threshold: float) -> Knobs:
@@ -153,7 +157,8 @@ def attention_threshold(bench: Benchmark, seed: int) -> Method:
             def cost(threshold: float) -> float:
                 return bench.cost(make(knobs(threshold)))
 
-            return search_knob(cost, 1e-3, float(backbone.num_patches), gmacs, knobs)
+            most = float(backbone.num_patches)
+            return search_knob(cost, 1e-3, most, gmacs, knobs, tried[shared.get("dither", 0.0)])
 
         return with_best_dither(bench, searched, make, DITHERS)
 
@@ -169,10 +174,14 @@ def adaptive_sampling(bench: Benchmark, seed: int) -> Method:
     def make(knobs: Knobs) -> ATS:
         return ATS(backbone, [knobs["samples"]] * backbone.num_stages, knobs.get("dither", 0.0))
 
+    @cache
+    def cost_of(samples: int, dither: float) -> float:
+        return bench.cost(make({"samples": samples, "dither": dither}))
+
     def tune(gmacs: float) -> Knobs:
         def searched(shared: Knobs) -> Knobs:
             def cost(samples: int) -> float:
-                return bench.cost(make({"samples": samples, **shared}))
+                return cost_of(samples, shared.get("dither", 0.0))
 
             # samples often fall on the same patch, so many more than there are patches can be
             # needed

@@ -76,6 +76,27 @@ def test_a_knob_is_set_to_within_a_percent_from_either_side():
         assert 1 / knob(lambda value: 1 / value, target) == pytest.approx(target, rel=0.01)
 
 
+def test_a_search_begins_where_earlier_ones_ended():
+    asked = []
+
+    def cost(value):
+        asked.append(value)
+        return 1 / value
+
+    def searched(target, tried):
+        asked.clear()
+        search_knob(cost, 0.01, 100.0, target, lambda value: {"knob": value}, tried)
+        return len(asked)
+
+    tried = {}
+    alone = [searched(target, {}) for target in (0.5, 0.6, 0.7, 0.8)]
+    together = [searched(target, tried) for target in (0.5, 0.6, 0.7, 0.8)]
+    assert max(alone) <= 12
+    assert together[0] == alone[0]
+    assert all(map(int.__lt__, together[1:], alone[1:]))
+    assert searched(0.8, tried) == 0
+
+
 def test_a_knob_is_found_where_only_a_narrow_range_of_it_matters():
     """Q-learners rate keep and prune alike to 1e-4: 12 halvings stepped over their whole range."""
 
