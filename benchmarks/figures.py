@@ -91,12 +91,13 @@ def style_of(name: str) -> dict[str, Any]:
         return {"color": "black", "linewidth": 2.4, "marker": "o", "markersize": 5, "zorder": 3}
     for color, family in FAMILIES.items():
         for i, member in enumerate(family):
-            # a method with a change, as attention-merge, is drawn as the method itself
+            # a method with a change, as attention-merge, is drawn as the method itself, but hollow
             if name == member or name.startswith(f"{member}-"):
                 line = LINES[i % len(LINES)]
                 return {
                     "color": color, "linestyle": line, "linewidth": 1.3,
                     "marker": MARKERS[i], "markersize": 4,
+                    "markerfacecolor": color if name == member else "white",
                 }  # fmt: skip
     return {"color": "#CC79A7", "linewidth": 1.3, "marker": "p", "markersize": 4}
 

@@ -21,7 +21,16 @@ import tyro
 from prunevit.agents.policy_file import describe_policy_file
 from prunevit.agents.policy_library import find_policy
 from prunevit.benchmarks.compare import one_image_table, table, title_of
-from prunevit.benchmarks.differences import OURS, check_one_origin, differences, summary
+from prunevit.benchmarks.differences import (
+    DENSE,
+    OURS,
+    cell,
+    check_one_origin,
+    difference,
+    differences,
+    is_matched,
+    summary,
+)
 from prunevit.benchmarks.machine import MIB
 from prunevit.benchmarks.markdown import (
     markdown_table,
@@ -40,7 +49,6 @@ with needs("benchmarks"):
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-TWO_MINUTES = "digits/two-minutes"
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 DIGITS = (
@@ -49,25 +57,19 @@ DIGITS = (
 )  # fmt: skip
 NARROW = ("mappo", "dynamic-vit", "dynamic-vit-narrow")
 LOW = (0.2, 0.25, 0.3)
-ABLATIONS = (
-    "rloo", "mappo-fine-tuned", "dynamic-vit-fine-tuned", "mappo-each-price",
-    "no-attention-prior", "no-stage", "one-stage", "confidence", "agreement", "ippo",
-    "no-image-baseline", "no-team-reward", "paper", "released-threshold",
-    "released-faster-threshold",
-    "evit-unfused", "brightness",
-)  # fmt: skip
 IDEAS = (
     "mappo", "actor-attention", "three-stages", "redundancy", "merge", "between-blocks",
 )  # fmt: skip
-BENCHMARL = tuple(
-    f"benchmarl-{name}" for name in ("mappo", "ippo", "qmix", "vdn", "isac", "masac", "iql")
-)
 CIFAR10 = (
-    "rloo", "tome", "ats", "evit", "threshold", "attention", "dynamic-vit", "random",
-    "released-threshold",
-    "norm",
+    "mappo", "pitome", "tome", "dynamic-vit", "dynamic-vit-merge", "ats", "evit",
+    "attention-merge", "attention", "threshold-merge", "threshold", "zero-tprune", "random", "norm",
 )  # fmt: skip
-FINE_TUNING = ("rloo", "mappo-fine-tuned")
+# the points that the README shows, by folder, and rivals beside ours
+HEADLINE = {
+    "digits/compare": ("digits in clutter, 64 px", (0.25, 0.3, 0.4)),
+    "cifar10/compare": ("CIFAR-10, 32 px", (0.4, 0.5, 0.6)),
+}
+KNOWN = {OURS: "ours", "dynamic-vit": "DynamicViT", "tome": "ToMe", "evit": "EViT"}
 VARIANTS = {
     "dense": "dense: timm's own model",
     "packed": "**packed: ours**, policy included",
@@ -120,36 +122,49 @@ def titled(data: pd.DataFrame, names: Sequence[str]) -> list[tuple[str, pd.DataF
     for name in names:
         rows = data[data["method"] == name]
         title = f"{title_of(name, rows)} (`{name}`)"
-        methods.append((f"**{title}**" if name in (OURS, "rloo") else title, rows))
+        methods.append((f"**{title}**" if name == OURS else title, rows))
     return methods
 
 
 def comparison(
-    *parts: tuple[str, Sequence[str]],
+    folder: str,
+    names: Sequence[str],
     with_speeds: bool = False,
-    seed: int | None = None,
     points: Sequence[float] = (),
 ) -> str:
     """The table of ``benchmarks.compare`` of committed records.
 
     Args:
-        parts: folders of the results, and methods.
+        folder: a folder of the results.
+        names: methods.
         with_speeds: show how many times as fast as dense each is.
-        seed: take this seed alone.
         points: take these operating points alone.
     """
-    methods = []
-    for folder, names in parts:
-        also = ", within two minutes" if folder == TWO_MINUTES else ""
-        rows = titled(records_of(folder, seed, points), names)
-        methods += [(title + also, data) for title, data in rows]
-    return table(methods, with_speeds)
+    return table(titled(records_of(folder, points=points), names), with_speeds)
 
 
 def paired(folder: str, names: Sequence[str], points: Sequence[float] = ()) -> str:
     """Losses against dense, and differences to ours, of committed records."""
     data = records_of(folder, points=points)
     return differences(titled(data, names), data)
+
+
+def headline() -> str:
+    """What ours and well-known rivals lose against dense at a few operating points, and how many
+    times as fast as timm's dense model they are.
+    """
+    lines = []
+    for folder, (images, points) in HEADLINE.items():
+        data = records_of(folder, points=points)
+        dense = data[data["method"] == DENSE]
+        for point in points:
+            cells = []
+            for name in KNOWN:
+                rows = data[(data["method"] == name) & (data["point"] == point) & is_matched(data)]
+                lost = cell(difference(dense, rows, data))
+                cells.append(f"{lost}, {rows['speedup'].mean():.2f}x" if lost else "not reached")
+            lines.append([images, f"{point:.0%}", *cells])
+    return markdown_table(["images", "compute", *KNOWN.values()], lines)
 
 
 def one_image(folder: str, names: Sequence[str]) -> str:
@@ -162,47 +177,21 @@ def curves(folder: str, names: Sequence[str]) -> str:
     return summary(titled(records_of(folder), names))
 
 
-def run_row(title: str, name: str, policy: str) -> list[str]:
-    """A policy's accuracy, GMACs and speed in the reports ``digits/NAME-SEED.json``."""
-    runs = [load(str(file))["policies"] for file in sorted(RESULTS.glob(f"digits/{name}-*.json"))]
-    accuracy = [100 * run[policy]["accuracy"] for run in runs]
-    if policy == "dense":
-        return [title, f"{accuracy[0]:.2f}", "100%", "1.00x"]
-    cost, speed = (
-        [run[policy][key] / run["dense"][key] for run in runs]
-        for key in ("gmacs", "images_per_second")
-    )
-    percent = [100 * share for share in cost]
-    return [
-        title,
-        mean_and_deviation(accuracy),
-        mean_and_deviation(percent, 1, "%"),
-        mean_and_deviation(speed, 2, "x"),
-    ]
-
-
 def default_run() -> str:
-    """The policies of the default run."""
-    header = ["policy", "test accuracy", "GMACs, share of dense", "measured speed"]
+    """The policies of default runs, from their reports ``digits/default-SEED.json``."""
     titles = {
         "dense": "dense (timm's own model)",
         "learned": "**learned**",
         "attention": "class-attention top-k, at no less compute",
         "random": "random, at no less compute",
     }
-    return markdown_table(header, [run_row(titles[name], "default", name) for name in titles])
-
-
-def accuracy_rewards() -> str:
-    """The learned policy of runs without a critic, which are paid for the dense model's answer or
-    for confidence.
-    """
-    header = ["set-up", "test accuracy", "GMACs, share of dense"]
-    titles = {
-        "rloo": "`--critic none`, paid for staying near the dense model's answer",
-        "confidence": "paid for the true class's probability instead (`--accuracy confidence`)",
-    }
-    return markdown_table(header, [run_row(titles[name], name, "learned")[:3] for name in titles])
+    runs = [load(str(file))["policies"] for file in sorted(RESULTS.glob("digits/default-*.json"))]
+    lines = []
+    for name, title in titles.items():
+        accuracy = [100 * run[name]["accuracy"] for run in runs]
+        compute = [100 * run[name]["gmacs"] / run["dense"]["gmacs"] for run in runs]
+        lines.append([title, mean_and_deviation(accuracy), mean_and_deviation(compute, 1, "%")])
+    return markdown_table(["policy", "test accuracy", "GMACs, share of dense"], lines)
 
 
 def pettingzoo_defaults() -> str:
@@ -271,7 +260,7 @@ def runtimes_table(records: Sequence[Record]) -> str:
         f"On {dense['hardware']}:"
     )
 
-    def cell(variant: str, batch: int, threads: int) -> str:
+    def speed_of(variant: str, batch: int, threads: int) -> str:
         row = rows[variant, batch, threads]
         if row is rows[dense["variant"], batch, threads]:
             return f"{row['images_per_second']:.1f} images/s"
@@ -284,7 +273,11 @@ def runtimes_table(records: Sequence[Record]) -> str:
         runtime, kind = variant.split()
         judged = [f"{row['accuracy']:.2%}"] if "accuracy" in row else []
         lines.append(
-            [f"{RUNTIMES[runtime]}, {kind}", *judged, *(cell(variant, *each) for each in settings)]
+            [
+                f"{RUNTIMES[runtime]}, {kind}",
+                *judged,
+                *(speed_of(variant, *each) for each in settings),
+            ]
         )
     accuracy = ["accuracy"] if "accuracy" in dense else []
     return f"{title}\n\n{markdown_table(['runtime', *accuracy, *header], lines)}"
@@ -405,29 +398,23 @@ def policy_figures(name: str, folder: str, seed: int) -> str:
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
+    "headline": headline,
     "default-run": default_run,
-    "accuracy-rewards": accuracy_rewards,
-    "digits": partial(comparison, ("digits/compare", DIGITS), with_speeds=True),
+    "digits": partial(comparison, "digits/compare", DIGITS, with_speeds=True),
     "digits-differences": partial(paired, "digits/compare", DIGITS),
     "digits-one-image": partial(one_image, "digits/compare", DIGITS),
-    "digits-narrow": partial(comparison, ("digits/compare", NARROW), points=LOW, with_speeds=True),
+    "digits-narrow": partial(comparison, "digits/compare", NARROW, points=LOW, with_speeds=True),
     "digits-narrow-differences": partial(paired, "digits/compare", NARROW, LOW),
     "digits-curves": partial(curves, "digits/compare", DIGITS),
     "policy-digits": partial(policy_figures, "digits", "digits/compare", seed=0),
     "policy-digits-compute": partial(policy_compute, "digits"),
-    "digits-ideas": partial(comparison, ("digits/ideas", IDEAS)),
+    "digits-ideas": partial(comparison, "digits/ideas", IDEAS),
     "digits-ideas-differences": partial(paired, "digits/ideas", IDEAS),
-    "digits-lambda": partial(comparison, ("digits/lambda", [OURS])),
-    "cifar10-ideas": partial(comparison, ("cifar10/ideas", [OURS, "drop"])),
-    "digits-ablations": partial(comparison, ("digits/rloo", ABLATIONS)),
-    "digits-benchmarl": partial(
-        comparison,
-        ("digits/rloo", ["rloo"]),
-        (TWO_MINUTES, ["rloo"]),
-        ("digits/rloo", BENCHMARL),
-    ),
-    "cifar10": partial(comparison, ("cifar10/compare", CIFAR10), with_speeds=True),
-    "cifar10-fine-tuning": partial(comparison, ("cifar10/compare", FINE_TUNING), seed=0),
+    "cifar10": partial(comparison, "cifar10/compare", CIFAR10, with_speeds=True),
+    "cifar10-differences": partial(paired, "cifar10/compare", CIFAR10),
+    "cifar10-one-image": partial(one_image, "cifar10/compare", CIFAR10),
+    "cifar10-curves": partial(curves, "cifar10/compare", CIFAR10),
+    "cifar10-merging": partial(comparison, "cifar10/ideas", [OURS, "drop"]),
     "throughput": throughput,
     "runtimes": runtimes,
     "serving": serving,

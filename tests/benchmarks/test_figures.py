@@ -125,7 +125,10 @@ def test_a_label_stands_behind_the_marker_of_its_line():
 
 
 def test_no_two_methods_of_a_figure_look_alike():
-    rivals = {"dynamic-vit", "ltmp", "tome", "pitome", "attention", "ats", "evit", "random", "norm"}
+    rivals = {
+        "dynamic-vit", "dynamic-vit-merge", "ltmp", "tome", "pitome", "attention",
+        "attention-merge", "ats", "evit", "random", "norm",
+    }  # fmt: skip
     assert len({tuple(style_of(name).items()) for name in rivals}) == len(rivals)
 
 
