@@ -57,8 +57,16 @@ DIGITS = (
 )  # fmt: skip
 NARROW = ("mappo", "dynamic-vit", "dynamic-vit-narrow")
 LOW = (0.2, 0.25, 0.3)
+PARTS = (
+    "mappo", "rloo", "no-image-baseline", "ippo", "no-attention-prior", "no-stage", "one-stage",
+    "paper",
+)  # fmt: skip
 IDEAS = (
     "mappo", "actor-attention", "three-stages", "redundancy", "merge", "between-blocks",
+)  # fmt: skip
+FINE_TUNING = (
+    "mappo", "mappo-fine-tuned", "dynamic-vit-fine-tuned", "evit-fine-tuned",
+    "attention-fine-tuned",
 )  # fmt: skip
 CIFAR10 = (
     "mappo", "pitome", "tome", "dynamic-vit", "dynamic-vit-merge", "ats", "evit",
@@ -410,6 +418,10 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "policy-digits-compute": partial(policy_compute, "digits"),
     "digits-ideas": partial(comparison, "digits/ideas", IDEAS),
     "digits-ideas-differences": partial(paired, "digits/ideas", IDEAS),
+    "digits-parts": partial(comparison, "digits/parts", PARTS),
+    "digits-parts-differences": partial(paired, "digits/parts", PARTS),
+    "digits-fine-tuning": partial(comparison, "digits/fine-tuning", FINE_TUNING),
+    "digits-fine-tuning-differences": partial(paired, "digits/fine-tuning", FINE_TUNING),
     "cifar10": partial(comparison, "cifar10/compare", CIFAR10, with_speeds=True),
     "cifar10-differences": partial(paired, "cifar10/compare", CIFAR10),
     "cifar10-one-image": partial(one_image, "cifar10/compare", CIFAR10),

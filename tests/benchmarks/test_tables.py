@@ -26,6 +26,8 @@ def test_each_table_and_each_method_is_on_a_page():
     for folder, titles in (
         ("digits/compare", {*tables.DIGITS, *tables.NARROW, "dense"}),
         ("digits/ideas", (*tables.IDEAS, "dense")),
+        ("digits/parts", (*tables.PARTS, "dense")),
+        ("digits/fine-tuning", (*tables.FINE_TUNING, "dense")),
         ("cifar10/compare", (*tables.CIFAR10, "dense")),
     ):
         methods = {row["method"] for row in read(tables.RESULTS / folder / FILE)}
