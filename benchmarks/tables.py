@@ -77,7 +77,9 @@ HEADLINE = {
     "digits/compare": ("digits in clutter, 64 px", (0.25, 0.3, 0.4)),
     "cifar10/compare": ("CIFAR-10, 32 px", (0.4, 0.5, 0.6)),
 }
-KNOWN = {OURS: "ours", "dynamic-vit": "DynamicViT", "tome": "ToMe", "evit": "EViT"}
+KNOWN = {
+    OURS: "ours", "dynamic-vit": "DynamicViT", "tome": "ToMe", "pitome": "PiToMe", "evit": "EViT",
+}  # fmt: skip
 VARIANTS = {
     "dense": "dense: timm's own model",
     "packed": "**packed: ours**, policy included",
