@@ -59,7 +59,7 @@ NARROW = ("mappo", "dynamic-vit", "dynamic-vit-narrow")
 LOW = (0.2, 0.25, 0.3)
 PARTS = (
     "mappo", "rloo", "no-image-baseline", "ippo", "no-attention-prior", "no-stage", "one-stage",
-    "paper",
+    "confidence", "paper",
 )  # fmt: skip
 IDEAS = (
     "mappo", "actor-attention", "three-stages", "redundancy", "merge", "between-blocks",
