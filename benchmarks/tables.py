@@ -282,13 +282,8 @@ def runtimes_table(records: Sequence[Record]) -> str:
     for variant, row in kinds.items():
         runtime, kind = variant.split()
         judged = [f"{row['accuracy']:.2%}"] if "accuracy" in row else []
-        lines.append(
-            [
-                f"{RUNTIMES[runtime]}, {kind}",
-                *judged,
-                *(speed_of(variant, *each) for each in settings),
-            ]
-        )
+        speeds = (speed_of(variant, *each) for each in settings)
+        lines.append([f"{RUNTIMES[runtime]}, {kind}", *judged, *speeds])
     accuracy = ["accuracy"] if "accuracy" in dense else []
     return f"{title}\n\n{markdown_table(['runtime', *accuracy, *header], lines)}"
 
