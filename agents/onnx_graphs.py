@@ -129,7 +129,11 @@ class OneImage(nn.Module):
 
     def _logits(self, view: View) -> Tensor:
         """A learned policy's logits for the living patches, [R, 2]."""
-        return self.policy.logits(view)
+        actor, observation = self.policy.actor, view.living(self.policy.fields)
+        if not isinstance(actor, CommunicatingActor):
+            return actor(observation)
+        features = _among_agents(actor.among_agents, actor.net[:3](observation), view)
+        return actor.with_prior(actor.net[3:](features), observation)
 
     def _prune(self, tokens: Tokens, keep: Tensor) -> Tokens:
         alive, prefix = self.backbone.survivors(tokens, keep), self.backbone.num_prefix
@@ -228,23 +232,17 @@ class ImageBatch(OneImage):
         size = None if tokens.size is None else tokens.size.view(images.shape[:2])
         return classify_padded(model, model.norm(images), self._valid(tokens)[0], size)
 
-    def _logits(self, view: View) -> Tensor:
-        actor, fields = self.policy.actor, self.policy.fields
-        if not isinstance(actor, CommunicatingActor):
-            return actor(view.living(fields))
-        observation = view.living(fields)
-        features = _among_agents(actor.among_agents, actor.net[:3](observation), view)
-        return actor.with_prior(actor.net[3:](features), observation)
-
     def _prune(self, tokens: Tokens, keep: Tensor) -> Tokens:
         alive = self.backbone.survivors(tokens, keep)
         if self.backbone.on_prune == "merge":
             tokens = self._merge(tokens, alive)
         images, slots = alive.shape
         lengths = alive.sum(1)
-        # an exporter would compare 1 with the length of what it broadcasts
-        longest: Any = lengths.max().clamp(min=2).item()
-        torch._check(longest >= 2)
+        # an exporter would compare 1 with the length of what it broadcasts, and the number of
+        # patches, of which rotary positions are taken, with 0
+        shortest = max(2, self.backbone.num_prefix + 1)
+        longest: Any = lengths.max().clamp(min=shortest).item()
+        torch._check(longest >= shortest)
         first = torch.arange(images, device=alive.device) * longest  # row of each image
         row = first[:, None] + (alive.long().cumsum(1) - 1).clamp(min=0)
         slot = alive.flatten().nonzero().squeeze(1)
