@@ -59,8 +59,10 @@ NARROW = ("mappo", "dynamic-vit", "dynamic-vit-narrow")
 LOW = (0.2, 0.25, 0.3)
 PARTS = (
     "mappo", "rloo", "no-image-baseline", "ippo", "no-attention-prior", "no-stage", "one-stage",
-    "confidence", "paper",
+    "larger-actor", "warm-start", "agreement", "confidence", "paper", "released-threshold",
+    "released",
 )  # fmt: skip
+BENCHMARL = tuple(f"benchmarl-{name}" for name in ("mappo", "ippo", "qmix", "vdn"))
 IDEAS = (
     "mappo", "actor-attention", "three-stages", "redundancy", "merge", "between-blocks",
 )  # fmt: skip
@@ -417,6 +419,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "digits-ideas-differences": partial(paired, "digits/ideas", IDEAS),
     "digits-parts": partial(comparison, "digits/parts", PARTS),
     "digits-parts-differences": partial(paired, "digits/parts", PARTS),
+    "digits-benchmarl": partial(comparison, "digits/parts", (OURS, *BENCHMARL)),
+    "digits-benchmarl-differences": partial(paired, "digits/parts", (OURS, *BENCHMARL)),
     "digits-fine-tuning": partial(comparison, "digits/fine-tuning", FINE_TUNING),
     "digits-fine-tuning-differences": partial(paired, "digits/fine-tuning", FINE_TUNING),
     "cifar10": partial(comparison, "cifar10/compare", CIFAR10, with_speeds=True),

@@ -26,7 +26,7 @@ def test_each_table_and_each_method_is_on_a_page():
     for folder, titles in (
         ("digits/compare", {*tables.DIGITS, *tables.NARROW, "dense"}),
         ("digits/ideas", (*tables.IDEAS, "dense")),
-        ("digits/parts", (*tables.PARTS, "dense")),
+        ("digits/parts", (*tables.PARTS, *tables.BENCHMARL, "dense")),
         ("digits/fine-tuning", (*tables.FINE_TUNING, "dense")),
         ("cifar10/compare", (*tables.CIFAR10, "dense")),
     ):
