@@ -112,6 +112,9 @@ RECIPES: Mapping[str, Recipe] = {
         alpha_range=False,
     ),
     "no-stage": Recipe("doesn't observe the stage", {"observation": WITHOUT_STAGE}),
+    "no-class-token": Recipe(
+        "doesn't observe the class token", {"observation": ("token", "stage", "cls_attention")}
+    ),
     "between-blocks": Recipe("prunes before blocks, not inside of them", stages="between"),
     "one-stage": Recipe("prunes at the first stage alone", stages="first"),
     "redundancy": Recipe(

@@ -653,7 +653,9 @@ def test_every_ablation_changes_one_thing(bench):
     assert settings["between-blocks"] == ours | between
     assert settings["one-stage"] == ours | {"prune_before": bench.task.prune_before[:1]}
     assert settings["no-attention-prior"] == ours | {"attention_prior": 0.0}
-    assert "stage" not in settings["no-stage"]["observation"]
+    for field, name in (("stage", "no-stage"), ("cls", "no-class-token")):
+        rest = tuple(other for other in ours["observation"] if other != field)
+        assert settings[name] == ours | {"observation": rest}
     assert settings["no-image-baseline"]["rollouts_per_image"] == 1
     assert settings["ippo"]["critic"] == "local"
     assert settings["no-team-reward"]["reward"] == "markov-game"
