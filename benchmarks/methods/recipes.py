@@ -23,7 +23,8 @@ class Recipe:
             it, train for one alpha, and reach other costs by the threshold later.
         stages: where it prunes: at the task's stages, the first of them alone, between the blocks
             behind them, as DynamicViT has it, or at those of RL4EViT's code.
-        length: iterations as a share of the task's; ignored where their number is given.
+        length: iterations as a share of the task's. Where their number is given, shorter ones take
+            all of it.
         samples: whether its authors evaluate it by drawing actions. It then has the one compute
             that this gives, and takes part a second time with a threshold.
     """
@@ -46,7 +47,7 @@ class Recipe:
         elif self.stages == "between":
             settings["prune_before"] = bench.backbone.whole_from
             settings["prune_at"] = "block"
-        if bench.iterations is None:
+        if bench.iterations is None or self.length > 1:
             settings["iterations"] = round(self.length * bench.base.iterations)
         if self.alpha_range:
             observation = settings.get("observation", bench.base.observation)

@@ -745,6 +745,7 @@ def test_a_recipe_is_as_long_as_it_says_unless_told_otherwise(bench):
     assert RECIPES["released"].settings(free)["iterations"] == 200
     assert RECIPES["mappo"].settings(free)["iterations"] == 400
     assert RECIPES["longer"].settings(free)["iterations"] == 800
+    assert RECIPES["longer"].settings(bench)["iterations"] == 2 * bench.base.iterations
 
 
 def test_the_command_prints_the_most_accurate_first(monkeypatch, capsys):
