@@ -24,7 +24,7 @@ from prunevit.agents.policies.serialization import dynamic_vit_policy
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.agents.run_reader import RUN_WEIGHTS
 from prunevit.benchmarks.methods.recipes import RECIPES
-from prunevit.benchmarks.methods.untrained import nudged
+from prunevit.benchmarks.methods.untrained import best_schedule
 from prunevit.benchmarks.protocol import (
     Benchmark,
     Knobs,
@@ -464,8 +464,8 @@ def dynamic_vit(
     trainings, which know only masks, are judged with merging. With ``narrow`` its predictors are as
     wide as our actor, and cost less of an operating point's compute.
 
-    Where one share for all stages misses the point, since a single patch costs more than the
-    tolerance, the numbers of patches are nudged, as EViT's are.
+    Another number of patches at each stage is taken where it is more accurate on validation, as for
+    EViT, or where one share for all stages misses the point or leaves no patch.
     """
 
     def restaged(folder: Path) -> PrunedViT:
@@ -514,23 +514,32 @@ def dynamic_vit(
             def cost(pruned: float) -> float:
                 return bench.cost(make(knobs(pruned)))
 
-            try:
-                return search_knob(cost, 1.0, float(bench.backbone.num_patches), gmacs, knobs)
-            except UnreachableError as error:
-                if error.nearest is None:
-                    raise
-                nearest = error.nearest
-            model = make(nearest)
-            policy, staged = model.policy, model.backbone
+            trained = load(folder)
+            policy, staged = trained.policy, trained.backbone
             assert isinstance(policy, DynamicViTPolicy)
-            ways = nudged(kept_tokens(staged, policy), staged.num_patches)
-            best = min(
-                (way for way in ways if way[-1] > 0),
-                key=lambda way: abs(dynamic_vit_gmacs(staged, policy, way) - gmacs),
-            )
-            found = {"run": folder.name, "tokens": list(best), **shared}
-            check_matched(bench.cost(make(found)), gmacs, found)
-            return found
+
+            def count(tokens: Sequence[int]) -> int:
+                return round(1e9 * dynamic_vit_gmacs(staged, policy, tokens))
+
+            def counted(tokens: Knobs) -> Knobs:
+                return {"run": folder.name, **tokens, **shared}
+
+            try:
+                even = search_knob(cost, 1.0, float(staged.num_patches), gmacs, knobs)
+                of_policy = make(even).policy
+                assert isinstance(of_policy, DynamicViTPolicy)
+                own = tuple(kept_tokens(staged, of_policy))
+                ways = [even] if own[-1] > 0 else []  # else all patches would go
+            except UnreachableError:
+                ways = []
+            try:
+                spread = best_schedule(bench, gmacs, count, lambda each: make(counted(each)))
+                ways.append(counted(spread))
+            except UnreachableError as error:
+                if not ways:
+                    nearest = error.nearest and counted(error.nearest)
+                    raise UnreachableError(str(error), nearest) from error
+            return max(ways, key=lambda knobs: bench.validate(make(knobs)))
 
         return with_best_dither(bench, searched, make)
 

@@ -32,9 +32,10 @@ from prunevit.benchmarks.protocol import (
     with_best_dither,
 )
 from prunevit.envs.vit.staged_vit import StagedViT
-from prunevit.trainers.common.evaluation import schedules_at
+from prunevit.trainers.common.evaluation import Traced, schedules_costing
 
 SHAPES = (1.0, 0.7, 0.5, 0.35)  # schedules that keep this share from one stage to the next
+MOST_COUNTED = 5  # of the nudged schedules of one
 NUDGE = 2  # tokens of a stage by which a schedule is brought to its cost
 PITOME_SHARES = 2_000  # between a half and all, that are tried
 RATES = 1_000  # shares of patches that stay at each stage, that are tried
@@ -43,35 +44,61 @@ DITHERS = (0.0, 0.25, 0.5, 1.0)  # of scores that no training gave a scale
 
 
 def best_schedule(
-    bench: Benchmark, score: Score, seed: int, gmacs: float, pays_attention: bool
+    bench: Benchmark,
+    gmacs: float,
+    count: Callable[[Sequence[int]], int],
+    make: Callable[[Knobs], Traced],
+    published: Sequence[tuple[int, ...]] = (),
+    least: int = 1,
 ) -> Knobs:
-    """Of several ways to spread equal numbers of tokens over the stages, the one with which a top-k
-    by ``score`` is most accurate on validation.
+    """Of several ways to spread equal numbers of patches over the stages, the one with which a
+    method is most accurate on validation.
+
+    Args:
+        bench: the benchmark.
+        gmacs: the target.
+        count: numbers of patches at the stages -> multiply-accumulates of an image.
+        make: ``tokens`` as knobs -> the pruned model.
+        published: schedules of the method's authors, the fewest patches first; that nearest to the
+            target is one of the ways.
+        least: how many patches stay at the last stage at least.
 
     Raises:
-        UnreachableError: none of them costs the target.
+        UnreachableError: none of the ways costs the target.
     """
-    backbone = bench.backbone
+    patches, stages = bench.backbone.num_patches, bench.backbone.num_stages
 
-    def miss(tokens: Sequence[int]) -> float:
-        return abs(backbone.uniform_macs(tokens, pays_attention) / 1e9 - gmacs)
+    @cache
+    def macs(tokens: tuple[int, ...]) -> int:
+        return count(tokens)
 
-    def accuracy(tokens: Sequence[int]) -> float:
-        return bench.validate(PrunedViT(backbone, TopK(tokens, score, seed)))
+    def clamped(tokens: Sequence[int]) -> tuple[int, ...]:
+        return tuple(max(least, number) for number in tokens)
 
-    shapes = [[shape**stage for stage in range(backbone.num_stages)] for shape in SHAPES]
-    ways: set[tuple[int, ...]] = {
-        min(nudged(tokens, backbone.num_patches), key=miss)
-        for shape in shapes
-        for tokens in schedules_at(backbone, gmacs, shape, pays_attention)
-    }
-    ways.add((0,) * backbone.num_stages)
+    def miss(tokens: tuple[int, ...]) -> float:
+        return abs(macs(tokens) / 1e9 - gmacs)
+
+    def nearest_nudged(start: tuple[int, ...]) -> tuple[int, ...]:
+        """The cost differs about as much as our runtime's, which is quickly counted."""
+        own = bench.backbone.uniform_macs
+        wanted = 1e9 * gmacs - macs(start) + own(start)
+        near = [way for way in nudged(start, patches) if way[-1] >= least]
+        near.sort(key=lambda way: abs(own(way) - wanted))
+        return min(near[:MOST_COUNTED], key=miss)
+
+    starts = [nearest(published, macs, gmacs * 1e9)[0]] if published else []
+    for shape in SHAPES:
+        shares = [shape**stage for stage in range(stages)]
+        starts += schedules_costing(patches, shares, gmacs, lambda each: macs(clamped(each)))
+    ways = {clamped((0,) * stages)}
+    for start in map(clamped, starts):
+        # what its authors have is left as it is where it costs the point
+        ways.add(start if miss(start) <= TOLERANCE * gmacs else nearest_nudged(start))
     matched = [tokens for tokens in sorted(ways) if miss(tokens) <= TOLERANCE * gmacs]
     if not matched:
         best = min(ways, key=miss)
-        spent = backbone.uniform_macs(best, pays_attention) / 1e9
-        check_matched(spent, gmacs, {"tokens": list(best)})
-    best = max(matched, key=accuracy)
+        check_matched(macs(best) / 1e9, gmacs, {"tokens": list(best)})
+    best = max(matched, key=lambda tokens: bench.validate(make({"tokens": list(tokens)})))
     return {"tokens": list(best)}
 
 
@@ -100,32 +127,17 @@ def even_schedules(patches: int, stages: int, with_fused: bool) -> list[tuple[in
     return list(dict.fromkeys(schedules))
 
 
-def nearest_even(
-    bench: Benchmark,
-    schedules: Sequence[tuple[int, ...]],
-    count: Callable[[Sequence[int]], int],
-    gmacs: float,
-) -> Knobs:
-    """The one of ``schedules``, which keep the same share at every stage and rise, that costs
-    nearest to the target; nudged by a few tokens where that misses the tolerance.
-
-    Raises:
-        UnreachableError: it is still missed.
-    """
-    tokens, macs = nearest(schedules, count, gmacs * 1e9)
-    if abs(macs / 1e9 - gmacs) > TOLERANCE * gmacs:
-        ways = [way for way in nudged(tokens, bench.backbone.num_patches) if way[-1] > 0]
-        tokens = min(ways, key=lambda way: abs(count(way) / 1e9 - gmacs))
-    check_matched(count(tokens) / 1e9, gmacs, {"tokens": list(tokens)})
-    return {"tokens": list(tokens)}
-
-
 def top_k(score: Score, bench: Benchmark, seed: int) -> Method:
     """Top-k by a score, with the best schedule."""
-    return Method(
-        tune=lambda gmacs: best_schedule(bench, score, seed, gmacs, score == "attention"),
-        make=lambda knobs: PrunedViT(bench.backbone, TopK(knobs["tokens"], score, seed)),
-    )
+    backbone = bench.backbone
+
+    def make(knobs: Knobs) -> PrunedViT:
+        return PrunedViT(backbone, TopK(knobs["tokens"], score, seed))
+
+    def count(tokens: Sequence[int]) -> int:
+        return backbone.uniform_macs(tokens, score == "attention")
+
+    return Method(lambda gmacs: best_schedule(bench, gmacs, count, make, least=0), make)
 
 
 def merging_pruned(
@@ -215,10 +227,24 @@ def merging(
 
     def tune(gmacs: float) -> Knobs:
         merges, macs = nearest(choices, count, gmacs * 1e9)
-        check_matched(macs / 1e9, gmacs, {"merges": list(merges)})
+        if abs(macs / 1e9 - gmacs) > TOLERANCE * gmacs:
+            ways = nudged_merges(merges, backbone.num_patches)
+            merges = min(sorted(ways), key=lambda way: abs(count(way) / 1e9 - gmacs))
+        check_matched(count(merges) / 1e9, gmacs, {"merges": list(merges)})
         return {"merges": list(merges)}
 
     return Method(tune, make)
+
+
+def nudged_merges(merges: Sequence[int], patches: int) -> set[tuple[int, ...]]:
+    """Schedules with up to ``NUDGE`` merges more or fewer in one block, of which it can do all."""
+    found = {tuple(merges)}
+    for block, offset in product(range(len(merges)), range(-NUDGE, NUDGE + 1)):
+        changed = [*merges[:block], merges[block] + offset, *merges[block + 1 :]]
+        left = tome_baseline.token_counts(patches, 0, changed)
+        if changed[block] >= 0 and [a - b for a, b in pairwise(left)] == changed:
+            found.add(tuple(changed))
+    return found
 
 
 def tome(bench: Benchmark, seed: int) -> Method:
@@ -238,7 +264,7 @@ def pitome(bench: Benchmark, seed: int) -> Method:
 
 
 def evit(with_fused: bool, bench: Benchmark, seed: int) -> Method:
-    """EViT with its paper's schedule, which keeps the same share at every stage."""
+    """EViT, which keeps the same share at every stage, as in its paper, or by a better schedule."""
     backbone, model = bench.backbone, bench.model
     patches, stages = backbone.num_patches, backbone.whole_from
     count = evit_baseline.macs_counter(model, backbone.image_shape, stages, with_fused)
@@ -250,11 +276,11 @@ def evit(with_fused: bool, bench: Benchmark, seed: int) -> Method:
         fusing = evit_baseline.EViT(model, stages, tokens, with_fused)
         return FixedScheduleModel(fusing, backbone, count(tokens), kept)
 
-    return Method(lambda gmacs: nearest_even(bench, schedules, count, gmacs), make)
+    return Method(lambda gmacs: best_schedule(bench, gmacs, count, make, schedules), make)
 
 
 def zero_tprune(bench: Benchmark, seed: int) -> Method:
-    """Zero-TPrune, which keeps the same share at every stage."""
+    """Zero-TPrune, which keeps the same share at every stage, or by a better schedule."""
     backbone, model = bench.backbone, bench.model
     patches, stages = backbone.num_patches, backbone.whole_from
     count = zero_tprune_baseline.macs_counter(model, backbone.image_shape, stages)
@@ -265,7 +291,7 @@ def zero_tprune(bench: Benchmark, seed: int) -> Method:
         pruned = zero_tprune_baseline.ZeroTPrune(model, stages, tokens)
         return FixedScheduleModel(pruned, backbone, count(tokens), tokens)
 
-    return Method(lambda gmacs: nearest_even(bench, schedules, count, gmacs), make)
+    return Method(lambda gmacs: best_schedule(bench, gmacs, count, make, schedules), make)
 
 
 def oracle(knows_labels: bool, bench: Benchmark, seed: int) -> Method:
@@ -275,8 +301,14 @@ def oracle(knows_labels: bool, bench: Benchmark, seed: int) -> Method:
         found = Oracle(bench.backbone, knobs["tokens"])
         return lambda images, labels: found.trace(images, labels if knows_labels else None)
 
+    def by_attention(knobs: Knobs) -> PrunedViT:
+        return PrunedViT(bench.backbone, TopK(knobs["tokens"], "attention", seed))
+
+    def count(tokens: Sequence[int]) -> int:
+        return bench.backbone.uniform_macs(tokens, with_attention=False)
+
     return Method(
-        tune=lambda gmacs: best_schedule(bench, "attention", seed, gmacs, pays_attention=False),
+        tune=lambda gmacs: best_schedule(bench, gmacs, count, by_attention, least=0),
         make=None,
         search=search,
         most_images=ORACLE_IMAGES,

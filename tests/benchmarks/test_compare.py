@@ -27,8 +27,9 @@ from prunevit.benchmarks.machine import hardware
 from prunevit.benchmarks.methods import learned
 from prunevit.benchmarks.methods.recipes import RECIPES
 from prunevit.benchmarks.methods.registry import METHODS
-from prunevit.benchmarks.methods.untrained import DITHERS
+from prunevit.benchmarks.methods.untrained import DITHERS, nudged_merges
 from prunevit.benchmarks.protocol import (
+    Benchmark,
     FixedScheduleModel,
     Method,
     UnreachableError,
@@ -151,11 +152,33 @@ def test_methods_spend_what_the_point_says_or_say_that_they_do_not(bench, name, 
 
 
 @pytest.mark.parametrize("name", ["evit", "evit-unfused", "zero-tprune"])
-def test_even_schedules_are_nudged_to_the_points_between_them(bench, name):
-    for point in (0.3, 0.5, 0.7):
-        tokens = METHODS[name].open(bench, 0).tune(bench.gmacs_at(point))["tokens"]
-        first, second = (after / before for before, after in pairwise((64, *tokens)))
-        assert first == pytest.approx(second, abs=0.15)  # about the same share stays
+def test_rivals_choose_among_the_schedules_that_top_k_chooses_among(bench, name, monkeypatch):
+    """And among their authors', which keep the same share at every stage."""
+    for point, wanted in ((0.4, 0), (0.6, 64)):
+        rated = {}
+
+        def rate(bench, model, wanted=wanted, rated=rated):
+            return rated.setdefault(model.kept, -abs(model.kept[1] - wanted))
+
+        monkeypatch.setattr(Benchmark, "validate", rate)
+        method = METHODS[name].open(bench, 0)
+        chosen = method.make(method.tune(bench.gmacs_at(point)))
+        shares = [[after / before for before, after in pairwise((64, *kept))] for kept in rated]
+        assert min(abs(first - second) for first, second in shares) < 0.15
+        assert len(rated) > 1
+        assert rated[chosen.kept] == max(rated.values())
+
+
+def test_merges_are_nudged_to_the_points_between_their_schedules(bench):
+    method = METHODS["pitome"].open(bench, 0)
+    for point in np.linspace(0.4, 0.9, 26):
+        knobs = method.tune(bench.gmacs_at(point))
+        spent = evaluate(method.make(knobs), bench.validation, 1).gmacs
+        assert spent == pytest.approx(bench.gmacs_at(point), rel=0.01)
+    nudged = nudged_merges((32, 0, 2, 5), 64)
+    assert {way[0] for way in nudged} == {30, 31, 32}  # half of the patches at most
+    assert {way[1] for way in nudged} == {0, 1, 2}
+    assert all(sum(a != b for a, b in zip(way, (32, 0, 2, 5), strict=True)) < 2 for way in nudged)
 
 
 @pytest.mark.parametrize(("name", "dithers"), [("mappo", True), ("paper", False)])
@@ -631,17 +654,27 @@ def test_dynamic_vit_takes_part_with_and_without_its_backbone(bench):
     config = json.loads((bench.runs / "dynamic-vit-50-0" / "config.json").read_text())
     assert config["iterations"] == SETTINGS["iterations"]
     assert config["batch_size"] == 8
-    # where one share for all stages misses the point, the stages' numbers are nudged
-    method = METHODS["dynamic-vit"].open(bench, 0)
-    nudged = [method.tune(bench.gmacs_at(point)) for point in (0.22, 0.23, 0.24)]
-    counted = next(knobs for knobs in nudged if "tokens" in knobs)
-    model = method.make(counted)
-    trace = model.trace(bench.validation.load(range(4))[0])
-    assert trace.alive.sum(2).tolist() == [counted["tokens"]] * 4
     # trained for what costs the point, predictors included
     policy = dynamic_vit_policy(bench.backbone, config["keep"], None)
     found = evaluate(PrunedViT(bench.backbone, policy), bench.validation, bench.size)
     assert found.gmacs == pytest.approx(bench.gmacs_at(0.5), rel=0.02)
+
+
+@pytest.mark.learning
+def test_dynamic_vit_keeps_numbers_of_patches_where_a_share_would_not_do(bench):
+    """Where one share for all stages misses the point, or leaves no patch."""
+    bench = replace(bench, task=replace(bench.task, dynamic_vit={"batch_size": 8}), iterations=1)
+    method = METHODS["dynamic-vit"].open(bench, 0)
+    images = bench.validation.load(range(4))[0]
+    counted = 0
+    for point in (0.2, 0.21, 0.22, 0.23, 0.24):
+        knobs = method.tune(bench.gmacs_at(point))
+        kept = method.make(knobs).trace(images).alive.sum(2)
+        assert kept.min() > 0
+        if "tokens" in knobs:
+            counted += 1
+            assert kept.tolist() == [knobs["tokens"]] * 4
+    assert counted
 
 
 def test_every_ablation_changes_one_thing(bench):

@@ -208,7 +208,26 @@ def schedules_at(
     Returns:
         Schedules, each a list of the number of tokens to keep at each stage.
     """
-    patches, stages = backbone.num_patches, backbone.num_stages
+    return schedules_costing(
+        backbone.num_patches,
+        kept,
+        gmacs,
+        lambda tokens: backbone.uniform_macs(tokens, with_attention),
+    )
+
+
+def schedules_costing(
+    patches: int, kept: Sequence[float], gmacs: float, macs: Callable[[Sequence[int]], int]
+) -> list[list[int]]:
+    """``schedules_at`` for whatever keeps equally many tokens of every image.
+
+    Args:
+        patches: N.
+        kept: as of ``schedules_at``, a share for each stage.
+        gmacs: likewise.
+        macs: number of tokens at each stage -> multiply-accumulates of an image.
+    """
+    stages = len(kept)
 
     def shape_scaled(scale: float) -> list[float]:
         return [min(1.0, share * scale) for share in kept]
@@ -223,7 +242,7 @@ def schedules_at(
         return [round(share * patches) for share in shares]
 
     def reaches(shares: Sequence[float]) -> bool:
-        return backbone.uniform_macs(tokens_of(shares), with_attention) / 1e9 >= gmacs
+        return macs(tokens_of(shares)) / 1e9 >= gmacs
 
     found: list[list[int]] = []
     for shape, most in [
