@@ -80,7 +80,8 @@ HEADLINE = {
     "cifar10/compare": ("CIFAR-10, 32 px", (0.4, 0.5, 0.6)),
 }
 KNOWN = {
-    OURS: "ours", "dynamic-vit": "DynamicViT", "tome": "ToMe", "pitome": "PiToMe", "evit": "EViT",
+    OURS: "ours", "ltmp": "LTMP", "dynamic-vit": "DynamicViT", "ats": "ATS", "pitome": "PiToMe",
+    "tome": "ToMe", "evit": "EViT",
 }  # fmt: skip
 VARIANTS = {
     "dense": "dense: timm's own model",
@@ -172,9 +173,11 @@ def headline() -> str:
         for point in points:
             cells = []
             for name in KNOWN:
-                rows = data[(data["method"] == name) & (data["point"] == point) & is_matched(data)]
+                judged = data[(data["method"] == name) & (data["point"] == point)]
+                rows = judged[is_matched(judged)]
                 lost = cell(difference(dense, rows, data))
-                cells.append(f"{lost}, {rows['speedup'].mean():.2f}x" if lost else "not reached")
+                why_not = "not judged" if judged.empty else "not reached"
+                cells.append(f"{lost}, {rows['speedup'].mean():.2f}x" if lost else why_not)
             lines.append([images, f"{point:.0%}", *cells])
     return markdown_table(["images", "compute", *KNOWN.values()], lines)
 
