@@ -81,7 +81,6 @@ def read_run(
                 # runs of before 0.2 have neither
                 config.get("actor_attention", 0),
                 bool(config.get("redundancy_prior", 0)),
-                config.get("budget_head", False),
             )
         problem = size_problem(make, folder / RUN_WEIGHTS)
         if problem is not None:

@@ -17,7 +17,6 @@ HiddenLayers = Literal["gelu", "relu-norm"]
 
 HIDDEN_GAIN = math.sqrt(2)
 POLICY_GAIN = 0.01  # as in MAPPO: the initial policy is nearly uniform
-BUDGET_WIDTH = 16  # of the network that gives each image a budget
 PRIOR_FLOOR = 1e-3  # lower bound of class attention times N in the prior
 
 
@@ -86,8 +85,6 @@ class TokenActor(Actor):
         alpha: column of ``alpha`` in the observation; None if it is not observed.
         redundancy: column of ``redundancy`` in the observation; None for no prior from it.
         redundancy_weight: initial weight of that prior.
-        budget: columns, the same for all agents of an image, of which a network of its own makes a
-            number that is added to the logit of keep of all of them.
     """
 
     PRIOR_SPEED = 10.0
@@ -102,14 +99,8 @@ class TokenActor(Actor):
         alpha: int | None = None,
         redundancy: int | None = None,
         redundancy_weight: float = 0.0,
-        budget: Sequence[int] = (),
     ) -> None:
         super().__init__(observation_size, 2, hidden)
-        self.budget_columns = tuple(budget)
-        self.budget = None
-        if budget:
-            layers = mlp(len(budget), (BUDGET_WIDTH,), 1, POLICY_GAIN)
-            self.budget = nn.Sequential(nn.LayerNorm(len(budget)), *layers)
         self.hidden = tuple(hidden)
         self.attention = attention
         self.alpha = alpha
@@ -139,17 +130,12 @@ class TokenActor(Actor):
         if self.redundancy is not None:
             distinct = 1 - observation[:, self.redundancy]
             keep = keep + self.redundancy_weight * self.PRIOR_SPEED * distinct
-        if self.budget is not None:
-            shared = observation[:, list(self.budget_columns)]
-            keep = keep + self.budget(shared).squeeze(1)
         if self.alpha is not None:
             keep = keep + self.alpha_weight * self.PRIOR_SPEED * observation[:, self.alpha]
         return torch.stack([prune, keep], dim=-1)
 
     def is_untouched(self) -> bool:
         """Whether ``margins`` gives what ``forward`` gives: nobody added or replaced anything."""
-        if self.budget is not None:
-            return False
         parts = (self, self.net)
         if any(has_own_hooks(part) or "forward" in vars(part) for part in parts):
             return False

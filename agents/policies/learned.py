@@ -60,9 +60,6 @@ class LearnedPolicy(nn.Module):
         self.needs_attention = "cls_attention" in self.fields
         self.compares_patches = "redundancy" in self.fields
         self.macs_per_decision = count_linear_macs(actor)
-        if isinstance(actor, TokenActor) and actor.budget is not None:
-            # once an image, a thousandth of what its decisions take
-            self.macs_per_decision -= count_linear_macs(actor.budget)
         self.macs_per_pair = (
             actor.among_agents.macs_per_pair if isinstance(actor, CommunicatingActor) else 0
         )

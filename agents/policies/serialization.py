@@ -60,7 +60,6 @@ def describe_policy(policy: Policy) -> dict[str, Any]:
             "attention_prior": actor.attention is not None,
             "redundancy_prior": actor.redundancy is not None,
             "actor_attention": heads,
-            "budget_head": actor.budget is not None,
             "alpha": policy.alpha,
             "threshold": policy.threshold,
             "dither": policy.dither,
@@ -107,7 +106,6 @@ def make_policy(described: Mapping[str, Any], backbone: StagedViT) -> Policy:
         # models of before 0.2 have neither
         described.get("actor_attention", 0),
         described.get("redundancy_prior", False),
-        described.get("budget_head", False),
     )
     policy.threshold = described.get("threshold", 0.5)
     policy.dither = described.get("dither", False)
@@ -185,7 +183,6 @@ def learned_policy(
     alpha: float | None = None,
     heads: int = 0,
     redundancy_prior: bool = False,
-    budget_head: bool = False,
 ) -> LearnedPolicy:
     """Builds an untrained ``LearnedPolicy`` for ``backbone``.
 
@@ -205,22 +202,8 @@ def learned_policy(
     alpha_column = slices["alpha"].start if "alpha" in slices else None
     with torch.random.fork_rng(devices=[]):
         make = partial(CommunicatingActor, heads=heads) if heads else TokenActor
-        budget = budget_columns(slices) if budget_head else ()
-        actor = make(
-            size,
-            hidden,
-            attention,
-            alpha=alpha_column,
-            redundancy=redundancy,
-            **({} if heads else {"budget": budget}),
-        )
+        actor = make(size, hidden, attention, alpha=alpha_column, redundancy=redundancy)
         return LearnedPolicy(actor, observation, backbone.num_prefix, alpha)
-
-
-def budget_columns(slices: Any) -> tuple[int, ...]:
-    """Columns of an observation that are the same for all agents of an image."""
-    shared = [slices[name] for name in ("cls", "stage", "alpha") if name in slices]
-    return tuple(i for columns in shared for i in range(columns.start, columns.stop))
 
 
 def dynamic_vit_policy(

@@ -124,11 +124,6 @@ RECIPES: Mapping[str, Recipe] = {
     "drop": Recipe("ours, dropping what it prunes", {"on_prune": "drop"}),
     "merge": Recipe("ours, merging what it prunes", {"on_prune": "merge"}),
     "actor-attention": Recipe("agents attend to each other", {"actor_attention": 2}),
-    "two-rounds": Recipe(
-        "decides twice at each stage",
-        {"prune_before": (0, 0, 2, 2), "observation": (*MappoConfig.observation, "alive_fraction")},
-    ),
-    "budget-head": Recipe("a head of its own for an image's budget", {"budget_head": True}),
     "larger-actor": Recipe("an actor of 128 hidden units", {"hidden": (128,)}),
     "longer": Recipe("trained for twice as long", length=2.0),
     "three-stages": Recipe("stages in blocks 0, 1 and 3", {"prune_before": (0, 1, 3)}),

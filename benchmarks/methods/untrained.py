@@ -86,7 +86,9 @@ def best_schedule(
         near.sort(key=lambda way: abs(own(way) - wanted))
         return min(near[:MOST_COUNTED], key=miss)
 
-    starts = [nearest(published, macs, gmacs * 1e9)[0]] if published else []
+    starts: list[Sequence[int]] = []
+    if published:
+        starts.append(nearest(published, macs, gmacs * 1e9)[0])
     for shape in SHAPES:
         shares = [shape**stage for stage in range(stages)]
         starts += schedules_costing(patches, shares, gmacs, lambda each: macs(clamped(each)))

@@ -77,9 +77,6 @@ def run_sublayers(
         chunked: run large batches in chunks of images where that is allowed.
     """
     tokens = make()
-    if start == stop:
-        segment = Segment(tokens.alive, start, stop, False)
-        return replace(tokens, segments=(*tokens.segments, segment))
     anyone = has_global_hooks()
     masked = tokens.layout is None  # masked execution runs timm's blocks, dropout included
     blocks = split_at_blocks(start, stop)

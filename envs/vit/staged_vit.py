@@ -508,6 +508,6 @@ def _check_stages(prune_before: Sequence[int] | None, depth: int) -> tuple[int, 
         raise ValueError(
             f"prune_before={stages} is out of range: the backbone's blocks are 0..{depth - 1}"
         )
-    if any(a > b for a, b in pairwise(stages)):
-        raise ValueError(f"prune_before={stages} must ascend")
+    if any(a >= b for a, b in pairwise(stages)):
+        raise ValueError(f"prune_before={stages} must ascend without repeats")
     return stages

@@ -104,7 +104,7 @@ def remove_tokens(tokens: Tokens, alive: Tensor) -> Tokens:
     stage. Masked execution keeps all rows.
     """
     if tokens.layout is None:
-        return replace(tokens, alive=alive)
+        return replace(tokens, alive=alive, attention=None)
     if len(alive) == 1:  # the fewest operations: here each of them counts
         slot = alive.view(-1).nonzero().squeeze(1)
         lengths = np.array([len(slot)])
@@ -112,7 +112,7 @@ def remove_tokens(tokens: Tokens, alive: Tensor) -> Tokens:
         lengths = alive.sum(1).cpu().numpy()
     images, before, width = len(lengths), tokens.layout.lengths, tokens.layout.width
     if images == len(before) and lengths.sum() == before.sum():
-        return tokens  # nothing was pruned
+        return replace(tokens, attention=None)  # nothing was pruned
     if (lengths == lengths[:1]).all():
         # images of one length stay in the order of the batch, their tokens in that of the slots
         layout = Layout.uniform(images, int(lengths[0]), width, alive.device)
@@ -133,8 +133,6 @@ def remove_tokens(tokens: Tokens, alive: Tensor) -> Tokens:
         segments=tokens.segments,
         rotary=tokens.rotary.take(slot % alive.shape[1]) if tokens.rotary else None,
         size=None if tokens.size is None else tokens.size.index_select(0, source),
-        # for agents that decide again before the next block
-        attention=None if tokens.attention is None else tokens.attention.index_select(0, source),
     )
 
 

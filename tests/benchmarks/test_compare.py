@@ -171,7 +171,7 @@ def test_rivals_choose_among_the_schedules_that_top_k_chooses_among(bench, name,
 
 def test_merges_are_nudged_to_the_points_between_their_schedules(bench):
     method = METHODS["pitome"].open(bench, 0)
-    for point in np.linspace(0.4, 0.9, 26):
+    for point in np.linspace(0.4, 0.9, 11):
         knobs = method.tune(bench.gmacs_at(point))
         spent = evaluate(method.make(knobs), bench.validation, 1).gmacs
         assert spent == pytest.approx(bench.gmacs_at(point), rel=0.01)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prunevit.agents import saving
 from prunevit.agents.policies.actor_critic import CommunicatingActor, TokenActor
 from prunevit.agents.policies.learned import LearnedPolicy
-from prunevit.agents.policies.serialization import budget_columns, describe_policy
+from prunevit.agents.policies.serialization import describe_policy
 from prunevit.agents.pruned_vit import PrunedViT
 from prunevit.agents.run_reader import default_alpha
 from prunevit.envs.fields import field_slices
@@ -25,10 +25,7 @@ from prunevit.trainers.common.settings import Range, Weight, Widths
 
 MOST_HEADS = 64  # of an attention among agents
 # what makes an actor another one, by the names of ``describe_policy``
-FORM = (
-    "observation", "hidden", "attention_prior", "redundancy_prior", "actor_attention",
-    "budget_head",
-)  # fmt: skip
+FORM = ("observation", "hidden", "attention_prior", "redundancy_prior", "actor_attention")
 
 
 @dataclass
@@ -38,7 +35,6 @@ class ActorSettings(StagedViTSettings):
     LATER: ClassVar[Mapping[str, object]] = {
         **StagedViTSettings.LATER,
         "redundancy_prior": 0.0,
-        "budget_head": False,
     }
 
     observation: tuple[str, ...] = ("token", "cls", "stage", "cls_attention")
@@ -60,10 +56,6 @@ class ActorSettings(StagedViTSettings):
     """Heads of an attention among the living agents of an image, behind the actor's first hidden
     layer; 0 for none. The agents then communicate before they decide, which counts as the policy's
     compute: 2 heads are 0.6% of the digits' dense model."""
-
-    budget_head: bool = False
-    """A network of its own for what all agents of an image see alike (class token, stage, alpha),
-    whose output is added to the logit of keep of all of them: the image's budget."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,8 +91,6 @@ def make_actor(config: ActorSettings, backbone: StagedViT) -> TokenActor:
         )
     heads = config.actor_attention
     make = partial(CommunicatingActor, heads=heads) if heads else TokenActor
-    if config.budget_head:
-        make = partial(TokenActor, budget=budget_columns(slices))
     return make(
         max(columns.stop for columns in slices.values()),
         config.hidden,

@@ -529,6 +529,7 @@ def test_models_with_another_forward_pass_and_what_is_no_model_are_refused(vit):
         ((), "empty"),
         ((4,), r"out of range.*0\.\.3"),
         ((-1, 2), "out of range"),
+        ((1, 1), "without repeats"),
         ((2, 1), "ascend"),
         ((1.0, 2), "whole numbers"),
         ("12", "whole numbers"),
