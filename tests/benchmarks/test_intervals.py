@@ -27,14 +27,20 @@ def draw(random, seeds, clusters, size, skill, spread):
     return random.random((seeds, clusters * size)) < skill + of_seed + hard
 
 
-@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.03), (5, 0.03), (3, 0.0)])
-def test_paired_intervals_cover_the_difference(seeds, spread, monkeypatch):
+@pytest.mark.parametrize(
+    ("seeds", "others", "spread"),
+    [(3, 3, 0.03), (5, 5, 0.03), (3, 3, 0.0), (5, 3, 0.03), (1, 3, 0.03)],
+)
+def test_paired_intervals_cover_the_difference(seeds, others, spread, monkeypatch):
     monkeypatch.setattr(intervals, "RESAMPLES", 499)
     intervals.draws.cache_clear()
     random = np.random.default_rng(1)
     clusters, trials, covered, apart = np.arange(60).repeat(5), 400, 0, 0
     for _ in range(trials):
-        first, second = (draw(random, seeds, 60, 5, 0.7, spread) for _ in range(2))
+        # what has one row has no seeds, as the dense model
+        first, second = (
+            draw(random, each, 60, 5, 0.7, spread * (each > 1)) for each in (seeds, others)
+        )
         found = paired_difference(first, second, clusters)
         covered += found.low <= 0 <= found.high
         apart += found.is_apart
