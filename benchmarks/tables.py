@@ -58,14 +58,20 @@ DIGITS = (
 NARROW = ("mappo", "dynamic-vit", "dynamic-vit-narrow")
 LOW = (0.2, 0.25, 0.3)
 PARTS = (
-    "mappo", "rloo", "no-image-baseline", "ippo", "no-attention-prior", "no-stage", "one-stage",
-    "larger-actor", "warm-start", "agreement", "confidence", "paper", "released-threshold",
-    "released",
+    "mappo", "rloo", "no-image-baseline", "ippo", "no-attention-prior", "no-stage",
+    "no-class-token", "one-stage", "larger-actor", "straight-through", "warm-start", "agreement",
+    "confidence", "paper", "released-threshold", "released",
 )  # fmt: skip
 BENCHMARL = tuple(f"benchmarl-{name}" for name in ("mappo", "ippo", "qmix", "vdn"))
 IDEAS = (
-    "mappo", "actor-attention", "three-stages", "redundancy", "merge", "between-blocks",
+    "mappo", "longer", "three-stages", "actor-attention", "two-rounds", "budget-head", "redundancy",
+    "merge", "between-blocks",
 )  # fmt: skip
+# ideas that were tried and taken out again; the commit of their records has them
+TAKEN_OUT = {
+    "two-rounds": "decides twice at each stage",
+    "budget-head": "a head of its own for an image's budget",
+}
 FINE_TUNING = (
     "mappo", "mappo-fine-tuned", "dynamic-vit-fine-tuned", "evit-fine-tuned",
     "attention-fine-tuned",
@@ -134,7 +140,7 @@ def titled(data: pd.DataFrame, names: Sequence[str]) -> list[tuple[str, pd.DataF
     methods = []
     for name in names:
         rows = data[data["method"] == name]
-        title = f"{title_of(name, rows)} (`{name}`)"
+        title = f"{TAKEN_OUT.get(name) or title_of(name, rows)} (`{name}`)"
         methods.append((f"**{title}**" if name == OURS else title, rows))
     return methods
 
@@ -418,8 +424,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "digits-curves": partial(curves, "digits/compare", DIGITS),
     "policy-digits": partial(policy_figures, "digits", "digits/compare", seed=0),
     "policy-digits-compute": partial(policy_compute, "digits"),
-    "digits-ideas": partial(comparison, "digits/ideas", IDEAS),
-    "digits-ideas-differences": partial(paired, "digits/ideas", IDEAS),
+    "digits-ideas": partial(comparison, "digits/parts", IDEAS),
+    "digits-ideas-differences": partial(paired, "digits/parts", IDEAS),
     "digits-parts": partial(comparison, "digits/parts", PARTS),
     "digits-parts-differences": partial(paired, "digits/parts", PARTS),
     "digits-benchmarl": partial(comparison, "digits/parts", (OURS, *BENCHMARL)),

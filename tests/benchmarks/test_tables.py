@@ -25,8 +25,7 @@ def test_each_table_and_each_method_is_on_a_page():
     assert all(f"<!-- table: {name} -->" in text for name in TABLES)
     for folder, titles in (
         ("digits/compare", {*tables.DIGITS, *tables.NARROW, "dense"}),
-        ("digits/ideas", (*tables.IDEAS, "dense")),
-        ("digits/parts", (*tables.PARTS, *tables.BENCHMARL, "dense")),
+        ("digits/parts", {*tables.PARTS, *tables.IDEAS, *tables.BENCHMARL, "dense"}),
         ("digits/fine-tuning", (*tables.FINE_TUNING, "dense")),
         ("cifar10/compare", (*tables.CIFAR10, "dense")),
     ):
