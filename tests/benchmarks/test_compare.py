@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prunevit.agents import PrunedViT, TopK
-from prunevit.agents.policies.serialization import dynamic_vit_policy
+from prunevit.agents.policies.serialization import SavedModelError, dynamic_vit_policy
 from prunevit.benchmarks import compare as comparison
 from prunevit.benchmarks import method_speed
 from prunevit.benchmarks.compare import (
@@ -736,7 +736,7 @@ def test_a_task_has_its_stages_inside_of_blocks_or_between_them(bench, monkeypat
             knobs = error.nearest
         found = evaluate(method.make(knobs), inside.validation, inside.size)
         assert found.gmacs == pytest.approx(target, rel=0.03)
-        assert 1 > found.kept[0] > found.kept[1]
+        assert 1 > found.kept[0] >= found.kept[1]
 
 
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if not task.embeds])
@@ -764,9 +764,9 @@ def test_released_has_the_numbers_of_the_code(bench):
 def test_fine_tuned_rivals_see_as_many_images_as_ours(bench, monkeypatch):
     seen = []
     monkeypatch.setattr(learned, "train_dynamic_vit", seen.append)
-    monkeypatch.setattr(learned, "search_knob", lambda *_: {})
     method = METHODS["dynamic-vit-fine-tuned"].open(replace(bench, iterations=None), 0)
-    method.tune(bench.gmacs_at(0.5))
+    with pytest.raises(SavedModelError, match="no finished run"):  # nothing was trained
+        method.tune(bench.gmacs_at(0.5))
     ours = FinetuneConfig(run=Path(), **bench.task.fine_tuning)
     images = seen[0].iterations * seen[0].batch_size
     assert 0 <= images - ours.epochs * ours.epoch_size < seen[0].batch_size
