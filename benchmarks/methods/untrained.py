@@ -35,7 +35,7 @@ from prunevit.envs.vit.staged_vit import StagedViT
 from prunevit.trainers.common.evaluation import Traced, schedules_costing
 
 SHAPES = (1.0, 0.7, 0.5, 0.35)  # schedules that keep this share from one stage to the next
-MOST_COUNTED = 5  # of the nudged schedules of one
+MOST_COUNTED = 5  # nudged schedules whose exact cost is counted
 NUDGE = 2  # tokens of a stage by which a schedule is brought to its cost
 PITOME_SHARES = 2_000  # between a half and all, that are tried
 RATES = 1_000  # shares of patches that stay at each stage, that are tried
@@ -79,7 +79,7 @@ def best_schedule(
         return abs(macs(tokens) / 1e9 - gmacs)
 
     def nearest_nudged(start: tuple[int, ...]) -> tuple[int, ...]:
-        """The cost differs about as much as our runtime's, which is quickly counted."""
+        # another count can be slow; near a schedule it differs about as that of our runtime
         own = bench.backbone.uniform_macs
         wanted = 1e9 * gmacs - macs(start) + own(start)
         near = [way for way in nudged(start, patches) if way[-1] >= least]
